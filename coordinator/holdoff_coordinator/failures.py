@@ -1,0 +1,108 @@
+"""Every error that a handler raises, as one table: reason, gRPC code, details.
+
+The client's side of the table is `holdoff.errors`; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from google.protobuf.message import Message
+
+DOMAIN = "holdoff"
+
+CODES: Mapping[str, int] = {
+    # Not now: ask again.
+    "LEASE_HELD": code_pb2.ABORTED,
+    "TOKEN_COOLING": code_pb2.ABORTED,
+    "TOKEN_QUEUED": code_pb2.ABORTED,
+    "QUARANTINED": code_pb2.UNAVAILABLE,
+    "STORE_UNAVAILABLE": code_pb2.UNAVAILABLE,
+    "DRAINING": code_pb2.UNAVAILABLE,
+    # The lease is not what the caller thinks.
+    "LEASE_LOST": code_pb2.FAILED_PRECONDITION,
+    "LEASE_BROKEN": code_pb2.FAILED_PRECONDITION,
+    "LEASE_ENDED": code_pb2.FAILED_PRECONDITION,
+    "OFFER_EXPIRED": code_pb2.FAILED_PRECONDITION,
+    "WRONG_SECRET": code_pb2.PERMISSION_DENIED,
+    # No such thing, or one too many.
+    "TOKEN_NOT_FOUND": code_pb2.NOT_FOUND,
+    "LEASE_NOT_FOUND": code_pb2.NOT_FOUND,
+    "POLICY_NOT_FOUND": code_pb2.NOT_FOUND,
+    "TOKEN_EXISTS": code_pb2.ALREADY_EXISTS,
+    # The request is wrong.
+    "INVALID_FIELD": code_pb2.INVALID_ARGUMENT,
+    "REQUEST_ID_REUSED": code_pb2.INVALID_ARGUMENT,
+    "WAITER_SILENT": code_pb2.CANCELLED,
+    "INTERNAL": code_pb2.INTERNAL,
+}
+
+
+class Failure(Exception):  # noqa: N818 - the word of the domain; "Error" would say less
+    """An answer that says no, with everything the wire needs."""
+
+    def __init__(  # noqa: PLR0913 - one argument a detail of google.rpc
+        self,
+        reason: str,
+        message: str,
+        *,
+        resource: str = "",
+        field: str = "",
+        retry_after_seconds: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.resource = resource
+        self.field = field
+        self.retry_after_seconds = retry_after_seconds
+        self.metadata = dict(metadata or {})
+
+    def to_status(self) -> status_pb2.Status:
+        """Build the google.rpc.Status: ErrorInfo always, the rest by code."""
+        code = CODES[self.reason]
+        details: list[Message] = [
+            error_details_pb2.ErrorInfo(domain=DOMAIN, reason=self.reason, metadata=self.metadata)
+        ]
+        if self.retry_after_seconds is not None:
+            delay = duration_pb2.Duration()
+            delay.FromMicroseconds(max(0, round(self.retry_after_seconds * 1e6)))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        if code == code_pb2.FAILED_PRECONDITION:
+            violation = error_details_pb2.PreconditionFailure.Violation(
+                type=self.reason, subject=self.resource, description=self.message
+            )
+            details.append(error_details_pb2.PreconditionFailure(violations=[violation]))
+        elif self.field:
+            wrong = error_details_pb2.BadRequest.FieldViolation(
+                field=self.field, description=self.message
+            )
+            details.append(error_details_pb2.BadRequest(field_violations=[wrong]))
+        elif self.resource:
+            details.append(
+                error_details_pb2.ResourceInfo(
+                    resource_type="holdoff/lease"
+                    if "/leases/" in self.resource
+                    else "holdoff/token",
+                    resource_name=self.resource,
+                    description=self.message,
+                )
+            )
+        status = status_pb2.Status(code=code, message=self.message)
+        for detail in details:
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        return status
+
+
+def invalid(field: str, message: str) -> Failure:
+    """A field of the request is wrong."""
+    return Failure("INVALID_FIELD", f"{field}: {message}", field=field)

@@ -1,0 +1,162 @@
+"""The waiters that wait at this replica: heard in batches, woken one by one.
+
+A tick every second tells the store which waiters were heard from and brings back what each
+waits for; it repairs any wake-up that was lost. Between ticks a wake-up comes from the store's
+channel, and the head of a queue sleeps exactly until its earliest start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import structlog
+from redis.exceptions import RedisError
+
+from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.records import Standing, lease_message, record
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from redis.asyncio import Redis
+
+    from holdoff.names import TokenName
+    from holdoff_coordinator.scripts import Scripts
+
+log = structlog.get_logger()
+
+TICK_SECONDS = 1.0
+BATCH = 200
+"""Waiters in one script call, so that no call holds up the store."""
+WAKE_PATTERN = "holdoff:*:wake"
+
+
+class Waiter:
+    """One conversation that waits for a lease; the same for a stream and a single call."""
+
+    def __init__(self) -> None:
+        self.token: TokenName | None = None
+        self.request_hash = ""
+        self.standing: Standing | None = None
+        self.must_ask = False
+        self.withdrawn = False
+        self.stirred = asyncio.Event()
+        self._heard = time.monotonic()
+
+    def hear(self) -> None:
+        """The client itself gave a sign of life."""
+        self._heard = time.monotonic()
+
+    @property
+    def heard_age_us(self) -> int:
+        """Microseconds since the client was heard."""
+        return round((time.monotonic() - self._heard) * 1e6)
+
+    def ask(self) -> None:
+        """Make the conversation ask the store again."""
+        self.must_ask = True
+        self.stirred.set()
+
+    def withdraw(self) -> None:
+        """The client waits no more."""
+        self.withdrawn = True
+        self.stirred.set()
+
+
+class Hub:
+    """All waiters of this replica."""
+
+    def __init__(self, scripts: Scripts) -> None:
+        self._scripts = scripts
+        self._waiters: dict[str, Waiter] = {}
+        self.draining = False
+
+    @contextlib.contextmanager
+    def joined(self, waiter: Waiter, token: TokenName, request_hash: str) -> Iterator[None]:
+        """Keep a waiter while its conversation goes on; a newer one with its id replaces it."""
+        waiter.token, waiter.request_hash = token, request_hash
+        self._waiters[request_hash] = waiter
+        try:
+            yield
+        finally:
+            if self._waiters.get(request_hash) is waiter:
+                del self._waiters[request_hash]
+
+    def drain(self) -> None:
+        """Send everybody away, to another replica or to wait for this one's successor."""
+        self.draining = True
+        for waiter in self._waiters.values():
+            waiter.stirred.set()
+
+    async def tick_forever(self) -> None:
+        """Tick every second; a store that is away only delays the next tick."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            try:
+                await self.tick()
+            except Failure as failure:
+                log.debug("tick failed", reason=failure.reason)
+
+    async def tick(self) -> None:
+        """Hear all waiters at the store, and stir those whose standing changed."""
+        by_app: defaultdict[str, list[tuple[TokenName, Waiter]]] = defaultdict(list)
+        for waiter in self._waiters.values():
+            if waiter.token:
+                by_app[waiter.token.app].append((waiter.token, waiter))
+        for app, waiters in by_app.items():
+            waiters.sort(key=lambda entry: entry[0].token)
+            for start in range(0, len(waiters), BATCH):
+                await self._hear(app, waiters[start : start + BATCH])
+
+    async def _hear(self, app: str, waiters: list[tuple[TokenName, Waiter]]) -> None:
+        heard = [
+            (token.token, waiter.request_hash, waiter.heard_age_us) for token, waiter in waiters
+        ]
+        reply = await self._scripts.run("tick", app, *itertools.chain.from_iterable(heard))
+        tokens = {token.token: token for token, _ in waiters}
+        for token_id, lease_id, flat, *standings in reply.values[0]:
+            token = tokens[token_id.decode()]
+            lease = (
+                lease_message(token, lease_id.decode(), record(flat), reply.now_us)
+                if lease_id
+                else None
+            )
+            for request_hash, found in standings:
+                waiter = self._waiters.get(request_hash.decode())
+                if waiter is None:
+                    continue
+                if not found:  # not waiting: offered, ended, or its place was not kept
+                    waiter.ask()
+                    continue
+                standing = Standing.read(found, reply.now_us, lease)
+                told, waiter.standing = waiter.standing, standing
+                if not standing.reason and standing.first:
+                    waiter.ask()
+                elif told is None or standing.signature != told.signature:
+                    waiter.stirred.set()
+
+    async def listen_forever(self, redis: Redis) -> None:
+        """Stir the waiters that the store's wake-ups name; reconnect for ever."""
+        while True:
+            try:
+                async for request_hash in _wake_ups(redis):
+                    if waiter := self._waiters.get(request_hash):
+                        waiter.ask()
+            except RedisError as error:
+                log.debug("wake-ups interrupted", error=type(error).__name__)
+                await asyncio.sleep(TICK_SECONDS / 4)
+
+
+async def _wake_ups(redis: Redis) -> AsyncIterator[str]:
+    """Yield the request hashes that were woken anywhere."""
+    async with redis.pubsub(ignore_subscribe_messages=True) as channel:
+        await channel.psubscribe(WAKE_PATTERN)
+        while True:
+            message = await channel.get_message(timeout=TICK_SECONDS)
+            if message is not None:
+                yield message["data"].decode()

@@ -1,0 +1,367 @@
+"""Handlers of leases: from a request and its caller to events or a response.
+
+They know messages and the store, and nothing of gRPC's calls and streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from holdoff.names import LeaseName, TokenName
+from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2
+from holdoff_coordinator import validation
+from holdoff_coordinator.failures import Failure, invalid
+from holdoff_coordinator.records import Standing, lease_message, record, timestamp
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from holdoff_coordinator.hub import Hub, Waiter
+    from holdoff_coordinator.scripts import Reply, Scripts
+
+log = structlog.get_logger()
+
+STATUS_SECONDS = 15.0
+"""A waiter hears from us at least this often."""
+READ_BATCH = 100
+"""Tokens read in one script call, so that no call holds up the store."""
+SILENT_US = 60_000_000
+"""A stream whose client is silent this long is closed; its place is not kept longer either."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls. Everybody is `anonymous` until there is authentication."""
+
+    identity: str
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A checked request for a lease."""
+
+    token: TokenName
+    request_hash: str
+    fingerprint: str
+    wait_us: int | None
+    ttl_us: int
+    holder: bytes
+    secret: str
+    last_fencing_token: int
+
+    @property
+    def may_queue(self) -> bool:
+        """A wait of zero leaves no trace in the queue."""
+        return self.wait_us != 0
+
+
+def check_ask(request: lease_service_pb2.AcquireLeaseRequest, caller: Caller) -> Ask:
+    """Check a request for a lease.
+
+    The request id is bound to its caller and to what it came with, and the lease's secret is
+    derived from it: a retry gets the same secret, and the store holds neither.
+
+    Raises:
+        Failure: INVALID_FIELD.
+    """
+    token = validation.token_name("token", request.token)
+    request_id = validation.request_id(request.request_id)
+    ttl_us = validation.ttl_us(request.ttl)
+    holder = validation.holder(request.holder).SerializeToString(deterministic=True)
+    bound = b"\0".join([caller.identity.encode(), str(token).encode(), b"%d" % ttl_us, holder])
+    return Ask(
+        token=token,
+        request_hash=_sha256(request_id.encode()),
+        fingerprint=_sha256(bound),
+        wait_us=(
+            validation.microseconds("wait", request.wait) if request.HasField("wait") else None
+        ),
+        ttl_us=ttl_us,
+        holder=holder,
+        secret=hmac.new(request_id.encode(), b"holdoff lease secret", "sha256").hexdigest(),
+        last_fencing_token=request.last_fencing_token,
+    )
+
+
+class Leases:
+    """Acquire, renew, release, break, get and list leases."""
+
+    def __init__(self, scripts: Scripts, hub: Hub) -> None:
+        self._scripts = scripts
+        self._hub = hub
+
+    async def acquire(
+        self, request: lease_service_pb2.AcquireLeaseRequest, caller: Caller, waiter: Waiter
+    ) -> AsyncIterator[lease_service_pb2.AcquireLeaseResponse]:
+        """Say what the request waits for whenever that changes, then offer the lease.
+
+        The last event is an offer or an error. The place in the queue stays kept when the
+        iteration is given up, for a minute.
+        """
+        try:
+            ask = check_ask(request, caller)
+            with self._hub.joined(waiter, ask.token, ask.request_hash):
+                async for event in self._conversation(ask, waiter):
+                    yield event
+        except Failure as failure:
+            yield lease_service_pb2.AcquireLeaseResponse(error=failure.to_status())
+
+    async def _conversation(
+        self, ask: Ask, waiter: Waiter
+    ) -> AsyncIterator[lease_service_pb2.AcquireLeaseResponse]:
+        await self._scripts.mark_active(ask.token.app)
+        began, told, told_at = time.monotonic(), None, 0.0
+        offered = ""
+        waiter.ask()
+        while True:
+            if self._hub.draining:
+                raise _draining()
+            if waiter.withdrawn:
+                await self._withdraw(ask)
+                return
+            if waiter.heard_age_us > SILENT_US:
+                raise Failure("WAITER_SILENT", "nothing was heard of this waiter for a minute")
+            if waiter.must_ask or waiter.standing is None:
+                waiter.must_ask = False
+                found = await self._ask(ask, waiter)
+                if isinstance(found, lease_service_pb2.LeaseOffer):
+                    if found.lease.name != offered:
+                        offered = found.lease.name
+                        yield lease_service_pb2.AcquireLeaseResponse(offer=found)
+                    if found.lease.state != lease_pb2.LEASE_STATE_OFFERED:
+                        return
+                    # Should the waiter not accept, it waits on when the offer has run out.
+                    waiter.standing = told = None
+                    await _sleep(waiter, found.accept_within.ToMicroseconds() / 1e6)
+                    continue
+                waiter.standing = found
+            standing, now = waiter.standing, time.monotonic()
+            pauses = []
+            if ask.wait_us is not None:
+                pauses.append(ask.wait_us / 1e6 - (now - began))
+                if pauses[0] <= 0:
+                    await self._withdraw(ask)
+                    raise standing.to_failure(ask.token)
+            if told != standing.signature or now - told_at >= STATUS_SECONDS:
+                told, told_at = standing.signature, now
+                yield lease_service_pb2.AcquireLeaseResponse(waiting=standing.to_status())
+            pauses.append(told_at + STATUS_SECONDS - now)
+            if standing.first and standing.reason != "HELD":
+                pauses.append(standing.start_in_us / 1e6)
+            if not await _sleep(waiter, min(pauses)):
+                waiter.must_ask = True
+
+    async def _withdraw(self, ask: Ask) -> None:
+        await self._scripts.run("withdraw", ask.token.app, ask.token.token, ask.request_hash)
+
+    async def _ask(self, ask: Ask, waiter: Waiter) -> Standing | lease_service_pb2.LeaseOffer:
+        reply = await self._scripts.run(
+            "acquire",
+            ask.token.app,
+            ask.token.token,
+            ask.request_hash,
+            ask.fingerprint,
+            "1" if ask.may_queue else "0",
+            ask.ttl_us,
+            ask.holder,
+            _sha256(ask.secret.encode()),
+            waiter.heard_age_us,
+            ask.last_fencing_token,
+        )
+        if reply.status == "WAITING":
+            flat, lease, lease_id = reply.values
+            blocking = (
+                lease_message(ask.token, lease_id.decode(), record(lease), reply.now_us)
+                if lease_id
+                else None
+            )
+            return Standing.read(flat, reply.now_us, blocking)
+        if reply.status == "OFFER":
+            lease_id, flat = reply.values
+            message = lease_message(ask.token, lease_id.decode(), record(flat), reply.now_us)
+            offered = message.state == lease_pb2.LEASE_STATE_OFFERED
+            return lease_service_pb2.LeaseOffer(
+                lease=message,
+                secret=ask.secret,
+                accept_within=message.remaining if offered else None,
+            )
+        raise failure_of(reply, ask.token)
+
+    async def renew(
+        self, request: lease_service_pb2.RenewLeaseRequest, caller: Caller
+    ) -> lease_service_pb2.RenewLeaseResponse:
+        """Accept an offer or prolong a lease."""
+        name = validation.lease_name("name", request.name)
+        _, age_us = _refresh_report(request.refresh)
+        reply = await self._scripts.run(
+            "renew",
+            name.app,
+            name.token,
+            name.lease,
+            _sha256(validation.secret(request.secret).encode()),
+            "1" if request.command_started else "0",
+            age_us,
+        )
+        lease = _lease(reply, name)
+        log.debug("lease renewed", lease=request.name, peer=caller.peer)
+        return lease_service_pb2.RenewLeaseResponse(lease=lease)
+
+    async def release(
+        self, request: lease_service_pb2.ReleaseLeaseRequest, caller: Caller
+    ) -> lease_service_pb2.ReleaseLeaseResponse:
+        """End a lease for its holder."""
+        name = validation.lease_name("name", request.name)
+        saw_every, age_us = _refresh_report(request.refresh)
+        reply = await self._scripts.run(
+            "release",
+            name.app,
+            name.token,
+            name.lease,
+            _sha256(validation.secret(request.secret).encode()),
+            "1" if saw_every else "0",
+            age_us,
+        )
+        lease = _lease(reply, name)
+        log.info("lease released", lease=request.name, job=lease.holder.job, peer=caller.peer)
+        return lease_service_pb2.ReleaseLeaseResponse(
+            lease=lease, not_before_time=timestamp(record(reply.values[0]), "not_before_us")
+        )
+
+    async def break_(
+        self, request: admin_service_pb2.BreakLeaseRequest, caller: Caller
+    ) -> admin_service_pb2.BreakLeaseResponse:
+        """Forbid the renewal of a lease."""
+        name = validation.lease_name("name", request.name)
+        reason = validation.printable("reason", request.reason, validation.MOST_REASON_CHARACTERS)
+        if not reason.strip():
+            raise invalid("reason", "say why: the holder is told")
+        reply = await self._scripts.run("break", name.app, name.token, name.lease, reason)
+        lease = _lease(reply, name)
+        log.warning("lease broken", lease=request.name, why=reason, peer=caller.peer)
+        return admin_service_pb2.BreakLeaseResponse(lease=lease)
+
+    async def get(
+        self, request: lease_service_pb2.GetLeaseRequest, _: Caller
+    ) -> lease_service_pb2.GetLeaseResponse:
+        """Return one lease."""
+        name = validation.lease_name("name", request.name)
+        reply = await self._scripts.run("read_lease", name.app, name.token, name.lease)
+        return lease_service_pb2.GetLeaseResponse(lease=_lease(reply, name))
+
+    async def list(
+        self, request: lease_service_pb2.ListLeasesRequest, _: Caller
+    ) -> lease_service_pb2.ListLeasesResponse:
+        """List live leases, by name of their token."""
+        parent = validation.parent(request.parent)
+        size = validation.page_size(request.page_size)
+        after = validation.page_token(request.page_token)
+        leases: list[lease_pb2.Lease] = []
+        for app in [parent.app] if parent else await self._scripts.apps():
+            if isinstance(parent, TokenName):
+                tokens = [parent.token]
+            else:
+                tokens = await self._scripts.busy_tokens(app)
+            wanted = [token for token in tokens if after is None or (app, token) > after]
+            for start in range(0, len(wanted), READ_BATCH):
+                reply = await self._scripts.run("read", app, *wanted[start : start + READ_BATCH])
+                for token_id, _, lease_id, flat, *_ in reply.values[0]:
+                    if not lease_id:
+                        continue
+                    if len(leases) == size:
+                        last = LeaseName.parse(leases[-1].name).token_name
+                        return lease_service_pb2.ListLeasesResponse(
+                            leases=leases, next_page_token=str(last)
+                        )
+                    token = TokenName(app, token_id.decode())
+                    leases.append(
+                        lease_message(token, lease_id.decode(), record(flat), reply.now_us)
+                    )
+        return lease_service_pb2.ListLeasesResponse(leases=leases)
+
+
+def failure_of(reply: Reply, name: TokenName | LeaseName) -> Failure:
+    """Turn a script's refusal into the failure that the caller gets."""
+    token = name.token_name if isinstance(name, LeaseName) else name
+    status = reply.status
+    if status == "LEASE_OVER":
+        status = {
+            "RELEASED": "LEASE_ENDED",
+            "EXPIRED": "LEASE_LOST",
+            "BROKEN": "LEASE_BROKEN",
+            "WITHDRAWN": "OFFER_EXPIRED",
+        }[reply.values[0].decode()]
+    match status:
+        case "TOKEN_NOT_FOUND":
+            message = f"there is no token {token}; make it with: holdoff token create {token}"
+        case "LEASE_NOT_FOUND":
+            message = f"there is no lease {name}, or it ended more than an hour ago"
+        case "TOKEN_EXISTS":
+            message = f"{token} exists already; change it with: holdoff token update {token}"
+        case "WRONG_SECRET":
+            message = f"the secret is not that of {name}"
+        case "LEASE_ENDED" if isinstance(name, TokenName):
+            ended = LeaseName(token.app, token.token, reply.values[0].decode())
+            message = f"the lease of this request, {ended}, has ended: use a new request id"
+            return Failure(status, message, resource=str(ended))
+        case "LEASE_ENDED":
+            message = f"{name} was released"
+        case "LEASE_LOST":
+            message = f"{name} ran out before it was renewed"
+        case "LEASE_BROKEN":
+            why = reply.values[0].decode() if reply.status == status else "by an operator"
+            message = f"{name} was broken: {why}"
+        case "OFFER_EXPIRED":
+            message = f"{name} was offered, and not accepted in time"
+        case "REQUEST_ID_REUSED":
+            message = "this request id belongs to a request with another token, TTL or holder"
+            return Failure(status, f"request_id: {message}", field="request_id")
+        case "FENCING_TOKEN_TOO_LARGE":
+            return invalid("last_fencing_token", "lies more than a year ahead of the store's clock")
+        case _:
+            return Failure("INTERNAL", f"unexpected answer of the store: {status}")
+    return Failure(status, message, resource=str(name))
+
+
+def _lease(reply: Reply, name: LeaseName) -> lease_pb2.Lease:
+    if reply.status != "OK":
+        raise failure_of(reply, name)
+    return lease_message(name.token_name, name.lease, record(reply.values[0]), reply.now_us)
+
+
+def _refresh_report(report: lease_service_pb2.RefreshReport) -> tuple[bool, str]:
+    """Read (saw every refresh, age in µs or '')."""
+    if not report.HasField("last_refresh_age"):
+        return report.saw_every_refresh, ""
+    age = validation.microseconds("refresh.last_refresh_age", report.last_refresh_age)
+    return report.saw_every_refresh, str(age)
+
+
+def _draining() -> Failure:
+    return Failure(
+        "DRAINING",
+        "this coordinator is shutting down; reconnect with the same request id, the place is kept",
+        retry_after_seconds=0.2,
+    )
+
+
+async def _sleep(waiter: Waiter, seconds: float) -> bool:
+    """Sleep until the waiter is stirred (True) or the time has passed (False)."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, seconds)):
+            await waiter.stirred.wait()
+    stirred = waiter.stirred.is_set()
+    waiter.stirred.clear()
+    return stirred
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

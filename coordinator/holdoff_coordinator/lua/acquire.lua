@@ -1,0 +1,52 @@
+-- Asks for a lease: gives the same one again, offers a new one to the first
+-- live waiter, or says what the request waits for. Also the poll of a waiter.
+-- ARGV 5.. token id, request hash, fingerprint of caller and parameters,
+--         '1' to queue or '0', TTL µs, holder, hash of the lease's secret,
+--         time since the waiter was heard in µs, highest fencing token it knows
+local id, hash, fingerprint = ARGV[5], ARGV[6], ARGV[7]
+local may_queue, ttl, heard_age = ARGV[8] == '1', number(ARGV[9]), number(ARGV[12])
+
+local token, lease = settle(id)
+if not token then return reply('TOKEN_NOT_FOUND') end
+local request = load(request_key(hash))
+if request.fingerprint and request.fingerprint ~= fingerprint then
+  return reply('REQUEST_ID_REUSED')
+end
+if request.state == 'ended' then return reply('LEASE_ENDED', request.lease) end
+if request.lease then return reply('OFFER', request.lease, flat_lease(id, request.lease)) end
+
+local known = number(ARGV[13])
+if known > now + 366 * 24 * 3600 * SECOND then return reply('FENCING_TOKEN_TOO_LARGE') end
+if known > number(token.fencing) then put(token_key(id), token, {fencing = known}) end
+put(SHARD, shard, {longest_ttl_us = math.max(number(shard.longest_ttl_us), ttl)})
+
+local facts = {fingerprint = fingerprint, token = id, state = 'waiting'}
+if may_queue then
+  if not request.state then
+    put(request_key(hash), request, facts)
+    redis.call('ZADD', queue_key(id), redis.call('HINCRBY', SHARD, 'sequence', 1), hash)
+  end
+  hear(hash, request, heard_age)
+end
+
+local stand = standing(id, token, lease, hash)
+local place_is_first = stand[5] == '1' and heard_age <= LIVE_FOR
+if stand[1] ~= '' or not place_is_first then
+  return reply('WAITING', stand, token.lease and flat_lease(id, token.lease) or {}, token.lease or '')
+end
+
+local fencing = math.max(number(token.fencing) + 1, now)
+local lease_id = us(fencing)
+facts.lease, facts.state = lease_id, 'offered'
+put(request_key(hash), request, facts)
+redis.call('PEXPIRE', request_key(hash), WAITER_KEPT_MS)
+lease = {}
+put(lease_key(id, lease_id), lease, {
+  state = 'OFFERED', request = hash, secret_hash = ARGV[11], holder = ARGV[10],
+  fencing = fencing, ttl_us = ttl, interval_us = token.interval_us, refresh_at = token.refresh_at,
+  access_token_life_us = token.access_token_life_us,
+  created_us = now, expires_us = now + OFFER_FOR,
+})
+put(token_key(id), token, {fencing = fencing, lease = lease_id})
+mirror(id, token, lease)
+return reply('OFFER', lease_id, flat_lease(id, lease_id))

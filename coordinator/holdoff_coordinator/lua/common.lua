@@ -1,0 +1,322 @@
+-- Stands before every other script. Loads the shard (all keys of one app),
+-- watches the clock and the epoch, and holds the life of a lease.
+--
+-- KEYS[1]  holdoff:{app}, the shard; every other key starts with it or carries
+--          the same hash tag, so that a script stays in one slot
+-- ARGV[1]  the replica's estimate of the store's time, in µs; '' if it has none
+-- ARGV[2]  the shard's epoch as the replica knows it; '' if it knows none
+-- ARGV[3]  the epoch to give to a shard that has none
+-- ARGV[4]  least length of a quarantine in µs
+--
+-- All times are µs of this server's clock; below 2^53 they are exact in Lua.
+
+local SECOND = 1000000
+local CLOCK_TOLERANCE = 1 * SECOND -- design, issue: a second in either direction
+local LIVE_FOR = 5 * SECOND -- a waiter is live this long after it was heard
+local PLACE_KEPT_FOR = 60 * SECOND -- and keeps its place this long
+local OUTAGE_AFTER = 3 * SECOND -- replicas come by every second
+local RECOVERY = 5 * SECOND -- after an outage waiters may return first
+local OFFER_FOR = 3 * SECOND
+local LAPSES_ALLOWED = 3 -- offers a waiter may miss before it goes to the end
+local RECORD_KEPT_MS = 3600 * 1000 -- ended leases and requests
+local WAITER_KEPT_MS = 7 * 24 * 3600 * 1000 -- places, through long outages
+local SIGNAL_KEPT_MS = 1000 -- python-redis-lock's own default
+local COOLDOWN_LOCK = 'holdoff-cooldown' -- the lock's value while cooling
+
+local SHARD = KEYS[1]
+local DUE = SHARD .. ':due'
+local time = redis.call('TIME')
+local now = tonumber(time[1]) * SECOND + tonumber(time[2])
+
+local function us(number) return string.format('%.0f', number) end
+
+local function number(text) return tonumber(text or '0') end
+
+local function load(key)
+  local flat = redis.call('HGETALL', key)
+  local record = {}
+  for i = 1, #flat, 2 do record[flat[i]] = flat[i + 1] end
+  return record
+end
+
+local function token_key(id) return SHARD .. ':token:' .. id end
+local function queue_key(id) return SHARD .. ':queue:' .. id end
+local function lock_key(id) return 'lock:' .. SHARD .. ':' .. id end
+local function signal_key(id) return 'lock-signal:' .. SHARD .. ':' .. id end
+local function request_key(hash) return SHARD .. ':request:' .. hash end
+local function lease_key(id, lease) return SHARD .. ':lease:' .. id .. ':' .. lease end
+
+local shard = load(SHARD)
+local epoch = shard.epoch
+
+local function reply(status, ...) return {us(now), epoch or '', status, ...} end
+
+local function put(key, record, changes)
+  local flat = {}
+  for field, value in pairs(changes) do
+    value = type(value) == 'number' and us(value) or value
+    record[field] = value
+    flat[#flat + 1] = field
+    flat[#flat + 1] = value
+  end
+  redis.call('HSET', key, unpack(flat))
+end
+
+local function quarantine(why)
+  local safe = math.max(number(ARGV[4]), number(shard.longest_ttl_us), number(shard.longest_interval_us))
+  put(SHARD, shard, {
+    quarantine_until_us = math.max(number(shard.quarantine_until_us), now + safe),
+    quarantine_reason = why,
+  })
+end
+
+-- Called by the only script that makes a shard.
+local function ensure_epoch()
+  if epoch then return end
+  epoch = ARGV[3]
+  put(SHARD, shard, {epoch = epoch, tick_us = now, service_us = 0, high_water_us = now})
+  if ARGV[2] ~= '' then quarantine('the store lost the data of this app') end
+end
+
+if epoch then
+  if ARGV[2] ~= '' and ARGV[2] ~= epoch then quarantine('the epoch of the store changed') end
+  if now < number(shard.high_water_us) - CLOCK_TOLERANCE then
+    quarantine('the clock of the store went back')
+  end
+  -- `service_us` is a clock that stands still while no coordinator comes by.
+  local gap = now - number(shard.tick_us)
+  local changes = {tick_us = now, high_water_us = now}
+  if gap > OUTAGE_AFTER then
+    changes.recovery_until_us = now + RECOVERY
+  elseif gap > 0 then
+    changes.service_us = number(shard.service_us) + gap
+  end
+  put(SHARD, shard, changes)
+end
+
+-- A replica whose own clock disagrees gets no grant; it then measures, and
+-- declares the quarantine if the disagreement is real.
+local clock_in_doubt = ARGV[1] ~= '' and math.abs(now - tonumber(ARGV[1])) > CLOCK_TOLERANCE
+
+local function quarantined_until()
+  return math.max(number(shard.quarantine_until_us), clock_in_doubt and now + SECOND or 0)
+end
+
+-- Queue ---------------------------------------------------------------------
+
+-- Walks the places that are kept, in order, dropping those that are not;
+-- `visit(hash, request, live)` ends the walk by returning true.
+local function walk_queue(id, visit)
+  for _, hash in ipairs(redis.call('ZRANGE', queue_key(id), 0, -1)) do
+    local request = load(request_key(hash))
+    if not request.state or number(shard.service_us) - number(request.heard_service_us) > PLACE_KEPT_FOR then
+      redis.call('ZREM', queue_key(id), hash)
+      redis.call('DEL', request_key(hash))
+    elseif visit(hash, request, now - number(request.heard_us) <= LIVE_FOR) then
+      return
+    end
+  end
+end
+
+local function first_live_waiter(id)
+  local first
+  walk_queue(id, function(hash, _, live)
+    if live then first = hash end
+    return live
+  end)
+  return first
+end
+
+local function hear(hash, request, age)
+  put(request_key(hash), request, {
+    heard_us = math.max(number(request.heard_us), now - age),
+    heard_service_us = math.max(number(request.heard_service_us), number(shard.service_us) - age),
+  })
+  redis.call('PEXPIRE', request_key(hash), WAITER_KEPT_MS)
+  redis.call('PEXPIRE', queue_key(request.token), WAITER_KEPT_MS)
+end
+
+local function wake_next(id)
+  local hash = first_live_waiter(id)
+  if hash then redis.call('PUBLISH', SHARD .. ':wake', hash) end
+end
+
+-- Lease ---------------------------------------------------------------------
+
+-- `refreshed` is the last instant at which the token may have been refreshed.
+local function cool_down(id, token, refreshed, interval)
+  put(token_key(id), token, {
+    last_refresh_us = math.max(number(token.last_refresh_us), refreshed),
+    not_before_us = math.max(number(token.not_before_us), refreshed + interval),
+  })
+end
+
+local function forget_lease(id, token)
+  redis.call('HDEL', token_key(id), 'lease')
+  token.lease = nil
+end
+
+-- Ends a lease that was accepted.
+local function finish(id, token, lease, state, ended, refreshed)
+  cool_down(id, token, refreshed, math.max(number(lease.interval_us), number(token.interval_us)))
+  put(lease_key(id, token.lease), lease, {
+    state = state, ended_us = ended, not_before_us = token.not_before_us,
+  })
+  redis.call('PEXPIRE', lease_key(id, token.lease), RECORD_KEPT_MS)
+  redis.call('HSET', request_key(lease.request), 'state', 'ended')
+  redis.call('PEXPIRE', request_key(lease.request), RECORD_KEPT_MS)
+  forget_lease(id, token)
+end
+
+-- Takes back an offer that was not accepted: no cooldown, and the waiter keeps
+-- its place, but is silent until it is heard again.
+local function withdraw_offer(id, token, lease)
+  put(lease_key(id, token.lease), lease, {state = 'WITHDRAWN', ended_us = now})
+  redis.call('PEXPIRE', lease_key(id, token.lease), RECORD_KEPT_MS)
+  local key = request_key(lease.request)
+  if redis.call('ZSCORE', queue_key(id), lease.request) then
+    redis.call('HDEL', key, 'lease')
+    redis.call('HSET', key, 'state', 'waiting', 'heard_us', '0')
+    if redis.call('HINCRBY', key, 'lapses', 1) % LAPSES_ALLOWED == 0 then
+      redis.call('ZADD', queue_key(id), redis.call('HINCRBY', SHARD, 'sequence', 1), lease.request)
+    end
+  else
+    redis.call('DEL', key)
+  end
+  forget_lease(id, token)
+end
+
+local function break_lease(id, token, lease, why)
+  if not lease.break_reason then
+    put(lease_key(id, token.lease), lease, {break_reason = why})
+  end
+end
+
+-- Makes python-redis-lock's key say what our record says, pushes its signal
+-- when the lock is free and no waiter of ours is next, and notes when this
+-- token has to be looked at again.
+local function mirror(id, token, lease)
+  if token.foreign then
+    redis.call('ZADD', DUE, us(now + SECOND), id)
+    return
+  end
+  local value, busy_until
+  if lease and token.lease then
+    value, busy_until = token.lease, number(lease.expires_us)
+  elseif now < number(token.not_before_us) then
+    value, busy_until = COOLDOWN_LOCK, number(token.not_before_us)
+  end
+  if value then
+    if redis.call('GET', lock_key(id)) == value and number(token.mirror_until_us) == busy_until then return end
+    redis.call('SET', lock_key(id), value, 'PX', us(math.ceil((busy_until - now) / 1000)))
+    put(token_key(id), token, {mirror = value, mirror_until_us = busy_until})
+    redis.call('ZADD', DUE, us(busy_until), id)
+  elseif token.mirror then
+    redis.call('DEL', lock_key(id))
+    if first_live_waiter(id) then
+      redis.call('ZADD', DUE, us(now + SECOND), id)
+      return
+    end
+    redis.call('HDEL', token_key(id), 'mirror')
+    token.mirror = nil
+    redis.call('DEL', signal_key(id))
+    redis.call('LPUSH', signal_key(id), 1)
+    redis.call('PEXPIRE', signal_key(id), SIGNAL_KEPT_MS)
+    redis.call('ZREM', DUE, id)
+  else
+    redis.call('ZREM', DUE, id)
+  end
+end
+
+-- Brings a token up to this instant: ends what has run out and sees foreign
+-- locks. Returns the token and its live lease, or nothing if there is no such
+-- token.
+local function settle(id)
+  local token = load(token_key(id))
+  if not token.policy then return end
+  local lease = token.lease and load(lease_key(id, token.lease))
+  local before = token.lease
+  if lease and now >= number(lease.expires_us) then
+    if lease.state == 'OFFERED' then
+      withdraw_offer(id, token, lease)
+    else
+      local expired = number(lease.expires_us)
+      finish(id, token, lease, lease.break_reason and 'BROKEN' or 'EXPIRED', expired, expired)
+    end
+  end
+  local owner = redis.call('GET', lock_key(id))
+  local foreign = owner and owner ~= COOLDOWN_LOCK and owner ~= token.mirror and owner ~= before
+  if foreign then
+    put(token_key(id), token, {foreign = owner})
+    if token.lease and lease.state == 'OFFERED' then
+      withdraw_offer(id, token, lease)
+    elseif token.lease then
+      break_lease(id, token, lease, 'its lock was taken by a python-redis-lock user')
+    end
+  elseif token.foreign then
+    -- It ended some time before this look: count the latest possible instant.
+    redis.call('HDEL', token_key(id), 'foreign')
+    token.foreign = nil
+    cool_down(id, token, now, number(token.interval_us))
+    before = before or 'foreign'
+  end
+  if not token.lease then lease = nil end
+  mirror(id, token, lease)
+  if before and before ~= token.lease then wake_next(id) end
+  return token, lease
+end
+
+-- What a request waits for: {reason, place, queue length, earliest start in µs
+-- or '', 1 if it is the first live waiter}. The reason is '' when it may have
+-- the lease at this instant.
+local function standing(id, token, lease, hash)
+  local place, length, first, ahead_returning = 0, 0, true, false
+  walk_queue(id, function(other, _, live)
+    length = length + 1
+    if other == hash then
+      place = length
+    elseif place == 0 then
+      if live then first = false else ahead_returning = true end
+    end
+  end)
+  if now >= number(shard.recovery_until_us) then ahead_returning = false end
+
+  local interval = number(token.interval_us)
+  local reason, start = '', math.max(number(token.not_before_us), now)
+  if now < quarantined_until() then
+    reason, start = 'QUARANTINED', math.max(start, quarantined_until())
+  elseif token.foreign then
+    reason, start = 'HELD', start + interval
+  elseif lease then
+    reason = 'HELD'
+    if lease.state == 'ACTIVE' then
+      local refreshed = now
+      if lease.refresh_at == 'START' and token.refresh_at == 'START' and not lease.break_reason then
+        refreshed = number(lease.started_us or lease.accepted_us)
+      end
+      start = math.max(start, refreshed + math.max(interval, number(lease.interval_us)))
+    end
+  elseif now < number(token.not_before_us) then
+    reason = 'COOLING'
+  elseif not first or ahead_returning then
+    reason = 'QUEUED'
+    if ahead_returning then start = math.max(start, number(shard.recovery_until_us)) end
+  end
+  -- Everybody ahead refreshes too, each an interval apart.
+  if place > 1 then start = start + (place - 1) * interval end
+  return {reason, us(place), us(length), us(start), first and '1' or '0'}
+end
+
+local function flat_lease(id, lease_id) return redis.call('HGETALL', lease_key(id, lease_id)) end
+
+-- The lease a holder speaks of, after the token was settled: id, token, live
+-- lease or nil, record. Returns an error reply as its second value.
+local function owned_lease(id, lease_id, secret_hash)
+  local token, live = settle(id)
+  if not token then return nil, reply('TOKEN_NOT_FOUND') end
+  if token.lease ~= lease_id then live = nil end
+  local record = live or load(lease_key(id, lease_id))
+  if not record.state then return nil, reply('LEASE_NOT_FOUND') end
+  if secret_hash and record.secret_hash ~= secret_hash then return nil, reply('WRONG_SECRET') end
+  return token, live, record
+end

@@ -1,0 +1,17 @@
+-- Reads tokens as they are at this instant.
+-- ARGV 5.. token ids
+-- Answers one {token id, token, lease id or '', lease, queue length, reason} a
+-- token that exists.
+local found = {}
+for i = 5, #ARGV do
+  local id = ARGV[i]
+  local token, lease = settle(id)
+  if token then
+    local stand = standing(id, token, lease, '')
+    found[#found + 1] = {
+      id, redis.call('HGETALL', token_key(id)), token.lease or '',
+      token.lease and flat_lease(id, token.lease) or {}, stand[3], stand[1],
+    }
+  end
+end
+return reply('OK', found)

@@ -1,0 +1,5 @@
+-- Reads one lease, live or ended within the last hour.
+-- ARGV 5.. token id, lease id
+local token, lease, record = owned_lease(ARGV[5], ARGV[6])
+if not token then return lease end
+return reply('OK', flat_lease(ARGV[5], ARGV[6]))

@@ -1,0 +1,33 @@
+-- Ends a lease for its holder; a second time gives the same answer.
+-- ARGV 5.. token id, lease id, hash of the secret, '1' if the holder saw every
+--         refresh, age of the last refresh in µs ('' if not told)
+local id, lease_id = ARGV[5], ARGV[6]
+local token, lease, record = owned_lease(id, lease_id, ARGV[7])
+if not token then return lease end
+if not lease then
+  if record.released ~= '1' then return reply('LEASE_OVER', record.state) end
+  return reply('OK', flat_lease(id, lease_id))
+end
+put(lease_key(id, lease_id), lease, {released = '1'})
+
+if lease.state == 'OFFERED' then
+  redis.call('ZREM', queue_key(id), lease.request)
+  withdraw_offer(id, token, lease)
+else
+  local refreshed = now
+  if not lease.break_reason then
+    local reported = ARGV[9] ~= '' and now - number(ARGV[9]) or 0
+    local started = number(lease.started_us)
+    local life = math.min(number(lease.access_token_life_us), number(token.access_token_life_us))
+    if ARGV[8] == '1' and reported >= number(lease.accepted_us) then
+      refreshed = math.min(reported, now)
+    elseif lease.refresh_at == 'START' and token.refresh_at == 'START'
+        and started > 0 and now - started < life then
+      refreshed = started
+    end
+  end
+  finish(id, token, lease, lease.break_reason and 'BROKEN' or 'RELEASED', now, refreshed)
+end
+mirror(id, token, nil)
+wake_next(id)
+return reply('OK', flat_lease(id, lease_id))

@@ -1,0 +1,23 @@
+-- Accepts an offer (the first renewal) or prolongs a lease. Goes on during a
+-- quarantine, and puts the lock's key back if somebody deleted it.
+-- ARGV 5.. token id, lease id, hash of the secret, '1' if the command has
+--         started, age of the last refresh in µs ('' if not told)
+local id, lease_id = ARGV[5], ARGV[6]
+local token, lease, record = owned_lease(id, lease_id, ARGV[7])
+if not token then return lease end
+if not lease then return reply('LEASE_OVER', record.state) end
+if lease.break_reason then return reply('LEASE_BROKEN', lease.break_reason, lease.expires_us) end
+
+local changes = {expires_us = now + number(lease.ttl_us)}
+if lease.state == 'OFFERED' then
+  changes.state, changes.accepted_us = 'ACTIVE', now
+  redis.call('ZREM', queue_key(id), lease.request)
+  redis.call('HSET', request_key(lease.request), 'state', 'held')
+end
+if ARGV[8] == '1' and not lease.started_us then changes.started_us = now end
+if ARGV[9] ~= '' then changes.reported_refresh_us = now - number(ARGV[9]) end
+put(lease_key(id, lease_id), lease, changes)
+-- The record outlives the lease by far, and no request outlives its record.
+redis.call('PEXPIRE', request_key(lease.request), WAITER_KEPT_MS)
+mirror(id, token, lease)
+return reply('OK', flat_lease(id, lease_id))

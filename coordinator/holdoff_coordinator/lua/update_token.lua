@@ -1,0 +1,16 @@
+-- Changes a token's rules; a cooldown that runs is never shortened.
+-- ARGV 5.. as for create_token.lua, up to the access token life
+local id = ARGV[5]
+local token, lease = settle(id)
+if not token then return reply('TOKEN_NOT_FOUND') end
+put(token_key(id), token, {
+  policy = ARGV[6], own_interval_us = ARGV[7], own_refresh_at = ARGV[8],
+  interval_us = ARGV[9], refresh_at = ARGV[10], access_token_life_us = ARGV[11],
+  updated_us = now,
+})
+put(SHARD, shard, {longest_interval_us = math.max(number(shard.longest_interval_us), number(ARGV[9]))})
+if token.last_refresh_us then
+  cool_down(id, token, number(token.last_refresh_us), number(token.interval_us))
+  mirror(id, token, lease)
+end
+return reply('OK')

@@ -1,0 +1,197 @@
+"""From the store's records to the API's messages. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from google.protobuf import duration_pb2, timestamp_pb2
+
+from holdoff.names import LeaseName, TokenName
+from holdoff.v1 import lease_pb2, token_pb2
+from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.scripts import lock_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+Record = dict[str, bytes]
+
+_LIVE = (
+    lease_pb2.LEASE_STATE_OFFERED,
+    lease_pb2.LEASE_STATE_ACTIVE,
+    lease_pb2.LEASE_STATE_BREAKING,
+)
+
+_WAIT_REASONS = {
+    "": lease_pb2.WAIT_REASON_UNSPECIFIED,
+    "HELD": lease_pb2.WAIT_REASON_HELD,
+    "COOLING": lease_pb2.WAIT_REASON_COOLING,
+    "QUARANTINED": lease_pb2.WAIT_REASON_QUARANTINED,
+    "QUEUED": lease_pb2.WAIT_REASON_QUEUED,
+}
+
+_FAILURE_REASONS = {
+    "HELD": "LEASE_HELD",
+    "COOLING": "TOKEN_COOLING",
+    "QUARANTINED": "QUARANTINED",
+    "QUEUED": "TOKEN_QUEUED",
+}
+
+
+def record(flat: Sequence[bytes]) -> Record:
+    """Read HGETALL's answer as scripts pass it on."""
+    return {flat[i].decode(): flat[i + 1] for i in range(0, len(flat), 2)}
+
+
+def duration(microseconds: int) -> duration_pb2.Duration:
+    """Microseconds as a Duration."""
+    message = duration_pb2.Duration()
+    message.FromMicroseconds(microseconds)
+    return message
+
+
+def timestamp(record: Mapping[str, bytes], field: str) -> timestamp_pb2.Timestamp | None:
+    """A field in µs as a Timestamp; None if the record lacks it."""
+    if field not in record:
+        return None
+    message = timestamp_pb2.Timestamp()
+    message.FromMicroseconds(int(record[field]))
+    return message
+
+
+def lease_message(token: TokenName, lease_id: str, lease: Record, now_us: int) -> lease_pb2.Lease:
+    """A lease as the API shows it: everything but the proof of ownership."""
+    state = lease_pb2.LeaseState.Value(f"LEASE_STATE_{lease['state'].decode()}")
+    if state == lease_pb2.LEASE_STATE_ACTIVE and "break_reason" in lease:
+        state = lease_pb2.LEASE_STATE_BREAKING
+    remaining = max(0, int(lease["expires_us"]) - now_us) if state in _LIVE else None
+    return lease_pb2.Lease(
+        name=str(LeaseName(token.app, token.token, lease_id)),
+        state=state,
+        mode=lease_pb2.LEASE_MODE_EXCLUSIVE,
+        holder=lease_pb2.Holder.FromString(lease["holder"]),
+        fencing_token=int(lease["fencing"]),
+        ttl=duration(int(lease["ttl_us"])),
+        create_time=timestamp(lease, "created_us"),
+        accept_time=timestamp(lease, "accepted_us"),
+        command_start_time=timestamp(lease, "started_us"),
+        expire_time=timestamp(lease, "expires_us"),
+        remaining=None if remaining is None else duration(remaining),
+        end_time=timestamp(lease, "ended_us"),
+        break_reason=lease.get("break_reason", b"").decode(),
+    )
+
+
+def token_message(token: TokenName, found: Sequence[Any], now_us: int) -> token_pb2.Token:
+    """A token as the API shows it, from an entry of `read.lua`."""
+    _, flat, lease_id, _, queue_length, reason = found
+    rec = record(flat)
+    own_refresh_at = rec["own_refresh_at"].decode()
+    own_interval = rec["own_interval_us"]
+    cooldown_us = int(rec.get("not_before_us", b"0")) - now_us
+    return token_pb2.Token(
+        name=str(token),
+        policy=rec["policy"].decode(),
+        refresh_interval=duration(int(own_interval)) if own_interval else None,
+        refresh_at=refresh_at_value(own_refresh_at),
+        rules=token_pb2.TokenRules(
+            refresh_interval=duration(int(rec["interval_us"])),
+            refresh_at=refresh_at_value(rec["refresh_at"].decode()),
+            access_token_life=duration(int(rec["access_token_life_us"])),
+        ),
+        lock_name=lock_name(token.app, token.token),
+        wait_reason=_WAIT_REASONS[reason.decode()],
+        cooldown=duration(cooldown_us) if cooldown_us > 0 else None,
+        not_before_time=timestamp(rec, "not_before_us"),
+        last_refresh_time=timestamp(rec, "last_refresh_us"),
+        fencing_token=int(rec["fencing"]),
+        lease=str(LeaseName(token.app, token.token, lease_id.decode())) if lease_id else "",
+        queue_length=int(queue_length),
+        create_time=timestamp(rec, "created_us"),
+        update_time=timestamp(rec, "updated_us"),
+    )
+
+
+def refresh_at_value(word: str) -> token_pb2.RefreshAt:
+    """Turn END, START or '' into the API's enum."""
+    return token_pb2.RefreshAt.Value(f"REFRESH_AT_{word or 'UNSPECIFIED'}")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a request waits for, at one instant of the store's clock."""
+
+    reason: str
+    """HELD, COOLING, QUARANTINED, QUEUED, or '' when nothing stands in the way."""
+    place: int
+    queue_length: int
+    start_us: int
+    """The earliest start; a bound from below."""
+    first: bool
+    """The request is the first live one of its queue."""
+    now_us: int
+    blocking_lease: lease_pb2.Lease | None
+
+    @classmethod
+    def read(cls, flat: Sequence[bytes], now_us: int, lease: lease_pb2.Lease | None) -> Self:
+        """Read what `standing()` of common.lua returned."""
+        reason, place, length, start, first = flat
+        return cls(
+            reason.decode(), int(place), int(length), int(start), first == b"1", now_us, lease
+        )
+
+    @property
+    def start_in_us(self) -> int:
+        """Microseconds from the store's instant to the earliest start."""
+        return max(0, self.start_us - self.now_us)
+
+    @property
+    def signature(self) -> tuple[str, int, str, int]:
+        """What has to change for the waiter to be told; while held, the start always moves."""
+        blocking = self.blocking_lease
+        return (
+            self.reason,
+            self.place,
+            f"{blocking.name} {blocking.state}" if blocking else "",
+            self.start_us if self.reason == "COOLING" else 0,
+        )
+
+    def message(self) -> str:
+        """One sentence for people."""
+        match self.reason:
+            case "HELD" if self.blocking_lease:
+                holder = self.blocking_lease.holder
+                who = f"job {holder.job!r}" if holder.job else f"process {holder.pid}"
+                where = f" on {holder.host}" if holder.host else ""
+                return f"held by {who}{where}"
+            case "HELD":
+                return "its lock is held by a python-redis-lock user"
+            case "COOLING":
+                return "cooling down after the last refresh"
+            case "QUARANTINED":
+                return "quarantined: the store may have forgotten something"
+            case _:
+                return "another waiter comes first"
+
+    def to_status(self) -> lease_pb2.WaitStatus:
+        """The message for the waiter."""
+        start = timestamp({"start": b"%d" % self.start_us}, "start")
+        return lease_pb2.WaitStatus(
+            reason=_WAIT_REASONS[self.reason],
+            place=self.place,
+            queue_length=self.queue_length,
+            earliest_start_in=duration(self.start_in_us),
+            earliest_start_time=start,
+            blocking_lease=self.blocking_lease,
+            message=self.message(),
+        )
+
+    def to_failure(self, token: TokenName) -> Failure:
+        """The answer at the limit of a wait."""
+        return Failure(
+            _FAILURE_REASONS[self.reason or "QUEUED"],
+            f"no lease on {token}: {self.message()}",
+            resource=self.blocking_lease.name if self.blocking_lease else str(token),
+            retry_after_seconds=self.start_in_us / 1e6,
+        )

@@ -1,0 +1,184 @@
+"""The border to the store: runs the Lua scripts, and turns its errors into failures.
+
+Every decision is made in a script, with the store's clock. One script a file; `common.lua`
+stands before each.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from redis.exceptions import RedisError
+
+from holdoff_coordinator.clock import StoreClock
+from holdoff_coordinator.failures import Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from redis.asyncio import Redis
+
+log = structlog.get_logger()
+
+APPS = "holdoff:apps"
+"""Index of all apps; written before anything of the app, so that it may name too many."""
+ACTIVE = "holdoff:active"
+"""Index of the apps that the sweeper has to visit; may name too many."""
+LOST = "lost"
+"""Stands for the epoch of an app whose store is known to have lost its data."""
+
+_NAMES = (
+    "acquire",
+    "break",
+    "create_token",
+    "quarantine",
+    "read",
+    "read_lease",
+    "release",
+    "renew",
+    "sweep",
+    "tick",
+    "update_token",
+    "withdraw",
+)
+
+
+def shard_key(app: str) -> str:
+    """Return the first key of an app; all keys of an app carry its hash tag."""
+    return f"holdoff:{{{app}}}"
+
+
+def lock_name(app: str, token: str) -> str:
+    """Return what to pass to `redis_lock.Lock(client, lock_name)`."""
+    return f"{shard_key(app)}:{token}"
+
+
+def boottime_us() -> int:
+    """Read the boot clock, which counts suspended time where the platform has such a clock."""
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime_ns(clock) // 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A script's answer: the store's time in µs, a status word, and what goes with it."""
+
+    now_us: int
+    status: str
+    values: tuple[Any, ...]
+
+
+class Scripts:
+    """Runs scripts on the shards of one store."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        store_epoch: str,
+        data_lost: bool = False,
+        quarantine_us: int,
+        boot_us: Callable[[], int] = boottime_us,
+    ) -> None:
+        self.redis = redis
+        self._store_epoch = store_epoch
+        self._unknown_epoch = LOST if data_lost else ""
+        self._quarantine_us = quarantine_us
+        self._boot_us = boot_us
+        self._clock = StoreClock()
+        self._epochs: dict[str, str] = {}
+        self._jump_us = 0
+        self._doubted: set[str] = set()
+        folder = files("holdoff_coordinator") / "lua"
+        common = (folder / "common.lua").read_text()
+        self._scripts = {
+            name: redis.register_script(common + (folder / f"{name}.lua").read_text())
+            for name in _NAMES
+        }
+
+    async def run(self, name: str, app: str, *args: bytes | str | int) -> Reply:
+        """Run a script on the shard of an app.
+
+        Raises:
+            Failure: STORE_UNAVAILABLE; whether the script ran is then unknown.
+        """
+        if app in self._doubted:
+            why = f"the clock of the store jumped by {self._jump_us / 1e6:+.3f} s"
+            await self._run("quarantine", app, why)
+            self._doubted.discard(app)
+        return await self._run(name, app, *args)
+
+    async def _run(self, name: str, app: str, *args: bytes | str | int) -> Reply:
+        estimate_us = 0 if app in self._doubted else self._clock.estimate_us(self._boot_us())
+        header = (
+            "" if estimate_us is None else estimate_us,
+            self._epochs.get(app, self._unknown_epoch),
+            self._store_epoch,
+            self._quarantine_us,
+        )
+        sent_us = self._boot_us()
+        answer = await _answer(self._scripts[name](keys=[shard_key(app)], args=[*header, *args]))
+        now_us = int(answer[0])
+        if epoch := answer[1].decode():
+            self._epochs[app] = epoch
+        jump_us = self._clock.observe(sent_us, self._boot_us(), now_us)
+        if jump_us:
+            self._jump_us = jump_us
+            self._doubted.update(self._epochs)
+            log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
+        return Reply(now_us, answer[2].decode(), tuple(answer[3:]))
+
+    async def mark_active(self, app: str) -> None:
+        """Make the sweeper visit an app; called before the app gets something to sweep."""
+        await _answer(self.redis.sadd(ACTIVE, app))
+
+    async def mark_idle(self, app: str) -> None:
+        """Spare the sweeper an app, unless it became busy in the meantime."""
+        await _answer(self.redis.srem(ACTIVE, app))
+        if await _answer(self.redis.zcard(f"{shard_key(app)}:due")):
+            await self.mark_active(app)
+
+    async def active_apps(self) -> list[str]:
+        """List the apps that have something to sweep, and perhaps some more."""
+        return sorted(app.decode() for app in await _answer(self.redis.smembers(ACTIVE)))
+
+    async def register(self, app: str) -> None:
+        """Put an app into the index of apps."""
+        await _answer(self.redis.sadd(APPS, app))
+
+    async def apps(self) -> list[str]:
+        """List all apps, in order."""
+        return sorted(app.decode() for app in await _answer(self.redis.smembers(APPS)))
+
+    async def tokens(self, app: str, after: str, limit: int) -> list[str]:
+        """List up to `limit` token ids of an app after the id `after`, in order."""
+        first = f"({after}" if after else "-"
+        key = f"{shard_key(app)}:tokens"
+        found = await _answer(self.redis.zrangebylex(key, first, "+", start=0, num=limit))
+        return [token.decode() for token in found]
+
+    async def busy_tokens(self, app: str) -> list[str]:
+        """List the ids of an app's tokens that are leased, offered, or cooling, in order."""
+        found = await _answer(self.redis.zrange(f"{shard_key(app)}:due", 0, -1))
+        return sorted(token.decode() for token in found)
+
+
+async def _answer(command: Awaitable[Any]) -> Any:
+    try:
+        return await command
+    except RedisError as error:
+        raise store_failure(error) from error
+
+
+def store_failure(error: RedisError) -> Failure:
+    """Turn the driver's error into ours; its text may name hosts, never a password."""
+    log.warning("store call failed", error=type(error).__name__, detail=str(error)[:200])
+    return Failure(
+        "STORE_UNAVAILABLE",
+        "the store does not answer; nothing is lost, try again",
+        retry_after_seconds=1.0,
+    )

@@ -1,0 +1,137 @@
+"""The coordinator as one thing that starts, serves and stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Self
+
+import grpc
+import structlog
+from redis import Redis as SyncRedis
+
+from holdoff_coordinator.hub import Hub
+from holdoff_coordinator.leases import Leases
+from holdoff_coordinator.scripts import Scripts, boottime_us
+from holdoff_coordinator.service import SERVICES, add_services
+from holdoff_coordinator.sweeper import Sweeper
+from holdoff_coordinator.tokens import Tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from types import TracebackType
+    from typing import Any
+
+    from redis.asyncio import Redis
+
+    from holdoff_coordinator.store import Epoch
+
+log = structlog.get_logger()
+
+MOST_MESSAGE_BYTES = 256 * 1024
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
+    ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
+    # Clients that wait for hours ping now and then to find out about dead connections.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
+
+
+class CannotListenError(Exception):
+    """The address cannot be listened on; the message says why."""
+
+
+class Coordinator:
+    """One replica on a store that is ready.
+
+    Use as an async context manager: inside it the port is open; leaving it drains.
+
+    Raises:
+        CannotListenError: On entering, if the port is taken or the address is not ours.
+    """
+
+    def __init__(  # noqa: PLR0913 - the composition root
+        self,
+        redis: Redis,
+        *,
+        store_url: str,
+        epoch: Epoch,
+        listen: str,
+        quarantine_seconds: float,
+        drain_seconds: float,
+        boot_us: Callable[[], int] = boottime_us,
+    ) -> None:
+        self._redis = redis
+        self._listen = listen
+        self._drain_seconds = drain_seconds
+        self.scripts = Scripts(
+            redis,
+            store_epoch=epoch.epoch,
+            data_lost=epoch.lost,
+            quarantine_us=round(quarantine_seconds * 1e6),
+            boot_us=boot_us,
+        )
+        self.hub = Hub(self.scripts)
+        self._lock_client = SyncRedis.from_url(store_url, socket_timeout=5)
+        self._sweeper = Sweeper(self.scripts, self._lock_client)
+        self._server = grpc.aio.server(options=_OPTIONS)
+        leases = Leases(self.scripts, self.hub)
+        self._health = add_services(self._server, leases, Tokens(self.scripts))
+        self._duties: set[asyncio.Task[None]] = set()
+        self.address = listen
+
+    async def __aenter__(self) -> Self:
+        try:
+            port = self._server.add_insecure_port(self._listen)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise CannotListenError(
+                f"cannot listen on {self._listen}: is the port in use, is the address ours? "
+                "Choose another with --listen HOST:PORT"
+            )
+        self.address = f"{self._listen.rpartition(':')[0]}:{port}"
+        await self._server.start()
+        for duty in (
+            self.hub.tick_forever(),
+            self.hub.listen_forever(self._redis),
+            self._sweeper.sweep_forever(),
+        ):
+            self._begin(duty)
+        await self._health.set("", _SERVING)
+        for service in SERVICES:
+            await self._health.set(service, _SERVING)
+        log.info("serving", address=self.address)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        log.info("draining", seconds=self._drain_seconds)
+        await self._health.enter_graceful_shutdown()
+        self.hub.drain()
+        await self._server.stop(self._drain_seconds)
+        for duty in self._duties:
+            duty.cancel()
+        await asyncio.gather(*self._duties, return_exceptions=True)
+        await asyncio.to_thread(self._sweeper.stop)
+        self._lock_client.close()
+
+    def _begin(self, duty: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(duty)
+        self._duties.add(task)
+        task.add_done_callback(_report)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """A duty never ends by itself: say so loudly if it does."""
+    with contextlib.suppress(asyncio.CancelledError):
+        if error := task.exception():
+            log.error("a duty died", error=repr(error), exc_info=error)
+
+
+_SERVING = 1  # grpc.health.v1.HealthCheckResponse.SERVING

@@ -1,0 +1,216 @@
+"""The gRPC side: thin adapters from calls and streams to handlers, health and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection_pb2 as reflection_messages
+from grpc_reflection.v1alpha._async import ReflectionServicer
+from grpc_status import rpc_status
+
+from holdoff.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    lease_service_pb2,
+    lease_service_pb2_grpc,
+    token_service_pb2,
+    token_service_pb2_grpc,
+)
+from holdoff_coordinator.failures import Failure, invalid
+from holdoff_coordinator.hub import Waiter
+from holdoff_coordinator.leases import Caller
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from google.rpc import status_pb2
+
+    from holdoff_coordinator.leases import Leases
+    from holdoff_coordinator.tokens import Tokens
+
+log = structlog.get_logger()
+
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (lease_service_pb2, "LeaseService"),
+        (token_service_pb2, "TokenService"),
+        (admin_service_pb2, "AdminService"),
+    )
+)
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def _caller(context: Context) -> Caller:
+    return Caller(identity="anonymous", peer=context.peer())
+
+
+async def _abort(context: Context, status: status_pb2.Status) -> NoReturn:
+    await context.abort_with_status(rpc_status.to_status(status))
+    raise AssertionError  # abort_with_status always raises
+
+
+async def _answer(
+    handler: Callable[[RequestT, Caller], Awaitable[ResponseT]],
+    request: RequestT,
+    context: Context,
+) -> ResponseT:
+    """Run a handler that gives one answer, and send its failure as a rich status."""
+    try:
+        return await handler(request, _caller(context))
+    except Failure as failure:
+        await _abort(context, failure.to_status())
+
+
+class LeaseService(lease_service_pb2_grpc.LeaseServiceServicer):
+    """`holdoff.v1.LeaseService`."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+
+    async def AcquireLease(  # noqa: N802
+        self, request: lease_service_pb2.AcquireLeaseRequest, context: Context
+    ) -> lease_service_pb2.AcquireLeaseResponse:
+        """Answer with the first event of the conversation."""
+        events = self._leases.acquire(request, _caller(context), Waiter())
+        async with contextlib.aclosing(events):
+            event = await anext(events)
+        if event.HasField("error"):
+            await _abort(context, event.error)
+        return event
+
+    async def StreamAcquireLease(  # noqa: N802
+        self,
+        requests: AsyncIterator[lease_service_pb2.StreamAcquireLeaseRequest],
+        context: Context,
+    ) -> AsyncIterator[lease_service_pb2.StreamAcquireLeaseResponse]:
+        """Pass on all events of the conversation."""
+        first = await anext(aiter(requests), lease_service_pb2.StreamAcquireLeaseRequest())
+        if not first.HasField("acquire"):
+            await _abort(context, invalid("acquire", "must be the first message").to_status())
+        waiter = Waiter()
+        listening = asyncio.create_task(_listen(requests, waiter))
+        events = self._leases.acquire(first.acquire, _caller(context), waiter)
+        try:
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    yield lease_service_pb2.StreamAcquireLeaseResponse(event=event)
+        finally:
+            listening.cancel()
+
+    async def RenewLease(  # noqa: N802
+        self, request: lease_service_pb2.RenewLeaseRequest, context: Context
+    ) -> lease_service_pb2.RenewLeaseResponse:
+        """Accept or prolong."""
+        return await _answer(self._leases.renew, request, context)
+
+    async def ReleaseLease(  # noqa: N802
+        self, request: lease_service_pb2.ReleaseLeaseRequest, context: Context
+    ) -> lease_service_pb2.ReleaseLeaseResponse:
+        """End."""
+        return await _answer(self._leases.release, request, context)
+
+    async def GetLease(  # noqa: N802
+        self, request: lease_service_pb2.GetLeaseRequest, context: Context
+    ) -> lease_service_pb2.GetLeaseResponse:
+        """Show one."""
+        return await _answer(self._leases.get, request, context)
+
+    async def ListLeases(  # noqa: N802
+        self, request: lease_service_pb2.ListLeasesRequest, context: Context
+    ) -> lease_service_pb2.ListLeasesResponse:
+        """Show the live ones."""
+        return await _answer(self._leases.list, request, context)
+
+
+async def _listen(
+    requests: AsyncIterator[lease_service_pb2.StreamAcquireLeaseRequest], waiter: Waiter
+) -> None:
+    """Hear the client of a stream; the end of its messages alone says nothing."""
+    async for message in requests:
+        if message.HasField("withdraw"):
+            waiter.withdraw()
+        else:
+            waiter.hear()
+
+
+class TokenService(token_service_pb2_grpc.TokenServiceServicer):
+    """`holdoff.v1.TokenService`."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    async def CreateToken(  # noqa: N802
+        self, request: token_service_pb2.CreateTokenRequest, context: Context
+    ) -> token_service_pb2.CreateTokenResponse:
+        """Create."""
+        return await _answer(self._tokens.create, request, context)
+
+    async def UpdateToken(  # noqa: N802
+        self, request: token_service_pb2.UpdateTokenRequest, context: Context
+    ) -> token_service_pb2.UpdateTokenResponse:
+        """Change."""
+        return await _answer(self._tokens.update, request, context)
+
+    async def GetToken(  # noqa: N802
+        self, request: token_service_pb2.GetTokenRequest, context: Context
+    ) -> token_service_pb2.GetTokenResponse:
+        """Show one."""
+        return await _answer(self._tokens.get, request, context)
+
+    async def ListTokens(  # noqa: N802
+        self, request: token_service_pb2.ListTokensRequest, context: Context
+    ) -> token_service_pb2.ListTokensResponse:
+        """Show many."""
+        return await _answer(self._tokens.list, request, context)
+
+
+class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
+    """`holdoff.v1.AdminService`."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+
+    async def BreakLease(  # noqa: N802
+        self, request: admin_service_pb2.BreakLeaseRequest, context: Context
+    ) -> admin_service_pb2.BreakLeaseResponse:
+        """Forbid a renewal."""
+        return await _answer(self._leases.break_, request, context)
+
+
+def add_services(server: grpc.aio.Server, leases: Leases, tokens: Tokens) -> health.aio.HealthServicer:
+    """Register everything on a server; return the health servicer."""
+    lease_service_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(leases), server)
+    token_service_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(tokens), server)
+    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(leases), server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    _add_reflection(server, (*SERVICES, health.SERVICE_NAME))
+    return health_servicer
+
+
+def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
+    """Register reflection under both names; grpcio-reflection ships v1alpha only.
+
+    The messages of v1 and v1alpha are the same on the wire.
+    """
+    names = (*services, reflection.SERVICE_NAME, REFLECTION_V1)
+    servicer = ReflectionServicer(names)
+    for service in (reflection.SERVICE_NAME, REFLECTION_V1):
+        method = grpc.stream_stream_rpc_method_handler(
+            servicer.ServerReflectionInfo,
+            request_deserializer=reflection_messages.ServerReflectionRequest.FromString,
+            response_serializer=reflection_messages.ServerReflectionResponse.SerializeToString,
+        )
+        handler = grpc.method_handlers_generic_handler(service, {"ServerReflectionInfo": method})
+        server.add_generic_rpc_handlers((handler,))

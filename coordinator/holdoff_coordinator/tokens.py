@@ -1,0 +1,152 @@
+"""Handlers of tokens: create, update, get and list. They know nothing of gRPC."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from holdoff.names import TokenName
+from holdoff.v1 import token_pb2, token_service_pb2
+from holdoff_coordinator import validation
+from holdoff_coordinator.failures import Failure, invalid
+from holdoff_coordinator.leases import READ_BATCH, failure_of
+from holdoff_coordinator.policies import DEFAULT_POLICY, PRESETS, RefreshAt, rules
+from holdoff_coordinator.records import token_message
+
+if TYPE_CHECKING:
+    from holdoff_coordinator.leases import Caller
+    from holdoff_coordinator.scripts import Scripts
+
+log = structlog.get_logger()
+
+MOST_INTERVAL_US = 31 * 24 * 3600 * 1_000_000
+_SETTINGS = {"policy", "refresh_interval", "refresh_at"}
+_OWN_REFRESH_AT = {
+    token_pb2.REFRESH_AT_UNSPECIFIED: None,
+    token_pb2.REFRESH_AT_END: RefreshAt.END,
+    token_pb2.REFRESH_AT_START: RefreshAt.START,
+}
+
+
+class Tokens:
+    """Create, update, get and list tokens."""
+
+    def __init__(self, scripts: Scripts) -> None:
+        self._scripts = scripts
+
+    async def create(
+        self, request: token_service_pb2.CreateTokenRequest, caller: Caller
+    ) -> token_service_pb2.CreateTokenResponse:
+        """Create a token; unless told otherwise it was never refreshed."""
+        name = validation.token_name("token.name", request.token.name)
+        settings = _settings(request.token)
+        match request.WhichOneof("last_refreshed"):
+            case "last_refresh_age":
+                age_us = validation.microseconds("last_refresh_age", request.last_refresh_age)
+                last_refresh_age = str(age_us)
+            case "last_refresh_unknown" if request.last_refresh_unknown:
+                last_refresh_age = "0"
+            case _:
+                last_refresh_age = ""
+        await self._scripts.register(name.app)
+        await self._scripts.mark_active(name.app)
+        reply = await self._scripts.run(
+            "create_token", name.app, name.token, *settings, last_refresh_age
+        )
+        if reply.status != "OK":
+            raise failure_of(reply, name)
+        log.info("token created", token=str(name), policy=settings[0], peer=caller.peer)
+        return token_service_pb2.CreateTokenResponse(token=await self._read(name))
+
+    async def update(
+        self, request: token_service_pb2.UpdateTokenRequest, caller: Caller
+    ) -> token_service_pb2.UpdateTokenResponse:
+        """Change a token's policy or own settings."""
+        name = validation.token_name("token.name", request.token.name)
+        if unknown := sorted(set(request.update_mask.paths) - _SETTINGS):
+            raise invalid("update_mask", f"may name {sorted(_SETTINGS)}, not {unknown[:3]}")
+        changed = await self._read(name)
+        for field in request.update_mask.paths or _SETTINGS:
+            changed.ClearField(field)
+            if field != "refresh_interval":
+                setattr(changed, field, getattr(request.token, field))
+            elif request.token.HasField(field):
+                changed.refresh_interval.CopyFrom(request.token.refresh_interval)
+        settings = _settings(changed)
+        reply = await self._scripts.run("update_token", name.app, name.token, *settings)
+        if reply.status != "OK":
+            raise failure_of(reply, name)
+        log.info("token updated", token=str(name), policy=settings[0], peer=caller.peer)
+        return token_service_pb2.UpdateTokenResponse(token=await self._read(name))
+
+    async def get(
+        self, request: token_service_pb2.GetTokenRequest, _: Caller
+    ) -> token_service_pb2.GetTokenResponse:
+        """Return one token."""
+        name = validation.token_name("name", request.name)
+        return token_service_pb2.GetTokenResponse(token=await self._read(name))
+
+    async def list(
+        self, request: token_service_pb2.ListTokensRequest, _: Caller
+    ) -> token_service_pb2.ListTokensResponse:
+        """List tokens by name."""
+        parent = validation.parent(request.parent)
+        if isinstance(parent, TokenName):
+            raise invalid("parent", "write apps/{app}, or leave it out")
+        size = validation.page_size(request.page_size)
+        after = validation.page_token(request.page_token) or ("", "")
+        found: list[token_pb2.Token] = []
+        for app in [parent.app] if parent else await self._scripts.apps():
+            if app < after[0]:
+                continue
+            last = after[1] if app == after[0] else ""
+            while tokens := await self._scripts.tokens(app, last, READ_BATCH):
+                last = tokens[-1]
+                reply = await self._scripts.run("read", app, *tokens)
+                for entry in reply.values[0]:
+                    if len(found) == size:
+                        return token_service_pb2.ListTokensResponse(
+                            tokens=found, next_page_token=found[-1].name
+                        )
+                    name = TokenName(app, entry[0].decode())
+                    found.append(token_message(name, entry, reply.now_us))
+        return token_service_pb2.ListTokensResponse(tokens=found)
+
+    async def _read(self, name: TokenName) -> token_pb2.Token:
+        reply = await self._scripts.run("read", name.app, name.token)
+        for entry in reply.values[0]:
+            return token_message(name, entry, reply.now_us)
+        raise Failure(
+            "TOKEN_NOT_FOUND",
+            f"there is no token {name}; make it with: holdoff token create {name}",
+            resource=str(name),
+        )
+
+
+def _settings(token: token_pb2.Token) -> tuple[str, str, str, int, str, int]:
+    """Check a token's settings and work out its rules, as the scripts take them."""
+    policy = PRESETS.get(token.policy or DEFAULT_POLICY)
+    if policy is None:
+        raise Failure(
+            "POLICY_NOT_FOUND",
+            f"there is no policy {token.policy[:63]!r}; there is: {', '.join(PRESETS)}",
+            field="token.policy",
+        )
+    own_interval_us = None
+    if token.HasField("refresh_interval"):
+        own_interval_us = validation.microseconds(
+            "token.refresh_interval", token.refresh_interval, MOST_INTERVAL_US
+        )
+    if token.refresh_at not in _OWN_REFRESH_AT:
+        raise invalid("token.refresh_at", "must be REFRESH_AT_END or REFRESH_AT_START")
+    own_refresh_at = _OWN_REFRESH_AT[token.refresh_at]
+    effective = rules(policy, own_interval_us, own_refresh_at)
+    return (
+        policy.name,
+        "" if own_interval_us is None else str(own_interval_us),
+        own_refresh_at or "",
+        effective.interval_us,
+        effective.refresh_at,
+        effective.access_token_life_us,
+    )
