@@ -1,0 +1,239 @@
+"""The client's decisions, without sockets, threads or clocks (sans-I/O).
+
+Times are nanoseconds of one clock that never jumps and counts suspended time; the shells read
+it and hand it in.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import random
+import socket
+import uuid
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from google.protobuf import duration_pb2
+
+from holdoff.errors import HoldoffError, LeaseLost, Unavailable, from_status
+from holdoff.v1 import lease_pb2, lease_service_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SECOND = 1_000_000_000
+HEARTBEAT_SECONDS = 1.5
+"""A waiter is passed over after 5 s of silence; this leaves room for two lost heartbeats."""
+NO_WAIT_SECONDS = 4.0
+"""How long a request that does not wait tries to reach a coordinator."""
+FIRST_RETRY_SECONDS = 0.1
+MOST_RETRY_SECONDS = 2.0
+
+DEFAULT_TTL_SECONDS = 120.0
+
+
+def retry_delay_seconds(attempt: int, random_: Callable[[], float] = random.random) -> float:
+    """Exponential back-off with jitter, from 0.1 s to 2 s, for attempts from 0.
+
+    Full jitter over the upper half, so that many clients don't come back as one.
+    """
+    most = min(MOST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(attempt, 10))
+    return most * (0.5 + random_() / 2)
+
+
+def margin_seconds(ttl_seconds: float) -> float:
+    """By how much a holder stops before the store lets the lease run out.
+
+    5 % of the TTL, at most 1 s, for the last instants of killing; and 0.1 % of it, for two
+    clocks that run at different speeds (NTP slews by 0.05 % at most).
+    """
+    return min(1.0, ttl_seconds * 0.05) + ttl_seconds * 0.001
+
+
+def default_grace_seconds(ttl_seconds: float) -> float:
+    """Time between TERM and KILL where nobody says otherwise."""
+    return min(10.0, ttl_seconds / 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When a holder renews, and when it must have stopped."""
+
+    ttl_seconds: float
+    grace_seconds: float
+    """Time between TERM and KILL; cut to three quarters of the TTL, so that renewals fit in."""
+
+    @classmethod
+    def of(cls, ttl_seconds: float, grace_seconds: float | None = None) -> Timing:
+        """Work out the timing of a lease.
+
+        Raises:
+            ValueError: If an explicit grace is not shorter than the TTL.
+        """
+        if grace_seconds is None:
+            grace_seconds = default_grace_seconds(ttl_seconds)
+        if grace_seconds >= ttl_seconds:
+            raise ValueError(
+                f"the grace ({grace_seconds:g} s) must be shorter than the TTL ({ttl_seconds:g} s)"
+            )
+        return cls(ttl_seconds, min(grace_seconds, ttl_seconds * 0.75))
+
+    def deadline_ns(self, sent_ns: int) -> int:
+        """When everything must have stopped, if the last good renewal was *sent* then."""
+        return sent_ns + round((self.ttl_seconds - margin_seconds(self.ttl_seconds)) * SECOND)
+
+    @property
+    def renew_after_seconds(self) -> float:
+        """Time between renewals: three fit in before TERM."""
+        usable = self.ttl_seconds - margin_seconds(self.ttl_seconds) - self.grace_seconds
+        return usable / 3
+
+    @property
+    def call_seconds(self) -> float:
+        """How long one renewal may take before it is tried again."""
+        return min(10.0, max(0.2, self.renew_after_seconds))
+
+
+def here(job: str = "") -> lease_pb2.Holder:
+    """Describe this process as a holder."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no entry for our uid, as in many containers
+        user = str(os.getuid())
+    try:
+        release = version("holdoff")
+    except PackageNotFoundError:  # run from a source tree
+        release = "unknown"
+    return lease_pb2.Holder(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        user=user,
+        job=job,
+        client_version=f"holdoff/{release}",
+    )
+
+
+def duration(seconds: float) -> duration_pb2.Duration:
+    """Seconds as a Duration, to the microsecond."""
+    message = duration_pb2.Duration()
+    message.FromMicroseconds(round(seconds * 1e6))
+    return message
+
+
+@dataclass(slots=True)
+class Acquisition:
+    """One request for a lease, over as many connections as it takes."""
+
+    token: str
+    ttl_seconds: float
+    wait_seconds: float | None
+    holder: lease_pb2.Holder
+    last_fencing_token: int
+    began_ns: int
+    request_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    _failures: int = 0
+    _failing_since_ns: int | None = None
+
+    def request(self, now_ns: int) -> lease_service_pb2.AcquireLeaseRequest:
+        """What to send on a new connection: the wait that is left, and the rest as before."""
+        left = self.wait_left_seconds(now_ns)
+        return lease_service_pb2.AcquireLeaseRequest(
+            token=self.token,
+            request_id=self.request_id,
+            wait=None if left is None else duration(left),
+            ttl=duration(self.ttl_seconds),
+            holder=self.holder,
+            last_fencing_token=self.last_fencing_token,
+        )
+
+    def wait_left_seconds(self, now_ns: int) -> float | None:
+        """Time left of the wait; None without limit."""
+        if self.wait_seconds is None:
+            return None
+        return max(0.0, self.wait_seconds - (now_ns - self.began_ns) / SECOND)
+
+    def received(
+        self, event: lease_service_pb2.AcquireLeaseResponse
+    ) -> lease_pb2.WaitStatus | lease_service_pb2.LeaseOffer:
+        """Take in an event.
+
+        Raises:
+            HoldoffError: The request failed; `failed` says whether to go on.
+        """
+        self._failures, self._failing_since_ns = 0, None
+        match event.WhichOneof("event"):
+            case "waiting":
+                return event.waiting
+            case "offer":
+                return event.offer
+            case "error":
+                raise from_status(event.error)
+            case _:
+                raise HoldoffError("the coordinator sent an event that this client does not know")
+
+    def failed(self, error: HoldoffError, now_ns: int) -> float:
+        """Return after how many seconds to connect again, with the same request id.
+
+        Raises:
+            HoldoffError: The error, if it is final or the wait is over.
+        """
+        if not isinstance(error, Unavailable):
+            raise error
+        if self._failing_since_ns is None:
+            self._failing_since_ns = now_ns
+        left = self.wait_left_seconds(now_ns)
+        if self.wait_seconds is not None and self.wait_seconds < NO_WAIT_SECONDS:
+            left = NO_WAIT_SECONDS - (now_ns - self.began_ns) / SECOND
+        if left is not None and left <= 0:
+            raise error
+        delay = error.retry_after_seconds or retry_delay_seconds(self._failures)
+        self._failures += 1
+        return delay if left is None else min(delay, left)
+
+
+@dataclass(slots=True)
+class Renewals:
+    """The renewals of one accepted lease: when to send the next, and when it is lost."""
+
+    timing: Timing
+    accepted_sent_ns: int
+    deadline_ns: int = field(init=False)
+    """When everything that runs under the lease must have stopped."""
+    next_ns: int = field(init=False)
+    """When to send the next renewal."""
+    _failures: int = 0
+
+    def __post_init__(self) -> None:
+        self.succeeded(self.accepted_sent_ns)
+
+    def succeeded(self, sent_ns: int) -> None:
+        """A renewal that was sent at `sent_ns` was granted."""
+        self.deadline_ns = self.timing.deadline_ns(sent_ns)
+        self.next_ns = sent_ns + round(self.timing.renew_after_seconds * SECOND)
+        self._failures = 0
+
+    def failed(self, error: HoldoffError, now_ns: int) -> None:
+        """Take in a renewal that failed; a time-out says nothing about the lease.
+
+        Raises:
+            LeaseLost: The coordinator says that the lease is gone, or the deadline has passed.
+        """
+        if not isinstance(error, Unavailable):
+            if isinstance(error, LeaseLost):
+                raise error
+            raise LeaseLost(f"the renewal was refused: {error}") from error
+        self.check(now_ns)
+        delay = min(retry_delay_seconds(self._failures), self.timing.renew_after_seconds)
+        self._failures += 1
+        self.next_ns = now_ns + round(delay * SECOND)
+
+    def check(self, now_ns: int) -> None:
+        """Raise LeaseLost once the deadline has passed."""
+        if now_ns >= self.deadline_ns:
+            raise LeaseLost(
+                "no renewal came through before the deadline: the lease must be taken as lost"
+            )
+
+

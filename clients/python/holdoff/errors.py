@@ -1,0 +1,232 @@
+"""What can go wrong, as exceptions: one root, a class for every reason.
+
+The coordinator's side of the table is `holdoff_coordinator.failures`; a test holds the two
+together. Errors that gRPC's core makes carry no reason and are mapped by their code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import grpc
+from google.rpc import code_pb2, error_details_pb2
+from grpc_status import rpc_status
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from google.rpc import status_pb2
+
+
+class HoldoffError(Exception):
+    """The root of all errors of this library."""
+
+    REASON: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason or self.REASON
+        """UPPER_SNAKE, as the coordinator sent it; empty for errors of gRPC's core."""
+        self.metadata = dict(metadata or {})
+        """Values that belong to the reason."""
+        self.retry_after_seconds = retry_after_seconds
+        """When to ask again, if the coordinator said so."""
+
+
+class NotGranted(HoldoffError):  # noqa: N818 - an answer, not a fault
+    """No lease within the wait that was asked for."""
+
+
+class LeaseHeld(NotGranted):
+    """Another lease, an offer or a foreign lock holds the token."""
+
+    REASON = "LEASE_HELD"
+
+
+class TokenCooling(NotGranted):
+    """The time after the last refresh has not passed yet."""
+
+    REASON = "TOKEN_COOLING"
+
+
+class TokenQueued(NotGranted):
+    """The token is free, and another waiter comes first."""
+
+    REASON = "TOKEN_QUEUED"
+
+
+class Quarantined(NotGranted):
+    """The store may have forgotten something, or its clock is in doubt."""
+
+    REASON = "QUARANTINED"
+
+
+class LeaseLost(HoldoffError):  # noqa: N818 - what happened
+    """The lease is gone: what runs under it must stop."""
+
+    REASON = "LEASE_LOST"
+
+
+class LeaseBroken(LeaseLost):
+    """An operator, or a foreign lock, forbade the renewal of the lease."""
+
+    REASON = "LEASE_BROKEN"
+
+
+class LeaseEnded(LeaseLost):
+    """The lease of this request was released before."""
+
+    REASON = "LEASE_ENDED"
+
+
+class OfferExpired(LeaseLost):
+    """The offer was not accepted in time."""
+
+    REASON = "OFFER_EXPIRED"
+
+
+class Refused(HoldoffError):  # noqa: N818 - an answer, not a fault
+    """The caller may not do this."""
+
+
+class WrongSecret(Refused):
+    """The secret is not that of the lease."""
+
+    REASON = "WRONG_SECRET"
+
+
+class NotFound(HoldoffError):  # noqa: N818 - an answer, not a fault
+    """There is no such thing."""
+
+
+class TokenNotFound(NotFound):
+    """There is no such token."""
+
+    REASON = "TOKEN_NOT_FOUND"
+
+
+class LeaseNotFound(NotFound):
+    """There is no such lease, or it ended more than an hour ago."""
+
+    REASON = "LEASE_NOT_FOUND"
+
+
+class PolicyNotFound(NotFound):
+    """There is no such policy."""
+
+    REASON = "POLICY_NOT_FOUND"
+
+
+class AlreadyExists(HoldoffError):  # noqa: N818 - an answer, not a fault
+    """There is such a thing already."""
+
+
+class TokenExists(AlreadyExists):
+    """There is such a token already."""
+
+    REASON = "TOKEN_EXISTS"
+
+
+class InvalidRequest(HoldoffError):  # noqa: N818 - an answer, not a fault
+    """The request is wrong, and wrong again if repeated."""
+
+
+class InvalidField(InvalidRequest):
+    """A field of the request is wrong."""
+
+    REASON = "INVALID_FIELD"
+
+
+class RequestIdReused(InvalidRequest):
+    """The request id belongs to a request with other parameters."""
+
+    REASON = "REQUEST_ID_REUSED"
+
+
+class Unavailable(HoldoffError):  # noqa: N818 - a state
+    """The coordinator cannot answer now; whether it acted is unknown. Ask again."""
+
+
+class StoreUnavailable(Unavailable):
+    """The coordinator's store does not answer."""
+
+    REASON = "STORE_UNAVAILABLE"
+
+
+class Draining(Unavailable):
+    """The coordinator is shutting down; places in queues are kept."""
+
+    REASON = "DRAINING"
+
+
+class WaiterSilent(Unavailable):
+    """This waiter was not heard for a minute and lost its place."""
+
+    REASON = "WAITER_SILENT"
+
+
+class UnexpectedError(HoldoffError):
+    """Nothing that should happen."""
+
+    REASON = "INTERNAL"
+
+
+def _leaves(cls: type[HoldoffError]) -> list[type[HoldoffError]]:
+    return [cls, *(leaf for child in cls.__subclasses__() for leaf in _leaves(child))]
+
+
+BY_REASON: Mapping[str, type[HoldoffError]] = {
+    cls.REASON: cls for cls in _leaves(HoldoffError) if "REASON" in vars(cls) and cls.REASON
+}
+
+_BY_CODE: Mapping[int, type[HoldoffError]] = {
+    code_pb2.UNAVAILABLE: Unavailable,
+    code_pb2.DEADLINE_EXCEEDED: Unavailable,
+    code_pb2.CANCELLED: Unavailable,  # the server went away in the middle of a call
+    code_pb2.INVALID_ARGUMENT: InvalidRequest,
+    code_pb2.RESOURCE_EXHAUSTED: InvalidRequest,  # a message over the limit
+    code_pb2.NOT_FOUND: NotFound,
+    code_pb2.ALREADY_EXISTS: AlreadyExists,
+    code_pb2.PERMISSION_DENIED: Refused,
+    code_pb2.UNAUTHENTICATED: Refused,
+    code_pb2.ABORTED: NotGranted,
+    code_pb2.FAILED_PRECONDITION: LeaseLost,
+}
+
+
+def from_status(status: status_pb2.Status) -> HoldoffError:
+    """Turn a google.rpc.Status into its exception."""
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    retry_after_seconds = None
+    for detail in status.details:
+        detail.Unpack(info)
+        if detail.Unpack(retry):
+            retry_after_seconds = retry.retry_delay.ToMicroseconds() / 1e6
+    by_code = _BY_CODE.get(status.code, UnexpectedError)
+    return BY_REASON.get(info.reason, by_code)(
+        status.message,
+        reason=info.reason,
+        metadata=info.metadata,
+        retry_after_seconds=retry_after_seconds,
+    )
+
+
+def from_rpc_error(error: grpc.RpcError, endpoint: str) -> HoldoffError:
+    """Turn a failed call into its exception."""
+    if not isinstance(error, grpc.Call):
+        return UnexpectedError(str(error))
+    status = rpc_status.from_call(error)
+    if status is not None:
+        return from_status(status)
+    code, details = error.code(), error.details() or "no details"
+    number, name = code.value
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return Unavailable(f"no answer from the coordinator at {endpoint} ({details})")
+    return _BY_CODE.get(number, UnexpectedError)(f"{name}: {details}")

@@ -1,0 +1,161 @@
+"""`holdoff-coordinator`: the service's command line."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+import structlog
+from pydantic import ValidationError
+
+from holdoff_coordinator.embedded import EmbeddedStore
+from holdoff_coordinator.server import CannotListenError, Coordinator
+from holdoff_coordinator.settings import LogFormat, Settings
+from holdoff_coordinator.store import StoreError, check, connect, ensure_epoch
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+log = structlog.get_logger()
+
+EX_USAGE = 64
+EX_CANNOT_SERVE = 69
+
+
+@click.group()
+@click.version_option(version("holdoff"), prog_name="holdoff-coordinator")
+def main() -> None:
+    """Give out leases on refresh tokens, backed by Valkey or Redis."""
+
+
+@main.command()
+@click.option("--listen", metavar="HOST:PORT", help="Address to serve. [default: 127.0.0.1:50051]")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="Directory of the embedded store, for when no store URL is given.",
+)
+@click.option("--redis-url", metavar="URL", help="Store: redis://, rediss:// or unix://.")
+@click.option(
+    "--redis-url-file",
+    type=click.Path(path_type=Path),
+    help="File that holds the store's URL, so that no password shows in the process list.",
+)
+@click.option("--log-format", type=click.Choice(["auto", "json", "console"]), help="Form of logs.")
+@click.option(
+    "--quarantine-seconds",
+    type=float,
+    help="Least time without new leases after the store may have forgotten something.",
+)
+@click.option("--drain-seconds", type=float, help="Time that open calls get at a stop.")
+def serve(**options: Any) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Every option is also an environment variable: --data-dir is HOLDOFF_DATA_DIR. Without a
+    store URL a Valkey of its own is started in the data directory.
+
+    Example: holdoff-coordinator serve --listen 127.0.0.1:50051 --data-dir ./holdoff-data
+    """
+    try:
+        settings = Settings(**{key: value for key, value in options.items() if value is not None})
+        store_url = settings.store_url()
+    except (ValidationError, OSError) as error:
+        _fail(EX_USAGE, _explain(error))
+    _configure_logs(settings.log_format)
+    try:
+        asyncio.run(_serve(settings, store_url))
+    except (StoreError, CannotListenError) as error:
+        _fail(EX_CANNOT_SERVE, str(error))
+
+
+async def _serve(settings: Settings, store_url: str | None) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with contextlib.AsyncExitStack() as stack:
+        embedded = None
+        if store_url is None:
+            embedded = await stack.enter_async_context(EmbeddedStore(settings.data_dir))
+            store_url = embedded.url
+        redis = connect(store_url)
+        stack.push_async_callback(redis.aclose)
+        for warning in await check(redis):
+            log.warning(warning)
+        epoch = await ensure_epoch(redis, embedded.read_epoch() if embedded else None)
+        coordinator = Coordinator(
+            redis,
+            store_url=store_url,
+            epoch=epoch,
+            listen=settings.listen,
+            quarantine_seconds=settings.quarantine_seconds,
+            drain_seconds=settings.drain_seconds,
+        )
+        await stack.enter_async_context(coordinator)
+        if embedded:
+            await stack.enter_async_context(
+                _remembering(embedded, epoch.epoch, settings.quarantine_seconds if epoch.lost else 0)
+            )
+        await stop.wait()
+
+
+@contextlib.asynccontextmanager
+async def _remembering(
+    embedded: EmbeddedStore, epoch: str, after_seconds: float
+) -> AsyncIterator[None]:
+    """Write the store's epoch to its directory, after a loss only when that is safe.
+
+    Until it is written, every restart finds the loss again and holds back grants anew.
+    """
+
+    async def write() -> None:
+        await asyncio.sleep(after_seconds)
+        embedded.write_epoch(epoch)
+
+    if after_seconds:
+        log.error(
+            "the store lost its data: create its tokens again; nothing is granted at first",
+            quarantine_seconds=after_seconds,
+        )
+        task = asyncio.create_task(write())
+        yield
+        task.cancel()
+    else:
+        embedded.write_epoch(epoch)
+        yield
+
+
+def _configure_logs(log_format: LogFormat) -> None:
+    """Structured logs on standard error: for people on a terminal, else JSON."""
+    people = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer() if people else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _explain(error: ValidationError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"cannot read {error.filename}: {error.strerror}"
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"--{where.replace('_', '-')}: {first['msg']}" if where else str(first["msg"])
+
+
+def _fail(code: int, message: str) -> NoReturn:
+    click.echo(f"holdoff-coordinator: {message}", err=True)
+    raise SystemExit(code)

@@ -1,0 +1,84 @@
+"""The coordinator's settings: one field an option, each also a variable `HOLDOFF_…`."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+LogFormat = Literal["auto", "json", "console"]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def default_data_dir() -> Path:
+    """Return where the embedded store lives when nobody says otherwise.
+
+    Root gets /var/lib/holdoff (FHS: state of a service), a user the XDG state directory.
+    """
+    if os.geteuid() == 0:
+        return Path("/var/lib/holdoff")
+    # The XDG specification tells us to ignore a relative path.
+    state_home = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not state_home.is_absolute():
+        state_home = Path.home() / ".local" / "state"
+    return state_home / "holdoff"
+
+
+class Settings(BaseSettings):
+    """What `holdoff-coordinator serve` is told by options and environment.
+
+    A store URL may carry a password: it is kept as a secret, and a validation error never
+    repeats the value that it refuses.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="HOLDOFF_",
+        # An empty variable, as `docker run -e HOLDOFF_REDIS_URL=` leaves it, means "not set".
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    listen: str = "127.0.0.1:50051"
+    """Address of the gRPC port, `host:port`; port 0 takes a free one."""
+
+    data_dir: Path = Field(default_factory=default_data_dir)
+    """Directory of the embedded store; unused when a store URL is given."""
+
+    redis_url: SecretStr | None = None
+    """External store: `redis://`, `rediss://` or `unix://`. None means the embedded store."""
+
+    redis_url_file: Path | None = None
+    """File that holds the store URL, so that no password stands in the environment."""
+
+    log_format: LogFormat = "auto"
+    """`auto` is `console` on a terminal and `json` elsewhere."""
+
+    quarantine_seconds: Seconds = 900.0
+    """How long nothing is granted after the store may have forgotten something."""
+
+    drain_seconds: Seconds = 5.0
+    """How long a stopping coordinator gives open calls to end."""
+
+    @model_validator(mode="after")
+    def _one_store(self) -> Self:
+        """Refuse two answers to the question where the state is kept."""
+        stores = {"data_dir", "redis_url", "redis_url_file"}
+        given = sorted(
+            name for name in stores & self.model_fields_set if getattr(self, name) is not None
+        )
+        if len(given) > 1:
+            raise ValueError(f"only one of {', '.join(given)} can be given: each names the store")
+        return self
+
+    def store_url(self) -> str | None:
+        """Return the external store's URL with its password, or None for the embedded store.
+
+        Raises:
+            OSError: `redis_url_file` cannot be read.
+        """
+        if self.redis_url_file is not None:
+            return self.redis_url_file.read_text(encoding="utf-8").strip()
+        return None if self.redis_url is None else self.redis_url.get_secret_value()
