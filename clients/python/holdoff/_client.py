@@ -53,6 +53,9 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
 )
 
+RELEASE_SECONDS = 10
+"""How long a release is tried while the coordinator is away; then the lease runs out."""
+
 ResponseT = TypeVar("ResponseT")
 
 
@@ -175,7 +178,7 @@ class Client:
         self, name: str, secret: str, report: lease_service_pb2.RefreshReport
     ) -> lease_service_pb2.ReleaseLeaseResponse:
         request = lease_service_pb2.ReleaseLeaseRequest(name=name, secret=secret, refresh=report)
-        return self._call(self._leases.ReleaseLease, request)
+        return self._call(self._leases.ReleaseLease, request, timeout_seconds=3.0)
 
     def get_lease(self, name: str) -> lease_pb2.Lease:
         """Return a lease, also for an hour after its end.
@@ -450,15 +453,26 @@ class HeldLease:
         report = lease_service_pb2.RefreshReport(saw_every_refresh=saw_every_refresh)
         if last_refresh_age_seconds is not None:
             report.last_refresh_age.CopyFrom(duration(last_refresh_age_seconds))
-        lost = self._lost
         try:
             # Also when it was broken: that confirms that nothing runs under it any more.
-            self._client._release(self.name, self._secret, report)  # noqa: SLF001
+            self._release_until_deadline(report)
         except HoldoffError:
-            if lost is None:
+            if self._lost is None:
                 raise
-        if lost is not None:
-            raise lost
+        if self._lost is not None:
+            raise self._lost
+
+    def _release_until_deadline(self, report: lease_service_pb2.RefreshReport) -> None:
+        """Release; a coordinator that is away only for a moment is not noticed."""
+        give_up_ns = min(self.deadline_ns, boottime_ns() + RELEASE_SECONDS * SECOND)
+        while True:
+            try:
+                self._client._release(self.name, self._secret, report)  # noqa: SLF001
+                return
+            except Unavailable:
+                if boottime_ns() >= give_up_ns:
+                    raise
+                time.sleep(0.2)
 
     def _stop(self) -> None:
         with self._changed:

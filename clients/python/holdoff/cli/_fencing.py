@@ -1,0 +1,40 @@
+"""The highest fencing token this host has seen for each token.
+
+It is handed in with the next request, so that the numbers rise even after the store lost its
+data. Losing this memory does no harm, so that no error here is ever raised.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from holdoff.names import TokenName
+
+
+def _path(token: str) -> Path:
+    name = TokenName.parse(token)
+    state_home = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not state_home.is_absolute():  # as the XDG specification asks
+        state_home = Path.home() / ".local" / "state"
+    return state_home / "holdoff" / "fencing" / f"{name.app}.{name.token}"
+
+
+def last_fencing_token(token: str) -> int:
+    """Return the highest fencing token seen, or 0."""
+    try:
+        return max(0, int(_path(token).read_text(encoding="ascii")))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
+        return 0
+
+
+def remember_fencing_token(token: str, fencing_token: int) -> None:
+    """Keep a fencing token if it can be kept."""
+    try:
+        path = _path(token)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        draft.write_text(f"{fencing_token}\n", encoding="ascii")
+        draft.replace(path)
+    except (OSError, RuntimeError):
+        return

@@ -1,0 +1,86 @@
+"""What a waiting `holdoff run` shows: a live line on a terminal, a line a change in a log."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import TYPE_CHECKING, Self
+
+import click
+
+from holdoff._text import printable
+from holdoff.durations import format_duration
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from holdoff import Unavailable
+    from holdoff.v1 import lease_pb2
+
+
+def say(message: str) -> None:
+    """Write one line of the wrapper's own to stderr."""
+    click.echo(printable(f"holdoff: {message}"), err=True)
+
+
+class WaitDisplay:
+    """Shows what a request waits for until it is left."""
+
+    def __init__(self, token: str, endpoint: str) -> None:
+        self._token = token
+        self._endpoint = endpoint
+        self._began = time.monotonic()
+        self._said: object = None
+        self._what = "asking the coordinator"
+        self._start_at: float | None = None
+        self._stack = contextlib.ExitStack()
+        self._live = sys.stderr.isatty()
+
+    def __enter__(self) -> Self:
+        if self._live:
+            from rich.console import Console  # noqa: PLC0415 - only a terminal pays for it
+            from rich.live import Live  # noqa: PLC0415
+
+            live = Live(
+                get_renderable=self._line,
+                console=Console(stderr=True),
+                transient=True,
+                refresh_per_second=4,
+            )
+            self._stack.enter_context(live)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def waiting(self, status: lease_pb2.WaitStatus) -> None:
+        """Show what the coordinator said."""
+        place = f"place {status.place} of {status.queue_length}: " if status.place else ""
+        self._what = f"{place}{status.message}"
+        start_in = status.earliest_start_in.ToMicroseconds() / 1e6
+        self._start_at = time.monotonic() + start_in
+        self._tell(
+            (status.reason, status.place, status.blocking_lease.name),
+            f"{self._what}; earliest start in {format_duration(round(start_in, 1))}",
+        )
+
+    def unreachable(self, error: Unavailable) -> None:
+        """Show that there is nobody to ask."""
+        self._what, self._start_at = f"no answer from {self._endpoint}, trying on", None
+        self._tell((type(error), error.reason), f"{error}; trying on")
+
+    def _tell(self, change: object, text: str) -> None:
+        if not self._live and change != self._said:
+            say(f"waiting for {self._token}, {text}")
+        self._said = change
+
+    def _line(self) -> Text:
+        from rich.text import Text  # noqa: PLC0415 - only a terminal pays for it
+
+        waited = format_duration(int(time.monotonic() - self._began))
+        line = f"holdoff: {self._token}: {self._what}"
+        if self._start_at is not None:
+            left = max(0, int(self._start_at - time.monotonic()))
+            line += f"; earliest start in {format_duration(left)}"
+        return Text(printable(f"{line} (waited {waited})"), overflow="ellipsis", no_wrap=True)

@@ -1,0 +1,796 @@
+"""The guard, with real processes, signals and terminals.
+
+A small driver plays the wrapper: it launches a command under a guard as its options say, and writes
+what it sees to a report. Everything the command starts carries a mark in its environment, by which
+a test finds what is left of it.
+"""
+
+import contextlib
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdoff import _guard, _process
+from holdoff._process import CannotRunError, Guard, GuardError, boottime_ns, which
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux promises")
+
+SECOND = 10**9
+
+DRIVER = """
+import ctypes, json, os, sys, threading
+from holdoff._process import Guard, boottime_ns, caught_signals, which
+
+options = json.loads(sys.argv[1])
+
+def report(**what):
+    with open(options["report"], "a") as file:
+        file.write(json.dumps(what) + "\\n")
+
+def fence():
+    seconds = options.get("fence")
+    return None if seconds is None else boottime_ns() + int(seconds * 10**9)
+
+def later(seconds, call):
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
+
+def renew():
+    guard.extend(fence())
+    later(options["renew"], renew)
+
+if options.get("unprivileged"):
+    ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)  # drops CAP_SYS_ADMIN from the bounding set
+with Guard.start(isolate=options["isolate"]) as guard:
+    if options.get("leak") and os.fork() == 0:
+        report(leak=os.getpid())
+        os.execl("/bin/sleep", "sleep", "60") if options["leak"] == "exec" else threading.Event().wait(60)
+    with caught_signals(guard.signal):
+        first = fence()
+        report(wrapper=os.getpid(), guard=guard.pid, isolated=guard.isolated, fence=first)
+        if "end_at_once" in options:
+            guard.end(options["end_at_once"])
+        guard.launch(
+            which(options["argv"][0]), options["argv"], {**os.environ, "MARK": options["mark"]},
+            fence_boottime_ns=first, grace_seconds=options.get("grace", 1),
+        )
+        if "renew" in options:
+            renew()
+        if "end" in options:
+            later(options["end"], lambda: guard.end("lease lost"))
+        outcome = guard.wait(lambda event: report(
+            event=event.kind, reason=event.reason, signal=event.signal))
+    report(outcome={
+        "exit_code": outcome.exit_code, "signal": outcome.signal, "ended_by": outcome.ended_by,
+        "cannot_run": outcome.cannot_run and str(outcome.cannot_run), "status": outcome.status,
+        "survivors": outcome.survivors})
+sys.exit(0 if outcome.status is None else outcome.status)
+"""
+
+# Starts a child, and a grandchild that left the session and its parent; then lives on.
+FAMILY = """
+import os, sys, time
+if os.fork() == 0:
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(60)
+        os._exit(0)
+    time.sleep(60)
+open(sys.argv[1], "w").close()
+time.sleep(60)
+"""
+
+# Notes the signals that it gets, by number, and lives on.
+LISTENER = """
+import os, signal, sys, time
+def note(signum, frame):
+    with open(sys.argv[1], "a") as file:
+        file.write(f"{int(signum)} {time.clock_gettime_ns(time.CLOCK_BOOTTIME)}\\n")
+for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}:
+    signal.signal(signum, note)
+open(sys.argv[1], "w").close()
+while True:
+    time.sleep(60)
+"""
+
+
+def _may_isolate() -> bool:
+    folder = str(Path(_process.__file__).parent)
+    probe = (
+        "import os, sys; sys.path.append(sys.argv[1]); import _platform as p\n"
+        "p.enter_pid_namespace()\n"
+        "if (pid := os.fork()) == 0: p.mount_own_proc()\n"
+        "else: sys.exit(os.waitpid(pid, 0)[1])"
+    )
+    command = [sys.executable, "-I", "-S", "-c", probe, folder]
+    return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
+NEEDS_NAMESPACE = pytest.mark.skipif(
+    not _may_isolate(), reason="a PID namespace takes CAP_SYS_ADMIN, which this process has not"
+)
+both_modes = pytest.mark.parametrize(
+    "isolate", ["never", pytest.param("always", marks=NEEDS_NAMESPACE)]
+)
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
+    """Wait until the condition holds, and give what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+    return result
+
+
+def python(program: str, *arguments: object) -> list[str]:
+    """A command that runs a Python program."""
+    return [sys.executable, "-I", "-S", "-c", program, *map(str, arguments)]
+
+
+@dataclass
+class Run:
+    """A driver with its command."""
+
+    folder: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def note(self) -> Path:
+        """A file for the command to write."""
+        return self.folder / "note"
+
+    def command(self, argv: list[str], **options: object) -> list[str]:
+        """The driver's command line."""
+        report = str(self.folder / "report")
+        settings = {"isolate": "never", "report": report, "mark": self.mark, "argv": argv}
+        return [sys.executable, "-c", DRIVER, json.dumps(settings | options)]
+
+    def start(self, argv: list[str], *, popen: Any = None, **options: object) -> None:
+        """Start the driver, in a session of its own without a terminal."""
+        self.process = subprocess.Popen(
+            self.command(argv, **options),
+            start_new_session=True,
+            **{"stdin": subprocess.DEVNULL} | (popen or {}),
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for the driver, and give the outcome it reported."""
+        self.process.wait(20)
+        return self.outcome
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        """What the driver reported so far."""
+        with contextlib.suppress(FileNotFoundError):
+            text = (self.folder / "report").read_text()
+            return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+        return []
+
+    def reported(self, key: str) -> Any:
+        """The first value reported under this key; waits for it."""
+        return eventually(lambda: [report[key] for report in self.reports if key in report])[0]
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """The outcome the driver reported."""
+        outcome: dict[str, Any] = self.reported("outcome")
+        return outcome
+
+    def alive(self) -> list[int]:
+        """The living processes that the command started, and itself."""
+        return [pid for pid in _pids() if self.mark.encode() in _read(pid, "environ")]
+
+    def heard(self) -> list[int]:
+        """The signals that a LISTENER noted."""
+        return [int(line.split()[0]) for line in self.note.read_text().splitlines()]
+
+    def stop(self) -> None:
+        """Leave nothing behind, whatever the test found."""
+        doomed = {
+            report[key] for report in self.reports for key in ("guard", "leak") if key in report
+        }
+        doomed = {
+            pid for pid in doomed if b"_guard.py" in _read(pid, "cmdline") or pid in self._leaks
+        }
+        if (process := getattr(self, "process", None)) is not None:
+            process.kill()
+            process.wait()
+        for pid in doomed | set(self.alive()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    @property
+    def _leaks(self) -> set[int]:
+        return {report["leak"] for report in self.reports if "leak" in report}
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        return Path("/proc", str(pid), name).read_bytes()
+    except OSError:
+        return b""
+
+
+def _state(pid: int) -> str:
+    return _read(pid, "stat").rpartition(b")")[2].split()[0].decode()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """A driver that has not been started."""
+    run = Run(tmp_path)
+    yield run
+    run.stop()
+
+
+# How a command ends -------------------------------------------------------------------------
+
+
+@both_modes
+@pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 75, 255])
+def test_exit_code_passes(run: Run, isolate: str, code: int) -> None:
+    """The command's own exit code is the outcome."""
+    run.start(["sh", "-c", f"exit {code}"], isolate=isolate)
+    outcome = run.finish()
+    assert (outcome["exit_code"], outcome["signal"], outcome["ended_by"]) == (code, None, None)
+    assert run.process.returncode == code
+
+
+@both_modes
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV])
+def test_signal_is_told(run: Run, isolate: str, signum: int) -> None:
+    """A command that a signal ended is told apart from one that exits, as 128 + N."""
+    run.start(["sh", "-c", f"ulimit -c 0; kill -{int(signum)} $$"], isolate=isolate)
+    outcome = run.finish()
+    assert (outcome["exit_code"], outcome["signal"]) == (None, signum)
+    assert run.process.returncode == 128 + signum
+
+
+@pytest.mark.parametrize(
+    ("text", "status"), [("#!/nonexistent/interpreter\n", 127), ("neither script nor binary", 126)]
+)
+def test_exec_failure_is_told(run: Run, text: str, status: int) -> None:
+    """What only exec itself can find out comes back as 126 or 127 with its text."""
+    program = run.folder / "program"
+    program.write_text(text)
+    program.chmod(0o755)
+    run.start([str(program)])
+    assert run.finish()["status"] == status
+    assert run.outcome["cannot_run"]
+
+
+def test_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command is found as a shell would, or refused with the shell's exit code."""
+    (tmp_path / "plain").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "tool").symlink_to("/bin/sh")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert which("tool") == str(tmp_path / "tool")
+    assert which("/bin/sh") == "/bin/sh"
+    for command, code in [("", 127), ("nowhere", 127), ("./nowhere", 127), ("folder", 127)]:
+        with pytest.raises(CannotRunError) as caught:
+            which(command)
+        assert caught.value.exit_code == code
+    for command in ("plain", str(tmp_path / "plain"), str(tmp_path)):
+        with pytest.raises(CannotRunError) as caught:
+            which(command)
+        assert caught.value.exit_code == 126
+
+
+@both_modes
+def test_nothing_outlives_the_command(run: Run, isolate: str) -> None:
+    """A daemon that a finished command leaves is ended; the exit code stays the command's.
+
+    Fails when the leftovers are not signalled after the command's end.
+    """
+    daemon = f'setsid sh -c \'trap "echo bye > {run.note}; exit" TERM; touch {run.note}; '
+    run.start(
+        [
+            "sh",
+            "-c",
+            daemon
+            + f"while :; do sleep 0.05; done' & while ! [ -e {run.note} ]; do sleep 0.02; done; exit 4",
+        ],
+        isolate=isolate,
+        grace=5,
+    )
+    assert run.finish()["exit_code"] == 4
+    assert run.note.read_text() == "bye\n"
+    assert not run.alive()
+
+
+# What a command gets ------------------------------------------------------------------------
+
+
+@both_modes
+def test_streams_pass_untouched(run: Run, isolate: str) -> None:
+    """Stdin, stdout and stderr are the wrapper's own, byte for byte."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    run.start(["sh", "-c", "cat; echo done >&2"], isolate=isolate, popen=pipes)
+    data = os.urandom(1 << 20)
+    out, err = run.process.communicate(data, timeout=20)
+    assert out == data
+    assert err == b"done\n"
+
+
+def test_descriptors(run: Run) -> None:
+    """Nothing but the three streams reaches the command, also when the wrapper had others open."""
+    extra = os.open("/dev/null", os.O_RDONLY)
+    show = "import os; open(__import__('sys').argv[1], 'w').write(str(os.listdir('/proc/self/fd')))"
+    popen = {"pass_fds": [extra]}
+    run.start(python(show, run.note), popen=popen)
+    os.close(extra)
+    assert run.finish()["exit_code"] == 0
+    # The fourth is the listing's own.
+    assert len(json.loads(run.note.read_text().replace("'", '"'))) <= 5
+    assert str(extra) not in run.note.read_text() or extra < 5
+
+
+def test_closed_stdin(run: Run) -> None:
+    """A wrapper that was started without stdin runs its command all the same."""
+    command = run.command(["sh", "-c", "cat; exit 3"])
+    run.process = subprocess.Popen(["sh", "-c", 'exec "$@" <&-', "sh", *command])
+    assert run.finish()["exit_code"] == 3
+
+
+@both_modes
+def test_mask_and_dispositions(run: Run, isolate: str) -> None:
+    """The command has the blocked and ignored signals that it would have had without us."""
+    show = ["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"]
+    popen = {"stdout": subprocess.PIPE, "text": True}
+    launcher = ["sh", "-c", "trap '' HUP USR2; exec \"$@\"", "sh"]
+    expected = subprocess.run([*launcher, *show], stdout=subprocess.PIPE, text=True, check=True)
+    run.process = subprocess.Popen(
+        [*launcher, *run.command(show, isolate=isolate)], **popen, start_new_session=True
+    )
+    assert run.process.communicate(timeout=20)[0] == expected.stdout
+    assert "SigIgn:\t0000000000000801" in expected.stdout
+
+
+@both_modes
+def test_signals_are_forwarded(run: Run, isolate: str) -> None:
+    """Every catchable signal to the wrapper reaches the command, in order, and nothing ends it."""
+    run.start(python(LISTENER, run.note), isolate=isolate, grace=0)
+    eventually(run.note.exists)
+    sent = [
+        *(signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1),
+        *(signal.SIGUSR2, signal.SIGWINCH, signal.SIGALRM, signal.SIGCONT, signal.SIGTSTP),
+        *(signal.SIGURG, signal.SIGIO, signal.SIGPWR, signal.SIGRTMIN, signal.SIGRTMAX),
+    ]
+    for count, signum in enumerate(sent, 1):
+        run.process.send_signal(signum)
+        eventually(lambda count=count: len(run.heard()) == count)
+    assert run.heard() == sent
+
+
+# Ending the tree ----------------------------------------------------------------------------
+
+
+@both_modes
+def test_wrapper_killed(run: Run, isolate: str) -> None:
+    """SIGKILL to the wrapper ends the child, its child and a daemon that called setsid.
+
+    Fails when the guard does not watch its control pipe and drops its parent-death signal.
+    """
+    run.start(python(FAMILY, run.note), isolate=isolate, grace=1)
+    eventually(run.note.exists)
+    eventually(lambda: len(run.alive()) == 3)
+    guard = run.reported("guard")
+    run.process.kill()
+    eventually(lambda: not run.alive(), 1)
+    eventually(lambda: not _read(guard, "cmdline"), 1)
+
+
+def test_wrapper_killed_while_its_pipe_is_held(run: Run) -> None:
+    """The parent-death signal tells when somebody else keeps the wrapper's pipe open.
+
+    Fails when the guard does not ask for that signal.
+    """
+    run.start(python(FAMILY, run.note), leak="fork", grace=1)
+    eventually(run.note.exists)
+    run.reported("leak")
+    run.process.kill()
+    eventually(lambda: not run.alive(), 1)
+
+
+@both_modes
+def test_wrapper_killed_and_term_ignored(run: Run, isolate: str) -> None:
+    """A child that ignores TERM gets its grace after the wrapper's death, and then KILL."""
+    run.start(python(LISTENER, run.note), isolate=isolate, grace=0.5, fence=30)
+    eventually(run.note.exists)
+    run.process.kill()
+    killed_at = time.monotonic()
+    eventually(lambda: run.heard() == [signal.SIGTERM, signal.SIGCONT])
+    eventually(lambda: not run.alive(), 3)
+    assert time.monotonic() - killed_at > 0.4
+
+
+@both_modes
+def test_wrapper_stopped_past_the_fence(run: Run, isolate: str) -> None:
+    """A wrapper that stopped no longer renews: the whole tree is gone before the fence.
+
+    Fails when the guard has no timer of its own.
+    """
+    run.start(python(FAMILY, run.note), isolate=isolate, fence=2, grace=0.5, renew=0.2)
+    eventually(run.note.exists)
+    run.process.send_signal(signal.SIGSTOP)
+    stopped_at = boottime_ns()
+    eventually(lambda: _state(run.process.pid) == "T")
+    assert len(run.alive()) == 3
+    eventually(lambda: not run.alive(), 5)
+    assert SECOND < boottime_ns() - stopped_at < 2 * SECOND
+    run.process.send_signal(signal.SIGCONT)
+    assert run.finish()["ended_by"] == "fence"
+
+
+@both_modes
+def test_fence(run: Run, isolate: str) -> None:
+    """TERM comes one grace before the fence, and KILL before it for who ignores TERM.
+
+    Fails when KILL is left out, or comes a grace after the fence.
+    """
+    run.start(python(LISTENER, run.note), isolate=isolate, fence=2, grace=0.5)
+    outcome = run.finish()
+    ended_at = boottime_ns()
+    fence = run.reported("fence")
+    assert (outcome["ended_by"], outcome["signal"]) == ("fence", signal.SIGKILL)
+    assert run.heard() == [signal.SIGTERM, signal.SIGCONT]
+    told_at = int(run.note.read_text().split()[1])
+    assert fence - 0.75 * SECOND < told_at < fence - 0.5 * SECOND
+    assert ended_at < fence + 0.2 * SECOND  # with the driver's own end
+    assert not run.alive()
+
+
+def test_renewals_move_the_fence(run: Run) -> None:
+    """A command outlasts its first fence by far while the wrapper renews."""
+    run.start(["sh", "-c", "sleep 2; exit 5"], fence=0.6, grace=0.3, renew=0.15)
+    assert run.finish()["exit_code"] == 5
+
+
+@both_modes
+def test_lease_lost(run: Run, isolate: str) -> None:
+    """An end that the wrapper asks for gives TERM at once and KILL after the grace."""
+    run.start(python(LISTENER, run.note), isolate=isolate, fence=60, grace=0.5, end=0.5)
+    outcome = run.finish()
+    assert (outcome["ended_by"], outcome["signal"]) == ("lease lost", signal.SIGKILL)
+    assert run.heard() == [signal.SIGTERM, signal.SIGCONT]
+    assert {"event": "ending", "reason": "lease lost", "signal": None} in run.reports
+
+
+@both_modes
+def test_stopped_child_acts_on_term(run: Run, isolate: str) -> None:
+    """CONT comes with TERM, since a stopped process would act on nothing.
+
+    Fails when CONT is not sent.
+    """
+    tidy = (
+        "import os, signal, sys\n"
+        "def tidy(*_): open(sys.argv[1], 'w').close(); sys.exit(7)\n"
+        "signal.signal(signal.SIGTERM, tidy)\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "signal.pause()"
+    )
+    run.start(python(tidy, run.note), isolate=isolate, fence=4, grace=2.5)
+    outcome = run.finish()
+    assert (outcome["exit_code"], outcome["ended_by"]) == (7, "fence")
+    assert run.note.exists()
+    assert {"event": "stopped", "reason": None, "signal": signal.SIGSTOP} in run.reports
+
+
+@both_modes
+def test_guard_killed(run: Run, isolate: str) -> None:
+    """When the guard itself is killed, the tree goes too, and the wrapper knows.
+
+    Fails when the wrapper is no subreaper (without a namespace), or when the guard's init does
+    not die with it (with one).
+    """
+    run.start(python(FAMILY, run.note), isolate=isolate)
+    eventually(run.note.exists)
+    eventually(lambda: len(run.alive()) == 3)
+    os.kill(run.reported("guard"), signal.SIGKILL)
+    assert run.finish()["ended_by"] == "guard lost"
+    assert not run.alive()
+
+
+@both_modes
+def test_init_killed(run: Run, isolate: str) -> None:
+    """When the process between guard and command is killed, the guard ends the rest."""
+    run.start(python(FAMILY, run.note), isolate=isolate, grace=0.2)
+    eventually(run.note.exists)
+    guard = run.reported("guard")
+    (init,) = [pid for pid in _pids() if _parent(pid) == guard]
+    os.kill(init, signal.SIGKILL)
+    assert run.finish()["ended_by"] == "guard lost"
+    assert not run.alive()
+
+
+def _parent(pid: int) -> int:
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return int(fields[1]) if fields else 0
+
+
+def test_guard_shrugs_signals_off(run: Run) -> None:
+    """What a service manager sends to all of a job's processes does not end the guard."""
+    run.start(["sh", "-c", "trap '' TERM; sleep 1; exit 6"])
+    guard = run.reported("guard")
+    assert os.getsid(guard) == guard
+    eventually(run.alive)
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1):
+        os.kill(guard, signum)
+    assert run.finish()["exit_code"] == 6
+
+
+@both_modes
+def test_forks_do_not_escape(run: Run, isolate: str) -> None:
+    """A command whose generations follow each other faster than a look at /proc is ended."""
+    runner = (
+        "import os, sys, time\n"
+        "for generation in range(400):\n"
+        "    if generation % 10 == 0: os.setpgid(0, 0)\n"
+        "    if os.fork(): os._exit(0)\n"
+        "    if generation == 20: open(sys.argv[1], 'w').close()\n"
+        "    time.sleep(0.01)\n"
+    )
+    # A command that has ended already, so only its runaway children are left.
+    run.start(
+        ["sh", "-c", '"$@" & wait; sleep 60', "sh", *python(runner, run.note)], isolate=isolate
+    )
+    eventually(run.note.exists)
+    run.process.kill()
+    eventually(lambda: not run.alive(), 3)
+
+
+def test_fence_already_passed(run: Run) -> None:
+    """Nothing is launched when the fence has passed."""
+    run.start(["touch", str(run.note)], fence=-0.001)
+    outcome = run.finish()
+    assert (outcome["status"], outcome["ended_by"]) == (None, "fence")
+    assert not run.note.exists()
+
+
+def test_end_before_the_launch(run: Run) -> None:
+    """An end that overtakes the launch wins."""
+    run.start(["touch", str(run.note)], end_at_once="lease lost")
+    outcome = run.finish()
+    assert (outcome["status"], outcome["ended_by"]) == (None, "lease lost")
+    assert not run.note.exists()
+
+
+@pytest.mark.parametrize("grace", [0.0, 0.3, 0.5, 0.9, 10.0])
+def test_plan(grace: float) -> None:
+    """TERM comes after half of the time left, KILL after TERM and before the fence."""
+    for span in (SECOND // 1000, SECOND, 120 * SECOND):
+        term_at, kill_at = _guard.plan(1000, 1000 + span, int(grace * SECOND))
+        assert 1000 + span // 2 <= term_at <= kill_at < 1000 + span
+        assert kill_at - term_at <= grace * SECOND
+
+
+# Isolation and start ------------------------------------------------------------------------
+
+
+@NEEDS_NAMESPACE
+@pytest.mark.parametrize("isolate", ["auto", "always"])
+def test_isolated(run: Run, isolate: str) -> None:
+    """In a namespace the command sees itself and what belongs to it, and no other process."""
+    popen = {"stdout": subprocess.PIPE, "text": True}
+    run.start(["sh", "-c", "cd /proc; echo $$ [0-9]*"], isolate=isolate, popen=popen)
+    assert run.process.communicate(timeout=20)[0] == "2 1 2\n"
+    assert run.reported("isolated") is True
+
+
+def test_isolation_not_permitted(run: Run) -> None:
+    """Without the capability `auto` goes without a namespace."""
+    run.start(["sh", "-c", "exit 3"], isolate="auto", unprivileged=True)
+    assert run.finish()["exit_code"] == 3
+    assert [report["isolated"] for report in run.reports if "isolated" in report] == [False]
+
+
+def test_isolation_demanded_and_not_permitted(run: Run) -> None:
+    """Without the capability `always` fails before anything is launched, and says why."""
+    popen = {"stderr": subprocess.PIPE, "text": True}
+    run.start(["touch", str(run.note)], isolate="always", unprivileged=True, popen=popen)
+    assert "GuardError" in (error := run.process.communicate(timeout=20)[1])
+    assert "not permitted" in error
+    assert not run.note.exists()
+
+
+def test_only_from_the_main_thread() -> None:
+    """A guard started from a thread would take that thread's end for the wrapper's."""
+    errors: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            Guard.start()
+        except GuardError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert len(errors) == 1
+
+
+# Terminals ----------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A pseudo-terminal with a program on it, as a user would see it."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.execvp(command[0], command)
+        self.screen = ""
+
+    def type(self, text: str) -> None:
+        """Press these keys."""
+        os.write(self._fd, text.encode())
+
+    def expect(self, text: str, seconds: float = 10) -> None:
+        """Wait until the text appears after what was expected before."""
+        deadline = time.monotonic() + seconds
+        while text not in self.screen:
+            assert time.monotonic() < deadline, f"{text!r} not in {self.screen!r}"
+            if select.select([self._fd], [], [], 0.1)[0]:
+                try:
+                    self.screen += os.read(self._fd, 4096).decode(errors="replace")
+                except OSError:
+                    assert text in self.screen, f"{text!r} not in {self.screen!r}"
+        self.screen = self.screen.partition(text)[2]
+
+    def close(self) -> None:
+        """Hang up."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        os.close(self._fd)
+        os.waitpid(self.pid, 0)
+
+
+@pytest.fixture
+def shell(run: Run) -> Iterator[Terminal]:
+    """An interactive shell with job control; `$RUN` and so on are set by `prepare`."""
+    del run  # ends after the shell
+    terminal = Terminal(["bash", "--norc", "--noprofile", "-i"])
+    terminal.type("PS1='$ '; stty -echo; echo re''ady\n")
+    terminal.expect("ready")
+    yield terminal
+    terminal.close()
+
+
+def prepare(run: Run, program: str, **options: object) -> str:
+    """A short command line that runs a Python program under a driver."""
+    script = run.folder / "run"
+    command = run.command(python(program, run.note), **options)
+    script.write_text(
+        f"import os, sys\nos.execv(sys.executable, {command!r})\n",
+    )
+    return f"{sys.executable} -I -S {script}"
+
+
+READER = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: (print("interrupted", flush=True), sys.exit(9)))
+print("front" if os.tcgetpgrp(0) == os.getpgrp() else "back", flush=True)
+while True:
+    print("got", sys.stdin.readline().strip(), flush=True)
+"""
+
+
+@both_modes
+def test_terminal_reads_and_interrupts(run: Run, shell: Terminal, isolate: str) -> None:
+    """The command owns the terminal: it reads lines, and Ctrl-C goes to it; then the shell again.
+
+    Fails when the command is not made the foreground group, or the terminal is not taken back.
+    """
+    shell.type(prepare(run, READER, isolate=isolate) + "; echo code $?\n")
+    shell.expect("front")
+    shell.type("hello\n")
+    shell.expect("got hello")
+    shell.type("\x03")
+    shell.expect("interrupted")
+    shell.expect("code 9")
+    shell.type("echo still $((40+2))\n")
+    shell.expect("still 42")
+
+
+@both_modes
+def test_terminal_stops_and_continues(run: Run, shell: Terminal, isolate: str) -> None:
+    """Ctrl-Z stops the job as the shell sees it, `fg` gives it the terminal again.
+
+    Fails when the guard itself is the command's parent: the kernel then ignores Ctrl-Z.
+    """
+    shell.type(prepare(run, READER, isolate=isolate) + "\n")
+    shell.expect("front")
+    for word in ("one", "two"):
+        shell.type("\x1a")
+        shell.expect("Stopped")
+        (command,) = run.alive()
+        assert _state(command) == "T"
+        shell.type("fg\n")
+        shell.type(f"{word}\n")
+        shell.expect(f"got {word}")
+    shell.type("\x03")
+    shell.expect("interrupted")
+
+
+def test_terminal_in_the_background(run: Run, shell: Terminal) -> None:
+    """A background job that reads is stopped as the shell sees it, and reads after `fg`."""
+    shell.type("set -b; " + prepare(run, READER) + " &\n")
+    shell.expect("back")
+    shell.expect("Stopped")
+    shell.type("fg\n")
+    shell.type("late\n")
+    shell.expect("got late")
+    shell.type("\x03")
+    shell.expect("interrupted")
+
+
+def test_terminal_continued_in_the_background(run: Run, shell: Terminal) -> None:
+    """`bg` lets the command go on without the terminal, which stays the shell's."""
+    program = (
+        "import os, sys, time; print('up', flush=True)\n"
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.02)\n"
+        "print('over', flush=True)"
+    )
+    shell.type(prepare(run, program) + "\n")
+    shell.expect("up")
+    shell.type("\x1a")
+    shell.expect("Stopped")
+    shell.type("bg\n")
+    (command,) = run.alive()
+    eventually(lambda: _state(command) != "T")
+    shell.type("echo mine $((6*7))\n")
+    shell.expect("mine 42")
+    run.note.touch()
+    shell.expect("over")
+    shell.type("echo mine $((6*8))\n")
+    shell.expect("mine 48")
+
+
+def test_terminal_in_a_pipeline(run: Run, shell: Terminal) -> None:
+    """In a pipeline the neighbour may read the terminal, and Ctrl-C still reaches the command."""
+    neighbour = f"{sys.executable} -c 'import sys; print(sys.stdin.readline()); " + (
+        'print("key", open("/dev/tty").readline()); print(sys.stdin.read())' + "'"
+    )
+    shell.type(f"trap : INT; {prepare(run, READER)} | (trap '' INT; exec {neighbour})\n")
+    shell.expect("back")
+    shell.type("pressed\n")
+    shell.expect("key pressed")
+    shell.type("\x03")
+    shell.expect("interrupted")
+
+
+@both_modes
+def test_terminal_without_a_shell(run: Run, isolate: str) -> None:
+    """Where no shell could continue it (`ssh -t`, a container), Ctrl-Z does no harm."""
+    terminal = Terminal(run.command(python(READER, run.note), isolate=isolate))
+    try:
+        terminal.expect("front")
+        terminal.type("\x1a")
+        eventually(lambda: [report for report in run.reports if report.get("event") == "stopped"])
+        terminal.type("again\n")
+        terminal.expect("got again")
+        terminal.type("\x03")
+        terminal.expect("interrupted")
+    finally:
+        terminal.close()

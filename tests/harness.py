@@ -1,0 +1,248 @@
+"""Real coordinators for tests, and a waiter that speaks the raw API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import queue
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+
+from holdoff._core import duration
+from holdoff.errors import from_rpc_error
+from holdoff.v1 import (
+    admin_service_pb2_grpc,
+    lease_service_pb2,
+    lease_service_pb2_grpc,
+    token_service_pb2,
+    token_service_pb2_grpc,
+)
+from holdoff_coordinator.server import Coordinator
+from holdoff_coordinator.store import Epoch, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from holdoff.v1 import lease_pb2, token_pb2
+
+_numbers = itertools.count()
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """Return the condition's first true value; fail the test when there is none in time."""
+    give_up = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < give_up, f"never true: {condition}"
+        time.sleep(0.01)
+    return value
+
+
+class Replica:
+    """A coordinator in a thread of its own, with an event loop of its own."""
+
+    def __init__(self, store_url: str, **options: Any) -> None:
+        self._store_url = store_url
+        self._options = {
+            "epoch": Epoch("test", lost=False),
+            "quarantine_seconds": 2.0,
+            "drain_seconds": 0.2,
+            "listen": "127.0.0.1:0",
+            **options,
+        }
+        self._ready: queue.SimpleQueue[Coordinator | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        redis = connect(self._store_url)
+        try:
+            coordinator = Coordinator(redis, store_url=self._store_url, **self._options)
+            async with coordinator:
+                self._ready.put(coordinator)
+                await self._stop.wait()
+        except BaseException as error:
+            self._ready.put(error)
+            raise
+        finally:
+            await redis.aclose()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        started = self._ready.get(timeout=20)
+        if isinstance(started, BaseException):
+            raise started
+        self.coordinator = started
+        self.address = started.address
+        self.channel = grpc.insecure_channel(self.address)
+        self.leases = lease_service_pb2_grpc.LeaseServiceStub(self.channel)
+        self.tokens = token_service_pb2_grpc.TokenServiceStub(self.channel)
+        self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Drain and stop; a second time does nothing."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(timeout=20)
+            self.channel.close()
+
+    def create_token(
+        self, interval_seconds: float | None = 0.4, *, name: str = "", **fields: Any
+    ) -> str:
+        """Create a token, by default of an app of its own, and return its name."""
+        name = name or f"apps/{uuid.uuid4().hex[:12]}-{next(_numbers)}/tokens/t"
+        refresh_at = fields.pop("refresh_at", 0)
+        request = token_service_pb2.CreateTokenRequest(**fields)
+        request.token.name, request.token.refresh_at = name, refresh_at
+        if interval_seconds is not None:
+            request.token.refresh_interval.CopyFrom(duration(interval_seconds))
+        self.tokens.CreateToken(request)
+        return name
+
+    def acquire(self, token: str, **options: Any) -> lease_service_pb2.AcquireLeaseResponse:
+        """Ask once; by default without waiting."""
+        return self.leases.AcquireLease(ask(token, **{"wait": 0.0, **options}))
+
+    def show(self, name: str) -> lease_pb2.Lease:
+        """Read one lease."""
+        return self.leases.GetLease(lease_service_pb2.GetLeaseRequest(name=name)).lease
+
+    def show_token(self, name: str) -> token_pb2.Token:
+        """Read one token."""
+        return self.tokens.GetToken(token_service_pb2.GetTokenRequest(name=name)).token
+
+    def hold(self, token: str, **options: Any) -> lease_service_pb2.LeaseOffer:
+        """Acquire at once and accept."""
+        event = self.acquire(token, **options)
+        assert event.HasField("offer"), event
+        self.renew(event.offer)
+        return event.offer
+
+    def renew(self, offer: lease_service_pb2.LeaseOffer, **fields: Any) -> lease_pb2.Lease:
+        """Accept or prolong."""
+        request = lease_service_pb2.RenewLeaseRequest(
+            name=offer.lease.name, secret=offer.secret, **fields
+        )
+        return self.leases.RenewLease(request).lease
+
+    def release(
+        self, offer: lease_service_pb2.LeaseOffer, **fields: Any
+    ) -> lease_service_pb2.ReleaseLeaseResponse:
+        """End."""
+        return self.leases.ReleaseLease(
+            lease_service_pb2.ReleaseLeaseRequest(
+                name=offer.lease.name, secret=offer.secret, **fields
+            )
+        )
+
+
+def ask(
+    token: str,
+    *,
+    wait: float | None = None,
+    ttl: float = 2.0,
+    request_id: str | None = None,
+    job: str = "",
+    last_fencing_token: int = 0,
+) -> lease_service_pb2.AcquireLeaseRequest:
+    """Build a request for a lease."""
+    request = lease_service_pb2.AcquireLeaseRequest(
+        token=token,
+        request_id=request_id or str(uuid.uuid4()),
+        ttl=duration(ttl),
+        wait=None if wait is None else duration(wait),
+        last_fencing_token=last_fencing_token,
+    )
+    request.holder.job = job
+    return request
+
+
+def refusal(call: Callable[..., object], *arguments: object) -> str:
+    """Return the reason with which a call is refused."""
+    try:
+        call(*arguments)
+    except grpc.RpcError as error:
+        return from_rpc_error(error, "test").reason
+    raise AssertionError("the call was not refused")
+
+
+class Waiter:
+    """A stream that waits for a lease, with heartbeats that a test can stop."""
+
+    def __init__(
+        self, replica: Replica, request: lease_service_pb2.AcquireLeaseRequest
+    ) -> None:
+        self.request = request
+        self.silent = False
+        self.events: list[lease_service_pb2.AcquireLeaseResponse] = []
+        self.ended: grpc.RpcError | str | None = None
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._outbox.put(lease_service_pb2.StreamAcquireLeaseRequest(acquire=request))
+        self._stream = replica.leases.StreamAcquireLease(self._requests())
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _requests(self) -> Iterator[lease_service_pb2.StreamAcquireLeaseRequest]:
+        heartbeat = lease_service_pb2.StreamAcquireLeaseRequest(
+            heartbeat=lease_service_pb2.Heartbeat()
+        )
+        while True:
+            try:
+                message = self._outbox.get(timeout=0.5)
+            except queue.Empty:
+                if self.silent:
+                    continue
+                message = heartbeat
+            if message is None:
+                return
+            yield message
+
+    def _listen(self) -> None:
+        try:
+            for response in self._stream:
+                self.events.append(response.event)
+            self.ended = "by the coordinator"
+        except grpc.RpcError as error:
+            self.ended = error
+
+    @property
+    def last(self) -> lease_service_pb2.AcquireLeaseResponse | None:
+        """The latest event."""
+        return self.events[-1] if self.events else None
+
+    def waiting(self, seconds: float = 5.0) -> lease_pb2.WaitStatus:
+        """Return the first status."""
+        wait_until(lambda: self.events, seconds)
+        assert self.events[0].HasField("waiting"), self.events[0]
+        return self.events[0].waiting
+
+    def offer(self, seconds: float = 10.0) -> lease_service_pb2.LeaseOffer:
+        """Return the latest offer once there is one."""
+        wait_until(lambda: self.last is not None and self.last.HasField("offer"), seconds)
+        assert self.last is not None
+        return self.last.offer
+
+    def withdraw(self) -> None:
+        """Give up the place."""
+        self._outbox.put(
+            lease_service_pb2.StreamAcquireLeaseRequest(withdraw=lease_service_pb2.Withdrawal())
+        )
+
+    def vanish(self) -> None:
+        """Break the stream without a word."""
+        self._stream.cancel()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the stream."""
+        self._outbox.put(None)
+        with contextlib.suppress(RuntimeError):
+            self._thread.join(timeout=5)

@@ -1,0 +1,164 @@
+"""The simulated provider over real HTTP, and its command as a real process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from holdoff.simulator import Rotation, Rule, serving
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+COMMAND = (str(Path(sys.executable).with_name("holdoff")), "simulator")
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    """A client that says who it is."""
+    async with aiohttp.ClientSession(headers={"User-Agent": "job/test/a/1"}) as session:
+        yield session
+
+
+async def get(http: aiohttp.ClientSession, url: str) -> Any:
+    """Read a JSON document."""
+    async with http.get(url) as response:
+        assert response.status == 200
+        return await response.json()
+
+
+async def grant(http: aiohttp.ClientSession, url: str) -> tuple[str, dict[str, str]]:
+    """Ask the simulator for its seed: the token URL and the form that refreshes."""
+    [seed] = (await get(http, f"{url}/_simulator/seed"))["seeds"]
+    fields = {name: seed[name] for name in ("client_id", "client_secret", "refresh_token")}
+    return seed["token_url"], {"grant_type": "refresh_token", **fields}
+
+
+async def test_a_job_refreshes_calls_and_is_told_off(http: aiohttp.ClientSession) -> None:
+    """The whole way of a job: a token, calls with headers, too early, and the report of it.
+
+    Fails when the server forgets to report that an answer left.
+    """
+    async with serving(rotation=Rotation.REUSE) as url:
+        token_url, form = await grant(http, url)
+        async with http.post(token_url, data=form) as response:
+            assert response.status == 200
+            tokens = await response.json()
+        assert tokens["expires_in"] == "600"
+        assert tokens["refresh_token"] != form["refresh_token"]
+
+        bearer = {"Authorization": f"Bearer {tokens['access_token']}"}
+        async with http.get(f"{url}/api/v1/535193/crm/Accounts", headers=bearer) as response:
+            assert response.status == 200
+            assert response.headers["X-RateLimit-Minutely-Remaining"] == "59"
+            assert len(response.headers["X-RateLimit-Minutely-Reset"]) == 13  # milliseconds
+        bad = f"{url}/api/v1/535193/crm/Accounts?$filter=Code+is+bad"
+        async with http.get(bad, headers=bearer) as response:
+            assert response.status == 400
+        async with http.get(f"{url}/api/v1/535193/crm/Accounts") as response:
+            assert response.status == 401
+
+        async with http.post(token_url, data=form) as response:
+            assert response.status == 400
+            assert response.headers["Reason"].startswith("TooEarlyToRefreshTokens")
+            assert await response.text() == (
+                '{"error":"access_denied",'
+                '"error_description":"Rate limit exceeded: access_token not expired"}'
+            )
+
+        report = await get(http, f"{url}/_simulator/report")
+        text = json.dumps(report)
+    [violation] = report["violations"]
+    assert violation["rule"] == Rule.REFRESH_INTERVAL
+    assert violation["agent"] == "job/test/a/1"
+    assert violation["user"] == "finance@example.com"
+    assert report["token_requests"]["accepted"] == 1
+    [first, second] = report["token_requests"]["requests"]
+    assert first["gap_seconds"] is None
+    assert 0 <= second["gap_seconds"] < 570
+    assert report["api_calls"]["by_status"] == {"200": 1, "400": 1, "401": 1}
+    for secret in (
+        tokens["access_token"],
+        tokens["refresh_token"],
+        form["refresh_token"],
+        form["client_secret"],
+    ):
+        assert secret not in text
+
+
+async def test_scaled_time_lets_a_refresh_through_sooner(http: aiohttp.ClientSession) -> None:
+    """At 600 times the speed the interval of 570 s is over within a second or so.
+
+    Fails when the rules are asked with unscaled time.
+    """
+    async with serving(time_scale=600) as url:
+        token_url, form = await grant(http, url)
+
+        async def status() -> int:
+            async with http.post(token_url, data=form) as response:
+                return response.status
+
+        assert await status() == 200
+        await asyncio.sleep(570 / 600)
+        assert await status() == 200
+        report = await get(http, f"{url}/_simulator/report")
+    assert report["token_requests"]["requests"][1]["gap_seconds"] >= 570
+
+
+async def test_concurrent_refreshes_give_one_token(http: aiohttp.ClientSession) -> None:
+    """Of twenty refreshes at once one gets a token, and the eleventh refusal blocks the key."""
+    async with serving(rotation=Rotation.STRICT) as url:
+        token_url, form = await grant(http, url)
+
+        async def status() -> int:
+            async with http.post(token_url, data=form) as response:
+                return response.status
+
+        statuses = await asyncio.gather(*(status() for _ in range(20)))
+        report = await get(http, f"{url}/_simulator/report")
+    assert sorted(statuses) == [200] + [401] * 11 + [403] * 8
+    assert report["totals"]["by_rule"][Rule.OLD_REFRESH_TOKEN] == 11
+    assert report["totals"]["by_rule"][Rule.ERROR_LIMIT] == 1
+    assert len(report["blocks"]) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_command_prints_its_url_and_ends_on_a_signal(number: signal.Signals) -> None:
+    """The command prints one line with its URL, answers there, and a signal ends it with 0."""
+    with subprocess.Popen(
+        [*COMMAND, "--time-scale", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            match = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+            assert match
+            with urllib.request.urlopen(f"{match[0]}/_simulator/report", timeout=10) as answer:  # noqa: S310 -- our own server
+                assert json.load(answer)["time_scale"] == 60
+            process.send_signal(number)
+            out, err = process.communicate(timeout=10)
+        finally:
+            process.kill()
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--listen", "nowhere"], ["--time-scale", "0"], ["--time-scale", "601"]]
+)
+def test_command_refuses_bad_options(arguments: list[str]) -> None:
+    """An address without a port, and a speed at which nothing could be tested, are refused."""
+    done = subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == 64
+    assert arguments[0] in done.stderr
