@@ -1,0 +1,168 @@
+"""What holds grants back when the store may have forgotten something, or its clock jumped."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from holdoff.v1 import lease_pb2
+from holdoff_coordinator.scripts import boottime_us
+from holdoff_coordinator.store import Epoch
+from tests.harness import Replica, Waiter, ask, refusal, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.conftest import Server, StartValkey
+
+
+class SteppedClock:
+    """A boot clock that a test sets off against the store's; only the difference matters."""
+
+    def __init__(self) -> None:
+        self.step_us = 0
+
+    def __call__(self) -> int:
+        """Read the clock."""
+        return boottime_us() + self.step_us
+
+
+@pytest.fixture(scope="module")
+def valkey(start_valkey: StartValkey) -> Server:
+    """Give a store of its own: a jump is declared for all apps that a replica has seen."""
+    return start_valkey()
+
+
+@contextlib.contextmanager
+def stepped(valkey: Server, seconds: float) -> Iterator[tuple[Replica, str]]:
+    """Give a replica in whose eyes the store's clock has just jumped, and a token."""
+    clock = SteppedClock()
+    with Replica(valkey.url, boot_us=clock, quarantine_seconds=1.0) as replica:
+        token = replica.create_token(0)
+        replica.release(replica.hold(token, ttl=1.0))
+        clock.step_us = -round(seconds * 1e6)
+        yield replica, token
+
+
+def test_a_clock_that_jumped_forward_grants_nothing_for_the_safe_time(valkey: Server) -> None:
+    """A step forward expires leases too early, so that nothing is granted until they are over.
+
+    Fails when `Scripts` passes no estimate and declares no quarantine.
+    """
+    with stepped(valkey, 5.0) as (replica, token):
+        assert refusal(lambda: replica.acquire(token)) == "QUARANTINED"
+        waiter = Waiter(replica, ask(token))
+        assert waiter.waiting().reason == lease_pb2.WAIT_REASON_QUARANTINED
+        waiter.offer(5.0)
+        waiter.vanish()
+
+
+def test_a_clock_that_jumped_back_grants_nothing_for_the_safe_time(valkey: Server) -> None:
+    """A step back is no better: cooldowns are measured from times that have not come yet."""
+    with stepped(valkey, -5.0) as (replica, token):
+        assert refusal(lambda: replica.acquire(token)) == "QUARANTINED"
+        assert wait_until(lambda: _granted(replica, token), 5.0)
+
+
+def _granted(replica: Replica, token: str) -> bool:
+    try:
+        return replica.acquire(token).HasField("offer")
+    except Exception:  # noqa: BLE001 - refused, for now
+        return False
+
+
+def test_a_small_step_is_borne(valkey: Server) -> None:
+    """Less than a second is what clocks do."""
+    with stepped(valkey, 0.5) as (replica, token):
+        assert replica.acquire(token).HasField("offer")
+
+
+def test_renewals_go_on_in_quarantine(valkey: Server) -> None:
+    """Who holds a lease keeps it while nothing new is granted.
+
+    Fails when renew.lua refuses while `now < quarantined_until()`.
+    """
+    clock = SteppedClock()
+    with Replica(valkey.url, boot_us=clock, quarantine_seconds=30.0) as replica:
+        token = replica.create_token(0)
+        offer = replica.hold(token)
+        clock.step_us = -5_000_000
+        for _ in range(3):
+            replica.renew(offer)
+        assert replica.show(offer.lease.name).state == lease_pb2.LEASE_STATE_ACTIVE
+        replica.release(offer)
+        assert refusal(lambda: replica.acquire(token)) == "QUARANTINED"
+
+
+def test_a_store_that_lost_its_data_is_quarantined(start_valkey: StartValkey) -> None:
+    """A token made anew after its data vanished is not grantable at once, though never refreshed.
+
+    Fails when `ensure_epoch` does not look at the epoch that the replica knew.
+    """
+    valkey = start_valkey()
+    with Replica(valkey.url, quarantine_seconds=1.0) as replica:
+        token = replica.create_token(0)
+        replica.hold(token)
+        with redis.Redis.from_url(valkey.url) as store:
+            store.flushall()
+        assert refusal(lambda: replica.acquire(token)) == "TOKEN_NOT_FOUND"
+        replica.create_token(0, name=token)
+        assert refusal(lambda: replica.acquire(token)) == "QUARANTINED"
+        wait_until(lambda: _granted(replica, token), 5.0)
+
+
+def test_a_changed_epoch_is_quarantined(valkey: Server) -> None:
+    """An epoch other than the one a replica knows means other data."""
+    with Replica(valkey.url, quarantine_seconds=1.0) as replica:
+        token = replica.create_token(0)
+        with redis.Redis.from_url(valkey.url) as store:
+            store.hset(f"holdoff:{{{token.split('/')[1]}}}", "epoch", "another")
+        assert refusal(lambda: replica.acquire(token)) == "QUARANTINED"
+        wait_until(lambda: _granted(replica, token), 5.0)
+
+
+def test_a_directory_that_knew_another_epoch_quarantines_new_tokens(valkey: Server) -> None:
+    """After a loss that the data directory shows, tokens made anew wait out the safe time."""
+    lost = Epoch("fresh", lost=True)
+    with Replica(valkey.url, epoch=lost, quarantine_seconds=1.0) as replica:
+        token = replica.create_token(0)
+        assert refusal(lambda: replica.acquire(token)) == "QUARANTINED"
+        wait_until(lambda: _granted(replica, token), 5.0)
+
+
+def test_a_restart_with_its_epoch_intact_is_not_quarantined(valkey: Server) -> None:
+    """A coordinator that comes back to its store grants at once."""
+    with Replica(valkey.url) as replica:
+        token = replica.create_token(0)
+    with Replica(valkey.url) as replica:
+        assert replica.acquire(token).HasField("offer")
+
+
+def test_after_an_outage_waiters_may_return_to_their_places(valkey: Server) -> None:
+    """When no coordinator was there for a while, a newcomer waits for those who were first.
+
+    Fails when common.lua sets no `recovery_until_us` after a gap.
+    """
+    with Replica(valkey.url) as replica:
+        token = replica.create_token(0)
+        held = replica.hold(token)
+        first = Waiter(replica, ask(token))
+        first.waiting()
+        replica.release(held)  # the offer to `first` is never accepted
+        first.vanish()
+    app = token.split("/")[1]
+    with redis.Redis.from_url(valkey.url) as store:  # nobody came by for ten seconds
+        key = f"holdoff:{{{app}}}"
+        for field in ("tick_us", "high_water_us"):
+            store.hincrby(key, field, -10_000_000)
+    with Replica(valkey.url) as replica:
+        newcomer = Waiter(replica, ask(token))
+        assert newcomer.waiting().place == 2
+        back = Waiter(replica, first.request)
+        assert back.offer().lease.name
+        assert not newcomer.last or not newcomer.last.HasField("offer")
+        back.vanish()
+        newcomer.vanish()

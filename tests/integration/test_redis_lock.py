@@ -1,0 +1,163 @@
+"""python-redis-lock and leases exclude each other, with the plain library on the same store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import redis_lock
+
+from holdoff.v1 import lease_pb2
+from tests.harness import Replica, Waiter, ask, refusal, wait_until
+
+if TYPE_CHECKING:
+    import redis
+
+
+def lock_of(replica: Replica, store: redis.Redis, token: str, **options: object) -> redis_lock.Lock:
+    """Make the library's lock of a token, as its user would."""
+    return redis_lock.Lock(store, replica.show_token(token).lock_name, **options)
+
+
+def test_a_lease_keeps_the_lock_from_being_taken(replica: Replica, store: redis.Redis) -> None:
+    """While a lease lives, or is offered, the library cannot acquire its lock.
+
+    Fails when `mirror` does not set the key.
+    """
+    token = replica.create_token()
+    offer = replica.acquire(token).offer
+    lock = lock_of(replica, store, token)
+    assert not lock.acquire(blocking=False)
+    replica.renew(offer)
+    assert not lock.acquire(blocking=False)
+    assert lock.get_owner_id() == offer.lease.name.rpartition("/")[2]
+
+
+def test_the_lock_keeps_a_lease_from_being_granted(replica: Replica, store: redis.Redis) -> None:
+    """While the library holds its lock no lease is granted; its end counts as a refresh.
+
+    Fails when `settle` does not look at the lock's owner, or cools nothing down at its end.
+    """
+    token = replica.create_token(0.6)
+    lock = lock_of(replica, store, token, expire=30)
+    assert lock.acquire(blocking=False)
+    assert refusal(lambda: replica.acquire(token)) == "LEASE_HELD"
+    waiter = Waiter(replica, ask(token))
+    assert waiter.waiting().reason == lease_pb2.WAIT_REASON_HELD
+    assert "python-redis-lock" in waiter.waiting().message
+    lock.release()
+    released_us = time.time_ns() // 1000
+    assert waiter.offer().lease.create_time.ToMicroseconds() >= released_us + 595_000
+    waiter.vanish()
+
+
+def test_a_foreign_lock_that_expires_counts_too(replica: Replica, store: redis.Redis) -> None:
+    """A script that died with its lock is noticed when the lock runs out."""
+    token = replica.create_token(0.3)
+    assert lock_of(replica, store, token, expire=1).acquire(blocking=False)
+    waiter = Waiter(replica, ask(token))
+    assert waiter.waiting().reason == lease_pb2.WAIT_REASON_HELD
+    waiter.offer(5.0)
+    waiter.vanish()
+
+
+def test_the_lock_stays_taken_while_cooling(replica: Replica, store: redis.Redis) -> None:
+    """The library's users keep the interval too.
+
+    Fails when `mirror` deletes the key as soon as no lease lives.
+    """
+    token = replica.create_token(0.8)
+    released = replica.release(replica.hold(token))
+    lock = lock_of(replica, store, token)
+    assert not lock.acquire(blocking=False)
+    wait_until(lambda: lock.acquire(blocking=False))
+    assert time.time_ns() // 1000 >= released.not_before_time.ToMicroseconds() - 2_000
+    lock.release()
+
+
+def sleeper(lock: redis_lock.Lock) -> tuple[threading.Thread, list[float]]:
+    """Acquire without a time-out, in a thread: it sleeps until somebody signals."""
+    woken: list[float] = []
+
+    def acquire() -> None:
+        lock.acquire()
+        woken.append(time.time())
+        lock.release()
+
+    thread = threading.Thread(target=acquire, daemon=True)
+    thread.start()
+    return thread, woken
+
+
+def test_a_blocked_user_is_woken_when_the_cooldown_ends(
+    replica: Replica, store: redis.Redis
+) -> None:
+    """A blocking acquire without a time-out wakes after a release and its cooldown.
+
+    Fails when `mirror` pushes no signal (the library would then sleep for ever).
+    """
+    token = replica.create_token(0.5)
+    offer = replica.hold(token)
+    thread, woken = sleeper(lock_of(replica, store, token))
+    time.sleep(0.1)
+    released = replica.release(offer)
+    thread.join(timeout=5)
+    assert woken
+    assert woken[0] * 1e6 >= released.not_before_time.ToMicroseconds() - 2_000
+
+
+def test_a_blocked_user_is_woken_when_a_lease_expires(replica: Replica, store: redis.Redis) -> None:
+    """The sweeper ends a lease that ran out, and then its cooldown, with nobody else waiting."""
+    token = replica.create_token(0.3)
+    offer = replica.hold(token, ttl=1.0)
+    thread, woken = sleeper(lock_of(replica, store, token))
+    expires = replica.show(offer.lease.name).expire_time.ToMicroseconds()
+    thread.join(timeout=6)
+    assert woken
+    assert woken[0] * 1e6 >= expires + 298_000
+
+
+def test_reset_does_no_harm(replica: Replica, store: redis.Redis) -> None:
+    """`reset()` deletes keys it does not own: the lease stays, and its key comes back.
+
+    Fails when acquire.lua believes the key instead of the record.
+    """
+    token = replica.create_token(5)
+    offer = replica.hold(token, ttl=30.0)
+    lock = lock_of(replica, store, token)
+    lock.reset()
+    assert refusal(lambda: replica.acquire(token)) == "LEASE_HELD"
+    replica.renew(offer)
+    assert not lock.acquire(blocking=False)
+    replica.release(offer)
+    redis_lock.reset_all(store)
+    assert refusal(lambda: replica.acquire(token)) == "TOKEN_COOLING"
+    assert not lock.acquire(blocking=False)
+
+
+def test_a_lease_whose_lock_was_taken_is_lost(replica: Replica, store: redis.Redis) -> None:
+    """A lock taken after a reset breaks the lease; nobody is granted one until it is over.
+
+    Fails when `settle` overwrites a foreign owner.
+    """
+    token = replica.create_token(0.3)
+    offer = replica.hold(token, ttl=1.5)
+    expires = replica.show(offer.lease.name).expire_time.ToMicroseconds()
+    lock = lock_of(replica, store, token, expire=30)
+    store.delete(f"lock:{replica.show_token(token).lock_name}")
+    # Taken in the instant before a look at the token would put the key back.
+    store.set(f"lock:{replica.show_token(token).lock_name}", lock.id, xx=True)
+    assert refusal(replica.renew, offer) == "LEASE_BROKEN"
+    lock.release()
+    waiter = Waiter(replica, ask(token))
+    started = waiter.offer().lease.create_time.ToMicroseconds()
+    assert started >= expires + 300_000
+    waiter.vanish()
+
+
+def test_the_sweepers_lock_is_the_librarys(replica: Replica, store: redis.Redis) -> None:
+    """One replica sweeps, guarded by the library itself."""
+    wait_until(lambda: store.get("lock:holdoff:sweeper"))
+    assert not redis_lock.Lock(store, "holdoff:sweeper").acquire(blocking=False)
+    del replica
