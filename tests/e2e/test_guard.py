@@ -58,26 +58,35 @@ if options.get("unprivileged"):
 with Guard.start(isolate=options["isolate"]) as guard:
     if options.get("leak") and os.fork() == 0:
         report(leak=os.getpid())
-        os.execl("/bin/sleep", "sleep", "60") if options["leak"] == "exec" else threading.Event().wait(60)
+        threading.Event().wait(60)
     with caught_signals(guard.signal):
         first = fence()
         report(wrapper=os.getpid(), guard=guard.pid, isolated=guard.isolated, fence=first)
+        if options.get("never_launch"):
+            report(signalled=guard.signal(15))
+            threading.Event().wait(60)
         if "end_at_once" in options:
             guard.end(options["end_at_once"])
         guard.launch(
-            which(options["argv"][0]), options["argv"], {**os.environ, "MARK": options["mark"]},
+            which(options["argv"][0]), options["argv"],
+            {**os.environ, "MARK": options["mark"], "FILLER": "x" * options.get("filler", 0)},
             fence_boottime_ns=first, grace_seconds=options.get("grace", 1),
         )
+        if options.get("abandon"):
+            sys.exit(3)
+        if "signal_at_once" in options:
+            guard.signal(options["signal_at_once"])
         if "renew" in options:
             renew()
         if "end" in options:
             later(options["end"], lambda: guard.end("lease lost"))
         outcome = guard.wait(lambda event: report(
             event=event.kind, reason=event.reason, signal=event.signal))
+    at = boottime_ns()
     report(outcome={
         "exit_code": outcome.exit_code, "signal": outcome.signal, "ended_by": outcome.ended_by,
         "cannot_run": outcome.cannot_run and str(outcome.cannot_run), "status": outcome.status,
-        "survivors": outcome.survivors})
+        "survivors": outcome.survivors, "at": at})
 sys.exit(0 if outcome.status is None else outcome.status)
 """
 
@@ -149,6 +158,7 @@ class Run:
 
     folder: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    process: subprocess.Popen[bytes] = field(init=False)
 
     @property
     def note(self) -> Path:
@@ -163,11 +173,9 @@ class Run:
 
     def start(self, argv: list[str], *, popen: Any = None, **options: object) -> None:
         """Start the driver, in a session of its own without a terminal."""
-        self.process = subprocess.Popen(
-            self.command(argv, **options),
-            start_new_session=True,
-            **{"stdin": subprocess.DEVNULL} | (popen or {}),
-        )
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, **(popen or {})}
+        command = self.command(argv, **options)
+        self.process = subprocess.Popen(command, start_new_session=True, **streams)
 
     def finish(self) -> dict[str, Any]:
         """Wait for the driver, and give the outcome it reported."""
@@ -202,26 +210,19 @@ class Run:
 
     def stop(self) -> None:
         """Leave nothing behind, whatever the test found."""
-        doomed = {
-            report[key] for report in self.reports for key in ("guard", "leak") if key in report
-        }
-        doomed = {
-            pid for pid in doomed if b"_guard.py" in _read(pid, "cmdline") or pid in self._leaks
-        }
+        leaks = [report["leak"] for report in self.reports if "leak" in report]
+        guards = [report["guard"] for report in self.reports if "guard" in report]
+        guards = [pid for pid in guards if b"_guard.py" in _read(pid, "cmdline")]
         if (process := getattr(self, "process", None)) is not None:
             process.kill()
             process.wait()
-        for pid in doomed | set(self.alive()):
+        for pid in [*leaks, *guards, *self.alive()]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    @property
-    def _leaks(self) -> set[int]:
-        return {report["leak"] for report in self.reports if "leak" in report}
-
 
 def _pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def _read(pid: int, name: str) -> bytes:
@@ -303,17 +304,11 @@ def test_nothing_outlives_the_command(run: Run, isolate: str) -> None:
 
     Fails when the leftovers are not signalled after the command's end.
     """
-    daemon = f'setsid sh -c \'trap "echo bye > {run.note}; exit" TERM; touch {run.note}; '
-    run.start(
-        [
-            "sh",
-            "-c",
-            daemon
-            + f"while :; do sleep 0.05; done' & while ! [ -e {run.note} ]; do sleep 0.02; done; exit 4",
-        ],
-        isolate=isolate,
-        grace=5,
-    )
+    note = run.note
+    trap = f'trap "echo bye >{note}; exit" TERM; touch {note}; while :; do sleep 0.05; done'
+    wait = f"while ! [ -e {note} ]; do sleep 0.02; done"
+    script = f"setsid sh -c '{trap}' & {wait}; exit 4"
+    run.start(["sh", "-c", script], isolate=isolate, grace=5)
     assert run.finish()["exit_code"] == 4
     assert run.note.read_text() == "bye\n"
     assert not run.alive()
@@ -335,15 +330,12 @@ def test_streams_pass_untouched(run: Run, isolate: str) -> None:
 
 def test_descriptors(run: Run) -> None:
     """Nothing but the three streams reaches the command, also when the wrapper had others open."""
-    extra = os.open("/dev/null", os.O_RDONLY)
-    show = "import os; open(__import__('sys').argv[1], 'w').write(str(os.listdir('/proc/self/fd')))"
-    popen = {"pass_fds": [extra]}
-    run.start(python(show, run.note), popen=popen)
-    os.close(extra)
-    assert run.finish()["exit_code"] == 0
-    # The fourth is the listing's own.
-    assert len(json.loads(run.note.read_text().replace("'", '"'))) <= 5
-    assert str(extra) not in run.note.read_text() or extra < 5
+    show = "import os, sys\nfor fd in os.listdir('/proc/self/fd'): print(fd, file=sys.stderr)"
+    with Path(os.devnull).open() as extra:
+        popen = {"pass_fds": [extra.fileno()], "stderr": subprocess.PIPE}
+        run.start(python(show), popen=popen)
+    # 3 is the listing's own.
+    assert run.process.communicate(timeout=20)[1] == b"0\n1\n2\n3\n"
 
 
 def test_closed_stdin(run: Run) -> None:
@@ -357,14 +349,15 @@ def test_closed_stdin(run: Run) -> None:
 def test_mask_and_dispositions(run: Run, isolate: str) -> None:
     """The command has the blocked and ignored signals that it would have had without us."""
     show = ["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"]
-    popen = {"stdout": subprocess.PIPE, "text": True}
     launcher = ["sh", "-c", "trap '' HUP USR2; exec \"$@\"", "sh"]
-    expected = subprocess.run([*launcher, *show], stdout=subprocess.PIPE, text=True, check=True)
+    expected = subprocess.run([*launcher, *show], stdout=subprocess.PIPE, check=True).stdout
     run.process = subprocess.Popen(
-        [*launcher, *run.command(show, isolate=isolate)], **popen, start_new_session=True
+        [*launcher, *run.command(show, isolate=isolate)],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
-    assert run.process.communicate(timeout=20)[0] == expected.stdout
-    assert "SigIgn:\t0000000000000801" in expected.stdout
+    assert run.process.communicate(timeout=20)[0] == expected
+    assert b"SigIgn:\t0000000000000801" in expected
 
 
 @both_modes
@@ -379,8 +372,14 @@ def test_signals_are_forwarded(run: Run, isolate: str) -> None:
     ]
     for count, signum in enumerate(sent, 1):
         run.process.send_signal(signum)
-        eventually(lambda count=count: len(run.heard()) == count)
+        eventually(lambda: len(run.heard()) >= count)  # noqa: B023 - called at once
     assert run.heard() == sent
+
+
+def test_signal_right_after_the_launch(run: Run) -> None:
+    """A signal that follows a launch too large for one read does not get ahead of it."""
+    run.start(["sleep", "60"], filler=100_000, signal_at_once=signal.SIGTERM)
+    assert run.finish()["signal"] == signal.SIGTERM
 
 
 # Ending the tree ----------------------------------------------------------------------------
@@ -397,8 +396,25 @@ def test_wrapper_killed(run: Run, isolate: str) -> None:
     eventually(lambda: len(run.alive()) == 3)
     guard = run.reported("guard")
     run.process.kill()
-    eventually(lambda: not run.alive(), 1)
-    eventually(lambda: not _read(guard, "cmdline"), 1)
+    eventually(lambda: not run.alive(), 3)
+    eventually(lambda: not _read(guard, "cmdline"), 3)
+
+
+def test_wrapper_killed_before_the_launch(run: Run) -> None:
+    """A guard that waits for a lease goes with its wrapper; there was nobody to signal yet."""
+    run.start(["true"], never_launch=True)
+    assert run.reported("signalled") is False
+    guard = run.reported("guard")
+    run.process.kill()
+    eventually(lambda: not _read(guard, "cmdline"), 3)
+
+
+@both_modes
+def test_wrapper_lets_go(run: Run, isolate: str) -> None:
+    """A wrapper that leaves the guard's context in mid-run has ended the tree by then."""
+    run.start(python(FAMILY, run.note), isolate=isolate, abandon=True)
+    assert run.process.wait(20) == 3
+    assert not run.alive()
 
 
 def test_wrapper_killed_while_its_pipe_is_held(run: Run) -> None:
@@ -406,11 +422,11 @@ def test_wrapper_killed_while_its_pipe_is_held(run: Run) -> None:
 
     Fails when the guard does not ask for that signal.
     """
-    run.start(python(FAMILY, run.note), leak="fork", grace=1)
+    run.start(python(FAMILY, run.note), leak=True, grace=1)
     eventually(run.note.exists)
     run.reported("leak")
     run.process.kill()
-    eventually(lambda: not run.alive(), 1)
+    eventually(lambda: not run.alive(), 3)
 
 
 @both_modes
@@ -451,13 +467,12 @@ def test_fence(run: Run, isolate: str) -> None:
     """
     run.start(python(LISTENER, run.note), isolate=isolate, fence=2, grace=0.5)
     outcome = run.finish()
-    ended_at = boottime_ns()
     fence = run.reported("fence")
     assert (outcome["ended_by"], outcome["signal"]) == ("fence", signal.SIGKILL)
     assert run.heard() == [signal.SIGTERM, signal.SIGCONT]
     told_at = int(run.note.read_text().split()[1])
-    assert fence - 0.75 * SECOND < told_at < fence - 0.5 * SECOND
-    assert ended_at < fence + 0.2 * SECOND  # with the driver's own end
+    assert fence - 0.75 * SECOND < told_at < fence - 0.4 * SECOND
+    assert told_at < outcome["at"] < fence
     assert not run.alive()
 
 
@@ -524,6 +539,24 @@ def test_init_killed(run: Run, isolate: str) -> None:
     assert not run.alive()
 
 
+@NEEDS_NAMESPACE
+def test_wrapper_and_guard_killed(run: Run) -> None:
+    """In a namespace nothing is left even when nobody is there to end it.
+
+    Fails when the namespace's init has no parent-death signal; it is stopped here, so that it
+    cannot notice otherwise.
+    """
+    run.start(python(FAMILY, run.note), isolate="always")
+    eventually(run.note.exists)
+    guard = run.reported("guard")
+    (init,) = [pid for pid in _pids() if _parent(pid) == guard]
+    for pid in (init, run.process.pid):
+        os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: _state(pid) == "T")  # noqa: B023 - called at once
+    os.kill(guard, signal.SIGKILL)
+    eventually(lambda: not run.alive(), 3)
+
+
 def _parent(pid: int) -> int:
     fields = _read(pid, "stat").rpartition(b")")[2].split()
     return int(fields[1]) if fields else 0
@@ -542,22 +575,25 @@ def test_guard_shrugs_signals_off(run: Run) -> None:
 
 @both_modes
 def test_forks_do_not_escape(run: Run, isolate: str) -> None:
-    """A command whose generations follow each other faster than a look at /proc is ended."""
+    """A command whose generations follow each other in half a millisecond is ended all the same.
+
+    Fails when KILL is sent in one round only (without a namespace, most times).
+    """
     runner = (
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "for generation in range(400):\n"
-        "    if generation % 10 == 0: os.setpgid(0, 0)\n"
         "    if os.fork(): os._exit(0)\n"
+        "    os.setsid()\n"
         "    if generation == 20: open(sys.argv[1], 'w').close()\n"
-        "    time.sleep(0.01)\n"
+        "time.sleep(60)\n"
     )
-    # A command that has ended already, so only its runaway children are left.
-    run.start(
-        ["sh", "-c", '"$@" & wait; sleep 60', "sh", *python(runner, run.note)], isolate=isolate
-    )
+    command = ["sh", "-c", '"$@" & sleep 60', "sh", *python(runner, run.note)]
+    run.start(command, isolate=isolate, grace=0)
     eventually(run.note.exists)
     run.process.kill()
-    eventually(lambda: not run.alive(), 3)
+    guard = run.reported("guard")
+    eventually(lambda: not run.alive() and not _read(guard, "cmdline"), 5)
 
 
 def test_fence_already_passed(run: Run) -> None:
@@ -592,9 +628,9 @@ def test_plan(grace: float) -> None:
 @pytest.mark.parametrize("isolate", ["auto", "always"])
 def test_isolated(run: Run, isolate: str) -> None:
     """In a namespace the command sees itself and what belongs to it, and no other process."""
-    popen = {"stdout": subprocess.PIPE, "text": True}
+    popen = {"stdout": subprocess.PIPE}
     run.start(["sh", "-c", "cd /proc; echo $$ [0-9]*"], isolate=isolate, popen=popen)
-    assert run.process.communicate(timeout=20)[0] == "2 1 2\n"
+    assert run.process.communicate(timeout=20)[0] == b"2 1 2\n"
     assert run.reported("isolated") is True
 
 
@@ -607,10 +643,10 @@ def test_isolation_not_permitted(run: Run) -> None:
 
 def test_isolation_demanded_and_not_permitted(run: Run) -> None:
     """Without the capability `always` fails before anything is launched, and says why."""
-    popen = {"stderr": subprocess.PIPE, "text": True}
+    popen = {"stderr": subprocess.PIPE}
     run.start(["touch", str(run.note)], isolate="always", unprivileged=True, popen=popen)
-    assert "GuardError" in (error := run.process.communicate(timeout=20)[1])
-    assert "not permitted" in error
+    assert b"GuardError" in (error := run.process.communicate(timeout=20)[1])
+    assert b"not permitted" in error
     assert not run.note.exists()
 
 
@@ -639,7 +675,7 @@ class Terminal:
     def __init__(self, command: list[str]) -> None:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            os.execvp(command[0], command)
+            os.execvp(command[0], command)  # noqa: S606
         self.screen = ""
 
     def type(self, text: str) -> None:
@@ -689,7 +725,7 @@ def prepare(run: Run, program: str, **options: object) -> str:
 
 READER = """
 import os, signal, sys, time
-signal.signal(signal.SIGINT, lambda *_: (print("interrupted", flush=True), sys.exit(9)))
+signal.signal(signal.SIGINT, lambda *_: (os.write(1, b"interrupted\\n"), os._exit(9)))
 print("front" if os.tcgetpgrp(0) == os.getpgrp() else "back", flush=True)
 while True:
     print("got", sys.stdin.readline().strip(), flush=True)
@@ -700,7 +736,7 @@ while True:
 def test_terminal_reads_and_interrupts(run: Run, shell: Terminal, isolate: str) -> None:
     """The command owns the terminal: it reads lines, and Ctrl-C goes to it; then the shell again.
 
-    Fails when the command is not made the foreground group, or the terminal is not taken back.
+    Fails when the command is not made the foreground group.
     """
     shell.type(prepare(run, READER, isolate=isolate) + "; echo code $?\n")
     shell.expect("front")
@@ -731,6 +767,17 @@ def test_terminal_stops_and_continues(run: Run, shell: Terminal, isolate: str) -
         shell.expect(f"got {word}")
     shell.type("\x03")
     shell.expect("interrupted")
+
+
+def test_terminal_comes_back_to_a_script(run: Run, shell: Terminal) -> None:
+    """A script without job control, in the wrapper's own group, reads the terminal afterwards.
+
+    Fails when the wrapper does not take the terminal back.
+    """
+    shell.type(f"sh -c '{prepare(run, 'print(4)')}; read line; echo \"script $line\"'\n")
+    shell.expect("4")
+    shell.type("reads\n")
+    shell.expect("script reads")
 
 
 def test_terminal_in_the_background(run: Run, shell: Terminal) -> None:
@@ -768,11 +815,25 @@ def test_terminal_continued_in_the_background(run: Run, shell: Terminal) -> None
 
 
 def test_terminal_in_a_pipeline(run: Run, shell: Terminal) -> None:
-    """In a pipeline the neighbour may read the terminal, and Ctrl-C still reaches the command."""
-    neighbour = f"{sys.executable} -c 'import sys; print(sys.stdin.readline()); " + (
-        'print("key", open("/dev/tty").readline()); print(sys.stdin.read())' + "'"
+    """In a pipeline the neighbour may read the terminal, and Ctrl-C still reaches the command.
+
+    Fails when the command gets the terminal at once, as it does where it is alone.
+    """
+    program = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, lambda *_: (os.write(1, b'interrupted'), os._exit(9)))\n"
+        "print('front' if os.tcgetpgrp(0) == os.getpgrp() else 'back', flush=True)\n"
+        "while True: signal.pause()"
     )
-    shell.type(f"trap : INT; {prepare(run, READER)} | (trap '' INT; exec {neighbour})\n")
+    pager = run.folder / "pager"
+    pager.write_text(
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "print(sys.stdin.readline(), flush=True)\n"
+        "print('key', open('/dev/tty').readline(), flush=True)\n"
+        "print(sys.stdin.read(), flush=True)\n"
+    )
+    shell.type(f"{prepare(run, program)} | {sys.executable} -I -S {pager}\n")
     shell.expect("back")
     shell.type("pressed\n")
     shell.expect("key pressed")

@@ -1,5 +1,7 @@
 """The embedded store: real Valkeys in real directories, killed in every way."""
 
+# ruff: noqa: ASYNC220, ASYNC240 - a test's own loop may wait for a small file or a fork
+
 import asyncio
 import contextlib
 import fcntl
@@ -63,13 +65,19 @@ def other_process(data_dir: Path) -> Iterator[tuple[subprocess.Popen[str], int]]
         [sys.executable, "-c", COORDINATOR, str(data_dir)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
+    valkey_pid = 0
     try:
         ready = next(line for line in process.stdout if line.startswith("READY"))
-        yield process, int(ready.split()[1])
+        valkey_pid = int(ready.split()[1])
+        yield process, valkey_pid
     finally:
         process.kill()
         process.wait(10)
         process.stdout.close()
+        # Only needed when the code under test is broken; its command shows that it is still ours.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if b"valkey-server" in Path(f"/proc/{valkey_pid}/cmdline").read_bytes():
+                os.kill(valkey_pid, signal.SIGKILL)
 
 
 def alive(pid: int) -> bool:
@@ -140,10 +148,17 @@ async def test_data_that_vanished_is_noticed(data_dir: Path) -> None:
         assert (await store.ensure_epoch(client, running.read_epoch())).lost
 
 
-async def test_it_dies_with_a_killed_coordinator_and_starts_again_at_once(data_dir: Path) -> None:
+async def test_it_dies_with_a_killed_coordinator(data_dir: Path) -> None:
     """SIGKILL leaves no Valkey behind. Fails when Valkey is started without die_with_parent."""
     with other_process(data_dir) as (coordinator, valkey_pid):
         assert alive(valkey_pid)
+        coordinator.kill()
+        await until(lambda: not alive(valkey_pid))
+
+
+async def test_a_restart_after_a_kill_works_at_once(data_dir: Path) -> None:
+    """The next coordinator need not wait to be started, and finds what was written."""
+    with other_process(data_dir) as (coordinator, valkey_pid):
         async with client_of(f"unix://{data_dir}/valkey/valkey.sock") as client:
             await client.set("key", "kept")
         coordinator.kill()
@@ -207,24 +222,26 @@ async def test_a_killed_valkey_comes_back_with_everything(data_dir: Path) -> Non
             except RedisError:
                 await asyncio.sleep(0.01)
 
+    async def until_more_than(count: int) -> None:
+        await until(lambda: acknowledged > count)
+
     async with EmbeddedStore(data_dir) as running, client_of(running.url) as client:
         writers = [asyncio.create_task(load(client)) for _ in range(4)]
         for _ in range(2):
-            pid, before = running.pid, acknowledged
-            await until(lambda before=before: acknowledged > before + 20)
+            pid = running.pid
             assert pid is not None
+            await until_more_than(acknowledged + 20)
             os.kill(pid, signal.SIGKILL)
-            at_kill = acknowledged
-            await until(lambda at_kill=at_kill: acknowledged > at_kill)
+            await until_more_than(acknowledged)
             assert running.pid != pid
         for writer in writers:
             writer.cancel()
         await asyncio.gather(*writers, return_exceptions=True)
-        assert int(await client.get("count")) >= acknowledged
+        assert int(await client.get("count") or 0) >= acknowledged
 
 
 async def test_a_disk_that_takes_no_more_is_named_and_survived(data_dir: Path) -> None:
-    """Valkey ends when it cannot write; we say why, start it again and keep what was acknowledged."""
+    """Valkey ends when it cannot write: we say why, restart it and keep what it acknowledged."""
     async with EmbeddedStore(data_dir) as running, client_of(running.url) as client:
         await client.set("key", "kept")
         assert running.pid is not None

@@ -118,7 +118,9 @@ def test_a_request_id_is_bound_to_its_parameters(replica: Replica) -> None:
     token, request_id = replica.create_token(), str(uuid.uuid4())
     offer = replica.acquire(token, request_id=request_id).offer
     for options in ({"ttl": 3.0}, {"job": "another"}):
-        reason = refusal(lambda options=options: replica.acquire(token, request_id=request_id, **options))
+        reason = refusal(
+            lambda options=options: replica.acquire(token, request_id=request_id, **options)
+        )
         assert reason == "REQUEST_ID_REUSED"
     assert replica.show(offer.lease.name).state == lease_pb2.LEASE_STATE_OFFERED
 

@@ -96,7 +96,11 @@ def test_a_wait_of_zero_does_not_jump_the_queue(replica: Replica) -> None:
     held = replica.hold(token)
     (waiter,) = queue_up([replica], token, 1)
     replica.release(held)
-    assert refusal(lambda: replica.acquire(token)) in ("TOKEN_COOLING", "TOKEN_QUEUED", "LEASE_HELD")
+    assert refusal(lambda: replica.acquire(token)) in (
+        "TOKEN_COOLING",
+        "TOKEN_QUEUED",
+        "LEASE_HELD",
+    )
     waiter.offer()
     waiter.vanish()
 
@@ -128,8 +132,9 @@ def test_a_waiter_is_told_why_and_when(replica: Replica) -> None:
     released = replica.release(held)
     for waiter in (first, second):
         wait_until(
-            lambda waiter=waiter: waiter.last
-            and waiter.last.waiting.reason == lease_pb2.WAIT_REASON_COOLING
+            lambda waiter=waiter: (
+                waiter.last and waiter.last.waiting.reason == lease_pb2.WAIT_REASON_COOLING
+            )
         )
     assert first.last is not None
     assert first.last.waiting.earliest_start_time == released.not_before_time

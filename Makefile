@@ -1,0 +1,69 @@
+# Every target runs from .venv, which scripts/bootstrap.sh fills from requirements.lock.
+# The first line of help beside a target is what `make help` prints.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+# Tests and demo find the project's own commands, and nobody's else.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+READY := .venv/.ready
+PYTEST := pytest --numprocesses auto --maxprocesses 8
+SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh)
+
+.PHONY: help demo demo-short test lint format types imports shell unit integration e2e proto pytest \
+	generate lock bench prove-bare clean
+
+help: ## Show the targets
+	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(READY) ## Jobs on three hosts share one token: without Holdoff, then with it
+	@python clients/demo/demo.py
+
+test: lint types imports pytest demo-short ## Every check, then the demo in short
+
+lint: $(READY) ## Style of Python and of shell scripts
+	ruff check
+	ruff format --check
+	shellcheck $(SHELL_SCRIPTS)
+
+types: $(READY) ## mypy, strict
+	mypy
+
+imports: $(READY) ## Who may import whom
+	lint-imports --no-cache
+
+pytest: $(READY) ## All tests
+	$(PYTEST)
+
+unit integration e2e proto: $(READY) ## The tests of one kind
+	$(PYTEST) tests/$@
+
+demo-short: $(READY) ## The demo with fewer runs
+	python clients/demo/demo.py --short
+
+bench: $(READY) ## Measure; nothing is asserted
+	pytest tests/bench
+
+format: $(READY) ## Let ruff repair what it can
+	ruff check --fix
+	ruff format
+
+generate: $(READY) ## Write clients/python/holdoff/v1 from proto/
+	python scripts/generate.py
+
+lock: $(READY) ## Renew requirements.lock from pyproject.toml; UPGRADE=--upgrade takes newer releases
+	uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-emit-find-links \
+		--custom-compile-command 'make lock' --quiet $(UPGRADE) --output-file requirements.lock
+
+prove-bare: ## As root: `make demo` and `make test` on a Debian with Python, git and make alone
+	scripts/bare-debian.sh
+
+clean: ## Remove .venv and everything that tools left
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find clients coordinator scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): requirements.lock pyproject.toml scripts/bootstrap.sh
+	scripts/bootstrap.sh
+	@touch $@

