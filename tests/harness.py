@@ -144,7 +144,7 @@ class Replica:
         )
 
 
-def ask(
+def ask(  # noqa: PLR0913 - the fields of the request
     token: str,
     *,
     wait: float | None = None,
@@ -177,9 +177,7 @@ def refusal(call: Callable[..., object], *arguments: object) -> str:
 class Waiter:
     """A stream that waits for a lease, with heartbeats that a test can stop."""
 
-    def __init__(
-        self, replica: Replica, request: lease_service_pb2.AcquireLeaseRequest
-    ) -> None:
+    def __init__(self, replica: Replica, request: lease_service_pb2.AcquireLeaseRequest) -> None:
         self.request = request
         self.silent = False
         self.events: list[lease_service_pb2.AcquireLeaseResponse] = []

@@ -100,9 +100,8 @@ async def _serve(settings: Settings, store_url: str | None) -> None:
         )
         await stack.enter_async_context(coordinator)
         if embedded:
-            await stack.enter_async_context(
-                _remembering(embedded, epoch.epoch, settings.quarantine_seconds if epoch.lost else 0)
-            )
+            after_seconds = settings.quarantine_seconds if epoch.lost else 0
+            await stack.enter_async_context(_remembering(embedded, epoch.epoch, after_seconds))
         await stop.wait()
 
 

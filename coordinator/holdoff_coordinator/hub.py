@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -114,10 +113,10 @@ class Hub:
                 await self._hear(app, waiters[start : start + BATCH])
 
     async def _hear(self, app: str, waiters: list[tuple[TokenName, Waiter]]) -> None:
-        heard = [
-            (token.token, waiter.request_hash, waiter.heard_age_us) for token, waiter in waiters
-        ]
-        reply = await self._scripts.run("tick", app, *itertools.chain.from_iterable(heard))
+        heard: list[str | int] = []
+        for token, waiter in waiters:
+            heard += token.token, waiter.request_hash, waiter.heard_age_us
+        reply = await self._scripts.run("tick", app, *heard)
         tokens = {token.token: token for token, _ in waiters}
         for token_id, lease_id, flat, *standings in reply.values[0]:
             token = tokens[token_id.decode()]

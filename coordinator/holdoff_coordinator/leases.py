@@ -22,7 +22,7 @@ from holdoff_coordinator.failures import Failure, invalid
 from holdoff_coordinator.records import Standing, lease_message, record, timestamp
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from holdoff_coordinator.hub import Hub, Waiter
     from holdoff_coordinator.scripts import Reply, Scripts
@@ -101,7 +101,7 @@ class Leases:
 
     async def acquire(
         self, request: lease_service_pb2.AcquireLeaseRequest, caller: Caller, waiter: Waiter
-    ) -> AsyncIterator[lease_service_pb2.AcquireLeaseResponse]:
+    ) -> AsyncGenerator[lease_service_pb2.AcquireLeaseResponse, None]:
         """Say what the request waits for whenever that changes, then offer the lease.
 
         The last event is an offer or an error. The place in the queue stays kept when the
@@ -117,7 +117,7 @@ class Leases:
 
     async def _conversation(
         self, ask: Ask, waiter: Waiter
-    ) -> AsyncIterator[lease_service_pb2.AcquireLeaseResponse]:
+    ) -> AsyncGenerator[lease_service_pb2.AcquireLeaseResponse, None]:
         await self._scripts.mark_active(ask.token.app)
         began, told, told_at = time.monotonic(), None, 0.0
         offered = ""

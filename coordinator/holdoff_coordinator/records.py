@@ -113,7 +113,7 @@ def token_message(token: TokenName, found: Sequence[Any], now_us: int) -> token_
     )
 
 
-def refresh_at_value(word: str) -> token_pb2.RefreshAt:
+def refresh_at_value(word: str) -> token_pb2.RefreshAt.ValueType:
     """Turn END, START or '' into the API's enum."""
     return token_pb2.RefreshAt.Value(f"REFRESH_AT_{word or 'UNSPECIFIED'}")
 

@@ -188,7 +188,9 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         return await _answer(self._leases.break_, request, context)
 
 
-def add_services(server: grpc.aio.Server, leases: Leases, tokens: Tokens) -> health.aio.HealthServicer:
+def add_services(
+    server: grpc.aio.Server, leases: Leases, tokens: Tokens
+) -> health.aio.HealthServicer:
     """Register everything on a server; return the health servicer."""
     lease_service_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(leases), server)
     token_service_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(tokens), server)

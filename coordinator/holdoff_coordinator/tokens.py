@@ -67,11 +67,14 @@ class Tokens:
         if unknown := sorted(set(request.update_mask.paths) - _SETTINGS):
             raise invalid("update_mask", f"may name {sorted(_SETTINGS)}, not {unknown[:3]}")
         changed = await self._read(name)
-        for field in request.update_mask.paths or _SETTINGS:
-            changed.ClearField(field)
-            if field != "refresh_interval":
-                setattr(changed, field, getattr(request.token, field))
-            elif request.token.HasField(field):
+        fields = set(request.update_mask.paths) or _SETTINGS
+        if "policy" in fields:
+            changed.policy = request.token.policy
+        if "refresh_at" in fields:
+            changed.refresh_at = request.token.refresh_at
+        if "refresh_interval" in fields:
+            changed.ClearField("refresh_interval")
+            if request.token.HasField("refresh_interval"):
                 changed.refresh_interval.CopyFrom(request.token.refresh_interval)
         settings = _settings(changed)
         reply = await self._scripts.run("update_token", name.app, name.token, *settings)

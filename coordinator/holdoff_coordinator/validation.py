@@ -5,12 +5,12 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING
 
-from google.protobuf import duration_pb2
-
 from holdoff.names import AppName, LeaseName, TokenName
 from holdoff_coordinator.failures import Failure, invalid
 
 if TYPE_CHECKING:
+    from google.protobuf import duration_pb2
+
     from holdoff.v1 import lease_pb2
 
 LEAST_TTL_US = 1_000_000

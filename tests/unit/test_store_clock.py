@@ -31,7 +31,9 @@ def test_the_estimate_follows_the_offset() -> None:
 def test_a_slow_answer_is_no_jump(after_us: int, delay_us: int) -> None:
     """However long an answer takes, a store that kept time is not accused."""
     sent = 1000 + after_us
-    assert measured(5 * SECOND).observe(sent, sent + delay_us, sent + delay_us // 2 + 5 * SECOND) == 0
+    assert (
+        measured(5 * SECOND).observe(sent, sent + delay_us, sent + delay_us // 2 + 5 * SECOND) == 0
+    )
 
 
 @given(st.sampled_from([-1, 1]), st.integers(1_100_000, 10**12))

@@ -1,5 +1,7 @@
 """Leases on OAuth refresh tokens, so that jobs on many servers refresh and run as one.
 
+::
+
     with holdoff.Client() as client, client.acquire("apps/exact-nl/tokens/finance") as lease:
         ...  # the only holder, and no sooner than the provider's interval after the last one
 """

@@ -145,7 +145,7 @@ class Client:
                             return HeldLease(
                                 self, lease, event.secret, renewals, on_renewed, on_lost
                             )
-                raise Unavailable("the coordinator ended the conversation")  # noqa: TRY301
+                raise Unavailable("the coordinator ended the conversation")
             except HoldoffError as error:
                 pause = acquisition.failed(error, boottime_ns())
                 if on_unreachable and isinstance(error, Unavailable):
@@ -367,7 +367,7 @@ class HeldLease:
     lost in the meantime.
     """
 
-    def __init__(  # noqa: PLR0913 - made by Client.acquire alone
+    def __init__(  # noqa: PLR0913, PLR0917 - made by Client.acquire alone
         self,
         client: Client,
         lease: lease_pb2.Lease,

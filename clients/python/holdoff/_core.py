@@ -39,7 +39,7 @@ def retry_delay_seconds(attempt: int, random_: Callable[[], float] = random.rand
 
     Full jitter over the upper half, so that many clients don't come back as one.
     """
-    most = min(MOST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(attempt, 10))
+    most: float = min(MOST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2 ** min(attempt, 10))
     return most * (0.5 + random_() / 2)
 
 
@@ -235,5 +235,3 @@ class Renewals:
             raise LeaseLost(
                 "no renewal came through before the deadline: the lease must be taken as lost"
             )
-
-

@@ -101,7 +101,7 @@ class Account:
 @click.option(
     "--grace",
     type=Duration(),
-    help="Time between TERM and KILL if the lease is lost. [default: 10s, at most a third of the TTL]",
+    help="Time between TERM and KILL if the lease is lost. [default: 10s, or TTL/3 if less]",
 )
 @click.option("--job", default="", help="Name of the job, for people who look at leases.")
 @click.option(
@@ -125,7 +125,7 @@ class Account:
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 @click.pass_obj
-def run(  # noqa: PLR0913 - one argument an option
+def run(  # noqa: PLR0913, PLR0917 - one argument an option
     endpoint: str,
     token: str,
     wait: float | None,
