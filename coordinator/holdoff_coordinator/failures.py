@@ -22,6 +22,7 @@ CODES: Mapping[str, int] = {
     "LEASE_HELD": code_pb2.ABORTED,
     "TOKEN_COOLING": code_pb2.ABORTED,
     "TOKEN_QUEUED": code_pb2.ABORTED,
+    "QUEUE_FULL": code_pb2.RESOURCE_EXHAUSTED,
     "QUARANTINED": code_pb2.UNAVAILABLE,
     "STORE_UNAVAILABLE": code_pb2.UNAVAILABLE,
     "DRAINING": code_pb2.UNAVAILABLE,
@@ -92,7 +93,6 @@ class Failure(Exception):  # noqa: N818 - the word of the domain; "Error" would 
                     if "/leases/" in self.resource
                     else "holdoff/token",
                     resource_name=self.resource,
-                    description=self.message,
                 )
             )
         status = status_pb2.Status(code=code, message=self.message)

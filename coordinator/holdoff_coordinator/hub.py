@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 TICK_SECONDS = 1.0
+LIVE_US = 5_000_000
+"""A waiter that was not heard for longer gets no offer, as common.lua says too."""
 BATCH = 200
 """Waiters in one script call, so that no call holds up the store."""
 WAKE_PATTERN = "holdoff:*:wake"
@@ -42,6 +45,7 @@ class Waiter:
         self.token: TokenName | None = None
         self.request_hash = ""
         self.standing: Standing | None = None
+        self.standing_at = 0.0
         self.must_ask = False
         self.withdrawn = False
         self.stirred = asyncio.Event()
@@ -61,6 +65,20 @@ class Waiter:
         self.must_ask = True
         self.stirred.set()
 
+    def found(self, standing: Standing | None) -> None:
+        """Take in what the store says it waits for; None if it does not wait there.
+
+        A request does not wait when it was offered a lease, ended, or lost its place.
+        """
+        told, self.standing, self.standing_at = self.standing, standing, time.monotonic()
+        if standing is None:
+            self.ask()
+        elif not standing.reason and standing.first:
+            if self.heard_age_us <= LIVE_US:
+                self.ask()
+        elif told is None or standing.signature != told.signature:
+            self.stirred.set()
+
     def withdraw(self) -> None:
         """The client waits no more."""
         self.withdrawn = True
@@ -72,45 +90,49 @@ class Hub:
 
     def __init__(self, scripts: Scripts) -> None:
         self._scripts = scripts
-        self._waiters: dict[str, Waiter] = {}
+        self._waiters: defaultdict[str, list[Waiter]] = defaultdict(list)
         self.draining = False
 
     @contextlib.contextmanager
     def joined(self, waiter: Waiter, token: TokenName, request_hash: str) -> Iterator[None]:
-        """Keep a waiter while its conversation goes on; a newer one with its id replaces it."""
+        """Keep a waiter while its conversation goes on; a request may have several of them."""
         waiter.token, waiter.request_hash = token, request_hash
-        self._waiters[request_hash] = waiter
+        self._waiters[request_hash].append(waiter)
         try:
             yield
         finally:
-            if self._waiters.get(request_hash) is waiter:
+            self._waiters[request_hash].remove(waiter)
+            if not self._waiters[request_hash]:
                 del self._waiters[request_hash]
+
+    def _all(self) -> Iterator[Waiter]:
+        return itertools.chain.from_iterable(self._waiters.values())
 
     def drain(self) -> None:
         """Send everybody away, to another replica or to wait for this one's successor."""
         self.draining = True
-        for waiter in self._waiters.values():
+        for waiter in self._all():
             waiter.stirred.set()
 
     async def tick_forever(self) -> None:
         """Tick every second; a store that is away only delays the next tick."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            try:
-                await self.tick()
-            except Failure as failure:
-                log.debug("tick failed", reason=failure.reason)
+            await self.tick()
 
     async def tick(self) -> None:
         """Hear all waiters at the store, and stir those whose standing changed."""
         by_app: defaultdict[str, list[tuple[TokenName, Waiter]]] = defaultdict(list)
-        for waiter in self._waiters.values():
+        for waiter in self._all():
             if waiter.token:
                 by_app[waiter.token.app].append((waiter.token, waiter))
         for app, waiters in by_app.items():
             waiters.sort(key=lambda entry: entry[0].token)
             for start in range(0, len(waiters), BATCH):
-                await self._hear(app, waiters[start : start + BATCH])
+                try:
+                    await self._hear(app, waiters[start : start + BATCH])
+                except Failure as failure:  # one app's trouble is its own
+                    log.warning("tick failed", app=app, reason=failure.reason)
 
     async def _hear(self, app: str, waiters: list[tuple[TokenName, Waiter]]) -> None:
         heard: list[str | int] = []
@@ -126,25 +148,17 @@ class Hub:
                 else None
             )
             for request_hash, found in standings:
-                waiter = self._waiters.get(request_hash.decode())
-                if waiter is None:
-                    continue
-                if not found:  # not waiting: offered, ended, or its place was not kept
-                    waiter.ask()
-                    continue
-                standing = Standing.read(found, reply.now_us, lease)
-                told, waiter.standing = waiter.standing, standing
-                if not standing.reason and standing.first:
-                    waiter.ask()
-                elif told is None or standing.signature != told.signature:
-                    waiter.stirred.set()
+                standing = Standing.read(found, reply.now_us, lease) if found else None
+                for waiter in self._waiters.get(request_hash.decode(), ()):
+                    if waiter.token == token:
+                        waiter.found(standing)
 
     async def listen_forever(self, redis: Redis) -> None:
         """Stir the waiters that the store's wake-ups name; reconnect for ever."""
         while True:
             try:
                 async for request_hash in _wake_ups(redis):
-                    if waiter := self._waiters.get(request_hash):
+                    for waiter in self._waiters.get(request_hash, ()):
                         waiter.ask()
             except RedisError as error:
                 log.debug("wake-ups interrupted", error=type(error).__name__)

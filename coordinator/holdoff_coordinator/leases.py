@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -118,18 +119,13 @@ class Leases:
     async def _conversation(
         self, ask: Ask, waiter: Waiter
     ) -> AsyncGenerator[lease_service_pb2.AcquireLeaseResponse, None]:
-        await self._scripts.mark_active(ask.token.app)
-        began, told, told_at = time.monotonic(), None, 0.0
-        offered = ""
+        began, told, told_at, offered = time.monotonic(), None, 0.0, ""
         waiter.ask()
         while True:
-            if self._hub.draining:
-                raise _draining()
+            self._check(waiter)
             if waiter.withdrawn:
                 await self._withdraw(ask)
                 return
-            if waiter.heard_age_us > SILENT_US:
-                raise Failure("WAITER_SILENT", "nothing was heard of this waiter for a minute")
             if waiter.must_ask or waiter.standing is None:
                 waiter.must_ask = False
                 found = await self._ask(ask, waiter)
@@ -143,25 +139,37 @@ class Leases:
                     waiter.standing = told = None
                     await _sleep(waiter, found.accept_within.ToMicroseconds() / 1e6)
                     continue
-                waiter.standing = found
+                waiter.standing, waiter.standing_at = found, time.monotonic()
             standing, now = waiter.standing, time.monotonic()
-            pauses = []
-            if ask.wait_us is not None:
-                pauses.append(ask.wait_us / 1e6 - (now - began))
-                if pauses[0] <= 0:
-                    await self._withdraw(ask)
-                    raise standing.to_failure(ask.token)
+            left = math.inf if ask.wait_us is None else ask.wait_us / 1e6 - (now - began)
+            if left <= 0:
+                await self._withdraw(ask)
+                raise standing.to_failure(ask.token)
             if told != standing.signature or now - told_at >= STATUS_SECONDS:
                 told, told_at = standing.signature, now
                 yield lease_service_pb2.AcquireLeaseResponse(waiting=standing.to_status())
-            pauses.append(told_at + STATUS_SECONDS - now)
-            if standing.first and standing.reason != "HELD":
-                pauses.append(standing.start_in_us / 1e6)
-            if not await _sleep(waiter, min(pauses)):
+            start_after = waiter.standing_at + standing.start_after_seconds - now
+            pause = min(left, told_at + STATUS_SECONDS - now, start_after)
+            if not await _sleep(waiter, pause):
                 waiter.must_ask = True
 
+    def _check(self, waiter: Waiter) -> None:
+        """Say why a conversation cannot go on here."""
+        if self._hub.draining:
+            raise Failure(
+                "DRAINING",
+                "this coordinator is shutting down; reconnect with the same request id, "
+                "the place is kept",
+                retry_after_seconds=0.2,
+            )
+        if waiter.heard_age_us > SILENT_US:
+            raise Failure("WAITER_SILENT", "nothing was heard of this waiter for a minute")
+
     async def _withdraw(self, ask: Ask) -> None:
-        await self._scripts.run("withdraw", ask.token.app, ask.token.token, ask.request_hash)
+        token = ask.token
+        await self._scripts.run(
+            "withdraw", token.app, token.token, ask.request_hash, ask.fingerprint
+        )
 
     async def _ask(self, ask: Ask, waiter: Waiter) -> Standing | lease_service_pb2.LeaseOffer:
         reply = await self._scripts.run(
@@ -288,47 +296,45 @@ class Leases:
         return lease_service_pb2.ListLeasesResponse(leases=leases)
 
 
+_OVER = {
+    "RELEASED": "LEASE_ENDED",
+    "EXPIRED": "LEASE_LOST",
+    "BROKEN": "LEASE_BROKEN",
+    "WITHDRAWN": "OFFER_EXPIRED",
+}
+
+_MESSAGES = {
+    "TOKEN_NOT_FOUND": "there is no token {token}; make it with: holdoff token create {token}",
+    "TOKEN_EXISTS": "{token} exists already; change it with: holdoff token update {token}",
+    "QUEUE_FULL": "too many wait for {token} already",
+    "LEASE_NOT_FOUND": "there is no lease {name}, or it ended more than an hour ago",
+    "WRONG_SECRET": "the secret is not that of {name}",
+    "LEASE_ENDED": "{name} has ended; a new request needs a new request id",
+    "LEASE_LOST": "{name} ran out before it was renewed",
+    "LEASE_BROKEN": "{name} was broken: {why}",
+    "OFFER_EXPIRED": "{name} was offered, and not accepted in time",
+}
+
+
 def failure_of(reply: Reply, name: TokenName | LeaseName) -> Failure:
     """Turn a script's refusal into the failure that the caller gets."""
+    reason, why = reply.status, ""
+    if reason == "LEASE_OVER":
+        reason, why = _OVER[reply.values[0].decode()], reply.values[1].decode()
+    elif reason == "LEASE_BROKEN":
+        why = reply.values[0].decode()
+    elif reason == "LEASE_ENDED" and isinstance(name, TokenName):
+        name = LeaseName(name.app, name.token, reply.values[0].decode())
+    elif reason == "REQUEST_ID_REUSED":
+        message = "request_id: belongs to a request with another token, TTL or holder"
+        return Failure(reason, message, field="request_id")
+    elif reason == "FENCING_TOKEN_TOO_LARGE":
+        return invalid("last_fencing_token", "lies more than a year ahead of the store's clock")
+    if reason not in _MESSAGES:
+        return Failure("INTERNAL", f"unexpected answer of the store: {reason}")
     token = name.token_name if isinstance(name, LeaseName) else name
-    status = reply.status
-    if status == "LEASE_OVER":
-        status = {
-            "RELEASED": "LEASE_ENDED",
-            "EXPIRED": "LEASE_LOST",
-            "BROKEN": "LEASE_BROKEN",
-            "WITHDRAWN": "OFFER_EXPIRED",
-        }[reply.values[0].decode()]
-    match status:
-        case "TOKEN_NOT_FOUND":
-            message = f"there is no token {token}; make it with: holdoff token create {token}"
-        case "LEASE_NOT_FOUND":
-            message = f"there is no lease {name}, or it ended more than an hour ago"
-        case "TOKEN_EXISTS":
-            message = f"{token} exists already; change it with: holdoff token update {token}"
-        case "WRONG_SECRET":
-            message = f"the secret is not that of {name}"
-        case "LEASE_ENDED" if isinstance(name, TokenName):
-            ended = LeaseName(token.app, token.token, reply.values[0].decode())
-            message = f"the lease of this request, {ended}, has ended: use a new request id"
-            return Failure(status, message, resource=str(ended))
-        case "LEASE_ENDED":
-            message = f"{name} was released"
-        case "LEASE_LOST":
-            message = f"{name} ran out before it was renewed"
-        case "LEASE_BROKEN":
-            why = reply.values[0].decode() if reply.status == status else "by an operator"
-            message = f"{name} was broken: {why}"
-        case "OFFER_EXPIRED":
-            message = f"{name} was offered, and not accepted in time"
-        case "REQUEST_ID_REUSED":
-            message = "this request id belongs to a request with another token, TTL or holder"
-            return Failure(status, f"request_id: {message}", field="request_id")
-        case "FENCING_TOKEN_TOO_LARGE":
-            return invalid("last_fencing_token", "lies more than a year ahead of the store's clock")
-        case _:
-            return Failure("INTERNAL", f"unexpected answer of the store: {status}")
-    return Failure(status, message, resource=str(name))
+    message = _MESSAGES[reason].format(name=name, token=token, why=why)
+    return Failure(reason, message, resource=str(name))
 
 
 def _lease(reply: Reply, name: LeaseName) -> lease_pb2.Lease:
@@ -343,14 +349,6 @@ def _refresh_report(report: lease_service_pb2.RefreshReport) -> tuple[bool, str]
         return report.saw_every_refresh, ""
     age = validation.microseconds("refresh.last_refresh_age", report.last_refresh_age)
     return report.saw_every_refresh, str(age)
-
-
-def _draining() -> Failure:
-    return Failure(
-        "DRAINING",
-        "this coordinator is shutting down; reconnect with the same request id, the place is kept",
-        retry_after_seconds=0.2,
-    )
 
 
 async def _sleep(waiter: Waiter, seconds: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -145,6 +146,12 @@ class Standing:
     def start_in_us(self) -> int:
         """Microseconds from the store's instant to the earliest start."""
         return max(0, self.start_us - self.now_us)
+
+    @property
+    def start_after_seconds(self) -> float:
+        """When to ask again without being woken; only the first in line has an instant."""
+        timed = self.first and self.reason not in ("HELD", "")
+        return self.start_in_us / 1e6 if timed else math.inf
 
     @property
     def signature(self) -> tuple[str, int, str, int]:

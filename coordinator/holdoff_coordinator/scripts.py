@@ -7,6 +7,7 @@ stands before each.
 from __future__ import annotations
 
 import time
+import uuid
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,6 @@ log = structlog.get_logger()
 
 APPS = "holdoff:apps"
 """Index of all apps; written before anything of the app, so that it may name too many."""
-ACTIVE = "holdoff:active"
-"""Index of the apps that the sweeper has to visit; may name too many."""
 LOST = "lost"
 """Stands for the epoch of an app whose store is known to have lost its data."""
 
@@ -79,20 +78,21 @@ class Scripts:
         self,
         redis: Redis,
         *,
-        store_epoch: str,
         data_lost: bool = False,
         quarantine_us: int,
         boot_us: Callable[[], int] = boottime_us,
     ) -> None:
         self.redis = redis
-        self._store_epoch = store_epoch
         self._unknown_epoch = LOST if data_lost else ""
         self._quarantine_us = quarantine_us
         self._boot_us = boot_us
         self._clock = StoreClock()
         self._epochs: dict[str, str] = {}
+        self._longest_hold_us: dict[str, int] = {}
+        self._jumps = 0
         self._jump_us = 0
-        self._doubted: set[str] = set()
+        self._jumped_at_us = 0
+        self._cleared: dict[str, int] = {}
         folder = files("holdoff_coordinator") / "lua"
         common = (folder / "common.lua").read_text()
         self._scripts = {
@@ -106,45 +106,54 @@ class Scripts:
         Raises:
             Failure: STORE_UNAVAILABLE; whether the script ran is then unknown.
         """
-        if app in self._doubted:
+        if self._in_doubt(app):
+            jumps = self._jumps
             why = f"the clock of the store jumped by {self._jump_us / 1e6:+.3f} s"
             await self._run("quarantine", app, why)
-            self._doubted.discard(app)
+            self._cleared[app] = jumps
         return await self._run(name, app, *args)
 
+    def _in_doubt(self, app: str) -> bool:
+        """Tell whether the clock jumped, not long ago, and the app was not quarantined for it."""
+        since_us = self._boot_us() - self._jumped_at_us
+        safe_us = max(self._quarantine_us, self._longest_hold_us.get(app, 0))
+        return self._cleared.get(app, 0) < self._jumps and since_us < safe_us
+
     async def _run(self, name: str, app: str, *args: bytes | str | int) -> Reply:
-        estimate_us = 0 if app in self._doubted else self._clock.estimate_us(self._boot_us())
+        estimate_us = 0 if self._in_doubt(app) else self._clock.estimate_us(self._boot_us())
         header = (
             "" if estimate_us is None else estimate_us,
             self._epochs.get(app, self._unknown_epoch),
-            self._store_epoch,
-            self._quarantine_us,
+            uuid.uuid4().hex,
+            max(self._quarantine_us, self._longest_hold_us.get(app, 0)),
         )
         sent_us = self._boot_us()
         answer = await _answer(self._scripts[name](keys=[shard_key(app)], args=[*header, *args]))
         now_us = int(answer[0])
         if epoch := answer[1].decode():
             self._epochs[app] = epoch
+            self._longest_hold_us[app] = max(int(answer[2]), self._longest_hold_us.get(app, 0))
         jump_us = self._clock.observe(sent_us, self._boot_us(), now_us)
         if jump_us:
-            self._jump_us = jump_us
-            self._doubted.update(self._epochs)
+            self._jumps, self._jump_us, self._jumped_at_us = (
+                self._jumps + 1,
+                jump_us,
+                self._boot_us(),
+            )
             log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
-        return Reply(now_us, answer[2].decode(), tuple(answer[3:]))
+        return Reply(now_us, answer[3].decode(), tuple(answer[4:]))
 
-    async def mark_active(self, app: str) -> None:
-        """Make the sweeper visit an app; called before the app gets something to sweep."""
-        await _answer(self.redis.sadd(ACTIVE, app))
+    async def busy_apps(self) -> list[str]:
+        """List the apps with a token that is not idle.
 
-    async def mark_idle(self, app: str) -> None:
-        """Spare the sweeper an app, unless it became busy in the meantime."""
-        await _answer(self.redis.srem(ACTIVE, app))
-        if await _answer(self.redis.zcard(f"{shard_key(app)}:due")):
-            await self.mark_active(app)
-
-    async def active_apps(self) -> list[str]:
-        """List the apps that have something to sweep, and perhaps some more."""
-        return sorted(app.decode() for app in await _answer(self.redis.smembers(ACTIVE)))
+        This asks for one number an app; apps are API keys, of which there are few.
+        """
+        apps = await self.apps()
+        async with self.redis.pipeline(transaction=False) as pipeline:
+            for app in apps:
+                pipeline.zcard(f"{shard_key(app)}:due")
+            counts = await _answer(pipeline.execute())
+        return [app for app, count in zip(apps, counts, strict=True) if count]
 
     async def register(self, app: str) -> None:
         """Put an app into the index of apps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 from typing import TYPE_CHECKING, Self
 
 import grpc
@@ -67,7 +67,6 @@ class Coordinator:
         self._drain_seconds = drain_seconds
         self.scripts = Scripts(
             redis,
-            store_epoch=epoch.epoch,
             data_lost=epoch.lost,
             quarantine_us=round(quarantine_seconds * 1e6),
             boot_us=boot_us,
@@ -78,7 +77,7 @@ class Coordinator:
         self._server = grpc.aio.server(options=_OPTIONS)
         leases = Leases(self.scripts, self.hub)
         self._health = add_services(self._server, leases, Tokens(self.scripts))
-        self._duties: set[asyncio.Task[None]] = set()
+        self._duties: list[asyncio.Task[None]] = []
         self.address = listen
 
     async def __aenter__(self) -> Self:
@@ -94,11 +93,11 @@ class Coordinator:
         self.address = f"{self._listen.rpartition(':')[0]}:{port}"
         await self._server.start()
         for duty in (
-            self.hub.tick_forever(),
-            self.hub.listen_forever(self._redis),
-            self._sweeper.sweep_forever(),
+            self.hub.tick_forever,
+            functools.partial(self.hub.listen_forever, self._redis),
+            self._sweeper.sweep_forever,
         ):
-            self._begin(duty)
+            self._duties.append(asyncio.create_task(_for_ever(duty)))
         await self._health.set("", _SERVING)
         for service in SERVICES:
             await self._health.set(service, _SERVING)
@@ -121,17 +120,15 @@ class Coordinator:
         await asyncio.to_thread(self._sweeper.stop)
         self._lock_client.close()
 
-    def _begin(self, duty: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(duty)
-        self._duties.add(task)
-        task.add_done_callback(_report)
 
-
-def _report(task: asyncio.Task[None]) -> None:
-    """A duty never ends by itself: say so loudly if it does."""
-    with contextlib.suppress(asyncio.CancelledError):
-        if error := task.exception():
-            log.error("a duty died", error=repr(error), exc_info=error)
+async def _for_ever(duty: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Keep a duty going; it never ends by itself, so whatever ends it is a fault of ours."""
+    while True:
+        try:
+            await duty()
+        except Exception:
+            log.exception("a duty died and is started again")
+        await asyncio.sleep(1)
 
 
 _SERVING = 1  # grpc.health.v1.HealthCheckResponse.SERVING

@@ -140,7 +140,7 @@ async def _listen(
     async for message in requests:
         if message.HasField("withdraw"):
             waiter.withdraw()
-        else:
+        elif message.HasField("heartbeat"):
             waiter.hear()
 
 

@@ -44,7 +44,7 @@ class Sweeper:
                 if await asyncio.to_thread(self._is_mine):
                     await self.sweep()
             except (Failure, RedisError) as error:
-                log.debug("sweep failed", error=type(error).__name__)
+                log.warning("sweep failed", error=type(error).__name__)
 
     def _is_mine(self) -> bool:
         try:
@@ -54,11 +54,12 @@ class Sweeper:
         return True
 
     async def sweep(self) -> None:
-        """Settle what is due in all apps that are not idle."""
-        for app in await self._scripts.active_apps():
-            reply = await self._scripts.run("sweep", app, TOKENS_A_CALL)
-            if not reply.values[0]:
-                await self._scripts.mark_idle(app)
+        """Settle what is due in all apps that are not idle; one app's trouble is its own."""
+        for app in await self._scripts.busy_apps():
+            try:
+                await self._scripts.run("sweep", app, TOKENS_A_CALL)
+            except Failure as failure:
+                log.warning("sweep failed", app=app, reason=failure.reason)
 
     def stop(self) -> None:
         """Let another replica sweep at once."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from holdoff._text import quoted
 from holdoff.names import TokenName
 from holdoff.v1 import token_pb2, token_service_pb2
 from holdoff_coordinator import validation
@@ -50,7 +51,6 @@ class Tokens:
             case _:
                 last_refresh_age = ""
         await self._scripts.register(name.app)
-        await self._scripts.mark_active(name.app)
         reply = await self._scripts.run(
             "create_token", name.app, name.token, *settings, last_refresh_age
         )
@@ -65,7 +65,7 @@ class Tokens:
         """Change a token's policy or own settings."""
         name = validation.token_name("token.name", request.token.name)
         if unknown := sorted(set(request.update_mask.paths) - _SETTINGS):
-            raise invalid("update_mask", f"may name {sorted(_SETTINGS)}, not {unknown[:3]}")
+            raise invalid("update_mask", f"may name {sorted(_SETTINGS)}, not {quoted(unknown[0])}")
         changed = await self._read(name)
         fields = set(request.update_mask.paths) or _SETTINGS
         if "policy" in fields:
@@ -133,7 +133,7 @@ def _settings(token: token_pb2.Token) -> tuple[str, str, str, int, str, int]:
     if policy is None:
         raise Failure(
             "POLICY_NOT_FOUND",
-            f"there is no policy {token.policy[:63]!r}; there is: {', '.join(PRESETS)}",
+            f"there is no policy {quoted(token.policy)}; there is: {', '.join(PRESETS)}",
             field="token.policy",
         )
     own_interval_us = None

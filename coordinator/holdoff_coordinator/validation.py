@@ -20,7 +20,7 @@ MOST_REASON_CHARACTERS = 200
 MOST_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
 UUID_VERSION = 4
-_HOLDER_LIMITS = {"host": 255, "user": 100, "job": 200, "client_version": 100}
+_HOLDER_LIMITS = {"host": 255, "user": 100, "job": 100, "client_version": 100}
 
 
 def token_name(field: str, text: str) -> TokenName:
@@ -105,7 +105,8 @@ def printable(field: str, text: str, most: int) -> str:
 
 
 def holder(value: lease_pb2.Holder) -> lease_pb2.Holder:
-    """Check who a caller says it is."""
+    """Check who a caller says it is, and drop what we don't know."""
+    value.DiscardUnknownFields()
     for field, most in _HOLDER_LIMITS.items():
         printable(f"holder.{field}", getattr(value, field), most)
     return value

@@ -120,7 +120,7 @@ def test_the_limit_of_a_wait_is_kept(replica: Replica) -> None:
 def test_a_waiter_is_told_why_and_when(replica: Replica) -> None:
     """Promise 5: held, then cooling, with the place and the earliest start.
 
-    Fails when `Hub._hear` does not compare signatures.
+    Fails when `Waiter.found` does not compare signatures.
     """
     token = replica.create_token(1.0)
     held = replica.hold(token, job="nightly")
@@ -161,13 +161,13 @@ def test_a_single_call_asked_again_keeps_its_place(replica: Replica) -> None:
 def test_a_lost_wake_up_is_repaired(replica: Replica) -> None:
     """A hand-over whose wake-up got lost happens at the next tick, not at a time-out.
 
-    Fails when `Hub._hear` does not ask for those whose token is free.
+    Fails when `Waiter.found` does not ask when nothing stands in the way.
     """
     hub = replica.coordinator.hub
     token = replica.create_token(0)
     held = replica.hold(token)
     (waiter,) = queue_up([replica], token, 1)
-    (asleep,) = (one for one in hub._waiters.values() if str(one.token) == token)
+    (asleep,) = (one for one in hub._all() if str(one.token) == token)
     asleep.ask = lambda: None  # type: ignore[method-assign] - what a lost message does
     replica.release(held)
     time.sleep(0.2)

@@ -138,13 +138,10 @@ class Client:
                         if isinstance(event, lease_pb2.WaitStatus):
                             if on_waiting:
                                 on_waiting(event)
-                        elif accepted := self._accept(event):
-                            sent_ns, lease = accepted
-                            self._fencing_tokens[token] = lease.fencing_token
+                        elif sent_ns := self._accept(event):
+                            self._fencing_tokens[token] = event.lease.fencing_token
                             renewals = Renewals(timing, sent_ns)
-                            return HeldLease(
-                                self, lease, event.secret, renewals, on_renewed, on_lost
-                            )
+                            return HeldLease(self, event, renewals, on_renewed, on_lost)
                 raise Unavailable("the coordinator ended the conversation")
             except HoldoffError as error:
                 pause = acquisition.failed(error, boottime_ns())
@@ -152,13 +149,27 @@ class Client:
                     on_unreachable(error)
                 time.sleep(pause)
 
-    def _accept(self, offer: lease_service_pb2.LeaseOffer) -> tuple[int, lease_pb2.Lease] | None:
-        """Accept an offer; None if it was too late, and the wait goes on."""
+    def _accept(self, offer: lease_service_pb2.LeaseOffer) -> int | None:
+        """Accept an offer; return when that was sent, or None if it was too late.
+
+        Interrupted in the middle it gives the lease back, accepted or not.
+        """
+        try:
+            return self._accept_in_time(offer)
+        except HoldoffError:
+            raise
+        except BaseException:
+            with contextlib.suppress(HoldoffError):
+                self._release(offer.lease.name, offer.secret, lease_service_pb2.RefreshReport())
+            raise
+
+    def _accept_in_time(self, offer: lease_service_pb2.LeaseOffer) -> int | None:
         give_up_ns = boottime_ns() + round(offer.accept_within.ToMicroseconds() * 1e3) + SECOND
         while True:
             sent_ns = boottime_ns()
             try:
-                return sent_ns, self._renew(offer.lease.name, offer.secret, timeout_seconds=1.0)
+                self._renew(offer.lease.name, offer.secret, timeout_seconds=1.0)
+                return sent_ns
             except OfferExpired:
                 return None
             except Unavailable:
@@ -320,7 +331,10 @@ class _Conversation:
     def __enter__(self) -> Self:
         first = self._acquisition.request(boottime_ns())
         self._outbox.put(lease_service_pb2.StreamAcquireLeaseRequest(acquire=first))
-        self._stream = self._client._leases.StreamAcquireLease(self._requests())  # noqa: SLF001
+        self._stream = self._client._leases.StreamAcquireLease(  # noqa: SLF001
+            self._requests(),
+            timeout=self._acquisition.stream_timeout_seconds(boottime_ns()),
+        )
         return self
 
     def __exit__(
@@ -367,21 +381,20 @@ class HeldLease:
     lost in the meantime.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - made by Client.acquire alone
+    def __init__(
         self,
         client: Client,
-        lease: lease_pb2.Lease,
-        secret: str,
+        offer: lease_service_pb2.LeaseOffer,
         renewals: Renewals,
         on_renewed: Callable[[int], None] | None,
         on_lost: Callable[[LeaseLost], None] | None,
     ) -> None:
-        self.name = lease.name
+        self.name = offer.lease.name
         """`apps/{app}/tokens/{token}/leases/{lease}`."""
-        self.fencing_token = lease.fencing_token
+        self.fencing_token = offer.lease.fencing_token
         """A number that rises with every lease of the token."""
         self._client = client
-        self._secret = secret
+        self._secret = offer.secret
         self._renewals = renewals
         self._on_renewed = on_renewed
         self._on_lost = on_lost
@@ -481,26 +494,32 @@ class HeldLease:
         self._thread.join()
 
     def _renew_on(self) -> None:
-        while True:
-            with self._changed:
-                while not self._stopped:
-                    pause_ns = self._renewals.next_ns - boottime_ns()
-                    if pause_ns <= 0:
-                        break
-                    # Short, since a wait on the monotonic clock sleeps through a suspend.
-                    self._changed.wait(min(pause_ns / SECOND, 1.0))
-                if self._stopped:
-                    return
-                started = self._command_started
-            try:
-                self._renew(started=started)
-            except LeaseLost as error:
-                with self._changed:
-                    self._lost = error
-                log.warning("lease %s is lost: %s", self.name, error)
-                if self._on_lost:
-                    self._on_lost(error)
-                return
+        try:
+            while self._wait_until_due():
+                self._renew(started=self._command_started)
+        except LeaseLost as error:
+            self._lose(error)
+        except Exception as error:  # what a callback raised, or a channel closed under us
+            log.exception("renewals of %s ended", self.name)
+            self._lose(LeaseLost(f"its renewals ended: {error}"))
+
+    def _wait_until_due(self) -> bool:
+        """Sleep until the next renewal (True), or until the lease is to be given back (False)."""
+        with self._changed:
+            while not self._stopped:
+                pause_ns = self._renewals.next_ns - boottime_ns()
+                if pause_ns <= 0:
+                    return True
+                # Short, since a wait on the monotonic clock sleeps through a suspend.
+                self._changed.wait(min(pause_ns / SECOND, 1.0))
+            return False
+
+    def _lose(self, error: LeaseLost) -> None:
+        with self._changed:
+            self._lost = error
+        log.warning("lease %s is lost: %s", self.name, error)
+        if self._on_lost:
+            self._on_lost(error)
 
     def _renew(self, *, started: bool) -> None:
         sent_ns = boottime_ns()

@@ -154,6 +154,17 @@ class Acquisition:
             return None
         return max(0.0, self.wait_seconds - (now_ns - self.began_ns) / SECOND)
 
+    def stream_timeout_seconds(self, now_ns: int) -> float | None:
+        """How long one connection may take; the coordinator itself ends a wait in time.
+
+        It bounds a coordinator that accepts connections and is mute. Without a limit of the wait
+        keepalive alone finds that out.
+        """
+        left = self.wait_left_seconds(now_ns)
+        if left is None:
+            return None
+        return max(NO_WAIT_SECONDS - (now_ns - self.began_ns) / SECOND, left + 1.0, 0.1)
+
     def received(
         self, event: lease_service_pb2.AcquireLeaseResponse
     ) -> lease_pb2.WaitStatus | lease_service_pb2.LeaseOffer:

@@ -62,6 +62,12 @@ class TokenQueued(NotGranted):
     REASON = "TOKEN_QUEUED"
 
 
+class QueueFull(NotGranted):
+    """Too many wait for the token already."""
+
+    REASON = "QUEUE_FULL"
+
+
 class Quarantined(NotGranted):
     """The store may have forgotten something, or its clock is in doubt."""
 

@@ -23,13 +23,15 @@ put(SHARD, shard, {longest_ttl_us = math.max(number(shard.longest_ttl_us), ttl)}
 local facts = {fingerprint = fingerprint, token = id, state = 'waiting'}
 if may_queue then
   if not request.state then
+    if redis.call('ZCARD', queue_key(id)) >= QUEUE_LIMIT then return reply('QUEUE_FULL') end
     put(request_key(hash), request, facts)
     redis.call('ZADD', queue_key(id), redis.call('HINCRBY', SHARD, 'sequence', 1), hash)
+    redis.call('ZADD', DUE, 'NX', us(now + SECOND), id)
   end
   hear(hash, request, heard_age)
 end
 
-local stand = standing(id, token, lease, hash)
+local stand = standing(token, lease, queue_of(id), hash)
 local place_is_first = stand[5] == '1' and heard_age <= LIVE_FOR
 if stand[1] ~= '' or not place_is_first then
   return reply('WAITING', stand, token.lease and flat_lease(id, token.lease) or {}, token.lease or '')

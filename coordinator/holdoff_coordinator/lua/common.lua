@@ -5,7 +5,7 @@
 --          the same hash tag, so that a script stays in one slot
 -- ARGV[1]  the replica's estimate of the store's time, in µs; '' if it has none
 -- ARGV[2]  the shard's epoch as the replica knows it; '' if it knows none
--- ARGV[3]  the epoch to give to a shard that has none
+-- ARGV[3]  a fresh id, the epoch to give to a shard that has none
 -- ARGV[4]  least length of a quarantine in µs
 --
 -- All times are µs of this server's clock; below 2^53 they are exact in Lua.
@@ -17,6 +17,8 @@ local PLACE_KEPT_FOR = 60 * SECOND -- and keeps its place this long
 local OUTAGE_AFTER = 3 * SECOND -- replicas come by every second
 local RECOVERY = 5 * SECOND -- after an outage waiters may return first
 local OFFER_FOR = 3 * SECOND
+local LOOK_AGAIN = 2 * SECOND -- at every busy token, at the latest
+local QUEUE_LIMIT = 1000 -- places a token; a walk of them takes some ms
 local LAPSES_ALLOWED = 3 -- offers a waiter may miss before it goes to the end
 local RECORD_KEPT_MS = 3600 * 1000 -- ended leases and requests
 local WAITER_KEPT_MS = 7 * 24 * 3600 * 1000 -- places, through long outages
@@ -49,7 +51,10 @@ local function lease_key(id, lease) return SHARD .. ':lease:' .. id .. ':' .. le
 local shard = load(SHARD)
 local epoch = shard.epoch
 
-local function reply(status, ...) return {us(now), epoch or '', status, ...} end
+-- How long after its last renewal a holder's last refresh may still matter.
+local function longest_hold() return number(shard.longest_ttl_us) + number(shard.longest_interval_us) end
+
+local function reply(status, ...) return {us(now), epoch or '', us(longest_hold()), status, ...} end
 
 local function put(key, record, changes)
   local flat = {}
@@ -63,7 +68,7 @@ local function put(key, record, changes)
 end
 
 local function quarantine(why)
-  local safe = math.max(number(ARGV[4]), number(shard.longest_ttl_us), number(shard.longest_interval_us))
+  local safe = math.max(number(ARGV[4]), longest_hold())
   put(SHARD, shard, {
     quarantine_until_us = math.max(number(shard.quarantine_until_us), now + safe),
     quarantine_reason = why,
@@ -118,6 +123,20 @@ local function walk_queue(id, visit)
   end
 end
 
+-- The queue of a token at this instant: its length, and by request hash the
+-- place, whether nobody live is ahead, and whether somebody silent is.
+local function queue_of(id)
+  local queue = {length = 0, first = true, ahead_returning = false}
+  walk_queue(id, function(hash, _, live)
+    queue.length = queue.length + 1
+    queue[hash] = {
+      place = queue.length, first = queue.first, ahead_returning = queue.ahead_returning,
+    }
+    if live then queue.first = false else queue.ahead_returning = true end
+  end)
+  return queue
+end
+
 local function first_live_waiter(id)
   local first
   walk_queue(id, function(hash, _, live)
@@ -169,15 +188,16 @@ local function finish(id, token, lease, state, ended, refreshed)
 end
 
 -- Takes back an offer that was not accepted: no cooldown, and the waiter keeps
--- its place, but is silent until it is heard again.
-local function withdraw_offer(id, token, lease)
+-- its place, but is silent until it is heard again. One whose offers lapsed
+-- again and again goes to the end.
+local function withdraw_offer(id, token, lease, lapsed)
   put(lease_key(id, token.lease), lease, {state = 'WITHDRAWN', ended_us = now})
   redis.call('PEXPIRE', lease_key(id, token.lease), RECORD_KEPT_MS)
   local key = request_key(lease.request)
   if redis.call('ZSCORE', queue_key(id), lease.request) then
     redis.call('HDEL', key, 'lease')
     redis.call('HSET', key, 'state', 'waiting', 'heard_us', '0')
-    if redis.call('HINCRBY', key, 'lapses', 1) % LAPSES_ALLOWED == 0 then
+    if lapsed and redis.call('HINCRBY', key, 'lapses', 1) % LAPSES_ALLOWED == 0 then
       redis.call('ZADD', queue_key(id), redis.call('HINCRBY', SHARD, 'sequence', 1), lease.request)
     end
   else
@@ -194,35 +214,47 @@ end
 
 -- Makes python-redis-lock's key say what our record says, pushes its signal
 -- when the lock is free and no waiter of ours is next, and notes when this
--- token has to be looked at again.
+-- token has to be looked at again: as long as anything about it is not idle.
 local function mirror(id, token, lease)
+  local value, until_us, look_us
   if token.foreign then
-    redis.call('ZADD', DUE, us(now + SECOND), id)
-    return
-  end
-  local value, busy_until
-  if lease and token.lease then
-    value, busy_until = token.lease, number(lease.expires_us)
+    look_us = now + SECOND
+  elseif lease and token.lease then
+    value, until_us = token.lease, number(lease.expires_us)
+    look_us = until_us
+    if lease.state == 'ACTIVE' then
+      -- Should it expire unseen, the lock must outlast the cooldown that follows.
+      until_us = until_us + math.max(number(lease.interval_us), number(token.interval_us))
+    end
   elseif now < number(token.not_before_us) then
-    value, busy_until = COOLDOWN_LOCK, number(token.not_before_us)
+    value, until_us = COOLDOWN_LOCK, number(token.not_before_us)
+    look_us = until_us
   end
+
   if value then
-    if redis.call('GET', lock_key(id)) == value and number(token.mirror_until_us) == busy_until then return end
-    redis.call('SET', lock_key(id), value, 'PX', us(math.ceil((busy_until - now) / 1000)))
-    put(token_key(id), token, {mirror = value, mirror_until_us = busy_until})
-    redis.call('ZADD', DUE, us(busy_until), id)
-  elseif token.mirror then
+    if redis.call('GET', lock_key(id)) ~= value or number(token.mirror_until_us) ~= until_us then
+      redis.call('SET', lock_key(id), value, 'PX', us(math.ceil((until_us - now) / 1000)))
+      put(token_key(id), token, {mirror = value, mirror_until_us = until_us})
+    end
+  elseif token.mirror and not token.foreign then
     redis.call('DEL', lock_key(id))
     if first_live_waiter(id) then
-      redis.call('ZADD', DUE, us(now + SECOND), id)
-      return
+      look_us = now + SECOND -- should that waiter not take it
+    else
+      redis.call('HDEL', token_key(id), 'mirror', 'mirror_until_us')
+      token.mirror = nil
+      redis.call('DEL', signal_key(id))
+      redis.call('LPUSH', signal_key(id), 1)
+      redis.call('PEXPIRE', signal_key(id), SIGNAL_KEPT_MS)
     end
-    redis.call('HDEL', token_key(id), 'mirror')
-    token.mirror = nil
-    redis.call('DEL', signal_key(id))
-    redis.call('LPUSH', signal_key(id), 1)
-    redis.call('PEXPIRE', signal_key(id), SIGNAL_KEPT_MS)
-    redis.call('ZREM', DUE, id)
+  end
+
+  if not look_us and redis.call('EXISTS', queue_key(id)) == 1 then
+    first_live_waiter(id) -- drops the places that are not kept any more
+    look_us = now + SECOND
+  end
+  if look_us then
+    redis.call('ZADD', DUE, us(math.min(look_us, now + LOOK_AGAIN)), id)
   else
     redis.call('ZREM', DUE, id)
   end
@@ -238,7 +270,7 @@ local function settle(id)
   local before = token.lease
   if lease and now >= number(lease.expires_us) then
     if lease.state == 'OFFERED' then
-      withdraw_offer(id, token, lease)
+      withdraw_offer(id, token, lease, true)
     else
       local expired = number(lease.expires_us)
       finish(id, token, lease, lease.break_reason and 'BROKEN' or 'EXPIRED', expired, expired)
@@ -268,18 +300,11 @@ end
 
 -- What a request waits for: {reason, place, queue length, earliest start in µs
 -- or '', 1 if it is the first live waiter}. The reason is '' when it may have
--- the lease at this instant.
-local function standing(id, token, lease, hash)
-  local place, length, first, ahead_returning = 0, 0, true, false
-  walk_queue(id, function(other, _, live)
-    length = length + 1
-    if other == hash then
-      place = length
-    elseif place == 0 then
-      if live then first = false else ahead_returning = true end
-    end
-  end)
-  if now >= number(shard.recovery_until_us) then ahead_returning = false end
+-- the lease at this instant. A request without a place comes after all others.
+local function standing(token, lease, queue, hash)
+  local spot = queue[hash] or {place = 0, first = queue.first, ahead_returning = queue.ahead_returning}
+  local place, first = spot.place, spot.first
+  local ahead_returning = spot.ahead_returning and now < number(shard.recovery_until_us)
 
   local interval = number(token.interval_us)
   local reason, start = '', math.max(number(token.not_before_us), now)
@@ -304,7 +329,7 @@ local function standing(id, token, lease, hash)
   end
   -- Everybody ahead refreshes too, each an interval apart.
   if place > 1 then start = start + (place - 1) * interval end
-  return {reason, us(place), us(length), us(start), first and '1' or '0'}
+  return {reason, us(place), us(queue.length), us(start), first and '1' or '0'}
 end
 
 local function flat_lease(id, lease_id) return redis.call('HGETALL', lease_key(id, lease_id)) end

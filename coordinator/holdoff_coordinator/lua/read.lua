@@ -7,7 +7,7 @@ for i = 5, #ARGV do
   local id = ARGV[i]
   local token, lease = settle(id)
   if token then
-    local stand = standing(id, token, lease, '')
+    local stand = standing(token, lease, queue_of(id), '')
     found[#found + 1] = {
       id, redis.call('HGETALL', token_key(id)), token.lease or '',
       token.lease and flat_lease(id, token.lease) or {}, stand[3], stand[1],

@@ -5,14 +5,14 @@ local id, lease_id = ARGV[5], ARGV[6]
 local token, lease, record = owned_lease(id, lease_id, ARGV[7])
 if not token then return lease end
 if not lease then
-  if record.released ~= '1' then return reply('LEASE_OVER', record.state) end
+  if record.released ~= '1' then return reply('LEASE_OVER', record.state, record.break_reason or '') end
   return reply('OK', flat_lease(id, lease_id))
 end
 put(lease_key(id, lease_id), lease, {released = '1'})
 
 if lease.state == 'OFFERED' then
   redis.call('ZREM', queue_key(id), lease.request)
-  withdraw_offer(id, token, lease)
+  withdraw_offer(id, token, lease, false)
 else
   local refreshed = now
   if not lease.break_reason then

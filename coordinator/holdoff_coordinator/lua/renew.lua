@@ -5,7 +5,7 @@
 local id, lease_id = ARGV[5], ARGV[6]
 local token, lease, record = owned_lease(id, lease_id, ARGV[7])
 if not token then return lease end
-if not lease then return reply('LEASE_OVER', record.state) end
+if not lease then return reply('LEASE_OVER', record.state, record.break_reason or '') end
 if lease.break_reason then return reply('LEASE_BROKEN', lease.break_reason, lease.expires_us) end
 
 local changes = {expires_us = now + number(lease.ttl_us)}

@@ -1,6 +1,6 @@
--- Settles the tokens whose time has come, and says how many are still busy.
+-- Settles the tokens whose time has come.
 -- ARGV 5   how many tokens to settle at most
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE, '-inf', us(now), 'LIMIT', 0, ARGV[5])) do
   if not settle(id) then redis.call('ZREM', DUE, id) end
 end
-return reply('OK', redis.call('ZCARD', DUE))
+return reply('OK')

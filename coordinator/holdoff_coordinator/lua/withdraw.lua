@@ -1,13 +1,14 @@
 -- Gives up a place, and an offer that was not accepted yet.
--- ARGV 5.. token id, request hash
+-- ARGV 5.. token id, request hash, fingerprint of caller and parameters
 local id, hash = ARGV[5], ARGV[6]
 local token, lease = settle(id)
 if not token then return reply('TOKEN_NOT_FOUND') end
 local request = load(request_key(hash))
+if request.fingerprint ~= ARGV[7] then return reply('OK') end
 if request.state == 'waiting' or request.state == 'offered' then
   redis.call('ZREM', queue_key(id), hash)
   if lease and lease.state == 'OFFERED' and lease.request == hash then
-    withdraw_offer(id, token, lease)
+    withdraw_offer(id, token, lease, false)
     mirror(id, token, nil)
   end
   redis.call('DEL', request_key(hash))
