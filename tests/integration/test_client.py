@@ -1,0 +1,152 @@
+"""The synchronous client against a real coordinator."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+import holdoff
+from holdoff import errors
+from holdoff.v1 import lease_pb2
+from tests.harness import Replica, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.conftest import Server
+
+
+@pytest.fixture
+def client(replica: Replica) -> Iterator[holdoff.Client]:
+    """Give a client of the shared replica."""
+    with holdoff.Client(replica.address) as one:
+        yield one
+
+
+def test_a_lease_is_renewed_until_it_is_released(client: holdoff.Client, replica: Replica) -> None:
+    """A hold outlasts its TTL several times, and ends as released."""
+    token = replica.create_token(0.2)
+    with client.acquire(token, ttl_seconds=1.0) as lease:
+        time.sleep(2.2)
+        lease.check()
+    assert client.get_lease(lease.name).state == lease_pb2.LEASE_STATE_RELEASED
+
+
+def test_waiting_is_told_and_ends_with_the_lease(client: holdoff.Client, replica: Replica) -> None:
+    """The callback hears what is waited for; the lease comes when it may."""
+    token, heard = replica.create_token(0.5), []
+    client.acquire(token).release()
+    with client.acquire(token, on_waiting=heard.append):
+        pass
+    assert heard[0].reason == lease_pb2.WAIT_REASON_COOLING
+
+
+def test_without_a_wait_the_reason_is_an_exception(
+    client: holdoff.Client, replica: Replica
+) -> None:
+    """Held, cooling, unknown: each has its own class."""
+    token = replica.create_token(5)
+    with client.acquire(token):
+        with pytest.raises(errors.LeaseHeld) as caught:
+            client.acquire(token, wait_seconds=0)
+        assert caught.value.retry_after_seconds
+    with pytest.raises(errors.TokenCooling):
+        client.acquire(token, wait_seconds=0)
+    with pytest.raises(errors.TokenNotFound, match="holdoff token create"):
+        client.acquire("apps/a/tokens/none", wait_seconds=0)
+
+
+def test_a_broken_lease_is_told(client: holdoff.Client, replica: Replica) -> None:
+    """Promise 5: a holder learns of a lost lease, by callback and by exception.
+
+    Fails when `_renew_on` does not call `_lose`.
+    """
+    told: list[errors.LeaseLost] = []
+    lease = client.acquire(replica.create_token(), ttl_seconds=1.0, on_lost=told.append)
+    client.break_lease(lease.name, "enough")
+    wait_until(lambda: told)
+    assert isinstance(told[0], errors.LeaseBroken)
+    with pytest.raises(errors.LeaseBroken, match="enough"):
+        lease.check()
+    with pytest.raises(errors.LeaseBroken):
+        lease.release()
+    assert client.get_lease(lease.name).state == lease_pb2.LEASE_STATE_BROKEN
+
+
+def test_a_holder_fences_itself_when_nobody_answers(valkey: Server) -> None:
+    """Promise 5: without a coordinator the lease counts as lost before it runs out.
+
+    Fails when `Renewals.failed` does not look at the deadline.
+    """
+    told = threading.Event()
+    with Replica(valkey.url) as replica:
+        client = holdoff.Client(replica.address)
+        token = replica.create_token()
+        lease = client.acquire(token, ttl_seconds=1.5, on_lost=lambda _: told.set())
+        expires = client.get_lease(lease.name).expire_time.ToMicroseconds()
+    assert told.wait(3.0)
+    assert time.time_ns() // 1000 < expires + 1_500_000  # that of the last renewal at most
+    with pytest.raises(errors.LeaseLost):
+        lease.check()
+    with pytest.raises(errors.LeaseLost):
+        lease.release()
+    client.close()
+
+
+def test_an_interrupted_wait_gives_up_its_place(client: holdoff.Client, replica: Replica) -> None:
+    """Ctrl-C leaves no ghost in the queue.
+
+    Fails when `_Conversation.__exit__` sends no withdrawal.
+    """
+    token = replica.create_token()
+
+    def interrupt(_: lease_pb2.WaitStatus) -> None:
+        raise KeyboardInterrupt
+
+    with client.acquire(token):
+        with pytest.raises(KeyboardInterrupt):
+            client.acquire(token, on_waiting=interrupt)
+        assert replica.show_token(token).queue_length == 0
+
+
+def test_a_wait_survives_its_coordinator(valkey: Server, replica: Replica) -> None:
+    """A client whose replica goes away asks again with the same request id."""
+    token = replica.create_token(0.1)
+    leaving = Replica(valkey.url, listen="127.0.0.1:0")
+    with leaving:
+        client = holdoff.Client(leaving.address)
+        unreachable: list[errors.Unavailable] = []
+        held = holdoff.Client(replica.address).acquire(token)
+        got: list[holdoff.HeldLease] = []
+        thread = threading.Thread(
+            target=lambda: got.append(client.acquire(token, on_unreachable=unreachable.append))
+        )
+        thread.start()
+        wait_until(lambda: replica.show_token(token).queue_length == 1)
+    wait_until(lambda: unreachable)
+    with Replica(valkey.url, listen=leaving.address):
+        held.release()
+        thread.join(timeout=10)
+        assert got
+        got[0].release()
+        client.close()
+
+
+def test_update_leaves_what_is_not_named(client: holdoff.Client, replica: Replica) -> None:
+    """Only the settings that are given change."""
+    token = replica.create_token(5)
+    changed = client.update_token(token, refresh_at="start")
+    assert changed.refresh_interval.ToMilliseconds() == 5000
+    assert client.update_token(token) == client.get_token(token)
+
+
+def test_lists_follow_their_pages(client: holdoff.Client, replica: Replica) -> None:
+    """More than a page of tokens comes whole, in order."""
+    app = replica.create_token().rpartition("/tokens/")[0]
+    names = [f"{app}/tokens/n{number:03}" for number in range(130)]
+    for name in names:
+        replica.create_token(name=name)
+    assert [token.name for token in client.list_tokens(app)] == [*names, f"{app}/tokens/t"]

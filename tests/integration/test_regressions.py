@@ -1,0 +1,215 @@
+"""Faults that were found once, each with the test that shows it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+import pytest
+import redis_lock
+
+import holdoff
+from holdoff.v1 import admin_service_pb2, token_service_pb2
+from holdoff_coordinator.scripts import boottime_us
+from tests.harness import Replica, Waiter, ask, refusal, wait_until
+
+if TYPE_CHECKING:
+    import redis
+
+    from tests.conftest import Server, StartValkey
+
+
+def test_no_library_user_gets_in_between_expiry_and_cooldown(
+    replica: Replica, store: redis.Redis
+) -> None:
+    """The lock's key outlasts the cooldown that follows an expiry nobody saw at once.
+
+    Fails when `mirror` lets the key end with the lease.
+    """
+    token = replica.create_token(1.0)
+    offer = replica.hold(token, ttl=1.0)
+    expires_us = replica.show(offer.lease.name).expire_time.ToMicroseconds()
+    lock = redis_lock.Lock(store, replica.show_token(token).lock_name)
+    while not lock.acquire(blocking=False):
+        time.sleep(0.002)
+    assert time.time_ns() // 1000 >= expires_us + 998_000
+    lock.release()
+
+
+def test_a_cooldown_that_an_update_began_wakes_library_users(
+    replica: Replica, store: redis.Redis
+) -> None:
+    """Whatever makes a token busy, the sweeper ends it.
+
+    Fails when `mirror` does not put the token into the sweeper's view.
+    """
+    token = replica.create_token(0.1)
+    replica.release(replica.hold(token))
+    wait_until(lambda: not replica.show_token(token).HasField("cooldown"))
+    longer = token_service_pb2.UpdateTokenRequest()
+    longer.token.name = token
+    longer.token.refresh_interval.FromMilliseconds(1500)
+    replica.tokens.UpdateToken(longer)
+    lock = redis_lock.Lock(store, replica.show_token(token).lock_name)
+    thread = threading.Thread(target=lock.acquire, daemon=True)
+    thread.start()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+
+
+def test_the_place_of_a_dead_waiter_is_not_kept_for_ever(
+    replica: Replica, store: redis.Redis
+) -> None:
+    """An app that is otherwise idle forgets its dead waiters, so that nobody defers to ghosts.
+
+    Fails when a queue alone does not keep its token in the sweeper's view.
+    """
+    token = replica.create_token(0)
+    held = replica.hold(token)
+    ghost = Waiter(replica, ask(token))
+    ghost.waiting()
+    ghost.vanish()
+    replica.release(held)
+    app = token.split("/")[1]
+    keys = store.scan_iter(f"holdoff:{{{app}}}:request:*", count=10_000)
+    (key,) = [one for one in keys if store.hget(one, "state") == b"waiting"]
+    store.hincrby(key, "heard_service_us", -61_000_000)
+    wait_until(lambda: replica.show_token(token).queue_length == 0, 5.0)
+    wait_until(lambda: not store.exists(key))
+
+
+def test_a_silent_head_of_a_queue_does_not_spin(replica: Replica, store: redis.Redis) -> None:
+    """A suspended client costs a few calls a second, not thousands.
+
+    Fails when `start_after_seconds` counts for a request that nothing stands in the way of.
+    """
+    token = replica.create_token(0)
+    held = replica.hold(token, ttl=10.0)
+    silent = Waiter(replica, ask(token))
+    silent.waiting()
+    silent.silent = True
+    time.sleep(5.3)
+    replica.release(held)
+    time.sleep(0.3)
+
+    def calls() -> int:
+        return int(store.info("commandstats")["cmdstat_evalsha"]["calls"])
+
+    before = calls()
+    time.sleep(1.0)
+    assert calls() - before < 200
+    silent.vanish()
+
+
+def test_quarantine_lasts_for_a_ttl_and_an_interval(valkey: Server) -> None:
+    """A holder may refresh until its lease runs out, and the interval counts from there.
+
+    Fails when `quarantine` takes the longer of the two.
+    """
+    with Replica(valkey.url, quarantine_seconds=0.0) as replica:
+        token = replica.create_token(100)
+        replica.hold(token, ttl=50.0)
+        app = token.split("/")[1]
+        replica.coordinator.scripts._epochs[app] = "another"  # as after a change of the store
+        assert refusal(lambda: replica.acquire(token)) == "QUARANTINED"
+        waiter = Waiter(replica, ask(token))
+        assert 149_000 < waiter.waiting().earliest_start_in.ToMilliseconds() <= 150_000
+        waiter.vanish()
+
+
+def test_an_app_not_met_before_a_jump_is_doubted_too(start_valkey: StartValkey) -> None:
+    """The jump of the store's clock concerns every app.
+
+    Fails when `Scripts` doubts only the apps it has seen.
+    """
+    valkey, step = start_valkey(), [0]
+    with (
+        Replica(valkey.url) as other,
+        Replica(
+            valkey.url, boot_us=lambda: boottime_us() + step[0], quarantine_seconds=1.0
+        ) as replica,
+    ):
+        unknown, known = other.create_token(0), replica.create_token(0)
+        replica.hold(known)
+        replica.coordinator.scripts._epochs.clear()
+        step[0] = -60_000_000
+        assert refusal(lambda: replica.acquire(known)) in ("QUARANTINED", "LEASE_HELD")
+        assert refusal(lambda: replica.acquire(unknown)) == "QUARANTINED"
+
+
+def test_a_single_call_beside_a_stream_leaves_it_alive(replica: Replica) -> None:
+    """A stream is heard and woken also after its request was polled once.
+
+    Fails when `Hub.joined` forgets the first conversation of a request.
+    """
+    token = replica.create_token(0)
+    held = replica.hold(token, ttl=10.0)
+    waiter = Waiter(replica, ask(token))
+    waiter.waiting()
+    replica.leases.AcquireLease(waiter.request)
+    replica.release(held)
+    waiter.offer(3.0)
+    waiter.vanish()
+
+
+def test_a_stranger_cannot_withdraw_anothers_request(replica: Replica) -> None:
+    """Withdrawing is bound to the request's parameters, as asking again is."""
+    token = replica.create_token()
+    replica.hold(token, ttl=30.0)
+    waiter = Waiter(replica, ask(token, job="mine"))
+    waiter.waiting()
+    stranger = Waiter(replica, ask(token, job="other", request_id=waiter.request.request_id))
+    stranger.withdraw()
+    wait_until(lambda: stranger.ended)
+    assert replica.show_token(token).queue_length == 1
+    waiter.vanish()
+
+
+@pytest.mark.parametrize("wait_seconds", [0.0, 1.0])
+def test_a_mute_coordinator_does_not_hold_up_a_limited_wait(wait_seconds: float) -> None:
+    """One that accepts connections and says nothing is unreachable within 5 s.
+
+    Fails when the stream has no time-out.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        client = holdoff.Client(f"127.0.0.1:{mute.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(holdoff.Unavailable):
+            client.acquire("apps/a/tokens/t", wait_seconds=wait_seconds)
+        assert time.monotonic() - began < 5.0
+        client.close()
+
+
+def test_unknown_fields_are_not_stored(replica: Replica) -> None:
+    """What we don't know of a holder is dropped, so that no listing grows with it."""
+    request = ask(replica.create_token(), wait=0.0)
+    unknown = b"\xa2\x06\x84\x80\x01" + b"x" * 16_388  # field 100
+    request.holder.MergeFromString(unknown)
+    offer = replica.leases.AcquireLease(request).offer
+    assert offer.lease.ByteSize() < 1000
+
+
+def test_the_queue_has_a_limit(replica: Replica) -> None:
+    """A token takes a thousand waiters, and refuses more clearly."""
+    token = replica.create_token()
+    replica.hold(token, ttl=30.0)
+    calls = [
+        replica.leases.AcquireLease.future(ask(token, request_id=str(uuid.uuid4())))
+        for _ in range(1000)
+    ]
+    for call in calls:
+        call.result()
+    assert refusal(lambda: replica.acquire(token, wait=None)) == "QUEUE_FULL"
+
+
+def test_a_second_break_tells_the_first_reason(replica: Replica) -> None:
+    """A lease that is over says why it was broken."""
+    offer = replica.hold(replica.create_token(), ttl=30.0)
+    request = admin_service_pb2.BreakLeaseRequest(name=offer.lease.name, reason="first")
+    replica.admin.BreakLease(request)
+    replica.release(offer)
+    with pytest.raises(Exception, match="first"):
+        replica.renew(offer)

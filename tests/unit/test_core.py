@@ -1,0 +1,122 @@
+"""The client's decisions: deadlines, retries, renewals. No sockets, no clocks."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdoff import _core, errors
+from holdoff._core import SECOND, Acquisition, Renewals, Timing
+from holdoff.v1 import lease_pb2
+
+ttls = st.floats(1.0, 86_400.0)
+
+
+@given(ttls)
+def test_without_a_grace_there_is_always_room(ttl: float) -> None:
+    """Three renewals fit in before TERM, and the deadline lies before the lease's end.
+
+    Fails when the margin is left out of `deadline_ns`.
+    """
+    timing = Timing.of(ttl)
+    deadline_seconds = timing.deadline_ns(0) / SECOND
+    assert 0.9 * ttl <= deadline_seconds < ttl
+    assert 3 * timing.renew_after_seconds + timing.grace_seconds <= deadline_seconds + 1e-6
+    assert timing.renew_after_seconds > 0
+
+
+@given(ttls, st.floats(0.0, 0.999))
+def test_any_grace_shorter_than_the_ttl_is_accepted(ttl: float, share: float) -> None:
+    """It is cut where it leaves no room for renewals."""
+    assert Timing.of(ttl, ttl * share).renew_after_seconds > 0
+
+
+def test_a_grace_as_long_as_the_ttl_is_refused() -> None:
+    """Only an explicit grace of at least the TTL is refused."""
+    with pytest.raises(ValueError, match="shorter"):
+        Timing.of(10, 10)
+
+
+def test_the_margin_covers_clocks_that_drift() -> None:
+    """Two clocks that are slewed apart by 0.05 % stay within the margin of a day's TTL."""
+    assert _core.margin_seconds(86_400) > 86_400 * 0.0005
+
+
+@given(st.integers(0, 1000), st.floats(0, 1))
+def test_retries_back_off_within_bounds(attempt: int, chance: float) -> None:
+    """From 0.05 s to 2 s, whatever the dice say."""
+    assert 0.05 <= _core.retry_delay_seconds(attempt, lambda: chance) <= 2.0
+
+
+def acquisition(wait_seconds: float | None) -> Acquisition:
+    """Give a request that began at 0."""
+    return Acquisition(
+        token="apps/a/tokens/t",
+        ttl_seconds=10,
+        wait_seconds=wait_seconds,
+        holder=lease_pb2.Holder(),
+        last_fencing_token=0,
+        began_ns=0,
+    )
+
+
+def test_a_reconnection_asks_for_the_rest_of_the_wait_with_the_same_id() -> None:
+    """The limit of a wait is not prolonged by a broken stream.
+
+    Fails when `request` sends the wait as it was.
+    """
+    one = acquisition(60)
+    first, second = one.request(0), one.request(45 * SECOND)
+    assert first.request_id == second.request_id
+    assert second.wait.ToMilliseconds() == 15_000
+
+
+def test_only_an_unavailable_coordinator_is_asked_again() -> None:
+    """Any other error is final."""
+    one = acquisition(60)
+    assert one.failed(errors.Draining("x", retry_after_seconds=0.2), 0) == 0.2
+    with pytest.raises(errors.TokenNotFound):
+        one.failed(errors.TokenNotFound("x"), 0)
+
+
+def test_the_wait_ends_also_while_nobody_answers() -> None:
+    """`--wait` keeps trying until its limit, `--no-wait` for some seconds only."""
+    with pytest.raises(errors.Unavailable):
+        acquisition(60).failed(errors.Unavailable("x"), 60 * SECOND)
+    acquisition(0).failed(errors.Unavailable("x"), 1 * SECOND)
+    with pytest.raises(errors.Unavailable):
+        acquisition(0).failed(errors.Unavailable("x"), 5 * SECOND)
+    acquisition(None).failed(errors.Unavailable("x"), 10**6 * SECOND)
+
+
+def renewals() -> Renewals:
+    """Give the renewals of a lease of 10 s that was accepted at 0."""
+    return Renewals(Timing.of(10), 0)
+
+
+def test_a_time_out_says_nothing_until_the_deadline() -> None:
+    """A renewal without an answer is tried again; at the deadline the lease counts as lost.
+
+    Fails when `failed` takes Unavailable for a loss, or never looks at the deadline.
+    """
+    one = renewals()
+    one.failed(errors.Unavailable("x"), 4 * SECOND)
+    assert 4 * SECOND < one.next_ns < 5 * SECOND
+    with pytest.raises(errors.LeaseLost):
+        one.failed(errors.Unavailable("x"), one.deadline_ns)
+
+
+def test_a_deadline_counts_from_when_the_renewal_was_sent() -> None:
+    """Not from its answer, which may come late."""
+    one = renewals()
+    before = one.deadline_ns
+    one.succeeded(3 * SECOND)
+    assert one.deadline_ns == before + 3 * SECOND
+
+
+@pytest.mark.parametrize("error", [errors.LeaseBroken("x"), errors.WrongSecret("x")])
+def test_a_refused_renewal_is_a_loss(error: errors.HoldoffError) -> None:
+    """Whatever the coordinator says other than «not now»."""
+    with pytest.raises(errors.LeaseLost):
+        renewals().failed(error, 0)
