@@ -17,6 +17,7 @@ from holdoff._core import duration
 from holdoff.errors import from_rpc_error
 from holdoff.v1 import (
     admin_service_pb2_grpc,
+    lease_pb2,
     lease_service_pb2,
     lease_service_pb2_grpc,
     token_service_pb2,
@@ -28,7 +29,7 @@ from holdoff_coordinator.store import Epoch, connect
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from holdoff.v1 import lease_pb2, token_pb2
+    from holdoff.v1 import token_pb2
 
 _numbers = itertools.count()
 
@@ -227,6 +228,11 @@ class Waiter:
         wait_until(lambda: self.last is not None and self.last.HasField("offer"), seconds)
         assert self.last is not None
         return self.last.offer
+
+    def is_cooling(self) -> bool:
+        """Tell whether the latest status says that the token cools down."""
+        cooling = lease_pb2.WAIT_REASON_COOLING
+        return self.last is not None and self.last.waiting.reason == cooling
 
     def withdraw(self) -> None:
         """Give up the place."""

@@ -37,7 +37,8 @@ def test_a_lease_is_renewed_until_it_is_released(client: holdoff.Client, replica
 
 def test_waiting_is_told_and_ends_with_the_lease(client: holdoff.Client, replica: Replica) -> None:
     """The callback hears what is waited for; the lease comes when it may."""
-    token, heard = replica.create_token(0.5), []
+    token = replica.create_token(0.5)
+    heard: list[lease_pb2.WaitStatus] = []
     client.acquire(token).release()
     with client.acquire(token, on_waiting=heard.append):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -139,7 +140,7 @@ def test_the_preset_has_a_margin_and_an_explicit_interval_has_none(replica: Repl
     ],
 )
 def test_a_new_token_cools_down_from_what_is_known(
-    replica: Replica, last_refreshed: dict[str, object], least_ms: int, most_ms: int
+    replica: Replica, last_refreshed: dict[str, Any], least_ms: int, most_ms: int
 ) -> None:
     """`never` starts no cooldown, `unknown` a full one, an age the rest of one."""
     token = replica.show_token(replica.create_token(10, **last_refreshed))

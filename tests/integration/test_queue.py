@@ -131,11 +131,7 @@ def test_a_waiter_is_told_why_and_when(replica: Replica) -> None:
     assert 1900 <= status.earliest_start_in.ToMilliseconds() <= 2000
     released = replica.release(held)
     for waiter in (first, second):
-        wait_until(
-            lambda waiter=waiter: (
-                waiter.last and waiter.last.waiting.reason == lease_pb2.WAIT_REASON_COOLING
-            )
-        )
+        wait_until(waiter.is_cooling)
     assert first.last is not None
     assert first.last.waiting.earliest_start_time == released.not_before_time
     first.vanish()
@@ -168,7 +164,7 @@ def test_a_lost_wake_up_is_repaired(replica: Replica) -> None:
     held = replica.hold(token)
     (waiter,) = queue_up([replica], token, 1)
     (asleep,) = (one for one in hub._all() if str(one.token) == token)
-    asleep.ask = lambda: None  # type: ignore[method-assign] - what a lost message does
+    asleep.ask = lambda: None  # type: ignore[method-assign]
     replica.release(held)
     time.sleep(0.2)
     assert not waiter.last or not waiter.last.HasField("offer")
