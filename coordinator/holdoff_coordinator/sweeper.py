@@ -8,6 +8,7 @@ python-redis-lock itself decides who sweeps, for efficiency only: two sweepers d
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 import redis_lock
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from holdoff_coordinator.scripts import Scripts
 
 log = structlog.get_logger()
+
+# The library warns whenever another replica sweeps, which is as it should be.
+logging.getLogger(redis_lock.logger_for_acquire.name).setLevel(logging.ERROR)
 
 PERIOD_SECONDS = 0.5
 LOCK_NAME = "holdoff:sweeper"
