@@ -220,7 +220,8 @@ class Leases:
             age_us,
         )
         lease = _lease(reply, name)
-        log.debug("lease renewed", lease=request.name, peer=caller.peer)
+        if lease.accept_time.ToMicroseconds() == reply.now_us:
+            log.info("lease granted", lease=request.name, job=lease.holder.job, peer=caller.peer)
         return lease_service_pb2.RenewLeaseResponse(lease=lease)
 
     async def release(

@@ -83,7 +83,7 @@ class Scripts:
         boot_us: Callable[[], int] = boottime_us,
     ) -> None:
         self.redis = redis
-        self._unknown_epoch = LOST if data_lost else ""
+        self._lost_until_us = boot_us() + quarantine_us if data_lost else 0
         self._quarantine_us = quarantine_us
         self._boot_us = boot_us
         self._clock = StoreClock()
@@ -123,7 +123,7 @@ class Scripts:
         estimate_us = 0 if self._in_doubt(app) else self._clock.estimate_us(self._boot_us())
         header = (
             "" if estimate_us is None else estimate_us,
-            self._epochs.get(app, self._unknown_epoch),
+            self._epochs.get(app) or (LOST if self._boot_us() < self._lost_until_us else ""),
             uuid.uuid4().hex,
             max(self._quarantine_us, self._longest_hold_us.get(app, 0)),
         )
