@@ -357,7 +357,8 @@ def test_mask_and_dispositions(run: Run, isolate: str) -> None:
         start_new_session=True,
     )
     assert run.process.communicate(timeout=20)[0] == expected
-    assert b"SigIgn:\t0000000000000801" in expected
+    ignored = int(expected.rpartition(b":")[2], 16)  # whoever ran the tests may ignore more
+    assert ignored & 0x801 == 0x801
 
 
 @both_modes
@@ -436,7 +437,7 @@ def test_wrapper_killed_and_term_ignored(run: Run, isolate: str) -> None:
     eventually(run.note.exists)
     run.process.kill()
     killed_at = time.monotonic()
-    eventually(lambda: run.heard() == [signal.SIGTERM, signal.SIGCONT])
+    eventually(lambda: sorted(run.heard()) == [signal.SIGTERM, signal.SIGCONT])
     eventually(lambda: not run.alive(), 3)
     assert time.monotonic() - killed_at > 0.4
 
@@ -469,7 +470,7 @@ def test_fence(run: Run, isolate: str) -> None:
     outcome = run.finish()
     fence = run.reported("fence")
     assert (outcome["ended_by"], outcome["signal"]) == ("fence", signal.SIGKILL)
-    assert run.heard() == [signal.SIGTERM, signal.SIGCONT]
+    assert sorted(run.heard()) == [signal.SIGTERM, signal.SIGCONT]  # both at once, in any order
     told_at = int(run.note.read_text().split()[1])
     assert fence - 0.75 * SECOND < told_at < fence - 0.4 * SECOND
     assert told_at < outcome["at"] < fence
@@ -488,7 +489,7 @@ def test_lease_lost(run: Run, isolate: str) -> None:
     run.start(python(LISTENER, run.note), isolate=isolate, fence=60, grace=0.5, end=0.5)
     outcome = run.finish()
     assert (outcome["ended_by"], outcome["signal"]) == ("lease lost", signal.SIGKILL)
-    assert run.heard() == [signal.SIGTERM, signal.SIGCONT]
+    assert sorted(run.heard()) == [signal.SIGTERM, signal.SIGCONT]  # both at once, in any order
     assert {"event": "ending", "reason": "lease lost", "signal": None} in run.reports
 
 
