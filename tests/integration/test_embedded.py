@@ -225,6 +225,9 @@ async def test_a_killed_valkey_comes_back_with_everything(data_dir: Path) -> Non
     async def until_more_than(count: int) -> None:
         await until(lambda: acknowledged > count)
 
+    async def until_other_than(pid: int) -> None:
+        await until(lambda: running.pid not in (pid, None))
+
     async with EmbeddedStore(data_dir) as running, client_of(running.url) as client:
         writers = [asyncio.create_task(load(client)) for _ in range(4)]
         for _ in range(2):
@@ -232,7 +235,7 @@ async def test_a_killed_valkey_comes_back_with_everything(data_dir: Path) -> Non
             assert pid is not None
             await until_more_than(acknowledged + 20)
             os.kill(pid, signal.SIGKILL)
-            await until(lambda pid=pid: running.pid not in (pid, None))
+            await until_other_than(pid)
             await until_more_than(acknowledged)
         for writer in writers:
             writer.cancel()
