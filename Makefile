@@ -31,7 +31,7 @@ types: $(READY) ## mypy, strict
 	mypy
 
 imports: $(READY) ## Who may import whom
-	lint-imports --no-cache
+	lint-imports --no-cache --no-logo
 
 pytest: $(READY) ## All tests
 	$(PYTEST)

@@ -62,7 +62,7 @@ install() {
   if has_uv; then
     uv pip install --python "$VENV/bin/python" --no-build-isolation "$@"
   else
-    "$VENV/bin/python" -m pip install --quiet --no-build-isolation "$@"
+    "$VENV/bin/python" -m pip install --quiet --use-pep517 --no-build-isolation "$@"
   fi
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from typing import TYPE_CHECKING, Self
@@ -79,8 +80,9 @@ class WaitDisplay:
         from rich.text import Text  # noqa: PLC0415 - only a terminal pays for it
 
         waited = format_duration(int(time.monotonic() - self._began))
-        line = f"holdoff: {self._token}: {self._what}"
+        line = f"holdoff: waited {waited}"
         if self._start_at is not None:
-            left = max(0, int(self._start_at - time.monotonic()))
-            line += f"; earliest start in {format_duration(left)}"
-        return Text(printable(f"{line} (waited {waited})"), overflow="ellipsis", no_wrap=True)
+            left = max(0, math.ceil(self._start_at - time.monotonic()))
+            line += f", earliest start in {format_duration(left)}"
+        # What changes stands first: a narrow terminal cuts the end.
+        return Text(printable(f"{line}; {self._what}"), overflow="ellipsis", no_wrap=True)

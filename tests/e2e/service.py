@@ -1,0 +1,112 @@
+"""A real coordinator process, and real `holdoff` commands, for end-to-end tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+from tests.harness import wait_until
+
+BIN = Path(sys.executable).parent
+
+
+class Service:
+    """`holdoff-coordinator serve` with an embedded store, restartable in place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data_dir = folder / "data"
+        self.environment = {
+            **os.environ,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "XDG_STATE_HOME": str(folder / "state"),
+        }
+        self.address = "127.0.0.1:0"
+        self.log: list[str] = []
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end(signal.SIGTERM)
+
+    def start(self) -> None:
+        """Start, on the same port and directory as before, and wait until it serves."""
+        self.log = []
+        self.process = subprocess.Popen(
+            self.command(), stderr=subprocess.PIPE, text=True, env=self.environment
+        )
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        line = wait_until(lambda: next((one for one in self.log if "serving" in one), None), 20)
+        self.address = json.loads(line)["address"]
+        self.environment["HOLDOFF_ENDPOINT"] = self.address
+
+    def command(self) -> list[str]:
+        """Return the command line."""
+        program = str(BIN / "holdoff-coordinator")
+        return [program, "serve", "--listen", self.address, "--data-dir", str(self.data_dir)]
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        self.log.extend(self.process.stderr)
+
+    def end(self, signum: signal.Signals) -> None:
+        """End the process and wait for it."""
+        self.process.send_signal(signum)
+        self.process.wait(timeout=20)
+        self._reader.join(timeout=5)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def valkey_pid(self) -> int:
+        """Return the process id of its Valkey."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        (pid,) = children.read_text().split()
+        return int(pid)
+
+    def start_holdoff(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """Start a `holdoff` command."""
+        defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(
+            [str(BIN / "holdoff"), *arguments],
+            **{"env": self.environment, **defaults, **options},
+        )
+
+    def holdoff(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a `holdoff` command to its end."""
+        process = self.start_holdoff(*arguments, **options)
+        stdout, stderr = process.communicate(timeout=40)
+        return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+    def json(self, *arguments: str) -> Any:
+        """Run a command and read its document."""
+        shown = self.holdoff(*arguments, "--output", "json")
+        assert shown.returncode == 0, shown.stderr
+        return json.loads(shown.stdout)
+
+    def create_token(self, name: str, interval: str = "0.3s") -> str:
+        """Create a token."""
+        token = f"apps/e2e/tokens/{name}"
+        made = self.holdoff("token", "create", token, "--refresh-interval", interval)
+        assert made.returncode == 0, made.stderr
+        return token
+
+    def wait_for_queue(self, token: str, length: int) -> None:
+        """Wait until so many wait for a token."""
+        wait_until(lambda: self.json("token", "show", token)["queue_length"] == length)
+
+    def only_lease(self, token: str) -> Any:
+        """Wait for a live, accepted lease of a token and return it."""
+
+        def accepted() -> Any:
+            leases = self.json("lease", "list", token)["leases"]
+            return next((lease for lease in leases if lease.get("accept_time")), None)
+
+        return wait_until(accepted)

@@ -1,0 +1,238 @@
+"""`holdoff-coordinator serve` as a process: start, stop, die, come back, and be asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+
+import holdoff
+from tests.e2e.service import BIN, Service
+from tests.harness import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def test_a_waiting_run_keeps_its_place_over_a_restart(own_service: Service) -> None:
+    """Promise 9: SIGTERM drains; who waits is told, returns, and is served in turn.
+
+    Fails when the client takes DRAINING for final.
+    """
+    service = own_service
+    token = service.create_token("drain", "0.3s")
+    holder = service.start_holdoff("run", "--token", token, "--ttl", "20s", "--", "sleep", "4")
+    service.only_lease(token)
+    waiters = []
+    for number in (1, 2):
+        waiters.append(service.start_holdoff("run", "--token", token, "--", "true"))
+        service.wait_for_queue(token, number)
+    service.end(signal.SIGTERM)
+    service.start()
+    ended = []
+    for process in (holder, *waiters):
+        process.communicate(timeout=20)
+        ended.append(process.returncode)
+    assert ended == [0, 0, 0]
+    assert service.json("token", "show", token)["queue_length"] == 0
+
+
+def test_a_coordinator_back_in_time_is_not_noticed(own_service: Service) -> None:
+    """A run whose coordinator was killed and came back within the TTL ends as if nothing was."""
+    service = own_service
+    token = service.create_token("back")
+    run = service.start_holdoff("run", "--token", token, "--ttl", "6s", "--", "sleep", "3")
+    service.only_lease(token)
+    service.end(signal.SIGKILL)
+    service.start()
+    _, stderr = run.communicate(timeout=20)
+    assert (run.returncode, stderr) == (0, "")
+
+
+def test_a_coordinator_that_stays_away_ends_the_run_in_time(own_service: Service) -> None:
+    """TERM, then KILL before the end of the lease, exit code 79.
+
+    Fails when `on_renewed` moves the fence without a renewal, or the guard ignores it.
+    """
+    service = own_service
+    token = service.create_token("away")
+    script = 'trap "echo TERM" TERM; while :; do sleep 0.05; done'
+    options = ("--ttl", "3s", "--grace", "0.8s")
+    run = service.start_holdoff("run", "--token", token, *options, "--", "sh", "-c", script)
+    service.only_lease(token)
+    service.end(signal.SIGKILL)
+    away = time.monotonic()
+    stdout, stderr = run.communicate(timeout=20)
+    assert (run.returncode, stdout) == (79, "TERM\n")
+    assert time.monotonic() - away < 3.5
+    assert "no renewal came through" in stderr
+
+
+def test_a_killed_coordinator_takes_its_valkey_along(own_service: Service) -> None:
+    """The embedded store dies with it, and a restart on the directory works at once.
+
+    Fails when Valkey is started without the parent-death signal.
+    """
+    service = own_service
+    token = service.create_token("kept", "60s")
+    service.holdoff("run", "--token", token, "--", "true")
+    before = service.json("token", "show", token)
+    valkey = service.valkey_pid()
+    service.end(signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{valkey}/exe").exists() or _is_zombie(valkey))
+    service.start()
+    after = service.json("token", "show", token)
+    for field in ("fencing_token", "not_before_time", "last_refresh_time"):
+        assert after[field] == before[field]
+
+
+def _is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_valkey_killed_under_load_loses_nothing(own_service: Service) -> None:
+    """Promise 9: leases, places, fencing numbers and cooldowns outlive the store's SIGKILL.
+
+    Fails when the embedded store runs without its append-only file.
+    """
+    service = own_service
+    cooling = service.create_token("cooling", "60s")
+    service.holdoff("run", "--token", cooling, "--", "true")
+    busy = [service.create_token(f"busy-{number}", "0s") for number in range(3)]
+    held = service.create_token("held", "0.2s")
+    seen: dict[str, list[int]] = {token: [] for token in busy}
+    stop = threading.Event()
+
+    def work(token: str) -> None:
+        with holdoff.Client(service.address) as client:
+            while not stop.is_set():
+                lease = client.acquire(token, ttl_seconds=20)
+                seen[token].append(lease.fencing_token)
+                lease.release()
+
+    def more_work_done() -> None:
+        before = {token: len(numbers) for token, numbers in seen.items()}
+        wait_until(lambda: all(len(seen[token]) > before[token] + 3 for token in busy), 20)
+
+    with holdoff.Client(service.address) as client:
+        lease = client.acquire(held, ttl_seconds=20)
+        waiting = service.start_holdoff("run", "--token", held, "--ttl", "20s", "--", "true")
+        service.wait_for_queue(held, 1)
+        cooldown = client.get_token(cooling)
+        threads = [threading.Thread(target=work, args=(token,)) for token in busy]
+        for thread in threads:
+            thread.start()
+        for _ in range(2):
+            more_work_done()
+            os.kill(service.valkey_pid(), signal.SIGKILL)
+        more_work_done()
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=30)
+        lease.check()
+        assert client.get_token(cooling).not_before_time == cooldown.not_before_time
+        assert client.get_token(held).lease == lease.name
+        assert client.get_token(held).queue_length == 1
+        lease.release()
+    waiting.communicate(timeout=20)
+    assert waiting.returncode == 0
+    for numbers in seen.values():
+        assert numbers == sorted(set(numbers))
+
+
+def test_a_second_process_gets_a_clear_error(own_service: Service, tmp_path: Path) -> None:
+    """The same directory, or the same port, is refused with the remedy."""
+    program = str(BIN / "holdoff-coordinator")
+
+    def refused(listen: str, data_dir: Path) -> str:
+        command = [program, "serve", "--listen", listen, "--data-dir", str(data_dir)]
+        ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=30)
+        assert ended.returncode == 69
+        return ended.stderr
+
+    assert "--data-dir" in refused("127.0.0.1:0", own_service.data_dir)
+    assert "--listen" in refused(own_service.address, tmp_path / "another")
+
+
+def test_the_port_opens_only_when_the_store_is_ready(own_service: Service) -> None:
+    """Whoever can connect is served."""
+    service = own_service
+    service.end(signal.SIGTERM)
+    thread = threading.Thread(target=service.start)
+    thread.start()
+    channel = grpc.insecure_channel(service.address)
+    grpc.channel_ready_future(channel).result(timeout=20)
+    with holdoff.Client(service.address) as client:
+        assert list(client.list_tokens()) == []
+    thread.join()
+    channel.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["list"], ["holdoff.v1.LeaseService", "grpc.reflection.v1.ServerReflection"]),
+        (["describe", "holdoff.v1.LeaseService"], ["rpc StreamAcquireLease", "rpc ListLeases"]),
+        (["holdoff.v1.LeaseService/ListLeases"], ["{"]),
+        (["grpc.health.v1.Health/Check"], ["SERVING"]),
+    ],
+)
+def test_grpcurl(service: Service, arguments: list[str], words: list[str]) -> None:
+    """Promise 10: the service describes itself to any gRPC tool."""
+    asked = subprocess.run(
+        [str(BIN / "grpcurl"), "-plaintext", service.address, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    for word in words:
+        assert word in asked.stdout
+
+
+def test_reflection_v1(service: Service) -> None:
+    """`buf curl` speaks the new reflection alone."""
+    token = service.create_token("reflected")
+    asked = subprocess.run(
+        [
+            *(str(BIN / "buf"), "curl", "--protocol", "grpc", "--http2-prior-knowledge"),
+            *("--data", json.dumps({"name": token})),
+            f"http://{service.address}/holdoff.v1.TokenService/GetToken",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    assert json.loads(asked.stdout)["token"]["name"] == token
+
+
+def test_a_password_shows_nowhere(tmp_path: Path, start_valkey: Callable[..., object]) -> None:
+    """Promise 8: the store's password is in no log and no error.
+
+    Fails when an error repeats the URL.
+    """
+    valkey = start_valkey("--requirepass", "hunter2-secret", password="hunter2-secret")
+    url = valkey.url  # type: ignore[attr-defined]
+    secret = tmp_path / "url"
+    secret.write_text(url.replace("unix://", "unix://:wrong-hunter2@") + "\n")
+    command = [str(BIN / "holdoff-coordinator"), "serve", "--listen", "127.0.0.1:0"]
+    ended = subprocess.run(
+        [*command, "--redis-url-file", str(secret)],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert ended.returncode == 69
+    assert "password" in ended.stderr
+    assert not re.search("hunter2", ended.stderr)
