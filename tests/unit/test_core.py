@@ -83,7 +83,7 @@ def test_only_an_unavailable_coordinator_is_asked_again() -> None:
 def test_the_wait_ends_also_while_nobody_answers() -> None:
     """`--wait` keeps trying until its limit, `--no-wait` for some seconds only."""
     with pytest.raises(errors.Unavailable):
-        acquisition(60).failed(errors.Unavailable("x"), 60 * SECOND)
+        acquisition(60).failed(errors.Unavailable("x"), 61 * SECOND)
     acquisition(0).failed(errors.Unavailable("x"), 1 * SECOND)
     with pytest.raises(errors.Unavailable):
         acquisition(0).failed(errors.Unavailable("x"), 5 * SECOND)

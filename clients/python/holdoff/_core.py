@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 SECOND = 1_000_000_000
 HEARTBEAT_SECONDS = 1.5
 """A waiter is passed over after 5 s of silence; this leaves room for two lost heartbeats."""
-NO_WAIT_SECONDS = 4.0
+NO_WAIT_SECONDS = 3.5
 """How long a request that does not wait tries to reach a coordinator."""
+GRACE_FOR_ANSWER_SECONDS = 0.5
+"""The coordinator ends a wait at its limit; its answer is on the way then."""
 FIRST_RETRY_SECONDS = 0.1
 MOST_RETRY_SECONDS = 2.0
 
@@ -134,7 +136,6 @@ class Acquisition:
     began_ns: int
     request_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     _failures: int = 0
-    _failing_since_ns: int | None = None
 
     def request(self, now_ns: int) -> lease_service_pb2.AcquireLeaseRequest:
         """What to send on a new connection: the wait that is left, and the rest as before."""
@@ -154,16 +155,20 @@ class Acquisition:
             return None
         return max(0.0, self.wait_seconds - (now_ns - self.began_ns) / SECOND)
 
+    def _patience_seconds(self, now_ns: int) -> float:
+        """How long to go on trying; a request that does not wait tries for some seconds too."""
+        most = self.wait_seconds or NO_WAIT_SECONDS
+        return most + GRACE_FOR_ANSWER_SECONDS - (now_ns - self.began_ns) / SECOND
+
     def stream_timeout_seconds(self, now_ns: int) -> float | None:
         """How long one connection may take; the coordinator itself ends a wait in time.
 
         It bounds a coordinator that accepts connections and is mute. Without a limit of the wait
         keepalive alone finds that out.
         """
-        left = self.wait_left_seconds(now_ns)
-        if left is None:
+        if self.wait_seconds is None:
             return None
-        return max(NO_WAIT_SECONDS - (now_ns - self.began_ns) / SECOND, left + 1.0, 0.1)
+        return max(0.1, self._patience_seconds(now_ns))
 
     def received(
         self, event: lease_service_pb2.AcquireLeaseResponse
@@ -173,7 +178,7 @@ class Acquisition:
         Raises:
             HoldoffError: The request failed; `failed` says whether to go on.
         """
-        self._failures, self._failing_since_ns = 0, None
+        self._failures = 0
         match event.WhichOneof("event"):
             case "waiting":
                 return event.waiting
@@ -192,11 +197,7 @@ class Acquisition:
         """
         if not isinstance(error, Unavailable):
             raise error
-        if self._failing_since_ns is None:
-            self._failing_since_ns = now_ns
-        left = self.wait_left_seconds(now_ns)
-        if self.wait_seconds is not None and self.wait_seconds < NO_WAIT_SECONDS:
-            left = NO_WAIT_SECONDS - (now_ns - self.began_ns) / SECOND
+        left = None if self.wait_seconds is None else self._patience_seconds(now_ns)
         if left is not None and left <= 0:
             raise error
         delay = error.retry_after_seconds or retry_delay_seconds(self._failures)
