@@ -56,12 +56,22 @@ done
 git clone --quiet --no-local . "$root/root/holdoff"
 
 mapfile -t network < <(env | grep -iE "$NETWORK")
+# The folder becomes the root of a mount namespace, as on a machine: in a mere chroot nobody may make
+# mounts private, which `holdoff run --isolate always` has to.
 # shellcheck disable=SC2016  # for the shell in the namespaces
 inside() {
   unshare --mount --pid --fork --kill-child --propagation private -- \
-    sh -c 'mount -t proc proc "$0/proc" && mount -t devpts devpts "$0/dev/pts" &&
-      mount -t tmpfs tmpfs "$0/dev/shm" && exec chroot "$@"' \
-    "$root" "$root" /usr/bin/env -i "${network[@]}" \
+    sh -ec 'mount --bind "$0" "$0"
+      cd "$0"
+      mount -t proc proc proc
+      mount -t sysfs -o ro sysfs sys
+      mount -t devpts devpts dev/pts
+      mount -t tmpfs tmpfs dev/shm
+      pivot_root . mnt
+      cd /
+      umount --lazy /mnt
+      exec "$@"' \
+    "$root" /usr/bin/env -i "${network[@]}" \
     PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root "$@" </dev/null
 }
 

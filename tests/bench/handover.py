@@ -5,6 +5,7 @@ Prints numbers with the machine's facts; asserts nothing. Run it with `make benc
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import statistics
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import redis
 import redis_lock
+import structlog
 
 import holdoff
 from holdoff_coordinator.embedded import command
@@ -70,6 +72,7 @@ def locks_per_second(url: str) -> float:
 
 def main() -> None:
     """Measure on a store that fsyncs every write."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     with tempfile.TemporaryDirectory(prefix="holdoff-") as folder:
         durable = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
         options = ("--port", "0", "--unixsocket", "v.sock", *durable)

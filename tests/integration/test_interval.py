@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from holdoff._core import duration
 from holdoff.v1 import lease_service_pb2, token_pb2, token_service_pb2
 from tests.harness import Replica, Waiter, ask, refusal, wait_until
+
+if TYPE_CHECKING:
+    import redis
 
 INTERVAL_US = 600_000
 INTERVAL = INTERVAL_US / 1e6
@@ -90,6 +93,23 @@ def test_refresh_at_start_counts_from_the_confirmed_start(replica: Replica) -> N
     time.sleep(0.1)
     released = replica.release(offer)
     assert released.not_before_time.ToMicroseconds() == started + 5_000_000
+
+
+def test_a_run_that_outlasts_the_access_token_counts_to_its_end(
+    replica: Replica, store: redis.Redis
+) -> None:
+    """A long run refreshed again, whatever `refresh_at` says (domain.md: 600 s of life).
+
+    Fails when release.lua does not compare the run with the access token's life.
+    """
+    token = replica.create_token(5, refresh_at=token_pb2.REFRESH_AT_START)
+    offer = replica.hold(token, ttl=30.0)
+    replica.renew(offer, command_started=True)
+    _, app, _, token_id, _, lease_id = offer.lease.name.split("/")
+    store.hincrby(f"holdoff:{{{app}}}:lease:{token_id}:{lease_id}", "started_us", -601_000_000)
+    released = replica.release(offer)
+    cooled = released.not_before_time.ToMicroseconds() - released.lease.end_time.ToMicroseconds()
+    assert cooled == 5_000_000
 
 
 def test_a_cooldown_outlives_the_lease_and_an_update(replica: Replica, token: str) -> None:

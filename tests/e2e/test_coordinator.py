@@ -1,0 +1,180 @@
+"""The coordinator as a process among clients that go on while it, or its store, comes and goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import holdoff
+from tests.e2e.service import BIN
+from tests.harness import wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.e2e.service import Service
+
+COORDINATOR = str(BIN / "holdoff-coordinator")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_waiters_keep_their_places_over_a_restart(
+    own_service: Service, tmp_path: Path, signum: signal.Signals
+) -> None:
+    """Promises 4 and 9: three runs start in the order in which they came, drained or crashed.
+
+    Fails when a waiter that returns is put at the end, or grants don't wait for those who return.
+    """
+    service = own_service
+    token = service.create_token("order", "0.2s")
+    diary = tmp_path / "diary"
+    holder = service.start_holdoff(
+        *("run", "--token", token, "--ttl", "20s", "--", "cat"), stdin=subprocess.PIPE
+    )
+    service.only_lease(token)
+    waiters = []
+    for number in (1, 2, 3):
+        command = ("--", "sh", "-c", f"echo {number} >> {diary}")
+        waiters.append(service.start_holdoff("run", "--token", token, *command))
+        wait_until(lambda n=number: service.json("token", "show", token)["queue_length"] == n)
+    service.end(signum)
+    assert service.process.returncode == (0 if signum == signal.SIGTERM else -signum)
+    told = [json.loads(line) for line in service.log]
+    assert [line["event"] for line in told if line["level"] not in {"info", "warning"}] == []
+    service.start()
+    holder.communicate("", timeout=20)
+    for process in waiters:
+        _, stderr = process.communicate(timeout=30)
+        assert process.returncode == 0, stderr
+    assert diary.read_text().split() == ["1", "2", "3"]
+
+
+def test_renewals_and_places_outlive_a_killed_store(own_service: Service) -> None:
+    """Promise 9: with the store killed three times under load, holders stay and the queue holds.
+
+    Fails when the store forgets on SIGKILL, or its absence is taken for the loss of a lease.
+    """
+    service = own_service
+    tokens = [service.create_token(f"t{number}", "0.1s") for number in range(3)]
+    numbers: list[int] = []
+    order: list[int] = []
+    errors: list[Exception] = []
+    guarded = threading.Lock()
+
+    def wait_in_line(place: int) -> None:
+        try:
+            with holdoff.Client(service.address) as client:
+                lease = client.acquire(tokens[0], ttl_seconds=3)
+                with guarded:
+                    order.append(place)
+                    numbers.append(lease.fencing_token)
+                lease.release()
+        except Exception as error:  # noqa: BLE001 - a thread tells its test
+            errors.append(error)
+
+    with holdoff.Client(service.address) as client:
+        renewed: dict[str, int] = dict.fromkeys(tokens, 0)
+
+        def count(token: str) -> Any:
+            def one_more(_deadline_ns: int) -> None:
+                renewed[token] += 1
+
+            return one_more
+
+        held = [client.acquire(one, ttl_seconds=3, on_renewed=count(one)) for one in tokens]
+        threads = [threading.Thread(target=wait_in_line, args=(place,)) for place in range(3)]
+        for place, thread in enumerate(threads):
+            thread.start()
+            wait_until(lambda n=place: client.get_token(tokens[0]).queue_length == n + 1)
+        for _ in range(3):
+            before = dict(renewed)
+            os.kill(service.valkey_pid(), signal.SIGKILL)
+            wait_until(lambda before=before: all(renewed[one] > before[one] for one in tokens))
+        for lease in held:
+            lease.check()
+            lease.release()
+        for thread in threads:
+            thread.join(timeout=20)
+    assert errors == []
+    assert order == [0, 1, 2]
+    assert numbers == sorted(numbers)
+    assert numbers[0] > held[0].fencing_token
+
+
+def test_a_listing_reads_well_and_tells_no_secret(service: Service) -> None:
+    """Promises 8 and 10: `grpcurl` without a request lists who holds what since when.
+
+    Fails when a listing shows a secret, its hash, or a request id.
+    """
+    token = service.create_token("listed")
+    process = service.start_holdoff(
+        *("run", "--token", token, "--job", "nightly", "--", "cat"), stdin=subprocess.PIPE
+    )
+    service.only_lease(token)
+    asked = subprocess.run(
+        [BIN / "grpcurl", "-plaintext", service.address, "holdoff.v1.LeaseService/ListLeases"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    process.communicate("", timeout=20)
+    (lease,) = [one for one in json.loads(asked.stdout)["leases"] if token in one["name"]]
+    assert lease["state"] == "LEASE_STATE_ACTIVE"
+    assert (lease["holder"]["job"], lease["holder"]["pid"]) == ("nightly", str(process.pid))
+    assert {"fencingToken", "ttl", "acceptTime", "expireTime", "remaining"} <= lease.keys()
+    assert not re.search(r"[0-9a-f]{32}|[0-9a-f]{8}-[0-9a-f]{4}-4", json.dumps(lease))
+    # Only live leases are listed; one that has ended can still be shown.
+    assert service.json("lease", "list", token) == {"leases": []}
+    assert service.json("lease", "show", lease["name"])["state"] == "LEASE_STATE_RELEASED"
+
+
+def test_every_option_is_a_variable(own_service: Service) -> None:
+    """`HOLDOFF_LISTEN` and `HOLDOFF_DATA_DIR` serve as the options do."""
+    service = own_service
+    token = service.create_token("kept")
+    service.end(signal.SIGTERM)
+    variables = {"HOLDOFF_LISTEN": service.address, "HOLDOFF_DATA_DIR": str(service.data_dir)}
+    process = subprocess.Popen(
+        [COORDINATOR, "serve"],
+        env={**service.environment, **variables},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stderr is not None
+        assert any("serving" in line for line in process.stderr)
+        assert service.json("token", "list", "apps/e2e")["tokens"][0]["name"] == token
+        process.terminate()
+    assert process.returncode == 0
+    service.start()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data-dir", "x", "--redis-url", "redis://127.0.0.1"], "only one of"),
+        (["--redis-url-file", "nowhere"], "cannot read nowhere"),
+        (["--drain-seconds", "-1"], "--drain-seconds"),
+    ],
+)
+def test_wrong_usage_is_told(tmp_path: Path, options: list[str], words: str) -> None:
+    """Exit code 64, in one line."""
+    ended = subprocess.run(
+        [COORDINATOR, "serve", *options],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    assert ended.returncode == 64
+    assert words in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1

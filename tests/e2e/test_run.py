@@ -1,0 +1,353 @@
+"""`holdoff run` in the long view: a run, what is left of it, and the run that comes next.
+
+`test_wrapper.py` has the table of its behaviours; here every instant is measured. What a command
+notes and what the store says are instants of one clock, since both run on this machine.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+import redis_lock
+
+from tests.e2e.service import BIN
+from tests.harness import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.e2e.service import Service
+
+INTERVAL_SECONDS = 0.5
+
+# Three generations, the last in a session of its own and with no parent left. All ignore TERM, and
+# note as long as they live that they do.
+FAMILY = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: note("TERM"))
+def note(word):
+    os.write(diary, f"{generation} {time.time():.6f} {word}\\n".encode())
+diary = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+generation = 1
+if os.fork() == 0:
+    generation = 2
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() != 0:
+            os._exit(0)
+        generation = 3
+while True:
+    note("lives")
+    time.sleep(0.02)
+"""
+
+
+class Diary:
+    """What a FAMILY noted."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def command(self) -> list[str]:
+        """Return the family's command line."""
+        return [sys.executable, "-I", "-S", "-c", FAMILY, str(self._path)]
+
+    def notes(self) -> list[tuple[int, float, str]]:
+        """Return generation, instant and word of every note."""
+        if not self._path.exists():
+            return []
+        lines = [line.split() for line in self._path.read_text().splitlines()]
+        return [(int(generation), float(at), word) for generation, at, word in lines]
+
+    def await_all(self) -> None:
+        """Wait until all generations live."""
+        wait_until(lambda: {generation for generation, _, _ in self.notes()} == {1, 2, 3})
+
+    def last(self) -> float:
+        """Return when anybody was seen alive last."""
+        return max(at for _, at, _ in self.notes())
+
+    def told(self) -> float:
+        """Return when the first was told to end."""
+        return min(at for _, at, word in self.notes() if word == "TERM")
+
+
+@pytest.fixture
+def diary(tmp_path: Path) -> Diary:
+    """Give an empty diary."""
+    return Diary(tmp_path / "diary")
+
+
+@pytest.fixture
+def token(service: Service) -> str:
+    """Give a token of the shared coordinator."""
+    return service.create_token(uuid.uuid4().hex[:16], f"{INTERVAL_SECONDS}s")
+
+
+@pytest.fixture
+def store(service: Service) -> Iterator[redis.Redis]:
+    """Give a plain client of the coordinator's embedded store."""
+    with redis.Redis(unix_socket_path=str(service.data_dir / "valkey" / "valkey.sock")) as client:
+        yield client
+
+
+def instant(lease: Any, field: str) -> float:
+    """Read a time of a lease in JSON, by the store's clock, as seconds."""
+    return dt.datetime.fromisoformat(lease[field]).timestamp()
+
+
+def run(service: Service, token: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """Start a run with a short TTL."""
+    return service.start_holdoff(
+        "run", "--token", token, "--ttl", "2s", "--grace", "0.3s", *arguments, **options
+    )
+
+
+def lease_of(service: Service, process: subprocess.Popen[str]) -> Any:
+    """Return the lease, ended by now, of a run of `sh -c 'echo $HOLDOFF_LEASE'`."""
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    return service.json("lease", "show", stdout.strip())
+
+
+ECHO_LEASE = ("--", "sh", "-c", "echo $HOLDOFF_LEASE")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("isolate", ["never", "auto"])
+def test_all_is_gone_before_the_next_lease(
+    service: Service, token: str, diary: Diary, isolate: str, signum: signal.Signals
+) -> None:
+    """Promises 1 and 2: a wrapper that is gone counts as a refresh at its lease's last instant.
+
+    Fails when the guard spares those that called setsid, when it waits for TERM to be obeyed, or
+    when an expired lease cools down from its last renewal.
+    """
+    first = run(service, token, "--isolate", isolate, "--", *diary.command())
+    diary.await_all()
+    name = service.only_lease(token)["name"]
+    first.send_signal(signum)
+    second = lease_of(service, run(service, token, *ECHO_LEASE))
+    expired = service.json("lease", "show", name)
+    assert expired["state"] == "LEASE_STATE_EXPIRED"
+    assert diary.told() <= diary.last() < instant(expired, "expire_time")
+    assert instant(second, "create_time") >= instant(expired, "expire_time") + INTERVAL_SECONDS
+    assert int(second["fencing_token"]) > int(expired["fencing_token"])
+    first.send_signal(signal.SIGCONT)
+    first.communicate(timeout=10)
+    # Once it goes on, a wrapper that was stopped finds out that it has lost its lease.
+    assert first.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGSTOP: 79}[signum]
+
+
+def test_a_break_counts_from_the_confirmation(service: Service, token: str, diary: Diary) -> None:
+    """A broken lease lives on until its command is gone: only then does the cooldown begin.
+
+    Fails when a break frees the token at once, or when the guard waits for TERM to be obeyed.
+    """
+    first = run(service, token, "--", *diary.command())
+    diary.await_all()
+    name = service.only_lease(token)["name"]
+    second = run(service, token, *ECHO_LEASE)
+    service.holdoff("lease", "break", name, "--reason", "test", "--yes")
+    first.communicate(timeout=10)
+    assert first.returncode == 79
+    after = lease_of(service, second)
+    broken = service.json("lease", "show", name)
+    assert broken["state"] == "LEASE_STATE_BROKEN"
+    assert diary.last() - diary.told() > 0.2
+    assert diary.last() < instant(broken, "end_time") <= instant(broken, "expire_time")
+    assert instant(after, "create_time") >= instant(broken, "end_time") + INTERVAL_SECONDS
+
+
+def test_runs_in_a_row_keep_the_interval(service: Service, token: str) -> None:
+    """Promises 2 and 3: three that wait together run an interval apart, with rising numbers.
+
+    Fails when a release shortens the cooldown. How late each starts is printed, not asserted.
+    """
+    leases = [lease_of(service, one) for one in [run(service, token, *ECHO_LEASE) for _ in "123"]]
+    leases.sort(key=lambda lease: instant(lease, "create_time"))
+    numbers = [int(lease["fencing_token"]) for lease in leases]
+    assert numbers == sorted(set(numbers))
+    for before, after in zip(leases, leases[1:], strict=False):
+        late = instant(after, "create_time") - instant(before, "end_time") - INTERVAL_SECONDS
+        assert late >= 0
+        print(f"granted {late * 1e3:.1f} ms after the interval")  # noqa: T201 - for `pytest -s`
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_command_that_handles_a_signal_decides(
+    service: Service, token: str, signum: signal.Signals
+) -> None:
+    """A signal to the wrapper reaches the command alone, whose exit code stands."""
+    script = f'trap "exit 3" {signum.name[3:]}; echo ready; while :; do sleep 0.02; done'
+    process = run(service, token, "--", "sh", "-c", script)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=10)
+    assert (process.returncode, stderr) == (3, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "command", "expected"),
+    [
+        ([], ["sh", "-c", "exit 75"], {"outcome": "exited", "exit_code": 75, "child": (75, None)}),
+        (
+            [],
+            ["sh", "-c", "kill -9 $$"],
+            {"outcome": "signaled", "exit_code": 137, "child": (None, 9)},
+        ),
+        (
+            ["--token", "apps/e2e/tokens/unknown"],
+            ["true"],
+            {"outcome": "refused", "exit_code": 77, "child": (None, None)},
+        ),
+        ([], ["/nonexistent"], {"outcome": "cannot_run", "exit_code": 127, "child": (None, None)}),
+    ],
+)
+def test_the_account_tells_whose_exit_code_it_is(
+    service: Service,
+    token: str,
+    tmp_path: Path,
+    options: list[str],
+    command: list[str],
+    expected: dict[str, object],
+) -> None:
+    """With --result-file a command's 75 is no refusal, and who never ran has no lease."""
+    path = tmp_path / "result.json"
+    job = ("--job", "nightly", "--result-file", str(path))
+    process = run(service, token, *job, *options, "--", *command)
+    process.communicate(timeout=20)
+    account = json.loads(path.read_text())
+    assert process.returncode == account["exit_code"] == expected["exit_code"]
+    assert account["outcome"] == expected["outcome"]
+    assert (account["child_exit_code"], account["child_signal"]) == expected["child"]
+    assert account["job"] == "nightly"
+    ran = account["started_at"] is not None
+    assert ran == (account["lease"] is not None) == (expected["child"] != (None, None))
+    if ran:
+        lease = service.json("lease", "show", account["lease"])
+        assert lease["state"] == "LEASE_STATE_RELEASED"
+        assert int(lease["fencing_token"]) == account["fencing_token"]
+        assert account["requested_at"] <= account["started_at"] <= account["ended_at"]
+
+
+def test_glass_is_not_broken_by_a_refusal(service: Service, token: str, tmp_path: Path) -> None:
+    """--if-unreachable run is for a coordinator that is away, not for one that says no.
+
+    Fails when every error of the client breaks the glass.
+    """
+    holder = run(service, token, "--", "cat", stdin=subprocess.PIPE)
+    service.only_lease(token)
+    path = tmp_path / "ran"
+    eager = ("--no-wait", "--if-unreachable", "run", "--", "touch", str(path))
+    refused = run(service, token, *eager)
+    refused.communicate(timeout=10)
+    assert (refused.returncode, path.exists()) == (75, False)
+    holder.communicate("", timeout=10)
+
+
+def test_a_nested_run_knows_nothing_of_the_outer(service: Service, token: str) -> None:
+    """A run inside a run has its own variables, and none at all of a lease when it has none.
+
+    Fails when `_launch` only adds to the environment.
+    """
+    inner = service.create_token(uuid.uuid4().hex[:16])
+    nested = f"{BIN / 'holdoff'} run --token {inner} --no-wait"
+    show = "sh -c 'echo $HOLDOFF_TOKEN,$HOLDOFF_LEASE,$HOLDOFF_FENCING_TOKEN'"
+    without = f"HOLDOFF_ENDPOINT=127.0.0.1:1 {nested} --if-unreachable run -- {show}"
+    process = run(service, token, "--", "sh", "-c", f"{show}; {nested} -- {show}; {without}")
+    stdout, stderr = process.communicate(timeout=30)
+    outer_one, inner_one, bare = (line.split(",") for line in stdout.splitlines())
+    assert outer_one[0] == token, stderr
+    assert outer_one[1].startswith(f"{token}/leases/")
+    assert inner_one[0] == inner
+    assert inner_one[1].startswith(f"{inner}/leases/")
+    assert outer_one[2] != inner_one[2] != ""
+    assert bare == [inner, "", ""]
+
+
+def test_a_wait_keeps_trying_until_its_limit(service: Service) -> None:
+    """69 at the limit and not before, with one line in the log about it."""
+    nobody = {**service.environment, "HOLDOFF_ENDPOINT": "127.0.0.1:1"}
+    began = time.monotonic()
+    waited = run(service, "apps/e2e/tokens/any", "--wait", "5s", "--", "true", env=nobody)
+    _, stderr = waited.communicate(timeout=20)
+    assert waited.returncode == 69
+    assert 5 <= time.monotonic() - began < 8
+    assert stderr.count("trying on") == 1
+
+
+def test_a_coordinator_that_comes_late_is_found(own_service: Service) -> None:
+    """A run that was started before its coordinator gets its lease once that is there."""
+    service = own_service
+    token = service.create_token("late")
+    service.end(signal.SIGTERM)
+    process = run(service, token, "--wait", "30s", "--", "true")
+    assert process.stderr is not None
+    assert "trying on" in process.stderr.readline()
+    service.start()
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+
+
+def test_a_lock_script_and_a_run_exclude_each_other(
+    service: Service, token: str, store: redis.Redis
+) -> None:
+    """The plain library's lock by the name that `token show` gives, in both directions.
+
+    Fails when `mirror` does not set the library's key, or `settle` does not look at it.
+    """
+    lock = redis_lock.Lock(store, service.json("token", "show", token)["lock_name"], expire=30)
+    assert lock.acquire(blocking=False)
+    refused = run(service, token, "--no-wait", "--", "true")
+    refused.communicate(timeout=10)
+    assert refused.returncode == 75
+    waiting = run(service, token, *ECHO_LEASE)
+    wait_until(lambda: service.json("token", "show", token)["queue_length"] == 1)
+    released_at = time.time()
+    lock.release()
+    lease = lease_of(service, waiting)
+    assert instant(lease, "create_time") >= released_at + INTERVAL_SECONDS
+    assert not lock.acquire(blocking=False)  # cooling
+    wait_until(lambda: lock.acquire(blocking=False))
+    assert time.time() >= instant(lease, "end_time") + INTERVAL_SECONDS
+    lock.release()
+
+
+def test_a_lock_script_asleep_is_woken_when_a_lease_expires(
+    service: Service, token: str, store: redis.Redis
+) -> None:
+    """The library's blocking acquire without a time-out sleeps until somebody pushes its signal.
+
+    Fails when the expiry of a lease pushes none.
+    """
+    process = run(service, token, "--", "sleep", "60")
+    name = service.only_lease(token)["name"]
+    lock = redis_lock.Lock(store, service.json("token", "show", token)["lock_name"], expire=30)
+    got: list[float] = []
+
+    def sleeper() -> None:
+        lock.acquire()
+        got.append(time.time())
+
+    thread = threading.Thread(target=sleeper, daemon=True)
+    thread.start()
+    process.kill()
+    process.communicate(timeout=10)
+    thread.join(timeout=10)
+    expired = instant(service.json("lease", "show", name), "expire_time")
+    assert got
+    assert got[0] >= expired + INTERVAL_SECONDS
+    lock.release()
