@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import queue
 import threading
@@ -28,6 +29,8 @@ from holdoff_coordinator.store import Epoch, connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    import redis
 
     from holdoff.v1 import token_pb2
 
@@ -164,6 +167,17 @@ def ask(  # noqa: PLR0913 - the fields of the request
     )
     request.holder.job = job
     return request
+
+
+def request_hash(request: lease_service_pb2.AcquireLeaseRequest) -> str:
+    """Return how the store names a request."""
+    return hashlib.sha256(request.request_id.encode()).hexdigest()
+
+
+def wake(store: redis.Redis, request: lease_service_pb2.AcquireLeaseRequest) -> None:
+    """Wake the conversations of a request, as the store's scripts do."""
+    app = request.token.split("/")[1]
+    store.publish(f"holdoff:{{{app}}}:wake", request_hash(request))
 
 
 def refusal(call: Callable[..., object], *arguments: object) -> str:

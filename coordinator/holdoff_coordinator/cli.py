@@ -131,6 +131,17 @@ async def _remembering(
         yield
 
 
+class _Logger:
+    """Writes to standard error; once nobody reads that, the service goes on without its logs."""
+
+    def _write(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{message}\n")
+            sys.stderr.flush()
+
+    debug = info = warning = error = critical = _write
+
+
 def _configure_logs(log_format: LogFormat) -> None:
     """Structured logs on standard error: for people on a terminal, else JSON."""
     people = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
@@ -143,7 +154,7 @@ def _configure_logs(log_format: LogFormat) -> None:
             structlog.dev.ConsoleRenderer() if people else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=_Logger,
     )
 
 

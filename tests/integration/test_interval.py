@@ -33,9 +33,9 @@ def token(replica: Replica) -> str:
 
 
 def test_after_a_release_the_interval_counts_from_the_end(replica: Replica, token: str) -> None:
-    """A run may have refreshed at its last instant.
+    """Promise 2: a run may have refreshed at its last instant.
 
-    Fails when release.lua does not call `finish` with the interval.
+    Fails when `finish` cools nothing down.
     """
     offer = replica.hold(token)
     ended = replica.release(offer).lease.end_time.ToMicroseconds()
@@ -44,7 +44,7 @@ def test_after_a_release_the_interval_counts_from_the_end(replica: Replica, toke
 
 
 def test_a_lost_lease_counts_as_refreshed_at_its_expiry(replica: Replica, token: str) -> None:
-    """A holder that vanished may have refreshed until its lease ran out.
+    """Promise 2: a holder that vanished may have refreshed until its lease ran out.
 
     Fails when `settle` finishes an expired lease with its start as the refresh.
     """
@@ -78,7 +78,8 @@ def test_only_a_full_report_shortens_the_cooldown(replica: Replica) -> None:
 def test_refresh_at_start_counts_from_the_confirmed_start(replica: Replica) -> None:
     """Where runs refresh at their start, the interval counts from there once it is confirmed.
 
-    Fails when release.lua takes `accepted_us` for an unconfirmed start.
+    Fails when release.lua takes `accepted_us` for an unconfirmed start, or renew.lua notes the
+    start again.
     """
     token = replica.create_token(5, refresh_at=token_pb2.REFRESH_AT_START)
     offer = replica.hold(token)
@@ -113,7 +114,7 @@ def test_a_run_that_outlasts_the_access_token_counts_to_its_end(
 
 
 def test_a_cooldown_outlives_the_lease_and_an_update(replica: Replica, token: str) -> None:
-    """No update of a token shortens a cooldown that runs, or that of the lease that lives.
+    """Promise 2: no update shortens a cooldown that runs, or that of the lease that lives.
 
     Fails when update_token.lua sets `not_before_us` afresh, or `finish` uses the token's interval.
     """

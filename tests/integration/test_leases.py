@@ -1,4 +1,4 @@
-"""The life of one lease: offered, accepted, renewed, ended; promises 1, 3 and 5."""
+"""The life of one lease: offered, accepted, renewed, ended; promises 1, 3, 5 and 8."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from structlog.testing import capture_logs
 
 from holdoff.errors import from_rpc_error
 from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2
-from tests.harness import Replica, Waiter, ask, refusal, wait_until
+from tests.harness import Replica, Waiter, ask, refusal, wait_until, wake
 
 if TYPE_CHECKING:
     import redis
@@ -28,7 +29,7 @@ def test_a_new_token_is_granted_at_once(replica: Replica) -> None:
 def test_one_holder(replica: Replica, second_replica: Replica) -> None:
     """Promise 1: of many who ask at once, through two replicas, one holds the token.
 
-    Fails when acquire.lua does not look at the live lease (`elseif lease then` in `standing`).
+    Fails when `standing` does not look at the live lease.
     """
     token = replica.create_token()
     replicas = [replica, second_replica] * 8
@@ -44,10 +45,13 @@ def test_one_holder(replica: Replica, second_replica: Replica) -> None:
         assert list(pool.map(attempt, replicas)).count(True) == 1
 
 
-def test_an_offer_to_a_waiter_not_heard_from_is_not_made(replica: Replica) -> None:
+def test_an_offer_to_a_waiter_not_heard_from_is_not_made(
+    replica: Replica, store: redis.Redis
+) -> None:
     """Promise 1: a grant is an offer to a waiter heard from within five seconds.
 
-    Fails when `walk_queue` counts every waiter as live.
+    Fails when `walk_queue` counts every waiter as live, or acquire.lua does not look at
+    `heard_age`.
     """
     token = replica.create_token(interval_seconds=0)
     held = replica.hold(token, ttl=8.0)
@@ -59,9 +63,13 @@ def test_an_offer_to_a_waiter_not_heard_from_is_not_made(replica: Replica) -> No
         time.sleep(1.0)
         replica.renew(held)
     replica.release(held)
+    wake(store, silent.request)  # one that comes late makes its conversation ask
+    wait_until(lambda: silent.last and silent.last.waiting.reason != lease_pb2.WAIT_REASON_HELD)
+    assert silent.last is not None
+    assert not silent.last.HasField("offer")
     second = Waiter(replica, ask(token, job="second"))
     assert second.offer(3.0).lease.holder.job == "second"
-    assert not silent.last or not silent.last.HasField("offer")
+    assert not silent.last.HasField("offer")
     silent.vanish()
     second.vanish()
 
@@ -208,7 +216,10 @@ def test_fencing_tokens_rise_over_data_loss(replica: Replica, store: redis.Redis
 
 
 def test_the_store_raises_to_the_fencing_token_a_client_knows(replica: Replica) -> None:
-    """Promise 3: a client's last number is never reached again, also with a clock set back."""
+    """Promise 3: a client's last number is never reached again, also with a clock set back.
+
+    Fails when acquire.lua does not heed `known`, or offers with `now` alone.
+    """
     token = replica.create_token(interval_seconds=0)
     ahead = round((time.time() + 3600) * 1e6)
     offer = replica.hold(token, last_fencing_token=ahead)
@@ -225,15 +236,19 @@ def test_an_absurd_fencing_token_is_refused(replica: Replica) -> None:
 
 
 def test_no_listing_shows_a_secret(replica: Replica, store: redis.Redis) -> None:
-    """Promise 8: neither a listing nor the store holds a lease's secret or a request id.
+    """Promise 8: no listing, log, error or key holds a lease's secret or a request id.
 
-    Fails when acquire.lua is given the secret itself.
+    Fails when the scripts are given one of them itself, or a log or an error tells it.
     """
     token, request_id = replica.create_token(), str(uuid.uuid4())
-    offer = replica.acquire(token, request_id=request_id).offer
-    replica.renew(offer)
+    with capture_logs() as logged:
+        offer = replica.acquire(token, request_id=request_id).offer
+        replica.renew(offer)
+        with pytest.raises(grpc.RpcError) as refused:
+            replica.acquire(token, request_id=request_id, job="another")
     listed = replica.leases.ListLeases(lease_service_pb2.ListLeasesRequest(parent=token))
-    shown = str(listed)
+    assert any(offer.lease.name in str(entry) for entry in logged)
+    shown = f"{listed} {logged} {refused.value}"
     for key in store.scan_iter("*", count=10_000):
         shown += str(key)
         if store.type(key) == b"hash":

@@ -11,7 +11,7 @@ import redis
 from holdoff.v1 import lease_pb2
 from holdoff_coordinator.scripts import boottime_us
 from holdoff_coordinator.store import Epoch
-from tests.harness import Replica, Waiter, ask, refusal, wait_until
+from tests.harness import Replica, Waiter, ask, refusal, request_hash, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,27 +142,22 @@ def test_a_restart_with_its_epoch_intact_is_not_quarantined(valkey: Server) -> N
 
 
 def test_after_an_outage_waiters_may_return_to_their_places(valkey: Server) -> None:
-    """When no coordinator was there for a while, a newcomer waits for those who were first.
+    """Promise 4: after a time without a coordinator a newcomer waits for those who were first.
 
     Fails when common.lua sets no `recovery_until_us` after a gap.
     """
     with Replica(valkey.url) as replica:
         token = replica.create_token(0)
         held = replica.hold(token)
-        first = Waiter(replica, ask(token))
-        first.waiting()
-        replica.release(held)  # the offer to `first` is never accepted
-        first.vanish()
-    app = token.split("/")[1]
+        first = ask(token)
+        assert replica.leases.AcquireLease(first).waiting.place == 1
+        replica.release(held)
+    shard = f"holdoff:{{{token.split('/')[1]}}}"
     with redis.Redis.from_url(valkey.url) as store:  # nobody came by for ten seconds
-        key = f"holdoff:{{{app}}}"
         for field in ("tick_us", "high_water_us"):
-            store.hincrby(key, field, -10_000_000)
+            store.hincrby(shard, field, -10_000_000)
+        store.hincrby(f"{shard}:request:{request_hash(first)}", "heard_us", -10_000_000)
     with Replica(valkey.url) as replica:
-        newcomer = Waiter(replica, ask(token))
-        assert newcomer.waiting().place == 2
-        back = Waiter(replica, first.request)
-        assert back.offer().lease.name
-        assert not newcomer.last or not newcomer.last.HasField("offer")
-        back.vanish()
-        newcomer.vanish()
+        newcomer = replica.leases.AcquireLease(ask(token)).waiting
+        assert (newcomer.reason, newcomer.place) == (lease_pb2.WAIT_REASON_QUEUED, 2)
+        assert replica.leases.AcquireLease(first).HasField("offer")

@@ -34,7 +34,7 @@ def test_first_come_first_served_through_two_replicas(
 ) -> None:
     """Promise 4: leases start in the order of arrival, whichever replica a waiter waits at.
 
-    Fails when acquire.lua grants without `place_is_first`.
+    Fails when places are not numbered by arrival.
     """
     token = replica.create_token(0.05)
     held = replica.hold(token)
@@ -91,18 +91,33 @@ def test_a_wait_of_zero_answers_at_once_and_does_not_queue(replica: Replica) -> 
 
 
 def test_a_wait_of_zero_does_not_jump_the_queue(replica: Replica) -> None:
-    """A token that is free belongs to the first live waiter."""
-    token = replica.create_token(0.05)
+    """Promise 4: a token that is free belongs to the first live waiter.
+
+    Fails when `standing` takes a request without a place for the first.
+    """
+    token = replica.create_token(0)
     held = replica.hold(token)
-    (waiter,) = queue_up([replica], token, 1)
+    first = ask(token)
+    assert replica.leases.AcquireLease(first).waiting.place == 1
     replica.release(held)
-    assert refusal(lambda: replica.acquire(token)) in (
-        "TOKEN_COOLING",
-        "TOKEN_QUEUED",
-        "LEASE_HELD",
-    )
-    waiter.offer()
-    waiter.vanish()
+    assert refusal(lambda: replica.acquire(token)) == "TOKEN_QUEUED"
+    assert replica.leases.AcquireLease(first).HasField("offer")
+
+
+def test_who_asks_out_of_turn_is_told_to_wait(replica: Replica, second_replica: Replica) -> None:
+    """Promise 4: a free token goes to the first live waiter, also if a later one asks sooner.
+
+    Fails when `queue_of` calls every place the first.
+    """
+    token = replica.create_token(0)
+    held = replica.hold(token)
+    first, second = ask(token), ask(token)
+    assert replica.leases.AcquireLease(first).waiting.place == 1
+    assert second_replica.leases.AcquireLease(second).waiting.place == 2
+    replica.release(held)
+    early = second_replica.leases.AcquireLease(second).waiting
+    assert (early.reason, early.place) == (lease_pb2.WAIT_REASON_QUEUED, 2)
+    assert replica.leases.AcquireLease(first).HasField("offer")
 
 
 def test_the_limit_of_a_wait_is_kept(replica: Replica) -> None:
