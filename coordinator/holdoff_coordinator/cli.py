@@ -154,7 +154,7 @@ def _configure_logs(log_format: LogFormat) -> None:
             structlog.dev.ConsoleRenderer() if people else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=_Logger,
+        logger_factory=lambda *_: _Logger(),
     )
 
 
