@@ -178,8 +178,10 @@ class Standing:
                 return "cooling down after the last refresh"
             case "QUARANTINED":
                 return "quarantined: the store may have forgotten something"
-            case _:
+            case "QUEUED":
                 return "another waiter comes first"
+            case _:
+                return "the token is free, and this waiter was not heard from"
 
     def to_status(self) -> lease_pb2.WaitStatus:
         """The message for the waiter."""

@@ -449,11 +449,10 @@ def test_wrapper_stopped_past_the_fence(run: Run, isolate: str) -> None:
     Fails when the guard has no timer of its own.
     """
     run.start(python(FAMILY, run.note), isolate=isolate, fence=2, grace=0.5, renew=0.2)
-    eventually(run.note.exists)
+    eventually(lambda: len(run.alive()) == 3)
     run.process.send_signal(signal.SIGSTOP)
     stopped_at = boottime_ns()
     eventually(lambda: _state(run.process.pid) == "T")
-    assert len(run.alive()) == 3
     eventually(lambda: not run.alive(), 5)
     assert SECOND < boottime_ns() - stopped_at < 2 * SECOND
     run.process.send_signal(signal.SIGCONT)
@@ -567,7 +566,7 @@ def test_guard_shrugs_signals_off(run: Run) -> None:
     """What a service manager sends to all of a job's processes does not end the guard."""
     run.start(["sh", "-c", "trap '' TERM; sleep 1; exit 6"])
     guard = run.reported("guard")
-    assert os.getsid(guard) == guard
+    eventually(lambda: os.getsid(guard) == guard)
     eventually(run.alive)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1):
         os.kill(guard, signum)

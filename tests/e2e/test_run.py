@@ -157,8 +157,7 @@ def test_all_is_gone_before_the_next_lease(
     """Promises 1 and 2: a wrapper that is gone counts as a refresh at its lease's last instant.
 
     Without a PID namespace, which would make it easy. Fails when the guard waits for TERM to be
-    obeyed, when it knows its process group alone, or when an expired lease cools down from
-    anything earlier than its expiry.
+    obeyed, or when an expired lease cools down from its last renewal.
     """
     first = run(service, token, "--isolate", "never", "--", *diary.command())
     diary.await_all()
@@ -181,7 +180,7 @@ def test_a_break_counts_from_the_confirmation(
 ) -> None:
     """A broken lease lives on until its command is gone: only then does the cooldown begin.
 
-    Fails when a break frees the token at once, or when the guard waits for TERM to be obeyed.
+    Fails when a break ends the lease at once.
     """
     first = run(service, token, "--", *diary.command())
     diary.await_all()
@@ -203,7 +202,7 @@ def test_runs_in_a_row_keep_the_interval(
 ) -> None:
     """Promises 2 and 3: three that wait together run an interval apart, with rising numbers.
 
-    Fails when a release shortens the cooldown. How late each starts is printed, not asserted.
+    Fails when the end of a lease starts no cooldown. How late each starts is printed, not asserted.
     """
     runs = [run(service, token, *ECHO_LEASE) for _ in range(3)]
     leases = sorted((lease_of(client, one) for one in runs), key=lambda one: one.fencing_token)
@@ -216,10 +215,7 @@ def test_runs_in_a_row_keep_the_interval(
 
 
 def test_a_command_that_handles_a_signal_decides(service: Service, token: str) -> None:
-    """A signal to the wrapper reaches the command, whose exit code stands.
-
-    Fails when a signal ends the wrapper, or is taken for a lost lease.
-    """
+    """A signal to the wrapper reaches the command, whose exit code stands."""
     script = 'trap "exit 3" HUP; echo ready; read x'
     process = run(service, token, "--", "sh", "-c", script, stdin=subprocess.PIPE)
     assert process.stdout is not None
@@ -333,7 +329,7 @@ def test_a_lock_script_and_a_run_exclude_each_other(
 ) -> None:
     """The plain library's lock by the name that `token show` gives, in both directions.
 
-    Fails when `mirror` does not set the library's key, or `settle` does not look at it.
+    Fails when `mirror` does not set the library's key.
     """
     lock = redis_lock.Lock(store, service.json("token", "show", token)["lock_name"], expire=30)
     assert lock.acquire(blocking=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 import time
-import uuid
 from typing import TYPE_CHECKING
 
 import pytest
@@ -191,16 +190,16 @@ def test_unknown_fields_are_not_stored(replica: Replica) -> None:
     assert offer.lease.ByteSize() < 1000
 
 
-def test_the_queue_has_a_limit(replica: Replica) -> None:
-    """A token takes a thousand waiters, and refuses more clearly."""
+def test_the_queue_has_a_limit(replica: Replica, store: redis.Redis) -> None:
+    """A token takes a thousand waiters, and refuses more clearly.
+
+    Fails when acquire.lua does not look at QUEUE_LIMIT.
+    """
     token = replica.create_token()
     replica.hold(token, ttl=30.0)
-    calls = [
-        replica.leases.AcquireLease.future(ask(token, request_id=str(uuid.uuid4())))
-        for _ in range(1000)
-    ]
-    for call in calls:
-        call.result()
+    app = token.split("/")[1]
+    places: dict[str, float] = {f"place-{number}": number for number in range(1000)}
+    store.zadd(f"holdoff:{{{app}}}:queue:t", places)  # as so many waiters would
     assert refusal(lambda: replica.acquire(token, wait=None)) == "QUEUE_FULL"
 
 

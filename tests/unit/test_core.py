@@ -45,8 +45,8 @@ def test_the_margin_covers_clocks_that_drift() -> None:
 
 @given(st.integers(0, 1000), st.floats(0, 1))
 def test_retries_back_off_within_bounds(attempt: int, chance: float) -> None:
-    """From 0.05 s to 2 s, whatever the dice say."""
-    assert 0.05 <= _core.retry_delay_seconds(attempt, lambda: chance) <= 2.0
+    """From 0.05 s to 1 s, whatever the dice say."""
+    assert 0.05 <= _core.retry_delay_seconds(attempt, lambda: chance) <= 1.0
 
 
 def acquisition(wait_seconds: float | None) -> Acquisition:

@@ -31,13 +31,14 @@ NO_WAIT_SECONDS = 3.5
 GRACE_FOR_ANSWER_SECONDS = 0.5
 """The coordinator ends a wait at its limit; its answer is on the way then."""
 FIRST_RETRY_SECONDS = 0.1
-MOST_RETRY_SECONDS = 2.0
+MOST_RETRY_SECONDS = 1.0
+"""So short that a waiter is back, after a restart, before it is passed over."""
 
 DEFAULT_TTL_SECONDS = 120.0
 
 
 def retry_delay_seconds(attempt: int, random_: Callable[[], float] = random.random) -> float:
-    """Exponential back-off with jitter, from 0.1 s to 2 s, for attempts from 0.
+    """Exponential back-off with jitter, from 0.1 s to 1 s, for attempts from 0.
 
     Full jitter over the upper half, so that many clients don't come back as one.
     """

@@ -32,8 +32,7 @@ if may_queue then
 end
 
 local stand = standing(token, lease, queue_of(id), hash)
-local place_is_first = stand[5] == '1' and heard_age <= LIVE_FOR
-if stand[1] ~= '' or not place_is_first then
+if stand[1] ~= '' or heard_age > LIVE_FOR then
   return reply('WAITING', stand, token.lease and flat_lease(id, token.lease) or {}, token.lease or '')
 end
 
