@@ -28,12 +28,17 @@ class Service:
         }
         self.address = "127.0.0.1:0"
         self.log: list[str] = []
+        self._commands: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Self:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        # Those that a failed test left behind; a guard ends what its wrapper ran.
+        for command in self._commands:
+            command.kill()
+            command.wait(timeout=20)
         self.end(signal.SIGTERM)
 
     def start(self) -> None:
@@ -74,10 +79,12 @@ class Service:
     def start_holdoff(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """Start a `holdoff` command."""
         defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(BIN / "holdoff"), *arguments],
             **{"env": self.environment, **defaults, **options},
         )
+        self._commands.append(process)
+        return process
 
     def holdoff(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a `holdoff` command to its end."""

@@ -23,29 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def test_a_waiting_run_keeps_its_place_over_a_restart(own_service: Service) -> None:
-    """Promise 9: SIGTERM drains; who waits is told, returns, and is served in turn.
-
-    Fails when the client takes DRAINING for final.
-    """
-    service = own_service
-    token = service.create_token("drain", "0.3s")
-    holder = service.start_holdoff("run", "--token", token, "--ttl", "20s", "--", "sleep", "4")
-    service.only_lease(token)
-    waiters = []
-    for number in (1, 2):
-        waiters.append(service.start_holdoff("run", "--token", token, "--", "true"))
-        service.wait_for_queue(token, number)
-    service.end(signal.SIGTERM)
-    service.start()
-    ended = []
-    for process in (holder, *waiters):
-        process.communicate(timeout=20)
-        ended.append(process.returncode)
-    assert ended == [0, 0, 0]
-    assert service.json("token", "show", token)["queue_length"] == 0
-
-
 def test_a_coordinator_back_in_time_is_not_noticed(own_service: Service) -> None:
     """A run whose coordinator was killed and came back within the TTL ends as if nothing was."""
     service = own_service
