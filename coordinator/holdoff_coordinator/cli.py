@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from importlib.metadata import version
@@ -135,9 +136,12 @@ class _Logger:
     """Writes to standard error; once nobody reads that, the service goes on without its logs."""
 
     def _write(self, message: str) -> None:
-        with contextlib.suppress(OSError):
+        try:
             sys.stderr.write(f"{message}\n")
             sys.stderr.flush()
+        except OSError:
+            # What is still buffered must go somewhere, or Python ends with code 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     debug = info = warning = error = critical = _write
 

@@ -266,10 +266,10 @@ def test_jobs_of_one_token_never_overlap(service: Service, token: str, tmp_path:
 def test_a_log_gets_a_line_a_change(service: Service) -> None:
     """Without a terminal each change is one line with reason, place and time."""
     token = service.create_token(uuid.uuid4().hex[:16], "1s")
-    holder = service.start_holdoff(*run_options(token, "--job", "first"), "--", "sleep", "1.5")
+    holder = service.start_holdoff(*run_options(token, "--job", "first"), "--", "sleep", "5")
     service.only_lease(token)
     waited = service.holdoff(*run_options(token), "--", "true")
-    holder.communicate(timeout=10)
+    holder.communicate(timeout=20)
     lines = waited.stderr.splitlines()
     assert "place 1 of 1: held by job 'first'" in lines[0]
     assert "cooling down" in lines[1]
