@@ -25,6 +25,7 @@ CODES: Mapping[str, int] = {
     "QUEUE_FULL": code_pb2.RESOURCE_EXHAUSTED,
     "QUARANTINED": code_pb2.UNAVAILABLE,
     "STORE_UNAVAILABLE": code_pb2.UNAVAILABLE,
+    "SCHEMA_TOO_NEW": code_pb2.UNAVAILABLE,
     "DRAINING": code_pb2.UNAVAILABLE,
     # The lease is not what the caller thinks.
     "LEASE_LOST": code_pb2.FAILED_PRECONDITION,

@@ -20,7 +20,13 @@ from holdoff.names import LeaseName, TokenName
 from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.failures import Failure, invalid
-from holdoff_coordinator.records import Standing, lease_message, record, timestamp
+from holdoff_coordinator.records import (
+    Standing,
+    lease_message,
+    record,
+    timestamp,
+    waiter_message,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -296,6 +302,42 @@ class Leases:
                     )
         return lease_service_pb2.ListLeasesResponse(leases=leases)
 
+    async def history(
+        self, request: lease_service_pb2.ListLeaseHistoryRequest, _: Caller
+    ) -> lease_service_pb2.ListLeaseHistoryResponse:
+        """List the latest leases of a token, the newest first."""
+        name = validation.token_name("parent", request.parent)
+        at_us = None
+        if request.HasField("at_time"):
+            at_us = validation.timestamp_us("at_time", request.at_time)
+        reply = await self._scripts.run("read_history", name.app, name.token)
+        if reply.status != "OK":
+            raise failure_of(reply, name)
+        records = [(lease_id.decode(), record(flat)) for lease_id, flat in reply.values[0]]
+        return lease_service_pb2.ListLeaseHistoryResponse(
+            leases=[
+                lease_message(name, lease_id, lease, reply.now_us)
+                for lease_id, lease in records
+                if at_us is None
+                or int(lease["accepted_us"]) <= at_us <= int(lease.get("ended_us", reply.now_us))
+            ]
+        )
+
+    async def waiters(
+        self, request: lease_service_pb2.ListWaitersRequest, _: Caller
+    ) -> lease_service_pb2.ListWaitersResponse:
+        """List who waits for a token, in order."""
+        name = validation.token_name("parent", request.parent)
+        reply = await self._scripts.run("read_queue", name.app, name.token)
+        if reply.status != "OK":
+            raise failure_of(reply, name)
+        return lease_service_pb2.ListWaitersResponse(
+            waiters=[
+                waiter_message(place, record(flat), reply.now_us)
+                for place, flat in enumerate(reply.values[0], start=1)
+            ]
+        )
+
 
 _OVER = {
     "RELEASED": "LEASE_ENDED",
@@ -308,13 +350,19 @@ _MESSAGES = {
     "TOKEN_NOT_FOUND": "there is no token {token}; make it with: holdoff token create {token}",
     "TOKEN_EXISTS": "{token} exists already; change it with: holdoff token update {token}",
     "QUEUE_FULL": "too many wait for {token} already",
-    "LEASE_NOT_FOUND": "there is no lease {name}, or it ended more than an hour ago",
+    "LEASE_NOT_FOUND": "there is no lease {name}, or it ended too long ago to be remembered",
     "WRONG_SECRET": "the secret is not that of {name}",
     "LEASE_ENDED": "{name} has ended; a new request needs a new request id",
     "LEASE_LOST": "{name} ran out before it was renewed",
     "LEASE_BROKEN": "{name} was broken: {why}",
     "OFFER_EXPIRED": "{name} was offered, and not accepted in time",
 }
+
+
+def token_not_found(name: TokenName) -> Failure:
+    """Say that there is no such token."""
+    message = _MESSAGES["TOKEN_NOT_FOUND"].format(token=name)
+    return Failure("TOKEN_NOT_FOUND", message, resource=str(name))
 
 
 def failure_of(reply: Reply, name: TokenName | LeaseName) -> Failure:

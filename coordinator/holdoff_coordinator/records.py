@@ -114,6 +114,67 @@ def token_message(token: TokenName, found: Sequence[Any], now_us: int) -> token_
     )
 
 
+def status_message(token: TokenName, found: Sequence[Any], now_us: int) -> lease_pb2.TokenStatus:
+    """How a token stands, from an entry of `read.lua`."""
+    _, flat, lease_id, lease, queue_length, reason = found
+    return _status(token, record(flat), lease_id, record(lease), queue_length, reason, now_us)
+
+
+def change_message(app: str, change: Record) -> lease_pb2.Change:
+    """A change as the API shows it, from an entry of the app's changes."""
+    token = TokenName(app, change["token"].decode())
+    lease = {
+        field.removeprefix("lease."): value
+        for field, value in change.items()
+        if field.startswith("lease.")
+    }
+    return lease_pb2.Change(
+        kind=lease_pb2.ChangeKind.Value(f"CHANGE_KIND_{change['kind'].decode()}"),
+        time=timestamp(change, "at_us"),
+        status=_status(
+            token,
+            change,
+            change["lease"],
+            lease,
+            change["queue_length"],
+            change["reason"],
+            int(change["at_us"]),
+        ),
+    )
+
+
+def _status(  # noqa: PLR0913, PLR0917 - the facts, as both sources have them
+    token: TokenName,
+    facts: Record,
+    lease_id: bytes,
+    lease: Record,
+    queue_length: bytes,
+    reason: bytes,
+    now_us: int,
+) -> lease_pb2.TokenStatus:
+    not_before_us = int(facts.get("not_before_us", b"0"))
+    return lease_pb2.TokenStatus(
+        token=str(token),
+        wait_reason=_WAIT_REASONS[reason.decode()],
+        lease=lease_message(token, lease_id.decode(), lease, now_us) if lease_id else None,
+        cooldown=duration(not_before_us - now_us) if not_before_us > now_us else None,
+        not_before_time=timestamp(facts, "not_before_us") if not_before_us else None,
+        queue_length=int(queue_length),
+    )
+
+
+def waiter_message(place: int, request: Record, now_us: int) -> lease_pb2.Waiter:
+    """A waiter as the API shows it: everything but its request id."""
+    return lease_pb2.Waiter(
+        place=place,
+        holder=lease_pb2.Holder.FromString(request["holder"]),
+        queue_time=timestamp(request, "queued_us"),
+        waited=duration(max(0, now_us - int(request["queued_us"]))),
+        heard_age=duration(max(0, now_us - int(request["heard_us"]))),
+        offered=request["state"] == b"offered",
+    )
+
+
 def refresh_at_value(word: str) -> token_pb2.RefreshAt.ValueType:
     """Turn END, START or '' into the API's enum."""
     return token_pb2.RefreshAt.Value(f"REFRESH_AT_{word or 'UNSPECIFIED'}")

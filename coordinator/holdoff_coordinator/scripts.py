@@ -36,12 +36,15 @@ _NAMES = (
     "create_token",
     "quarantine",
     "read",
+    "read_history",
     "read_lease",
+    "read_queue",
     "release",
     "renew",
     "sweep",
     "tick",
     "update_token",
+    "upgrade",
     "withdraw",
 )
 
@@ -62,11 +65,24 @@ def boottime_us() -> int:
     return time.clock_gettime_ns(clock) // 1000
 
 
+CHANGES_READ = 200
+"""Changes of an app read at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a reader of an app's changes is: after the change of this number, in this epoch."""
+
+    epoch: str
+    number: int
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A script's answer: the store's time in µs, a status word, and what goes with it."""
 
     now_us: int
+    epoch: str
     status: str
     values: tuple[Any, ...]
 
@@ -141,7 +157,54 @@ class Scripts:
                 self._boot_us(),
             )
             log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
-        return Reply(now_us, answer[3].decode(), tuple(answer[4:]))
+        reply = Reply(now_us, epoch, answer[3].decode(), tuple(answer[4:]))
+        if reply.status == "SCHEMA_TOO_NEW":
+            found, known = (int(value) for value in reply.values)
+            raise Failure(
+                "SCHEMA_TOO_NEW",
+                f"the store's records of apps/{app} have schema {found}, and this coordinator "
+                f"knows up to {known}: a newer one wrote them; upgrade this one",
+                retry_after_seconds=1.0,
+            )
+        return reply
+
+    async def upgrade(self) -> None:
+        """Bring all records up to this release, or find that they are of a newer one.
+
+        Every script would do so for its own app; doing it at the start shows trouble early.
+
+        Raises:
+            Failure: SCHEMA_TOO_NEW or STORE_UNAVAILABLE.
+        """
+        for app in await self.apps():
+            reply = await self.run("upgrade", app)
+            found, now = (int(value) for value in reply.values)
+            if found != now:
+                log.info("upgraded the records of an app", app=app, from_schema=found, schema=now)
+
+    async def position(self, app: str) -> Position:
+        """Return the place after an app's latest change."""
+        fields = self.redis.hmget(shard_key(app), "epoch", "changes")
+        epoch, number = await _answer(fields)
+        return Position((epoch or b"").decode(), int(number or 0))
+
+    async def changes(self, app: str, after: Position) -> list[tuple[int, dict[str, bytes]]] | None:
+        """Return an app's next changes, each with its number; None if some of them are gone."""
+        latest = await self.position(app)
+        if latest.epoch != after.epoch or latest.number < after.number:
+            return None
+        if latest.number == after.number:
+            return []
+        entries = await _answer(
+            self.redis.xrange(
+                f"{shard_key(app)}:changes", min=str(after.number + 1), count=CHANGES_READ
+            )
+        )
+        found = [
+            (int(entry_id.partition(b"-")[0]), {key.decode(): value for key, value in flat.items()})
+            for entry_id, flat in entries
+        ]
+        return found if found and found[0][0] == after.number + 1 else None
 
     async def busy_apps(self) -> list[str]:
         """List the apps with a token that is not idle.

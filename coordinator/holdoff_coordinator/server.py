@@ -10,12 +10,15 @@ import grpc
 import structlog
 from redis import Redis as SyncRedis
 
+from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.hub import Hub
 from holdoff_coordinator.leases import Leases
 from holdoff_coordinator.scripts import Scripts, boottime_us
 from holdoff_coordinator.service import SERVICES, add_services
+from holdoff_coordinator.store import StoreError
 from holdoff_coordinator.sweeper import Sweeper
 from holdoff_coordinator.tokens import Tokens
+from holdoff_coordinator.watches import Watches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -48,6 +51,7 @@ class Coordinator:
     Use as an async context manager: inside it the port is open; leaving it drains.
 
     Raises:
+        StoreError: On entering, if the store's records are of a newer release.
         CannotListenError: On entering, if the port is taken or the address is not ours.
     """
 
@@ -76,11 +80,17 @@ class Coordinator:
         self._sweeper = Sweeper(self.scripts, self._lock_client)
         self._server = grpc.aio.server(options=_OPTIONS)
         leases = Leases(self.scripts, self.hub)
-        self._health = add_services(self._server, leases, Tokens(self.scripts))
+        self._health = add_services(
+            self._server, leases, Watches(self.scripts, self.hub), Tokens(self.scripts)
+        )
         self._duties: list[asyncio.Task[None]] = []
         self.address = listen
 
     async def __aenter__(self) -> Self:
+        try:
+            await self.scripts.upgrade()
+        except Failure as failure:
+            raise StoreError(failure.message) from failure
         try:
             port = self._server.add_insecure_port(self._listen)
         except RuntimeError:

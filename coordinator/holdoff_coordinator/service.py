@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from holdoff_coordinator.leases import Leases
     from holdoff_coordinator.tokens import Tokens
+    from holdoff_coordinator.watches import Watches
 
 log = structlog.get_logger()
 
@@ -75,8 +76,9 @@ async def _answer(
 class LeaseService(lease_service_pb2_grpc.LeaseServiceServicer):
     """`holdoff.v1.LeaseService`."""
 
-    def __init__(self, leases: Leases) -> None:
+    def __init__(self, leases: Leases, watches: Watches) -> None:
         self._leases = leases
+        self._watches = watches
 
     async def AcquireLease(  # noqa: N802
         self, request: lease_service_pb2.AcquireLeaseRequest, context: Context
@@ -131,6 +133,28 @@ class LeaseService(lease_service_pb2_grpc.LeaseServiceServicer):
     ) -> lease_service_pb2.ListLeasesResponse:
         """Show the live ones."""
         return await _answer(self._leases.list, request, context)
+
+    async def ListLeaseHistory(  # noqa: N802
+        self, request: lease_service_pb2.ListLeaseHistoryRequest, context: Context
+    ) -> lease_service_pb2.ListLeaseHistoryResponse:
+        """Show the latest ones of a token."""
+        return await _answer(self._leases.history, request, context)
+
+    async def ListWaiters(  # noqa: N802
+        self, request: lease_service_pb2.ListWaitersRequest, context: Context
+    ) -> lease_service_pb2.ListWaitersResponse:
+        """Show who waits."""
+        return await _answer(self._leases.waiters, request, context)
+
+    async def WatchLeases(  # noqa: N802
+        self, request: lease_service_pb2.WatchLeasesRequest, context: Context
+    ) -> AsyncIterator[lease_service_pb2.WatchLeasesResponse]:
+        """Tell every change."""
+        try:
+            async for response in self._watches.watch(request, _caller(context)):
+                yield response
+        except Failure as failure:
+            await _abort(context, failure.to_status())
 
 
 async def _listen(
@@ -189,10 +213,10 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
 
 
 def add_services(
-    server: grpc.aio.Server, leases: Leases, tokens: Tokens
+    server: grpc.aio.Server, leases: Leases, watches: Watches, tokens: Tokens
 ) -> health.aio.HealthServicer:
     """Register everything on a server; return the health servicer."""
-    lease_service_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(leases), server)
+    lease_service_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(leases, watches), server)
     token_service_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(tokens), server)
     admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(leases), server)
     health_servicer = health.aio.HealthServicer()

@@ -11,7 +11,7 @@ from holdoff.names import TokenName
 from holdoff.v1 import token_pb2, token_service_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.failures import Failure, invalid
-from holdoff_coordinator.leases import READ_BATCH, failure_of
+from holdoff_coordinator.leases import READ_BATCH, failure_of, token_not_found
 from holdoff_coordinator.policies import DEFAULT_POLICY, PRESETS, RefreshAt, rules
 from holdoff_coordinator.records import token_message
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MOST_INTERVAL_US = 31 * 24 * 3600 * 1_000_000
-_SETTINGS = {"policy", "refresh_interval", "refresh_at"}
+_SETTINGS = ("policy", "refresh_interval", "refresh_at")
 _OWN_REFRESH_AT = {
     token_pb2.REFRESH_AT_UNSPECIFIED: None,
     token_pb2.REFRESH_AT_END: RefreshAt.END,
@@ -62,26 +62,37 @@ class Tokens:
     async def update(
         self, request: token_service_pb2.UpdateTokenRequest, caller: Caller
     ) -> token_service_pb2.UpdateTokenResponse:
-        """Change a token's policy or own settings."""
+        """Change a token's policy or own settings; what is named but absent is unset."""
         name = validation.token_name("token.name", request.token.name)
-        if unknown := sorted(set(request.update_mask.paths) - _SETTINGS):
-            raise invalid("update_mask", f"may name {sorted(_SETTINGS)}, not {quoted(unknown[0])}")
-        changed = await self._read(name)
-        fields = set(request.update_mask.paths) or _SETTINGS
-        if "policy" in fields:
-            changed.policy = request.token.policy
-        if "refresh_at" in fields:
-            changed.refresh_at = request.token.refresh_at
-        if "refresh_interval" in fields:
-            changed.ClearField("refresh_interval")
-            if request.token.HasField("refresh_interval"):
-                changed.refresh_interval.CopyFrom(request.token.refresh_interval)
-        settings = _settings(changed)
-        reply = await self._scripts.run("update_token", name.app, name.token, *settings)
-        if reply.status != "OK":
-            raise failure_of(reply, name)
+        for field in request.update_mask.paths:
+            if field not in _SETTINGS:
+                raise invalid("update_mask", f"write {', '.join(_SETTINGS)}, not {quoted(field)}")
+        fields = set(request.update_mask.paths) or set(_SETTINGS)
+        settings = await self._update(name, request.token, fields)
         log.info("token updated", token=str(name), policy=settings[0], peer=caller.peer)
         return token_service_pb2.UpdateTokenResponse(token=await self._read(name))
+
+    async def _update(
+        self, name: TokenName, token: token_pb2.Token, fields: set[str]
+    ) -> tuple[str, str, str, int, str, int]:
+        """Change some fields; begin again if somebody else changed the token in between."""
+        changed = await self._read(name)
+        read_us = str(changed.update_time.ToMicroseconds())
+        if "policy" in fields:
+            changed.policy = token.policy
+        if "refresh_at" in fields:
+            changed.refresh_at = token.refresh_at
+        if "refresh_interval" in fields:
+            changed.ClearField("refresh_interval")
+            if token.HasField("refresh_interval"):
+                changed.refresh_interval.CopyFrom(token.refresh_interval)
+        settings = _settings(changed)
+        reply = await self._scripts.run("update_token", name.app, name.token, *settings, read_us)
+        if reply.status == "TOKEN_CHANGED":
+            return await self._update(name, token, fields)
+        if reply.status != "OK":
+            raise failure_of(reply, name)
+        return settings
 
     async def get(
         self, request: token_service_pb2.GetTokenRequest, _: Caller
@@ -94,9 +105,7 @@ class Tokens:
         self, request: token_service_pb2.ListTokensRequest, _: Caller
     ) -> token_service_pb2.ListTokensResponse:
         """List tokens by name."""
-        parent = validation.parent(request.parent)
-        if isinstance(parent, TokenName):
-            raise invalid("parent", "write apps/{app}, or leave it out")
+        parent = validation.app_parent(request.parent)
         size = validation.page_size(request.page_size)
         after = validation.page_token(request.page_token) or ("", "")
         found: list[token_pb2.Token] = []
@@ -120,11 +129,7 @@ class Tokens:
         reply = await self._scripts.run("read", name.app, name.token)
         for entry in reply.values[0]:
             return token_message(name, entry, reply.now_us)
-        raise Failure(
-            "TOKEN_NOT_FOUND",
-            f"there is no token {name}; make it with: holdoff token create {name}",
-            resource=str(name),
-        )
+        raise token_not_found(name)
 
 
 def _settings(token: token_pb2.Token) -> tuple[str, str, str, int, str, int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from typing import TYPE_CHECKING
 
+from holdoff._text import quoted
+from holdoff.durations import format_duration
 from holdoff.names import AppName, LeaseName, TokenName
 from holdoff_coordinator.failures import Failure, invalid
 
 if TYPE_CHECKING:
-    from google.protobuf import duration_pb2
+    from google.protobuf import duration_pb2, timestamp_pb2
 
     from holdoff.v1 import lease_pb2
 
@@ -21,6 +24,9 @@ MOST_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
 UUID_VERSION = 4
 _HOLDER_LIMITS = {"host": 255, "user": 100, "job": 100, "client_version": 100}
+_MOST_LABELS = 16
+_MOST_LABEL_CHARACTERS = 200
+_LABEL_KEY = re.compile(r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?")
 
 
 def token_name(field: str, text: str) -> TokenName:
@@ -44,9 +50,17 @@ def parent(text: str) -> AppName | TokenName | None:
     if not text:
         return None
     try:
-        return TokenName.parse(text) if "/tokens/" in text else AppName.parse(text)
+        return TokenName.parse(text) if text.count("/") > 1 else AppName.parse(text)
     except ValueError as error:
-        raise invalid("parent", str(error)) from None
+        raise invalid("parent", f"{error}; or leave it out, for all") from None
+
+
+def app_parent(text: str) -> AppName | None:
+    """Parse the parent of a listing of tokens: '' (all) or an app."""
+    try:
+        return AppName.parse(text) if text else None
+    except ValueError as error:
+        raise invalid("parent", f"{error}; or leave it out, for all") from None
 
 
 def page_size(value: int) -> int:
@@ -60,28 +74,52 @@ def page_token(text: str) -> tuple[str, str] | None:
     """Read where a listing goes on: after this (app, token); None at its beginning."""
     if not text:
         return None
-    name = token_name("page_token", text)
+    try:
+        name = TokenName.parse(text)
+    except ValueError:
+        raise invalid(
+            "page_token",
+            f"{quoted(text)} is none of ours: write the next_page_token of the page before, "
+            "or leave it out to begin",
+        ) from None
     return name.app, name.token
 
 
-def microseconds(field: str, value: duration_pb2.Duration, most_us: int = MOST_DURATION_US) -> int:
-    """Read a Duration of zero up to `most_us`."""
+def microseconds(
+    field: str,
+    value: duration_pb2.Duration,
+    most_us: int = MOST_DURATION_US,
+    *,
+    least_us: int = 0,
+) -> int:
+    """Read a Duration of `least_us` up to `most_us`."""
     try:
         value.ToJsonString()  # checks the ranges and signs that protobuf promises
-        result = value.ToMicroseconds()
     except ValueError:
-        raise invalid(field, "is not a valid Duration") from None
-    if not 0 <= result <= most_us:
-        raise invalid(field, f"must be from 0 to {most_us // 1_000_000} s")
+        raise invalid(
+            field,
+            "is not a valid Duration: nanos must be from 0 to 999999999, with the sign of seconds",
+        ) from None
+    result = value.ToMicroseconds()
+    # A negative time below a microsecond would become zero, which may mean something.
+    if value.nanos < 0 or not least_us <= result <= most_us:
+        limits = [format_duration(limit_us / 1e6) for limit_us in (least_us, most_us)]
+        raise invalid(field, f"must be from {limits[0]} to {limits[1]}")
     return result
+
+
+def timestamp_us(field: str, value: timestamp_pb2.Timestamp) -> int:
+    """Read a Timestamp."""
+    try:
+        value.ToJsonString()  # checks the ranges that protobuf promises
+    except ValueError:
+        raise invalid(field, "is not a valid Timestamp: the years 1 to 9999") from None
+    return value.ToMicroseconds()
 
 
 def ttl_us(value: duration_pb2.Duration) -> int:
     """Read a TTL: 1 s to 24 h."""
-    result = microseconds("ttl", value)
-    if not LEAST_TTL_US <= result <= MOST_TTL_US:
-        raise invalid("ttl", "must be from 1 s to 24 h")
-    return result
+    return microseconds("ttl", value, MOST_TTL_US, least_us=LEAST_TTL_US)
 
 
 def request_id(text: str) -> str:
@@ -91,7 +129,11 @@ def request_id(text: str) -> str:
     except ValueError:
         parsed = None
     if parsed is None or str(parsed) != text or parsed.version != UUID_VERSION:
-        raise invalid("request_id", "must be a random UUID (version 4), in lower case with hyphens")
+        raise invalid(
+            "request_id",
+            "must be a random UUID (version 4), in lower case with hyphens, and a new one for each "
+            "lease",
+        )
     return text
 
 
@@ -100,7 +142,9 @@ def printable(field: str, text: str, most: int) -> str:
     if len(text) > most:
         raise invalid(field, f"must be at most {most} characters")
     if not text.isprintable():
-        raise invalid(field, "must have no control characters")
+        raise invalid(
+            field, "must be one line of printable characters: no control or format characters"
+        )
     return text
 
 
@@ -109,11 +153,25 @@ def holder(value: lease_pb2.Holder) -> lease_pb2.Holder:
     value.DiscardUnknownFields()
     for field, most in _HOLDER_LIMITS.items():
         printable(f"holder.{field}", getattr(value, field), most)
+    if value.pid < 0:
+        raise invalid("holder.pid", "must not be negative; leave it out if there is none")
+    if len(value.labels) > _MOST_LABELS:
+        raise invalid("holder.labels", f"must be at most {_MOST_LABELS}")
+    for key, text in value.labels.items():
+        if not _LABEL_KEY.fullmatch(key):
+            raise invalid(
+                "holder.labels",
+                f"{quoted(key)} is not a key: write 1 to 63 characters of a-z, 0-9, '.', '_', '/' "
+                "and '-', with a letter or digit at both ends",
+            )
+        printable(f"holder.labels.{key}", text, _MOST_LABEL_CHARACTERS)
     return value
 
 
 def secret(text: str) -> str:
     """Check the form of a secret only, so that an absurd one costs nothing."""
     if not text or len(text) > 128 or not text.isascii():  # noqa: PLR2004 - ours has 64
-        raise Failure("WRONG_SECRET", "the secret is not that of this lease")
+        raise Failure(
+            "WRONG_SECRET", "the secret is not that of this lease: send the one that its offer had"
+        )
     return text

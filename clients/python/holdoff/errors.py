@@ -166,6 +166,12 @@ class StoreUnavailable(Unavailable):
     REASON = "STORE_UNAVAILABLE"
 
 
+class SchemaTooNew(Unavailable):
+    """The coordinator is older than the records in its store; others of its kind may not be."""
+
+    REASON = "SCHEMA_TOO_NEW"
+
+
 class Draining(Unavailable):
     """The coordinator is shutting down; places in queues are kept."""
 

@@ -20,13 +20,17 @@ if known > now + 366 * 24 * 3600 * SECOND then return reply('FENCING_TOKEN_TOO_L
 if known > number(token.fencing) then put(token_key(id), token, {fencing = known}) end
 put(SHARD, shard, {longest_ttl_us = math.max(number(shard.longest_ttl_us), ttl)})
 
-local facts = {fingerprint = fingerprint, token = id, state = 'waiting'}
+local facts = {
+  fingerprint = fingerprint, token = id, state = 'waiting',
+  holder = ARGV[10], queued_us = number(request.queued_us or us(now)),
+}
 if may_queue then
   if not request.state then
     if redis.call('ZCARD', queue_key(id)) >= QUEUE_LIMIT then return reply('QUEUE_FULL') end
     put(request_key(hash), request, facts)
     redis.call('ZADD', queue_key(id), redis.call('HINCRBY', SHARD, 'sequence', 1), hash)
     redis.call('ZADD', DUE, 'NX', us(now + SECOND), id)
+    tell_queue_moved(id)
   end
   hear(hash, request, heard_age)
 end

@@ -20,9 +20,12 @@ local OFFER_FOR = 3 * SECOND
 local LOOK_AGAIN = 1 * SECOND -- at every busy token, at the latest
 local QUEUE_LIMIT = 1000 -- places a token; a walk of them takes some ms
 local LAPSES_ALLOWED = 3 -- offers a waiter may miss before it goes to the end
-local RECORD_KEPT_MS = 3600 * 1000 -- ended leases and requests
+local RECORD_KEPT_MS = 3600 * 1000 -- ended requests, and offers nobody accepted
+local HOLDS_KEPT = 100 -- ended leases a token
+local CHANGES_KEPT = 10000 -- of an app, for those who watch; some 5 MB
 local WAITER_KEPT_MS = 7 * 24 * 3600 * 1000 -- places, through long outages
 local SIGNAL_KEPT_MS = 1000 -- python-redis-lock's own default
+local SCHEMA = 2 -- of all records; `upgrade` below knows the older ones
 local COOLDOWN_LOCK = 'holdoff-cooldown' -- the lock's value while cooling
 
 local SHARD = KEYS[1]
@@ -43,6 +46,7 @@ end
 
 local function token_key(id) return SHARD .. ':token:' .. id end
 local function queue_key(id) return SHARD .. ':queue:' .. id end
+local function history_key(id) return SHARD .. ':history:' .. id end
 local function lock_key(id) return 'lock:' .. SHARD .. ':' .. id end
 local function signal_key(id) return 'lock-signal:' .. SHARD .. ':' .. id end
 local function request_key(hash) return SHARD .. ':request:' .. hash end
@@ -79,8 +83,30 @@ end
 local function ensure_epoch()
   if epoch then return end
   epoch = ARGV[3]
-  put(SHARD, shard, {epoch = epoch, tick_us = now, service_us = 0, high_water_us = now})
+  redis.call('DEL', SHARD .. ':changes')
+  put(SHARD, shard, {epoch = epoch, schema = SCHEMA, changes = 0, tick_us = now, service_us = 0, high_water_us = now})
   if ARGV[2] ~= '' then quarantine('the store lost the data of this app') end
+end
+
+-- Schema 1 did not know who waits and since when, nor whether a cooldown's end
+-- was told.
+local function upgrade()
+  for _, id in ipairs(redis.call('ZRANGE', SHARD .. ':tokens', 0, -1)) do
+    local token = load(token_key(id))
+    if number(token.not_before_us) > now then put(token_key(id), token, {cooling = '1'}) end
+    for _, hash in ipairs(redis.call('ZRANGE', queue_key(id), 0, -1)) do
+      local request = load(request_key(hash))
+      if request.state then put(request_key(hash), request, {holder = '', queued_us = now}) end
+    end
+  end
+  put(SHARD, shard, {schema = SCHEMA, changes = 0})
+end
+
+local found_schema = number(shard.schema or '1')
+if epoch and found_schema > SCHEMA then
+  return reply('SCHEMA_TOO_NEW', us(found_schema), us(SCHEMA))
+elseif epoch and found_schema < SCHEMA then
+  upgrade()
 end
 
 if epoch then
@@ -107,20 +133,61 @@ local function quarantined_until()
   return math.max(number(shard.quarantine_until_us), clock_in_doubt and now + SECOND or 0)
 end
 
+-- What stands between a token and its next lease, apart from the queue.
+local function obstacle(token, lease)
+  if now < quarantined_until() then return 'QUARANTINED' end
+  if token.foreign or lease then return 'HELD' end
+  if now < number(token.not_before_us) then return 'COOLING' end
+  return ''
+end
+
+-- Tells those who watch what happened, and how the token stands now; `lease` is
+-- the live one, or the one that just ended. Changes are numbered without a gap,
+-- so that a reader knows whether it missed one.
+local function tell(kind, id, token, lease_id, lease)
+  local key, change = SHARD .. ':changes', us(redis.call('HINCRBY', SHARD, 'changes', 1))
+  local entry = {
+    key, 'MAXLEN', '~', CHANGES_KEPT, change .. '-0',
+    'kind', kind, 'token', id, 'at_us', us(now),
+    'reason', obstacle(token, token.lease and lease),
+    'not_before_us', token.not_before_us or '0',
+    'queue_length', us(redis.call('ZCARD', queue_key(id))),
+    'lease', lease_id or '',
+  }
+  for field, value in pairs(lease or {}) do
+    if field ~= 'secret_hash' and field ~= 'request' then
+      entry[#entry + 1] = 'lease.' .. field
+      entry[#entry + 1] = value
+    end
+  end
+  if redis.pcall('XADD', unpack(entry)).err then
+    redis.call('DEL', key) -- it is not ours, or of another life of the store
+    redis.call('XADD', unpack(entry))
+  end
+end
+
+local function tell_queue_moved(id)
+  local token = load(token_key(id))
+  tell('QUEUE_MOVED', id, token, token.lease, token.lease and load(lease_key(id, token.lease)))
+end
+
 -- Queue ---------------------------------------------------------------------
 
 -- Walks the places that are kept, in order, dropping those that are not;
 -- `visit(hash, request, live)` ends the walk by returning true.
 local function walk_queue(id, visit)
+  local dropped = false
   for _, hash in ipairs(redis.call('ZRANGE', queue_key(id), 0, -1)) do
     local request = load(request_key(hash))
     if not request.state or number(shard.service_us) - number(request.heard_service_us) > PLACE_KEPT_FOR then
       redis.call('ZREM', queue_key(id), hash)
       redis.call('DEL', request_key(hash))
+      dropped = true
     elseif visit(hash, request, now - number(request.heard_us) <= LIVE_FOR) then
-      return
+      break
     end
   end
+  if dropped then tell_queue_moved(id) end
 end
 
 -- The queue of a token at this instant: its length, and by request hash the
@@ -168,6 +235,7 @@ local function cool_down(id, token, refreshed, interval)
     last_refresh_us = math.max(number(token.last_refresh_us), refreshed),
     not_before_us = math.max(number(token.not_before_us), refreshed + interval),
   })
+  if now < number(token.not_before_us) then put(token_key(id), token, {cooling = '1'}) end
 end
 
 local function forget_lease(id, token)
@@ -175,16 +243,20 @@ local function forget_lease(id, token)
   token.lease = nil
 end
 
--- Ends a lease that was accepted.
+-- Ends a lease that was accepted, and keeps it in the token's history.
 local function finish(id, token, lease, state, ended, refreshed)
+  local lease_id = token.lease
   cool_down(id, token, refreshed, math.max(number(lease.interval_us), number(token.interval_us)))
-  put(lease_key(id, token.lease), lease, {
+  put(lease_key(id, lease_id), lease, {
     state = state, ended_us = ended, not_before_us = token.not_before_us,
   })
-  redis.call('PEXPIRE', lease_key(id, token.lease), RECORD_KEPT_MS)
+  if redis.call('LPUSH', history_key(id), lease_id) > HOLDS_KEPT then
+    redis.call('DEL', lease_key(id, redis.call('RPOP', history_key(id))))
+  end
   redis.call('HSET', request_key(lease.request), 'state', 'ended')
   redis.call('PEXPIRE', request_key(lease.request), RECORD_KEPT_MS)
   forget_lease(id, token)
+  tell(state, id, token, lease_id, lease)
 end
 
 -- Takes back an offer that was not accepted: no cooldown, and the waiter keeps
@@ -199,6 +271,7 @@ local function withdraw_offer(id, token, lease, lapsed)
     redis.call('HSET', key, 'state', 'waiting', 'heard_us', '0')
     if lapsed and redis.call('HINCRBY', key, 'lapses', 1) % LAPSES_ALLOWED == 0 then
       redis.call('ZADD', queue_key(id), redis.call('HINCRBY', SHARD, 'sequence', 1), lease.request)
+      tell_queue_moved(id)
     end
   else
     redis.call('DEL', key)
@@ -209,6 +282,7 @@ end
 local function break_lease(id, token, lease, why)
   if not lease.break_reason then
     put(lease_key(id, token.lease), lease, {break_reason = why})
+    tell('BREAKING', id, token, token.lease, lease)
   end
 end
 
@@ -276,20 +350,28 @@ local function settle(id)
       finish(id, token, lease, lease.break_reason and 'BROKEN' or 'EXPIRED', expired, expired)
     end
   end
+  if token.cooling and now >= number(token.not_before_us) then
+    redis.call('HDEL', token_key(id), 'cooling')
+    token.cooling = nil
+    tell('COOLING_ENDED', id, token, token.lease, token.lease and lease)
+  end
   local owner = redis.call('GET', lock_key(id))
   local foreign = owner and owner ~= COOLDOWN_LOCK and owner ~= token.mirror and owner ~= before
   if foreign then
+    local seen = token.foreign
     put(token_key(id), token, {foreign = owner})
     if token.lease and lease.state == 'OFFERED' then
       withdraw_offer(id, token, lease)
     elseif token.lease then
       break_lease(id, token, lease, 'its lock was taken by a python-redis-lock user')
     end
+    if not seen then tell('LOCK_TAKEN', id, token, token.lease, token.lease and lease) end
   elseif token.foreign then
     -- It ended some time before this look: count the latest possible instant.
     redis.call('HDEL', token_key(id), 'foreign')
     token.foreign = nil
     cool_down(id, token, now, number(token.interval_us))
+    tell('LOCK_FREED', id, token, token.lease, token.lease and lease)
     before = before or 'foreign'
   end
   if not token.lease then lease = nil end
@@ -307,23 +389,18 @@ local function standing(token, lease, queue, hash)
   local ahead_returning = spot.ahead_returning and now < number(shard.recovery_until_us)
 
   local interval = number(token.interval_us)
-  local reason, start = '', math.max(number(token.not_before_us), now)
-  if now < quarantined_until() then
-    reason, start = 'QUARANTINED', math.max(start, quarantined_until())
+  local reason, start = obstacle(token, lease), math.max(number(token.not_before_us), now)
+  if reason == 'QUARANTINED' then
+    start = math.max(start, quarantined_until())
   elseif token.foreign then
-    reason, start = 'HELD', start + interval
-  elseif lease then
-    reason = 'HELD'
-    if lease.state == 'ACTIVE' then
-      local refreshed = now
-      if lease.refresh_at == 'START' and token.refresh_at == 'START' and not lease.break_reason then
-        refreshed = number(lease.started_us or lease.accepted_us)
-      end
-      start = math.max(start, refreshed + math.max(interval, number(lease.interval_us)))
+    start = start + interval
+  elseif lease and lease.state == 'ACTIVE' then
+    local refreshed = now
+    if lease.refresh_at == 'START' and token.refresh_at == 'START' and not lease.break_reason then
+      refreshed = number(lease.started_us or lease.accepted_us)
     end
-  elseif now < number(token.not_before_us) then
-    reason = 'COOLING'
-  elseif not first or ahead_returning then
+    start = math.max(start, refreshed + math.max(interval, number(lease.interval_us)))
+  elseif reason == '' and (not first or ahead_returning) then
     reason = 'QUEUED'
     if ahead_returning then start = math.max(start, number(shard.recovery_until_us)) end
   end

@@ -16,4 +16,5 @@ put(SHARD, shard, {longest_interval_us = math.max(number(shard.longest_interval_
 redis.call('ZADD', SHARD .. ':tokens', 0, id)
 if ARGV[12] ~= '' then cool_down(id, token, now - number(ARGV[12]), number(ARGV[9])) end
 settle(id)
+tell('TOKEN_CREATED', id, token)
 return reply('OK')

@@ -1,7 +1,7 @@
 -- Reads tokens as they are at this instant.
 -- ARGV 5.. token ids
 -- Answers one {token id, token, lease id or '', lease, queue length, reason} a
--- token that exists.
+-- token that exists, then the number of the app's latest change.
 local found = {}
 for i = 5, #ARGV do
   local id = ARGV[i]
@@ -14,4 +14,4 @@ for i = 5, #ARGV do
     }
   end
 end
-return reply('OK', found)
+return reply('OK', found, redis.call('HGET', SHARD, 'changes') or '0')

@@ -8,6 +8,7 @@ if not token then return lease end
 if not lease then return reply('LEASE_OVER', record.state, record.break_reason or '') end
 if lease.break_reason then return reply('LEASE_BROKEN', lease.break_reason, lease.expires_us) end
 
+local late = lease.state == 'ACTIVE' and number(lease.expires_us) - now < number(lease.ttl_us) / 2
 local changes = {expires_us = now + number(lease.ttl_us)}
 if lease.state == 'OFFERED' then
   changes.state, changes.accepted_us = 'ACTIVE', now
@@ -17,6 +18,8 @@ end
 if ARGV[8] == '1' and not lease.started_us then changes.started_us = now end
 if ARGV[9] ~= '' then changes.reported_refresh_us = now - number(ARGV[9]) end
 put(lease_key(id, lease_id), lease, changes)
+if changes.accepted_us then tell('GRANTED', id, token, lease_id, lease) end
+if late then tell('RENEWED_LATE', id, token, lease_id, lease) end
 -- The record outlives the lease by far, and no request outlives its record.
 redis.call('PEXPIRE', request_key(lease.request), WAITER_KEPT_MS)
 mirror(id, token, lease)

@@ -1,8 +1,10 @@
 -- Changes a token's rules; a cooldown that runs is never shortened.
--- ARGV 5.. as for create_token.lua, up to the access token life
+-- ARGV 5.. as for create_token.lua, up to the access token life, then the
+--         token's `updated_us` when the new rules were worked out from its own
 local id = ARGV[5]
 local token, lease = settle(id)
 if not token then return reply('TOKEN_NOT_FOUND') end
+if token.updated_us ~= ARGV[12] then return reply('TOKEN_CHANGED') end
 put(token_key(id), token, {
   policy = ARGV[6], own_interval_us = ARGV[7], own_refresh_at = ARGV[8],
   interval_us = ARGV[9], refresh_at = ARGV[10], access_token_life_us = ARGV[11],
@@ -13,4 +15,5 @@ if token.last_refresh_us then
   cool_down(id, token, number(token.last_refresh_us), number(token.interval_us))
   mirror(id, token, lease)
 end
+tell('TOKEN_UPDATED', id, token, token.lease, lease)
 return reply('OK')

@@ -3,10 +3,12 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -18,6 +20,78 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ChangeKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChangeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHANGE_KIND_UNSPECIFIED: _ChangeKind.ValueType  # 0
+    """Never sent."""
+    CHANGE_KIND_GRANTED: _ChangeKind.ValueType  # 1
+    """A waiter accepted the lease that it was offered."""
+    CHANGE_KIND_RENEWED_LATE: _ChangeKind.ValueType  # 2
+    """A renewal came when less than half of the TTL was left: at least one was
+    missed before it.
+    """
+    CHANGE_KIND_BREAKING: _ChangeKind.ValueType  # 3
+    """An operator, or a foreign lock, forbade the renewal of the lease."""
+    CHANGE_KIND_RELEASED: _ChangeKind.ValueType  # 4
+    """The holder gave the lease back."""
+    CHANGE_KIND_EXPIRED: _ChangeKind.ValueType  # 5
+    """Nobody renewed the lease in time. `time` is when that was seen, the
+    lease's `end_time` when it happened.
+    """
+    CHANGE_KIND_BROKEN: _ChangeKind.ValueType  # 6
+    """A broken lease ended."""
+    CHANGE_KIND_QUEUE_MOVED: _ChangeKind.ValueType  # 7
+    """A waiter came, left, or lost its place."""
+    CHANGE_KIND_COOLING_ENDED: _ChangeKind.ValueType  # 8
+    """The cooldown has passed."""
+    CHANGE_KIND_LOCK_TAKEN: _ChangeKind.ValueType  # 9
+    """A user of python-redis-lock was seen to hold the token's lock."""
+    CHANGE_KIND_LOCK_FREED: _ChangeKind.ValueType  # 10
+    """That lock was seen to be free again; a cooldown begins."""
+    CHANGE_KIND_TOKEN_CREATED: _ChangeKind.ValueType  # 11
+    """The token was created."""
+    CHANGE_KIND_TOKEN_UPDATED: _ChangeKind.ValueType  # 12
+    """The token's rules were changed."""
+
+class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
+    """What happened to a token."""
+
+CHANGE_KIND_UNSPECIFIED: ChangeKind.ValueType  # 0
+"""Never sent."""
+CHANGE_KIND_GRANTED: ChangeKind.ValueType  # 1
+"""A waiter accepted the lease that it was offered."""
+CHANGE_KIND_RENEWED_LATE: ChangeKind.ValueType  # 2
+"""A renewal came when less than half of the TTL was left: at least one was
+missed before it.
+"""
+CHANGE_KIND_BREAKING: ChangeKind.ValueType  # 3
+"""An operator, or a foreign lock, forbade the renewal of the lease."""
+CHANGE_KIND_RELEASED: ChangeKind.ValueType  # 4
+"""The holder gave the lease back."""
+CHANGE_KIND_EXPIRED: ChangeKind.ValueType  # 5
+"""Nobody renewed the lease in time. `time` is when that was seen, the
+lease's `end_time` when it happened.
+"""
+CHANGE_KIND_BROKEN: ChangeKind.ValueType  # 6
+"""A broken lease ended."""
+CHANGE_KIND_QUEUE_MOVED: ChangeKind.ValueType  # 7
+"""A waiter came, left, or lost its place."""
+CHANGE_KIND_COOLING_ENDED: ChangeKind.ValueType  # 8
+"""The cooldown has passed."""
+CHANGE_KIND_LOCK_TAKEN: ChangeKind.ValueType  # 9
+"""A user of python-redis-lock was seen to hold the token's lock."""
+CHANGE_KIND_LOCK_FREED: ChangeKind.ValueType  # 10
+"""That lock was seen to be free again; a cooldown begins."""
+CHANGE_KIND_TOKEN_CREATED: ChangeKind.ValueType  # 11
+"""The token was created."""
+CHANGE_KIND_TOKEN_UPDATED: ChangeKind.ValueType  # 12
+"""The token's rules were changed."""
+Global___ChangeKind: _TypeAlias = ChangeKind  # noqa: Y015
 
 class _LeaseState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -225,11 +299,32 @@ class Holder(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     HOST_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     CLIENT_VERSION_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     """Host name of the machine the holder runs on."""
     pid: _builtins.int
@@ -240,6 +335,13 @@ class Holder(_message.Message):
     """Name of the job, for people."""
     client_version: _builtins.str
     """Name and version of the client, such as `holdoff/0.1.0`."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What else is worth knowing, such as `run: 4711`. At most 16 labels; keys
+        are `[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?`, values have at most 200
+        characters.
+        """
+
     def __init__(
         self,
         *,
@@ -248,14 +350,187 @@ class Holder(_message.Message):
         user: _builtins.str = ...,
         job: _builtins.str = ...,
         client_version: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_version", b"client_version", "host", b"host", "job", b"job", "pid", b"pid", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_version", b"client_version", "host", b"host", "job", b"job", "labels", b"labels", "pid", b"pid", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Holder: _TypeAlias = Holder  # noqa: Y015
+
+@_typing.final
+class Waiter(_message.Message):
+    """Somebody who waits for a lease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLACE_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    QUEUE_TIME_FIELD_NUMBER: _builtins.int
+    WAITED_FIELD_NUMBER: _builtins.int
+    HEARD_AGE_FIELD_NUMBER: _builtins.int
+    OFFERED_FIELD_NUMBER: _builtins.int
+    place: _builtins.int
+    """Place in the queue of the token, from 1."""
+    offered: _builtins.bool
+    """It was offered the lease and has not accepted it yet."""
+    @_builtins.property
+    def holder(self) -> Global___Holder:
+        """Who waits, in its own words."""
+
+    @_builtins.property
+    def queue_time(self) -> _timestamp_pb2.Timestamp:
+        """When it came."""
+
+    @_builtins.property
+    def waited(self) -> _duration_pb2.Duration:
+        """How long it has been waiting."""
+
+    @_builtins.property
+    def heard_age(self) -> _duration_pb2.Duration:
+        """How long ago it was heard. After 5 s it is passed over; after a minute it
+        loses its place.
+        """
+
+    def __init__(
+        self,
+        *,
+        place: _builtins.int = ...,
+        holder: Global___Holder | None = ...,
+        queue_time: _timestamp_pb2.Timestamp | None = ...,
+        waited: _duration_pb2.Duration | None = ...,
+        heard_age: _duration_pb2.Duration | None = ...,
+        offered: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heard_age", b"heard_age", "holder", b"holder", "queue_time", b"queue_time", "waited", b"waited"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heard_age", b"heard_age", "holder", b"holder", "offered", b"offered", "place", b"place", "queue_time", b"queue_time", "waited", b"waited"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Waiter: _TypeAlias = Waiter  # noqa: Y015
+
+@_typing.final
+class TokenStatus(_message.Message):
+    """What stands about a token at one instant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    WAIT_REASON_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    COOLDOWN_FIELD_NUMBER: _builtins.int
+    NOT_BEFORE_TIME_FIELD_NUMBER: _builtins.int
+    QUEUE_LENGTH_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    """The token: `apps/{app}/tokens/{token}`."""
+    wait_reason: Global___WaitReason.ValueType
+    """Why no lease would be given; unspecified when one would."""
+    queue_length: _builtins.int
+    """Number of waiters in the queue."""
+    @_builtins.property
+    def lease(self) -> Global___Lease:
+        """The live lease. In a change that ended a lease: that lease."""
+
+    @_builtins.property
+    def cooldown(self) -> _duration_pb2.Duration:
+        """Time left of the cooldown; absent when there is none."""
+
+    @_builtins.property
+    def not_before_time(self) -> _timestamp_pb2.Timestamp:
+        """When the cooldown ends or ended; absent when there never was one."""
+
+    def __init__(
+        self,
+        *,
+        token: _builtins.str = ...,
+        wait_reason: Global___WaitReason.ValueType = ...,
+        lease: Global___Lease | None = ...,
+        cooldown: _duration_pb2.Duration | None = ...,
+        not_before_time: _timestamp_pb2.Timestamp | None = ...,
+        queue_length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cooldown", b"cooldown", "lease", b"lease", "not_before_time", b"not_before_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cooldown", b"cooldown", "lease", b"lease", "not_before_time", b"not_before_time", "queue_length", b"queue_length", "token", b"token", "wait_reason", b"wait_reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenStatus: _TypeAlias = TokenStatus  # noqa: Y015
+
+@_typing.final
+class Snapshot(_message.Message):
+    """All that stands about the tokens of an app. It replaces whatever a watcher
+    knew of that app. A long one comes in several parts.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    app: _builtins.str
+    """The app: `apps/{app}`."""
+    first: _builtins.bool
+    """This is the first part: forget what was known of the app."""
+    last: _builtins.bool
+    """This is the last part: the app's changes follow."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenStatus]:
+        """Tokens, by name."""
+
+    def __init__(
+        self,
+        *,
+        app: _builtins.str = ...,
+        tokens: _abc.Iterable[Global___TokenStatus] | None = ...,
+        first: _builtins.bool = ...,
+        last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "first", b"first", "last", b"last", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Snapshot: _TypeAlias = Snapshot  # noqa: Y015
+
+@_typing.final
+class Change(_message.Message):
+    """Something that happened to a token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    kind: Global___ChangeKind.ValueType
+    """What happened."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When, by the store's clock."""
+
+    @_builtins.property
+    def status(self) -> Global___TokenStatus:
+        """How the token stood just after it."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___ChangeKind.ValueType = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        status: Global___TokenStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "status", b"status", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Change: _TypeAlias = Change  # noqa: Y015
 
 @_typing.final
 class WaitStatus(_message.Message):

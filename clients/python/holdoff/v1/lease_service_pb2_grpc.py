@@ -66,6 +66,21 @@ class LeaseServiceStub:
                 request_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListLeasesRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListLeasesResponse.FromString,
                 _registered_method=True)
+        self.ListLeaseHistory = channel.unary_unary(
+                '/holdoff.v1.LeaseService/ListLeaseHistory',
+                request_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListLeaseHistoryRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListLeaseHistoryResponse.FromString,
+                _registered_method=True)
+        self.ListWaiters = channel.unary_unary(
+                '/holdoff.v1.LeaseService/ListWaiters',
+                request_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersResponse.FromString,
+                _registered_method=True)
+        self.WatchLeases = channel.unary_stream(
+                '/holdoff.v1.LeaseService/WatchLeases',
+                request_serializer=holdoff_dot_v1_dot_lease__service__pb2.WatchLeasesRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_lease__service__pb2.WatchLeasesResponse.FromString,
+                _registered_method=True)
 
 
 class LeaseServiceServicer:
@@ -107,7 +122,8 @@ class LeaseServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetLease(self, request, context):
-        """Returns one lease, also for an hour after its end.
+        """Returns one lease. An ended one is kept as long as it is in the history of
+        its token; an offer that nobody accepted, for an hour.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,6 +131,31 @@ class LeaseServiceServicer:
 
     def ListLeases(self, request, context):
         """Lists live leases.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLeaseHistory(self, request, context):
+        """Lists the latest leases of a token, the newest first: the live one, and
+        the last 100 that ended. Answers "who ran at ten past three?".
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListWaiters(self, request, context):
+        """Lists who waits for a token, in the order of their places.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchLeases(self, request, context):
+        """Sends how things stand, then every change, for as long as the caller
+        listens. A caller that comes back with the last `resume_token` misses
+        nothing; one that is too slow, or was away for too long, gets a fresh
+        snapshot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,6 +193,21 @@ def add_LeaseServiceServicer_to_server(servicer, server):
                     servicer.ListLeases,
                     request_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListLeasesRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListLeasesResponse.SerializeToString,
+            ),
+            'ListLeaseHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLeaseHistory,
+                    request_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListLeaseHistoryRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListLeaseHistoryResponse.SerializeToString,
+            ),
+            'ListWaiters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWaiters,
+                    request_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersResponse.SerializeToString,
+            ),
+            'WatchLeases': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLeases,
+                    request_deserializer=holdoff_dot_v1_dot_lease__service__pb2.WatchLeasesRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_lease__service__pb2.WatchLeasesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -318,6 +374,87 @@ class LeaseService:
             '/holdoff.v1.LeaseService/ListLeases',
             holdoff_dot_v1_dot_lease__service__pb2.ListLeasesRequest.SerializeToString,
             holdoff_dot_v1_dot_lease__service__pb2.ListLeasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLeaseHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.LeaseService/ListLeaseHistory',
+            holdoff_dot_v1_dot_lease__service__pb2.ListLeaseHistoryRequest.SerializeToString,
+            holdoff_dot_v1_dot_lease__service__pb2.ListLeaseHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWaiters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.LeaseService/ListWaiters',
+            holdoff_dot_v1_dot_lease__service__pb2.ListWaitersRequest.SerializeToString,
+            holdoff_dot_v1_dot_lease__service__pb2.ListWaitersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLeases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/holdoff.v1.LeaseService/WatchLeases',
+            holdoff_dot_v1_dot_lease__service__pb2.WatchLeasesRequest.SerializeToString,
+            holdoff_dot_v1_dot_lease__service__pb2.WatchLeasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

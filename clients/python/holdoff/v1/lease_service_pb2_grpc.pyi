@@ -51,9 +51,23 @@ class LeaseServiceStub:
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.ReleaseLeaseRequest, _lease_service_pb2.ReleaseLeaseResponse]
     """Ends a lease. Called twice with the same secret it gives the same answer."""
     GetLease: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.GetLeaseRequest, _lease_service_pb2.GetLeaseResponse]
-    """Returns one lease, also for an hour after its end."""
+    """Returns one lease. An ended one is kept as long as it is in the history of
+    its token; an offer that nobody accepted, for an hour.
+    """
     ListLeases: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.ListLeasesRequest, _lease_service_pb2.ListLeasesResponse]
     """Lists live leases."""
+    ListLeaseHistory: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.ListLeaseHistoryRequest, _lease_service_pb2.ListLeaseHistoryResponse]
+    """Lists the latest leases of a token, the newest first: the live one, and
+    the last 100 that ended. Answers "who ran at ten past three?".
+    """
+    ListWaiters: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.ListWaitersRequest, _lease_service_pb2.ListWaitersResponse]
+    """Lists who waits for a token, in the order of their places."""
+    WatchLeases: _grpc.UnaryStreamMultiCallable[_lease_service_pb2.WatchLeasesRequest, _lease_service_pb2.WatchLeasesResponse]
+    """Sends how things stand, then every change, for as long as the caller
+    listens. A caller that comes back with the last `resume_token` misses
+    nothing; one that is too slow, or was away for too long, gets a fresh
+    snapshot.
+    """
 
 @_typing.type_check_only
 class LeaseServiceAsyncStub(LeaseServiceStub):
@@ -78,9 +92,23 @@ class LeaseServiceAsyncStub(LeaseServiceStub):
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.ReleaseLeaseRequest, _lease_service_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     """Ends a lease. Called twice with the same secret it gives the same answer."""
     GetLease: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.GetLeaseRequest, _lease_service_pb2.GetLeaseResponse]  # type: ignore[assignment]
-    """Returns one lease, also for an hour after its end."""
+    """Returns one lease. An ended one is kept as long as it is in the history of
+    its token; an offer that nobody accepted, for an hour.
+    """
     ListLeases: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.ListLeasesRequest, _lease_service_pb2.ListLeasesResponse]  # type: ignore[assignment]
     """Lists live leases."""
+    ListLeaseHistory: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.ListLeaseHistoryRequest, _lease_service_pb2.ListLeaseHistoryResponse]  # type: ignore[assignment]
+    """Lists the latest leases of a token, the newest first: the live one, and
+    the last 100 that ended. Answers "who ran at ten past three?".
+    """
+    ListWaiters: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.ListWaitersRequest, _lease_service_pb2.ListWaitersResponse]  # type: ignore[assignment]
+    """Lists who waits for a token, in the order of their places."""
+    WatchLeases: _aio.UnaryStreamMultiCallable[_lease_service_pb2.WatchLeasesRequest, _lease_service_pb2.WatchLeasesResponse]  # type: ignore[assignment]
+    """Sends how things stand, then every change, for as long as the caller
+    listens. A caller that comes back with the last `resume_token` misses
+    nothing; one that is too slow, or was away for too long, gets a fresh
+    snapshot.
+    """
 
 class LeaseServiceServicer(metaclass=_abc_1.ABCMeta):
     """Gives out leases: at most one of a token lives at any instant, first come,
@@ -132,7 +160,9 @@ class LeaseServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _lease_service_pb2.GetLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_lease_service_pb2.GetLeaseResponse, _abc.Awaitable[_lease_service_pb2.GetLeaseResponse]]:
-        """Returns one lease, also for an hour after its end."""
+        """Returns one lease. An ended one is kept as long as it is in the history of
+        its token; an offer that nobody accepted, for an hour.
+        """
 
     @_abc_1.abstractmethod
     def ListLeases(
@@ -141,5 +171,35 @@ class LeaseServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_lease_service_pb2.ListLeasesResponse, _abc.Awaitable[_lease_service_pb2.ListLeasesResponse]]:
         """Lists live leases."""
+
+    @_abc_1.abstractmethod
+    def ListLeaseHistory(
+        self,
+        request: _lease_service_pb2.ListLeaseHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_lease_service_pb2.ListLeaseHistoryResponse, _abc.Awaitable[_lease_service_pb2.ListLeaseHistoryResponse]]:
+        """Lists the latest leases of a token, the newest first: the live one, and
+        the last 100 that ended. Answers "who ran at ten past three?".
+        """
+
+    @_abc_1.abstractmethod
+    def ListWaiters(
+        self,
+        request: _lease_service_pb2.ListWaitersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_lease_service_pb2.ListWaitersResponse, _abc.Awaitable[_lease_service_pb2.ListWaitersResponse]]:
+        """Lists who waits for a token, in the order of their places."""
+
+    @_abc_1.abstractmethod
+    def WatchLeases(
+        self,
+        request: _lease_service_pb2.WatchLeasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_lease_service_pb2.WatchLeasesResponse], _abc.AsyncIterator[_lease_service_pb2.WatchLeasesResponse]]:
+        """Sends how things stand, then every change, for as long as the caller
+        listens. A caller that comes back with the last `resume_token` misses
+        nothing; one that is too slow, or was away for too long, gets a fresh
+        snapshot.
+        """
 
 def add_LeaseServiceServicer_to_server(servicer: LeaseServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
