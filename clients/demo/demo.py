@@ -138,7 +138,7 @@ class Stage:
                 service(
                     [
                         HOLDOFF,
-                        "simulator",
+                        *("simulator", "serve"),
                         f"--time-scale={self.time_scale}",
                         f"--rotation={self.rotation}",
                     ],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
-COMMAND = (str(Path(sys.executable).with_name("holdoff")), "simulator")
+COMMAND = (str(Path(sys.executable).with_name("holdoff")), "simulator", "serve")
 
 
 @pytest.fixture

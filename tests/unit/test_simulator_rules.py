@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from datetime import datetime, timedelta
+from functools import reduce
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from holdoff.simulator import Provider, Rotation, Rule, Seed
-from holdoff.simulator.rules import (
+from holdoff.simulator import FaultKind, Provider, Rotation, Rule, Seed, Switches
+from holdoff.simulator.limits import (
     BLOCK_MS,
+    CALLS_PER_DAY,
     CALLS_PER_MINUTE,
     DAY_MS,
     ERRORS_PER_HOUR,
@@ -19,11 +23,8 @@ from holdoff.simulator.rules import (
     REFRESH_TOKEN_IDLE_MS,
     SECOND_MS,
     TOKEN_CALLS_PER_DAY,
-    TokenForm,
 )
-
-if TYPE_CHECKING:
-    from holdoff.simulator.rules import Answer
+from holdoff.simulator.rules import TokenForm
 
 SEED = Seed()
 START_MS = 20_000 * DAY_MS  # a midnight, so that every window starts full
@@ -48,9 +49,11 @@ def form(refresh_token: str = SEED.refresh_token, seed: Seed = SEED) -> TokenFor
     return TokenForm("refresh_token", seed.client_id, seed.client_secret, refresh_token)
 
 
-def refresh(p: Provider, now_ms: int, fields: TokenForm | None = None) -> Answer:
+def refresh(
+    p: Provider, now_ms: int, fields: TokenForm | None = None, fault: FaultKind | None = None
+) -> Any:
     """Ask for a token, the answer leaving at once."""
-    answer = p.token(fields or form(), "job/a", now_ms)
+    answer = p.token(fields or form(), "job/a", now_ms, fault)
     p.sent(answer, now_ms)
     return answer
 
@@ -58,6 +61,18 @@ def refresh(p: Provider, now_ms: int, fields: TokenForm | None = None) -> Answer
 def bearer(p: Provider, now_ms: int = START_MS, seed: Seed = SEED) -> str:
     """Get an access token."""
     return str(refresh(p, now_ms, form(seed.refresh_token, seed)).body["access_token"])
+
+
+def switched(*settings: str, rotation: Rotation = Rotation.REUSE) -> Provider:
+    """Make a provider with some switches set."""
+    return provider(rotation, switches=reduce(Switches.set, settings, Switches()))
+
+
+def offend(p: Provider, now_ms: int, fields: TokenForm | None = None) -> None:
+    """Get a token and make one error more than an hour allows."""
+    access = str(refresh(p, now_ms, fields).body["access_token"])
+    for _ in range(ERRORS_PER_HOUR + 1):
+        assert p.call(MISSING, None, access, "job/a", now_ms).status == 404
 
 
 def broken(p: Provider) -> dict[str, int]:
@@ -237,18 +252,12 @@ def test_block_lifts_after_an_hour_and_the_next_is_longer() -> None:
     Fails when refusals during a block count as errors and prolong it.
     """
     p = provider()
-
-    def offend(now_ms: int) -> None:
-        access = bearer(p, now_ms)
-        for _ in range(ERRORS_PER_HOUR + 1):
-            p.call(MISSING, None, access, "job/a", now_ms)
-
-    offend(START_MS)
+    offend(p, START_MS)
     lifted_ms = START_MS + BLOCK_MS
     for now_ms in range(START_MS, lifted_ms, 5 * MINUTE_MS):
         assert refresh(p, now_ms).status == 403
     assert refresh(p, lifted_ms - 1).status == 403
-    offend(lifted_ms)
+    offend(p, lifted_ms)
     assert refresh(p, lifted_ms + 2 * BLOCK_MS - 1).status == 403
     assert refresh(p, lifted_ms + 2 * BLOCK_MS).status == 200
     assert broken(p) == {Rule.ERROR_LIMIT: 2}
@@ -334,3 +343,277 @@ def test_unknown_access_token_is_nobodys_error() -> None:
     for _ in range(ERRORS_PER_HOUR + 1):
         assert p.call(ACCOUNTS, None, "made-up", "job/a", START_MS).status == 401
     assert broken(p) == {}
+
+
+def test_calls_of_a_day() -> None:
+    """The 5,001st call of a day gets a 429 with the day's headers only, the next day is new.
+
+    Fails when the limit is off by one, or counted per user instead of per app and company.
+    """
+    other = Seed(user="sales@example.com", refresh_token="other")
+    p = provider(Rotation.REUSE, SEED, other)
+    now_ms = START_MS
+    for n in range(CALLS_PER_DAY):
+        now_ms = START_MS + n // CALLS_PER_MINUTE * MINUTE_MS
+        if n % (10 * CALLS_PER_MINUTE) == 0:  # a token lives ten minutes
+            accesses = bearer(p, now_ms), bearer(p, now_ms, other)
+        assert p.call(ACCOUNTS, None, accesses[n % 2], "job/a", now_ms).status == 200
+
+    now_ms += MINUTE_MS
+    refused = p.call(ACCOUNTS, None, accesses[0], "job/a", now_ms)
+    assert refused.status == 429
+    assert refused.headers == {
+        "X-RateLimit-Limit": "5000",
+        "X-RateLimit-Remaining": "0",
+        "X-RateLimit-Reset": str(START_MS + DAY_MS),
+        "Retry-After": str((START_MS + DAY_MS - now_ms) // SECOND_MS),
+    }
+    assert broken(p) == {Rule.CALLS_PER_DAY: 1}
+    assert p.call("535194/crm/Accounts", None, accesses[0], "job/a", now_ms).status == 200
+    now_ms = START_MS + DAY_MS
+    assert p.call(ACCOUNTS, None, bearer(p, now_ms), "job/a", now_ms).status == 200
+
+
+def test_report_tells_the_most_errors_of_any_hour() -> None:
+    """Each scope with errors has their number, and the largest of any 60 minutes.
+
+    Fails when the peak forgets errors that a later hour no longer holds, or goes by the clock.
+    """
+    p = switched("error-window=clock-hour")
+    access = bearer(p)
+    half_past_ms = START_MS + 30 * MINUTE_MS
+    for at_ms, errors in ((half_past_ms, 4), (half_past_ms + 40 * MINUTE_MS, 5)):
+        access = bearer(p, at_ms)
+        for _ in range(errors):
+            p.call(MISSING, None, access, "job/a", at_ms)
+    late_ms = START_MS + 5 * HOUR_MS
+    p.call(MISSING, None, bearer(p, late_ms), "job/a", late_ms)
+    report: Any = p.report(late_ms)
+    assert report["errors"] == [
+        {
+            "key": SEED.client_id,
+            "user": SEED.user,
+            "division": "535193",
+            "endpoint": "crm/Nothing",
+            "total": 10,
+            "most_in_an_hour": 9,
+        }
+    ]
+
+
+def test_report_tells_who_broke_which_rule() -> None:
+    """Each client's broken rules are counted by rule."""
+    p = provider()
+    for agent in ("job/a", "job/b", "job/b"):
+        p.sent(p.token(form(), agent, START_MS), START_MS)
+    report: Any = p.report(START_MS)
+    assert report["agents"]["job/a"]["violations_by_rule"] == {}
+    assert report["agents"]["job/b"]["violations_by_rule"] == {Rule.REFRESH_INTERVAL: 2}
+
+
+# Switches
+
+
+@pytest.mark.parametrize(("window", "blocked"), [("sliding", True), ("clock-hour", False)])
+def test_switch_error_window(window: str, *, blocked: bool) -> None:
+    """Eleven errors within an hour that a clock's hour divides block, or don't."""
+    p = switched(f"error-window={window}")
+    before_ms = START_MS + HOUR_MS - MINUTE_MS
+    access = bearer(p, before_ms)
+    for n in range(ERRORS_PER_HOUR + 1):
+        now_ms = before_ms + n // 5 * MINUTE_MS
+        assert p.call(MISSING, None, access, "job/a", now_ms).status == 404
+    assert broken(p) == ({Rule.ERROR_LIMIT: 1} if blocked else {})
+    for _ in range(ERRORS_PER_HOUR):  # and a clock's hour allows ten, not more
+        p.call(MISSING, None, access, "job/a", now_ms)
+    assert broken(p) == {Rule.ERROR_LIMIT: 1}
+
+
+def strict(setting: str) -> tuple[Provider, str, str]:
+    """Refresh once under strict rotation: the provider, the new refresh and access token."""
+    p = switched(setting, rotation=Rotation.STRICT)
+    body = refresh(p, START_MS).body
+    return p, body["refresh_token"], body["access_token"]
+
+
+SECOND_REFRESH_MS = START_MS + 570_000
+THIRD_REFRESH_MS = SECOND_REFRESH_MS + 570_000
+
+
+def test_switch_old_token_dies_at_the_first_refresh() -> None:
+    """The old token works until the new one was used for a refresh, whatever is called before.
+
+    Fails when a call of the API kills it, or when it outlives the refresh.
+    """
+    p, fresh, access = strict("old-token-dies=first-refresh")
+    p.call(ACCOUNTS, None, access, "job/a", START_MS)
+    assert refresh(p, SECOND_REFRESH_MS).status == 200
+
+    p, fresh, access = strict("old-token-dies=first-refresh")
+    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
+    assert refresh(p, THIRD_REFRESH_MS).status == 401
+    assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
+
+
+def test_switch_old_token_dies_at_the_first_call() -> None:
+    """The old token works until the new access token was used, whatever is refreshed before.
+
+    Fails when a refresh kills it, or when it outlives the call.
+    """
+    p, fresh, access = strict("old-token-dies=first-call")
+    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
+    assert refresh(p, THIRD_REFRESH_MS).status == 200
+
+    p, fresh, access = strict("old-token-dies=first-call")
+    p.call(ACCOUNTS, None, access, "job/a", START_MS)
+    assert refresh(p, SECOND_REFRESH_MS).status == 401
+    assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
+    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
+
+
+def test_switch_old_token_dies_at_issue() -> None:
+    """The old token is dead as soon as there is a new one, and nothing has to be done with it."""
+    p, fresh, _ = strict("old-token-dies=issue")
+    assert refresh(p, SECOND_REFRESH_MS).status == 401
+    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
+
+
+@pytest.mark.parametrize("status", [401, 400])
+def test_switch_old_token_status(status: int) -> None:
+    """A dead refresh token is refused with either status, and the same text."""
+    p, _, _ = strict(f"old-token-status={status}")
+    old = refresh(p, SECOND_REFRESH_MS)
+    assert (old.status, old.body["error_description"]) == (status, "Old refresh token used.")
+
+
+def test_switch_early_refresh() -> None:
+    """A refusal brings no refresh token, or one that replaces the one it refused.
+
+    Fails when the token in a refused answer does not work, or the old one goes on to.
+    """
+    p, fresh, _ = strict("early-refresh=error-only")
+    assert "refresh_token" not in refresh(p, START_MS, form(fresh)).body
+    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
+
+    p, fresh, _ = strict("early-refresh=new-token")
+    early = refresh(p, START_MS, form(fresh))
+    assert (early.status, early.body["error"]) == (400, "access_denied")
+    assert "access_token" not in early.body
+    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 401
+    assert refresh(p, SECOND_REFRESH_MS, form(early.body["refresh_token"])).status == 200
+
+
+@pytest.mark.parametrize(("kind", "value"), [("string", "600"), ("number", 600)])
+def test_switch_expires_in(kind: str, value: object) -> None:
+    """The life of an access token is digits in a string, or a number."""
+    assert refresh(switched(f"expires-in={kind}"), START_MS).body["expires_in"] == value
+
+
+@pytest.mark.parametrize(("status", "errors"), [(429, 0), (400, 1)])
+def test_switch_daily_token_status(status: int, errors: int) -> None:
+    """The request above the day's limit gets either status, and 400 counts as an error."""
+    p = switched(f"daily-token-status={status}")
+    for n in range(TOKEN_CALLS_PER_DAY):
+        refresh(p, START_MS + n * 7 * MINUTE_MS)
+    before: Any = p.report(START_MS)
+    last_ms = START_MS + DAY_MS - 1
+    refused = refresh(p, last_ms)
+    assert (refused.status, refused.body["error"]) == (status, "access_denied")
+    after: Any = p.report(START_MS)
+    assert after["errors"][0]["total"] - before["errors"][0]["total"] == errors
+    assert after["agents"]["job/a"]["errors"] - before["agents"]["job/a"]["errors"] == errors
+    assert broken(p)[Rule.TOKEN_CALLS_PER_DAY] == 1
+
+
+def test_switch_block_answer() -> None:
+    """A blocked key gets a 403 in JSON or a 503 with a page, at the token endpoint and the API."""
+    for setting, status, kind in (("403-json", 403, dict), ("503-html", 503, str)):
+        p = switched(f"block-answer={setting}")
+        access = bearer(p)
+        for _ in range(ERRORS_PER_HOUR + 1):
+            p.call(MISSING, None, access, "job/a", START_MS)
+        for answer in (
+            p.call(ACCOUNTS, None, access, "job/a", START_MS),
+            refresh(p, SECOND_REFRESH_MS),
+        ):
+            assert answer.status == status
+            assert isinstance(answer.body, kind)
+        report: Any = p.report(START_MS)
+        assert report["token_requests"]["refused"] == 1
+        assert report["agents"]["job/a"]["refused_while_blocked"] == 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "hours"),
+    [
+        ("doubling", [1, 2, 4, 8, 16, 32]),
+        ("doubling-to-a-day", [1, 2, 4, 8, 16, 24]),
+        ("fixed", [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_switch_block_schedule(schedule: str, hours: list[int]) -> None:
+    """Each repeat's block is as long as the schedule says, to the millisecond; apps are apart."""
+    app = Seed(client_id="other", client_secret="s", refresh_token="other")
+    p = provider(Rotation.REUSE, SEED, app, switches=Switches().set(f"block-schedule={schedule}"))
+    now_ms = START_MS
+    for length in hours:
+        offend(p, now_ms)
+        now_ms += length * HOUR_MS
+        assert refresh(p, now_ms - 1).status == 403
+    assert refresh(p, now_ms).status == 200
+    assert refresh(p, now_ms, form("other", app)).status == 200
+    offend(p, now_ms + HOUR_MS, form("other", app))
+    report: Any = p.report(now_ms)
+    first_of_other = report["blocks"][-1]
+    assert first_of_other["key"] == "other"
+    assert datetime.fromisoformat(first_of_other["end"]) - datetime.fromisoformat(
+        first_of_other["start"]
+    ) == timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("error-windows=sliding", "error-window, old-token-dies"),
+        ("error-window=hour", "error-window is one of sliding, clock-hour, not 'hour'"),
+        ("error-window", "sliding, clock-hour"),
+        ("", "none of the switches"),
+    ],
+)
+def test_unknown_switches_are_refused(setting: str, says: str) -> None:
+    """What is no switch, or no value of one, is refused with a list of those there are."""
+    with pytest.raises(ValueError, match=re.escape(says)):
+        Switches().set(setting)
+
+
+def test_report_tells_the_switches() -> None:
+    """The report says by which behaviours it came about."""
+    report: Any = switched("expires-in=number").report(START_MS)
+    assert report["switches"]["expires-in"] == "number"
+    assert report["switches"]["error-window"] == "sliding"
+
+
+# Faults
+
+
+def test_lost_token_is_issued_and_its_client_not_to_blame() -> None:
+    """A lost answer kills the old token; its client cannot know the new one, and broke no rule.
+
+    Fails when the token of a lost answer is not issued, or its interval not kept, or when the
+    refusal of the old one counts as a violation.
+    """
+    p = provider(Rotation.STRICT)
+    lost = refresh(p, START_MS, fault=FaultKind.LOST_ANSWER)
+    for _ in range(2):
+        assert refresh(p, SECOND_REFRESH_MS).status == 401
+    assert broken(p) == {}
+    report: Any = p.report(START_MS)
+    assert report["token_requests"]["accepted"] == 1
+    assert report["token_requests"]["requests"][0]["fault"] == "lost-answer"
+    assert report["agents"]["job/a"]["tokens_received"] == 0
+    assert report["agents"]["job/a"]["errors"] == 2
+
+    assert refresh(p, SECOND_REFRESH_MS - 1, form(lost.body["refresh_token"])).status == 400
+    assert refresh(p, SECOND_REFRESH_MS, form(lost.body["refresh_token"])).status == 200
+    assert refresh(p, SECOND_REFRESH_MS).status == 401
+    assert broken(p) == {Rule.REFRESH_INTERVAL: 1, Rule.OLD_REFRESH_TOKEN: 1}

@@ -4,7 +4,11 @@ Test jobs against it: it answers as the provider does and reports who broke
 which rule when. It knows nothing of Holdoff.
 """
 
-from holdoff.simulator.rules import Provider, Rotation, Rule, Seed
+from holdoff.simulator.accounting import Rule
+from holdoff.simulator.faults import Fault, FaultKind
+from holdoff.simulator.rules import Provider, Rotation
+from holdoff.simulator.seeds import Seed
 from holdoff.simulator.server import serving
+from holdoff.simulator.switches import Switches
 
-__all__ = ["Provider", "Rotation", "Rule", "Seed", "serving"]
+__all__ = ["Fault", "FaultKind", "Provider", "Rotation", "Rule", "Seed", "Switches", "serving"]

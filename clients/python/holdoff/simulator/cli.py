@@ -1,16 +1,34 @@
-"""The command `holdoff simulator`."""
+"""The commands of `holdoff simulator`."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+from functools import reduce
+from pathlib import Path
+from typing import Any
 
+import aiohttp
 import click
+from click.shell_completion import CompletionItem
 
-from holdoff.simulator.rules import ACCESS_TOKEN_LIFE_MS, SECOND_MS, Rotation
-from holdoff.simulator.server import serve_until_signal
+from holdoff.simulator import seeds, tables
+from holdoff.simulator.faults import FaultKind
+from holdoff.simulator.limits import ACCESS_TOKEN_LIFE_MS, SECOND_MS
+from holdoff.simulator.rules import Rotation
+from holdoff.simulator.server import serve_until_signal, serving
+from holdoff.simulator.switches import DEFAULTS, HELP, SETTINGS, Switches
 
 # Faster than this, an access token would not live for one real second.
 _MOST_TIME_SCALE = ACCESS_TOKEN_LIFE_MS / SECOND_MS
+_MOST_SEEDS = 100  # apps, and users of each
+_ANSWER_SECONDS = 10
+
+
+class _Unavailable(click.ClickException):
+    """An address that does not answer, or cannot be listened on."""
+
+    exit_code = 69
 
 
 class _Address(click.ParamType[tuple[str, int]]):
@@ -29,7 +47,92 @@ class _Address(click.ParamType[tuple[str, int]]):
         return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-@click.command()
+class _Switch(click.ParamType[str]):
+    """`NAME=VALUE` of a switch."""
+
+    name = "name=value"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            DEFAULTS.set(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        del ctx, param
+        return [CompletionItem(text) for text in SETTINGS if text.startswith(incomplete)]
+
+
+class _SeedFile(click.ParamType[tuple[seeds.Seed, ...]]):
+    """A file with seeds; in Python the seeds."""
+
+    name = "file"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[seeds.Seed, ...]:
+        if isinstance(value, tuple):  # converted before
+            return value
+        try:
+            return seeds.read(Path(value))
+        except OSError as error:
+            self.fail(f"{value}: {error.strerror}", param, ctx)
+        except ValueError as error:
+            self.fail(f"{value}: {error}", param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        del ctx, param
+        return [CompletionItem(incomplete, type="file")]
+
+
+class _Url(click.ParamType[str]):
+    """The base URL of a simulator."""
+
+    name = "url"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value.startswith(("http://", "https://")):
+            self.fail(f"{value!r} is no URL such as http://127.0.0.1:8080", param, ctx)
+        return value.rstrip("/")
+
+
+class _Serve(click.Command):
+    """Explains each switch in its help."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Switches, the default value first"):
+            formatter.write_dl(HELP)
+        super().format_epilog(ctx, formatter)
+
+
+_output_option = click.option(
+    "--output",
+    "-o",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    envvar="HOLDOFF_OUTPUT",
+    show_envvar=True,
+    show_default=True,
+    help="A table for people, or one JSON document.",
+)
+
+
+@click.group()
+def simulator() -> None:
+    """Serve a simulated provider, to test jobs against, and ask it who broke which rule."""
+
+
+@simulator.command(
+    "serve",
+    cls=_Serve,
+    epilog="Example: holdoff simulator serve --listen 127.0.0.1:8080 --time-scale 60"
+    " --rotation strict --switch error-window=clock-hour",
+)
 @click.option(
     "--listen",
     type=_Address(),
@@ -51,25 +154,148 @@ class _Address(click.ParamType[tuple[str, int]]):
     show_default=True,
     help="Whether used refresh tokens go on working (reuse) or are refused (strict).",
 )
-def simulator(listen: tuple[str, int], time_scale: float, rotation: str) -> None:
-    """Run a simulated Exact Online to test jobs against.
+@click.option(
+    "--switch",
+    "settings",
+    type=_Switch(),
+    multiple=True,
+    help="Choose a behaviour where the provider's is not known; see below. Repeatable.",
+)
+@click.option(
+    "--seed-file",
+    "seeds_of_file",
+    type=_SeedFile(),
+    help="Apps and users, as TOML ([[seeds]]) or as the JSON that URL/_simulator/seed tells.",
+)
+@click.option("--apps", type=click.IntRange(1, _MOST_SEEDS), help="Number of apps.  [default: 1]")
+@click.option(
+    "--users", type=click.IntRange(1, _MOST_SEEDS), help="Number of users of each.  [default: 1]"
+)
+def serve(  # noqa: PLR0913 -- one for each option
+    listen: tuple[str, int],
+    *,
+    time_scale: float,
+    rotation: str,
+    settings: tuple[str, ...],
+    seeds_of_file: tuple[seeds.Seed, ...] | None,
+    apps: int | None,
+    users: int | None,
+) -> None:
+    """Run a simulated Exact Online until SIGINT or SIGTERM.
 
-    Prints one line with its URL. URL/_simulator/seed tells the client id, the
-    secret and the first refresh token; URL/_simulator/report who broke which
-    rule when. SIGINT and SIGTERM end it.
+    Prints one line with its URL. URL/_simulator/seed tells the client ids, the
+    secrets and the first refresh tokens. All times are simulated ones.
     """
+    if seeds_of_file and (apps or users):
+        raise click.UsageError("--seed-file tells the apps and users: leave out --apps and --users")
     host, port = listen
+    server = serving(
+        host,
+        port,
+        time_scale=time_scale,
+        rotation=Rotation(rotation),
+        switches=reduce(Switches.set, settings, DEFAULTS),
+        seeds=seeds_of_file or seeds.many(apps or 1, users or 1),
+    )
+
+    def ready(url: str) -> None:
+        click.echo(f"simulated Exact Online at {url} (time x {time_scale:g}, rotation {rotation})")
+
     try:
-        asyncio.run(
-            serve_until_signal(
-                host,
-                port,
-                time_scale=time_scale,
-                rotation=Rotation(rotation),
-                ready=lambda url: click.echo(
-                    f"simulated Exact Online at {url} (time x {time_scale:g}, rotation {rotation})"
-                ),
-            )
-        )
+        asyncio.run(serve_until_signal(server, ready))
     except OSError as error:
-        raise click.ClickException(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        reason = (error.strerror or str(error)).rpartition(": ")[2]
+        raise _Unavailable(
+            f"cannot listen on {host}:{port}: {reason};"
+            " choose another address with --listen, port 0 picks a free one"
+        ) from error
+
+
+@simulator.command("report", epilog="Example: holdoff simulator report http://127.0.0.1:8080")
+@click.argument("url", type=_Url())
+@_output_option
+def report(url: str, output: str) -> None:
+    """Tell who broke which rule of the simulator at URL, the blocks, and the errors counted."""
+    document = _ask(url, "GET", "report")
+    if output == "json":
+        click.echo(json.dumps(document, indent=2))
+    else:
+        tables.show_report(document)
+
+
+@simulator.command(
+    "fault",
+    epilog="Example: holdoff simulator fault http://127.0.0.1:8080 reset"
+    " --count 3 --path /api/oauth2/token",
+)
+@click.argument("url", type=_Url())
+@click.argument("kind", type=click.Choice([str(kind) for kind in FaultKind]), required=False)
+@click.option(
+    "--path",
+    help="What the request's path begins with.  [default: any; of lost-answer the token endpoint]",
+)
+@click.option("--count", type=click.IntRange(1), help="How many requests.  [default: 1]")
+@click.option("--seconds", type=float, help="Simulated seconds that a hang or slow body lasts.")
+@click.option("--status", type=click.IntRange(500, 599), help="Status of an error.  [default: 500]")
+@click.option("--clear", is_flag=True, help="Forget all faults that are pending.")
+@_output_option
+def fault(url: str, kind: str | None, *, clear: bool, output: str, **fields: Any) -> None:
+    """Let the next requests to the simulator at URL meet a fault.
+
+    Without KIND it lists the faults that are pending.
+
+    \b
+    error        a 5xx; the request is not acted on
+    hang         silence, then the connection ends; not acted on
+    reset        the connection is reset; not acted on
+    slow-body    the right answer, in driblets
+    lost-answer  a token is issued, and the connection reset instead of the answer
+    """  # noqa: D301 -- click wants the backspace itself
+    given = {name: value for name, value in fields.items() if value is not None}
+    if kind is None and given:
+        raise click.UsageError(f"--{next(iter(given))} needs a KIND of fault")
+    if kind and clear:
+        raise click.UsageError("--clear takes no KIND: it forgets all of them")
+    if kind:
+        document = _ask(url, "POST", "faults", {"fault": kind, **given})
+    else:
+        document = _ask(url, "DELETE" if clear else "GET", "faults")
+    if output == "json":
+        click.echo(json.dumps(document, indent=2))
+    else:
+        tables.show_pending(document["pending"])
+
+
+def _ask(url: str, method: str, page: str, document: dict[str, Any] | None = None) -> Any:
+    """Ask a simulator.
+
+    Raises:
+        click.UsageError: it refused what was asked.
+        click.ClickException: it does not answer, or is none.
+    """
+
+    async def ask() -> tuple[int, Any]:
+        limit = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
+        async with (
+            aiohttp.ClientSession(timeout=limit) as session,
+            session.request(method, f"{url}/_simulator/{page}", json=document) as response,
+        ):
+            return response.status, await response.json()
+
+    try:
+        status, answer = asyncio.run(ask())
+    except aiohttp.InvalidURL as error:
+        raise click.UsageError(f"{url!r} is no URL") from error
+    except (aiohttp.ContentTypeError, json.JSONDecodeError) as error:
+        raise _Unavailable(
+            f"what answers at {url} is no simulator; which URL did it print?"
+        ) from error
+    except TimeoutError as error:
+        raise _Unavailable(f"no answer from {url} within {_ANSWER_SECONDS} s") from error
+    except aiohttp.ClientError as error:
+        raise _Unavailable(
+            f"cannot reach a simulator at {url}; does `holdoff simulator serve` run there?"
+        ) from error
+    if status == 400:  # noqa: PLR2004 -- HTTP's Bad Request
+        raise click.UsageError(answer["error"])
+    return answer

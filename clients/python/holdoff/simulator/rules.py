@@ -1,10 +1,9 @@
 """The rules of the simulated provider, without sockets and without a clock.
 
-`Provider` decides what Exact Online would answer and keeps the account of who
-broke which rule. Time is handed in as simulated milliseconds since the epoch.
-Where the provider's behaviour is published it is marked *official*, where its
-users report it *field*; where sources disagree or are silent, *open*, and the
-strictest reading is taken, since jobs are tested against it.
+`Provider` decides what Exact Online would answer. Time is handed in as simulated
+milliseconds since the epoch. Where the provider's behaviour is published it is
+marked *official*, where its users report it *field*; where sources disagree or
+are silent it is *open* and a switch (`holdoff.simulator.switches`).
 """
 
 from __future__ import annotations
@@ -12,40 +11,50 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from collections import Counter, deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from holdoff.simulator.accounting import (
+    Block,
+    Injection,
+    Ledger,
+    Rule,
+    Scope,
+    TokenRequest,
+    Violation,
+    iso,
+)
+from holdoff.simulator.faults import Fault, FaultKind, Faults
+from holdoff.simulator.limits import (
+    ACCESS_TOKEN_LIFE_MS,
+    BLOCK_MS,
+    CALLS_PER_DAY,
+    CALLS_PER_MINUTE,
+    COUNTED_STATUSES,
+    DAY_MS,
+    ERRORS_PER_HOUR,
+    MINUTE_MS,
+    REFRESH_INTERVAL_MS,
+    REFRESH_TOKEN_IDLE_MS,
+    SECOND_MS,
+    TOKEN_CALLS_PER_DAY,
+)
+from holdoff.simulator.seeds import Seed
+from holdoff.simulator.switches import (
+    DEFAULTS,
+    BlockAnswer,
+    BlockSchedule,
+    EarlyRefresh,
+    ErrorWindow,
+    ExpiresIn,
+    OldTokenDies,
+    Switches,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-
-SECOND_MS = 1_000
-MINUTE_MS = 60 * SECOND_MS
-HOUR_MS = 60 * MINUTE_MS
-DAY_MS = 24 * HOUR_MS
-
-REFRESH_INTERVAL_MS = 570 * SECOND_MS
-"""Least time from the last byte of one access token to the next request (official)."""
-ACCESS_TOKEN_LIFE_MS = 600 * SECOND_MS
-"""Life of an access token (official)."""
-REFRESH_TOKEN_IDLE_MS = 30 * DAY_MS
-"""Life of an unused refresh token where old ones are refused (official)."""
-TOKEN_CALLS_PER_DAY = 200
-"""Token endpoint calls per key, user and day (official in 2021)."""
-CALLS_PER_MINUTE = 60
-"""API calls per app and company in a clock minute (official)."""
-CALLS_PER_DAY = 5_000
-"""API calls per app and company in a day (official)."""
-ERRORS_PER_HOUR = 10
-"""Errors per key, user, company and endpoint in a sliding hour (official; the window is open)."""
-COUNTED_STATUSES = frozenset({400, 401, 403, 404})
-"""Statuses that count as errors (official)."""
-BLOCK_MS = HOUR_MS
-"""Length of a key's first block; each repeat doubles it (official: longer; schedule open)."""
-LONGEST_BLOCK_MS = DAY_MS
-"""No block is longer (open)."""
 
 TOKEN_ENDPOINT = "oauth2/token"  # noqa: S105 -- a path
 _ME = "current/Me"  # the one endpoint that belongs to no company
@@ -62,8 +71,6 @@ ENDPOINTS = frozenset(
 )
 """The endpoints of a company that exist; any other answers 404."""
 
-_KEPT = 10_000  # entries of each list in the report; the totals count on
-
 _LITERAL = r"(?:(?:guid|datetime)?'(?:[^']|'')*'|-?\d+(?:\.\d+)?[mLdf]?|true|false|null)"
 _COMPARISON = rf"[A-Za-z_][\w/]*\s+(?:eq|ne|gt|ge|lt|le)\s+{_LITERAL}"
 _FUNCTION = r"(?:substringof|startswith|endswith)\([^()]+\)(?:\s+eq\s+(?:true|false))?"
@@ -73,38 +80,12 @@ _FILTER = re.compile(rf"\s*{_TERM}(?:\s+(?:and|or)\s+{_TERM})*\s*")
 
 
 class Rotation(StrEnum):
-    """What becomes of a refresh token once it was used."""
+    """What becomes of a refresh token once it was used: a permission that an app has or not."""
 
     REUSE = "reuse"
     """Old ones work on and never expire, as Exact Online allows some apps."""
     STRICT = "strict"
     """Each refresh kills the token it used."""
-
-
-class Rule(StrEnum):
-    """The rules that a client can break."""
-
-    REFRESH_INTERVAL = "refresh_interval"
-    OLD_REFRESH_TOKEN = "old_refresh_token"  # noqa: S105 -- a rule's name
-    TOKEN_CALLS_PER_DAY = "token_calls_per_day"  # noqa: S105 -- a rule's name
-    CALLS_PER_MINUTE = "calls_per_minute"
-    CALLS_PER_DAY = "calls_per_day"
-    ERROR_LIMIT = "error_limit"
-    """More errors than allowed; the key is blocked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seed:
-    """One user's grant to an app, known to the provider from the start.
-
-    Two seeds with the same `client_id` are two users of one app.
-    """
-
-    client_id: str = "00000000-0000-4000-8000-000000000570"
-    client_secret: str = "simulated-client-secret"  # noqa: S105 -- opens nothing
-    user: str = "finance@example.com"
-    refresh_token: str = "simulated-refresh-token-0"  # noqa: S105 -- opens nothing
-    divisions: tuple[int, ...] = (535193, 535194)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,78 +103,26 @@ class Answer:
     """What the provider answers."""
 
     status: int
-    body: Mapping[str, object]
+    body: Mapping[str, object] | str
+    """JSON, or the text of a page."""
     headers: Mapping[str, str] = field(default_factory=dict)
     issued_to: _Grant | None = None
     """Set when the body carries an access token: `Provider.sent` must follow."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """What errors are counted for, and where a rule was broken."""
-
-    key: str
-    user: str
-    division: str
-    endpoint: str
-
-
-@dataclass(frozen=True, slots=True)
-class Violation:
-    """A broken rule; `agent` is who broke it, by its User-Agent."""
-
-    rule: Rule
-    time_ms: int
-    scope: Scope
-    agent: str
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRequest:
-    """A call of the token endpoint; `error` is the refusal's code, empty when accepted."""
-
-    time_ms: int
-    key: str
-    user: str
-    agent: str
-    status: int
-    error: str
-    gap_ms: int | None
-    """Time since the last byte of the user's last access token; None before the first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A time in which an API key is refused."""
-
-    key: str
-    start_ms: int
-    end_ms: int
-    cause: Scope
-
-
-@dataclass(slots=True)
-class AgentCounts:
-    """What one client did, by its User-Agent."""
-
-    token_requests: int = 0
-    tokens_received: int = 0
-    api_calls: int = 0
-    api_calls_succeeded: int = 0
-    errors: int = 0
-    refused_while_blocked: int = 0
-    violations: int = 0
-
-
 @dataclass(slots=True)
 class _Grant:
-    """A seed's state: its current refresh token and the last access token given."""
+    """A seed's state. Its refresh tokens are numbered in the order of their issue."""
 
     seed: Seed
-    refresh_token: str
-    refresh_token_time_ms: int
+    newest: int = 0
+    """Number of the latest refresh token."""
+    newest_received: int = 0
+    """Number of the latest one whose answer was not lost on request."""
+    oldest_alive: int = 0
+    """Under strict rotation the tokens before this one are dead."""
     last_sent_ms: int | None = None
+    """When the last byte of the last access token left."""
     sending: bool = False
 
     def gap_ms(self, now_ms: int) -> int | None:
@@ -203,10 +132,17 @@ class _Grant:
 
 
 @dataclass(frozen=True, slots=True)
-class _Access:
-    """An access token."""
-
+class _RefreshToken:
     grant: _Grant
+    number: int
+    issue_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _AccessToken:
+    grant: _Grant
+    number: int
+    """Number of the refresh token that was issued with it."""
     expiry_ms: int
 
 
@@ -254,65 +190,92 @@ class Provider:
         time_scale: simulated seconds in a real one. It only turns simulated
             time into the real seconds of `expires_in` and `Retry-After`.
         rotation: what becomes of a used refresh token.
+        switches: the behaviours where the real one is not known.
         new_token: makes the value of a token.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- each can be left out
         self,
         seeds: Iterable[Seed] = (Seed(),),
         *,
         start_ms: int = 0,
         time_scale: float = 1.0,
         rotation: Rotation = Rotation.REUSE,
+        switches: Switches = DEFAULTS,
         new_token: Callable[[], str] = secrets.token_urlsafe,
     ) -> None:
         self.seeds = tuple(seeds)
         self.time_scale = time_scale
         self.rotation = rotation
+        self.switches = switches
+        self.faults = Faults()
         self._new_token = new_token
         self._secrets = {seed.client_id: seed.client_secret for seed in self.seeds}
         self._refresh_tokens = {
-            seed.refresh_token: _Grant(seed, seed.refresh_token, start_ms) for seed in self.seeds
+            seed.refresh_token: _RefreshToken(_Grant(seed), 0, start_ms) for seed in self.seeds
         }
-        self._access_tokens: dict[str, _Access] = {}
-        self._errors: dict[Scope, deque[int]] = {}
-        self._blocks: list[Block] = []
+        self._access_tokens: dict[str, _AccessToken] = {}
         self._token_days: dict[tuple[str, str], _Window] = {}
         self._minutes: dict[tuple[str, str], _Window] = {}
         self._days: dict[tuple[str, str], _Window] = {}
+        self._ledger = Ledger()
 
-        self._violations: deque[Violation] = deque(maxlen=_KEPT)
-        self._violations_by_rule: Counter[Rule] = Counter()
-        self._token_requests: deque[TokenRequest] = deque(maxlen=_KEPT)
-        self._token_totals: Counter[str] = Counter()
-        self._api_statuses: Counter[int] = Counter()
-        self._agents: dict[str, AgentCounts] = {}
+    def fault(self, path: str, agent: str, now_ms: int) -> Fault | None:
+        """Tell which fault, if any, was asked for a request that just came.
 
-    def token(self, form: TokenForm, agent: str, now_ms: int) -> Answer:
+        Unless the fault is one that is `acted_on`, the request goes no further.
+        """
+        fault = self.faults.take(path)
+        if fault is not None:
+            self._ledger.injection(Injection(now_ms, agent, path, fault.kind))
+        return fault
+
+    def token(
+        self, form: TokenForm, agent: str, now_ms: int, fault: FaultKind | None = None
+    ) -> Answer:
         """Answer a call of the token endpoint.
 
         When the answer carries an access token, every further request of that
         user is too early until `sent` was called and the interval has passed.
-        """
-        grant = self._refresh_tokens.get(form.refresh_token)
-        if grant is not None and grant.seed.client_id != form.client_id:
-            grant = None  # another app's token tells its user to nobody
-        user = grant.seed.user if grant else ""
-        scope = Scope(form.client_id, user, "", TOKEN_ENDPOINT)
-        gap_ms = grant.gap_ms(now_ms) if grant else None
 
-        answer = self._refuse_at_the_door(scope, agent, now_ms)
-        if answer is None:
-            answer = self._decide_token(form, grant, scope, agent, now_ms)
+        Args:
+            form: what was sent.
+            agent: who asks, by its User-Agent.
+            now_ms: simulated time.
+            fault: what will become of the answer.
+        """
+        token = self._refresh_tokens.get(form.refresh_token)
+        if token is not None and token.grant.seed.client_id != form.client_id:
+            token = None  # another app's token tells its user to nobody
+        user = token.grant.seed.user if token else ""
+        scope = Scope(form.client_id, user, "", TOKEN_ENDPOINT)
+        gap_ms = token.grant.gap_ms(now_ms) if token else None
+        newest = token.grant.newest if token else 0
+
+        if self._blocked(scope.key, agent, now_ms):
+            answer = self._block_answer()
+        else:
+            answer = self._decide_token(form, token, scope, agent, now_ms)
             self._count_error(answer.status, scope, agent, now_ms)
 
-        error = str(answer.body.get("error", ""))
-        counts = self._agent(agent)
-        counts.token_requests += 1
-        counts.tokens_received += answer.issued_to is not None
-        self._token_totals["refused" if error else "accepted"] += 1
-        self._token_requests.append(
-            TokenRequest(now_ms, form.client_id, user, agent, answer.status, error, gap_ms)
+        lost = fault is FaultKind.LOST_ANSWER
+        if token and token.grant.newest > newest and not lost:
+            token.grant.newest_received = token.grant.newest
+        accepted = answer.issued_to is not None
+        error = None if isinstance(answer.body, str) else answer.body.get("error")
+        self._ledger.token_request(
+            TokenRequest(
+                now_ms,
+                form.client_id,
+                user,
+                agent,
+                answer.status,
+                accepted,
+                None if error is None else str(error),
+                gap_ms,
+                fault,
+            ),
+            received=accepted and not lost,
         )
         return answer
 
@@ -339,130 +302,114 @@ class Provider:
             answer = _UNAUTHORIZED  # belongs to no key, so nobody's errors are counted
         else:
             answer = self._call_with(access, path, odata_filter, agent, now_ms)
-        counts = self._agent(agent)
-        counts.api_calls += 1
-        counts.api_calls_succeeded += answer.status == 200  # noqa: PLR2004 -- HTTP's OK
-        self._api_statuses[answer.status] += 1
+        self._ledger.api_call(answer.status, agent)
         return answer
 
     def report(self, now_ms: int) -> dict[str, object]:
-        """Tell who broke which rule when, and what was asked, as a JSON document.
-
-        Each list holds its latest entries; the totals count everything. No
-        token value is in it.
-        """
-        by_rule = {str(rule): self._violations_by_rule[rule] for rule in Rule}
+        """Tell who broke which rule when, and what was asked, as a JSON document."""
         return {
-            "time": _iso(now_ms),
+            "time": iso(now_ms),
             "time_scale": self.time_scale,
             "rotation": str(self.rotation),
-            "totals": {"violations": sum(by_rule.values()), "by_rule": by_rule},
-            "violations": [
-                {
-                    "rule": str(v.rule),
-                    "time": _iso(v.time_ms),
-                    "agent": v.agent,
-                    **asdict(v.scope),
-                    "detail": v.detail,
-                }
-                for v in self._violations
-            ],
-            "blocks": [
-                {
-                    "key": block.key,
-                    "start": _iso(block.start_ms),
-                    "end": _iso(block.end_ms),
-                    "cause": asdict(block.cause),
-                }
-                for block in self._blocks
-            ],
-            "token_requests": {
-                "accepted": self._token_totals["accepted"],
-                "refused": self._token_totals["refused"],
-                "requests": [
-                    {
-                        "time": _iso(r.time_ms),
-                        "agent": r.agent,
-                        "key": r.key,
-                        "user": r.user,
-                        "accepted": not r.error,
-                        "status": r.status,
-                        "error": r.error or None,
-                        "gap_seconds": None if r.gap_ms is None else r.gap_ms / SECOND_MS,
-                    }
-                    for r in self._token_requests
-                ],
-            },
-            "api_calls": {
-                "total": self._api_statuses.total(),
-                "by_status": {str(s): n for s, n in sorted(self._api_statuses.items())},
-            },
-            "agents": {name: asdict(counts) for name, counts in sorted(self._agents.items())},
+            "switches": self.switches.document(),
+            **self._ledger.document(),
         }
 
-    def _refuse_at_the_door(self, scope: Scope, agent: str, now_ms: int) -> Answer | None:
-        """Refuse a token request for what was asked before it."""
-        if self._blocked(scope.key, agent, now_ms):
-            return _BLOCKED
+    def _decide_token(  # noqa: PLR0911 -- one return for each answer of the provider
+        self,
+        form: TokenForm,
+        token: _RefreshToken | None,
+        scope: Scope,
+        agent: str,
+        now_ms: int,
+    ) -> Answer:
         day = self._token_days.setdefault(
             (scope.key, scope.user), _Window(DAY_MS, TOKEN_CALLS_PER_DAY)
         )
-        if day.take(now_ms):
-            return None
-        detail = f"more than {TOKEN_CALLS_PER_DAY} token requests in a day"
-        self._violate(Rule.TOKEN_CALLS_PER_DAY, scope, agent, now_ms, detail)
-        headers = {"Retry-After": self._retry_after(day, now_ms)}
-        return _oauth_error(429, "access_denied", "Rate limit exceeded", headers)  # open
-
-    def _decide_token(  # noqa: PLR0911 -- one return for each answer of the provider
-        self, form: TokenForm, grant: _Grant | None, scope: Scope, agent: str, now_ms: int
-    ) -> Answer:
+        if not day.take(now_ms):
+            detail = f"more than {TOKEN_CALLS_PER_DAY} token requests in a day"
+            self._violate(Rule.TOKEN_CALLS_PER_DAY, scope, agent, now_ms, detail)
+            status = int(self.switches.daily_token_status)
+            headers = {"Retry-After": self._retry_after(day, now_ms)}
+            return _oauth_error(status, "access_denied", "Rate limit exceeded", headers)
         if form.client_secret != self._secrets.get(form.client_id):
             return _oauth_error(401, "invalid_client", "Unknown client or wrong secret.")
         if form.grant_type != "refresh_token":
             return _oauth_error(400, "unsupported_grant_type", "Only refresh_token is simulated.")
-        if grant is None:
+        if token is None:
             return _oauth_error(400, "invalid_grant", "Unknown refresh token.")
         if self.rotation is Rotation.STRICT:
-            if form.refresh_token != grant.refresh_token:
-                self._violate(Rule.OLD_REFRESH_TOKEN, scope, agent, now_ms, "it was used before")
-                return _oauth_error(401, "unauthorized_client", "Old refresh token used.")
-            expiry_ms = grant.refresh_token_time_ms + REFRESH_TOKEN_IDLE_MS
-            if now_ms >= expiry_ms:
-                description = (
-                    f"The refresh token expired at {_american(expiry_ms)}"
-                    f" and it is now {_american(now_ms)}."
-                )
-                return _oauth_error(400, "invalid_request", description)
+            refusal = self._refuse_if_dead(token, scope, agent, now_ms)
+            if refusal is not None:
+                return refusal
+        grant = token.grant
         gap_ms = grant.gap_ms(now_ms)
         if gap_ms is not None and gap_ms < REFRESH_INTERVAL_MS:
             detail = f"{gap_ms / SECOND_MS:.3f} s after the last access token, not 570 s"
             self._violate(Rule.REFRESH_INTERVAL, scope, agent, now_ms, detail)
-            return _oauth_error(
-                400,
-                "access_denied",
-                "Rate limit exceeded: access_token not expired",
-                {"Reason": "TooEarlyToRefreshTokens"},  # how the real value goes on is not known
-            )
+            return self._too_early(grant, now_ms)
+        if self.switches.old_token_dies is OldTokenDies.FIRST_REFRESH:
+            self._kill_before(token.number, grant)
         return self._issue(grant, now_ms)
 
+    def _refuse_if_dead(
+        self, token: _RefreshToken, scope: Scope, agent: str, now_ms: int
+    ) -> Answer | None:
+        """Refuse a refresh token that was replaced, or not used for too long."""
+        if token.number < token.grant.oldest_alive:
+            # Who never got a newer one because of a fault of ours could not know better.
+            if token.number < token.grant.newest_received:
+                self._violate(Rule.OLD_REFRESH_TOKEN, scope, agent, now_ms, "it was replaced")
+            status = int(self.switches.old_token_status)
+            return _oauth_error(status, "unauthorized_client", "Old refresh token used.")
+        expiry_ms = token.issue_ms + REFRESH_TOKEN_IDLE_MS
+        if now_ms >= expiry_ms:
+            description = (
+                f"The refresh token expired at {_american(expiry_ms)}"
+                f" and it is now {_american(now_ms)}."
+            )
+            return _oauth_error(400, "invalid_request", description)
+        return None
+
+    def _too_early(self, grant: _Grant, now_ms: int) -> Answer:
+        body = {
+            "error": "access_denied",
+            "error_description": "Rate limit exceeded: access_token not expired",
+        }
+        if self.switches.early_refresh is EarlyRefresh.NEW_TOKEN:
+            body["refresh_token"] = self._new_refresh_token(grant, now_ms)
+        # How the header's real value goes on is not known.
+        return Answer(400, body, {"Reason": "TooEarlyToRefreshTokens"})
+
     def _issue(self, grant: _Grant, now_ms: int) -> Answer:
-        access_token, refresh_token = self._new_token(), self._new_token()
-        self._access_tokens[access_token] = _Access(grant, now_ms + ACCESS_TOKEN_LIFE_MS)
-        self._refresh_tokens[refresh_token] = grant
-        grant.refresh_token, grant.refresh_token_time_ms = refresh_token, now_ms
+        access_token, refresh_token = self._new_token(), self._new_refresh_token(grant, now_ms)
+        expiry_ms = now_ms + ACCESS_TOKEN_LIFE_MS
+        self._access_tokens[access_token] = _AccessToken(grant, grant.newest, expiry_ms)
         grant.sending = True
+        # Rounded down, so that nobody trusts it too long.
+        life_seconds = math.floor(self._real_seconds(ACCESS_TOKEN_LIFE_MS))
+        digits = self.switches.expires_in is ExpiresIn.STRING
         body = {
             "access_token": access_token,
             "token_type": "bearer",
-            # Digits in a string (official); rounded down, so that nobody trusts it too long.
-            "expires_in": str(math.floor(self._real_seconds(ACCESS_TOKEN_LIFE_MS))),
+            "expires_in": str(life_seconds) if digits else life_seconds,
             "refresh_token": refresh_token,
         }
         return Answer(200, body, {"Cache-Control": "no-store"}, issued_to=grant)
 
+    def _new_refresh_token(self, grant: _Grant, now_ms: int) -> str:
+        value = self._new_token()
+        grant.newest += 1
+        self._refresh_tokens[value] = _RefreshToken(grant, grant.newest, now_ms)
+        if self.switches.old_token_dies is OldTokenDies.ISSUE:
+            self._kill_before(grant.newest, grant)
+        return value
+
+    def _kill_before(self, number: int, grant: _Grant) -> None:
+        grant.oldest_alive = max(grant.oldest_alive, number)
+
     def _call_with(
-        self, access: _Access, path: str, odata_filter: str | None, agent: str, now_ms: int
+        self, access: _AccessToken, path: str, odata_filter: str | None, agent: str, now_ms: int
     ) -> Answer:
         seed = access.grant.seed
         if path == _ME:
@@ -473,10 +420,12 @@ class Provider:
             scope = Scope(seed.client_id, seed.user, division, endpoint)
 
         if self._blocked(scope.key, agent, now_ms):
-            return _BLOCKED
+            return self._block_answer()
         if now_ms >= access.expiry_ms:
             answer = _UNAUTHORIZED
         else:
+            if self.switches.old_token_dies is OldTokenDies.FIRST_CALL:
+                self._kill_before(access.number, access.grant)
             limits = self._take_call(scope, agent, now_ms)
             if isinstance(limits, Answer):
                 return limits
@@ -512,35 +461,43 @@ class Provider:
         """Count an answer that is an error in its hour; above the limit, block the key."""
         if status not in COUNTED_STATUSES:
             return
-        self._agent(agent).errors += 1
+        self._ledger.agent(agent).errors += 1
         if scope.key not in self._secrets:
             return  # there is no such app to block
-        errors = self._errors.setdefault(scope, deque())
-        errors.append(now_ms)
-        while errors[0] <= now_ms - HOUR_MS:
-            errors.popleft()
-        if len(errors) > ERRORS_PER_HOUR:
-            repeats = sum(block.key == scope.key for block in self._blocks)
-            length_ms = min(BLOCK_MS * 2**repeats, LONGEST_BLOCK_MS)
-            self._blocks.append(Block(scope.key, now_ms, now_ms + length_ms, scope))
-            detail = (
-                f"{len(errors)} errors in an hour: key blocked for {length_ms // MINUTE_MS} min"
-            )
+        errors = self._ledger.errors(scope)
+        errors.add(now_ms)
+        sliding = self.switches.error_window is ErrorWindow.SLIDING
+        count = errors.in_last_hour() if sliding else errors.in_clock_hour()
+        if count > ERRORS_PER_HOUR:
+            length_ms = self._next_block_ms(scope.key)
+            self._ledger.blocks.append(Block(scope.key, now_ms, now_ms + length_ms, scope))
+            detail = f"{count} errors in an hour: key blocked for {length_ms // MINUTE_MS} min"
             self._violate(Rule.ERROR_LIMIT, scope, agent, now_ms, detail)
+
+    def _next_block_ms(self, key: str) -> int:
+        """How long the next block of a key will be."""
+        repeats = sum(block.key == key for block in self._ledger.blocks)
+        match self.switches.block_schedule:
+            case BlockSchedule.FIXED:
+                return BLOCK_MS
+            case BlockSchedule.DOUBLING_TO_A_DAY:
+                return min(BLOCK_MS << repeats, DAY_MS)
+            case BlockSchedule.DOUBLING:
+                return BLOCK_MS << repeats
 
     def _blocked(self, key: str, agent: str, now_ms: int) -> bool:
         """Whether the key is refused now; what is refused so counts as nothing else."""
-        blocked = any(block.key == key and now_ms < block.end_ms for block in self._blocks)
-        self._agent(agent).refused_while_blocked += blocked
+        blocked = any(block.key == key and now_ms < block.end_ms for block in self._ledger.blocks)
+        self._ledger.agent(agent).refused_while_blocked += blocked
         return blocked
 
-    def _violate(self, rule: Rule, scope: Scope, agent: str, now_ms: int, detail: str) -> None:
-        self._violations.append(Violation(rule, now_ms, scope, agent, detail))
-        self._violations_by_rule[rule] += 1
-        self._agent(agent).violations += 1
+    def _block_answer(self) -> Answer:
+        if self.switches.block_answer is BlockAnswer.HTML_503:
+            return _BLOCKED_PAGE
+        return _BLOCKED
 
-    def _agent(self, agent: str) -> AgentCounts:
-        return self._agents.setdefault(agent, AgentCounts())
+    def _violate(self, rule: Rule, scope: Scope, agent: str, now_ms: int, detail: str) -> None:
+        self._ledger.violation(Violation(rule, now_ms, scope, agent, detail))
 
     def _real_seconds(self, simulated_ms: int) -> float:
         return simulated_ms / SECOND_MS / self.time_scale
@@ -581,14 +538,15 @@ def _oauth_error(
     return Answer(status, {"error": error, "error_description": description}, headers or {})
 
 
-_BLOCKED = _oauth_error(403, "access_denied", "The API key is blocked.")  # the body is open
+_BLOCKED = _oauth_error(403, "access_denied", "The API key is blocked.")
+_BLOCKED_PAGE = Answer(
+    503,
+    "<!DOCTYPE html><html><head><title>Service Unavailable</title></head>"
+    "<body><h1>Service Unavailable</h1></body></html>",
+)
 _UNAUTHORIZED = Answer(
     401, _message("Unauthorized: unknown or expired access token"), {"WWW-Authenticate": "Bearer"}
 )
-
-
-def _iso(time_ms: int) -> str:
-    return datetime.fromtimestamp(time_ms / SECOND_MS, UTC).isoformat(timespec="milliseconds")
 
 
 def _american(time_ms: int) -> str:

@@ -5,16 +5,26 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
+import struct
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from holdoff.simulator.faults import TOKEN_PATH, Fault, FaultKind
 from holdoff.simulator.rules import Answer, Provider, Rotation, TokenForm
+from holdoff.simulator.seeds import Seed
+from holdoff.simulator.switches import DEFAULTS, Switches
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterable
+    from contextlib import AbstractAsyncContextManager
+
+    from aiohttp.typedefs import Handler
+
+_FAULT = web.RequestKey("fault", Fault)
 
 
 class SimulatedClock:
@@ -37,19 +47,43 @@ class Server:
     def __init__(self, provider: Provider, now_ms: Callable[[], int]) -> None:
         self._provider = provider
         self._now_ms = now_ms
+        self._stopping = asyncio.Event()
 
     def application(self) -> web.Application:
         """Make the routes, as Exact Online's paths are, and our own under `/_simulator/`."""
-        app = web.Application()
+        app = web.Application(middlewares=[self._meet_fault])
         app.add_routes(
             [
-                web.post("/api/oauth2/token", self._token),
+                web.post(TOKEN_PATH, self._token),
                 web.get("/api/v1/{path:.+}", self._call, allow_head=False),
                 web.get("/_simulator/report", self._report, allow_head=False),
                 web.get("/_simulator/seed", self._seed, allow_head=False),
+                web.get("/_simulator/faults", self._list_faults, allow_head=False),
+                web.post("/_simulator/faults", self._add_fault),
+                web.delete("/_simulator/faults", self._clear_faults),
             ]
         )
+        app.on_shutdown.append(self._stop)
         return app
+
+    async def _stop(self, _app: web.Application) -> None:
+        self._stopping.set()  # a hang would hold up the end
+
+    @web.middleware
+    async def _meet_fault(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Let a request meet the fault that was asked for, if there is one."""
+        fault = self._provider.fault(request.path, _agent(request), self._now_ms())
+        if fault is None:
+            return await handler(request)
+        if fault.acted_on:
+            request[_FAULT] = fault
+            return await handler(request)
+        match fault.kind:
+            case FaultKind.HANG:
+                await self._pass_time(fault.seconds or 0)
+            case FaultKind.ERROR:
+                return web.Response(status=fault.status or 500, text="injected fault")
+        return _reset(request)
 
     async def _token(self, request: web.Request) -> web.StreamResponse:
         form = await request.post()
@@ -64,16 +98,16 @@ class Server:
             client_secret=text("client_secret"),
             refresh_token=text("refresh_token"),
         )
-        answer = self._provider.token(fields, _agent(request), self._now_ms())
-        response = _response(answer)
+        fault = request.get(_FAULT)
+        answer = self._provider.token(
+            fields, _agent(request), self._now_ms(), fault.kind if fault else None
+        )
         try:
-            await response.prepare(request)
-            await response.write_eof()
+            return await self._send(request, answer, fault)
         finally:  # an answer that its client did not wait for counts too
             self._provider.sent(answer, self._now_ms())
-        return response
 
-    async def _call(self, request: web.Request) -> web.Response:
+    async def _call(self, request: web.Request) -> web.StreamResponse:
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
         bearer = credentials.strip() if scheme.lower() == "bearer" else ""
         answer = self._provider.call(
@@ -83,7 +117,37 @@ class Server:
             _agent(request),
             self._now_ms(),
         )
-        return _response(answer)
+        return await self._send(request, answer, request.get(_FAULT))
+
+    async def _send(
+        self, request: web.Request, answer: Answer, fault: Fault | None
+    ) -> web.StreamResponse:
+        """Send an answer to its last byte, or as the fault has it."""
+        if fault is not None and fault.kind is FaultKind.LOST_ANSWER:
+            return _reset(request)
+        if isinstance(answer.body, str):
+            body, content_type = answer.body, "text/html"
+        else:  # as compact as the provider's
+            body, content_type = json.dumps(answer.body, separators=(",", ":")), "application/json"
+        data = body.encode()
+        response = web.StreamResponse(status=answer.status, headers=answer.headers)
+        response.content_type, response.charset = content_type, "utf-8"
+        response.content_length = len(data)
+        with suppress(ConnectionError):  # its client did not wait for it
+            await response.prepare(request)
+            if fault is not None:
+                for n in range(len(data) - 1):
+                    await response.write(data[n : n + 1])
+                    await self._pass_time((fault.seconds or 0) / len(data))
+                data = data[-1:]
+            await response.write_eof(data)
+        return response
+
+    async def _pass_time(self, seconds: float) -> None:
+        """Wait for a simulated time, or until the server stops."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds / self._provider.time_scale):
+                await self._stopping.wait()
 
     async def _report(self, _request: web.Request) -> web.Response:
         return web.json_response(self._provider.report(self._now_ms()))
@@ -92,7 +156,7 @@ class Server:
         base = f"{request.scheme}://{request.host}"
         seeds = [
             {
-                "token_url": f"{base}/api/oauth2/token",
+                "token_url": f"{base}{TOKEN_PATH}",
                 "api_url": f"{base}/api/v1",
                 "client_id": seed.client_id,
                 "client_secret": seed.client_secret,
@@ -104,28 +168,52 @@ class Server:
         ]
         return web.json_response({"seeds": seeds})
 
+    async def _list_faults(self, _request: web.Request) -> web.Response:
+        return web.json_response({"pending": self._provider.faults.pending()})
+
+    async def _add_fault(self, request: web.Request) -> web.Response:
+        try:
+            self._provider.faults.add(Fault.parse(await request.json()))
+        except ValueError as error:  # also of text that is no JSON
+            return web.json_response({"error": str(error)}, status=400)
+        return await self._list_faults(request)
+
+    async def _clear_faults(self, request: web.Request) -> web.Response:
+        self._provider.faults.clear()
+        return await self._list_faults(request)
+
 
 @asynccontextmanager
-async def serving(
+async def serving(  # noqa: PLR0913 -- each can be left out
     host: str = "127.0.0.1",
     port: int = 0,
     *,
     time_scale: float = 1.0,
     rotation: Rotation = Rotation.REUSE,
+    switches: Switches = DEFAULTS,
+    seeds: Iterable[Seed] = (Seed(),),
 ) -> AsyncIterator[str]:
-    """Run a simulated provider with the default seed and yield its base URL.
+    """Run a simulated provider and yield its base URL.
 
     Args:
         host: address to listen on.
         port: port to listen on; 0 picks a free one.
         time_scale: simulated seconds in a real one.
         rotation: what becomes of a used refresh token.
+        switches: the behaviours where the real one is not known.
+        seeds: the grants that exist.
 
     Raises:
         OSError: the address cannot be listened on.
     """
     clock = SimulatedClock(time_scale)
-    provider = Provider(start_ms=clock.now_ms(), time_scale=time_scale, rotation=rotation)
+    provider = Provider(
+        seeds,
+        start_ms=clock.now_ms(),
+        time_scale=time_scale,
+        rotation=rotation,
+        switches=switches,
+    )
     runner = web.AppRunner(
         Server(provider, clock.now_ms).application(), access_log=None, shutdown_timeout=1.0
     )
@@ -139,14 +227,9 @@ async def serving(
 
 
 async def serve_until_signal(
-    host: str,
-    port: int,
-    *,
-    time_scale: float,
-    rotation: Rotation,
-    ready: Callable[[str], None],
+    server: AbstractAsyncContextManager[str], ready: Callable[[str], None]
 ) -> None:
-    """Serve until SIGINT or SIGTERM; `ready` is told the base URL.
+    """Serve, as `serving` does, until SIGINT or SIGTERM; `ready` is told the base URL.
 
     Raises:
         OSError: the address cannot be listened on.
@@ -156,15 +239,20 @@ async def serve_until_signal(
     # Not loop.add_signal_handler, which Windows lacks.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    async with serving(host, port, time_scale=time_scale, rotation=rotation) as url:
+    async with server as url:
         ready(url)
         await stop.wait()
 
 
+def _reset(request: web.Request) -> web.Response:
+    """Reset the connection; aiohttp takes the response that it asks for as not delivered."""
+    if request.transport is not None:
+        connection = request.transport.get_extra_info("socket")
+        # No lingering: the kernel then closes with RST instead of FIN.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        request.transport.abort()
+    return web.Response()
+
+
 def _agent(request: web.Request) -> str:
     return request.headers.get("User-Agent", "unknown")
-
-
-def _response(answer: Answer) -> web.Response:
-    body = json.dumps(answer.body, separators=(",", ":"))  # as compact as the provider's
-    return web.json_response(text=body, status=answer.status, headers=answer.headers)

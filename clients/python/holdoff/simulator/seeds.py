@@ -1,0 +1,103 @@
+"""The grants that exist from the start: the default one, many, or those of a file."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """One user's grant to an app, known to the provider from the start.
+
+    Seeds with the same `client_id` are users of one app.
+    """
+
+    client_id: str = "00000000-0000-4000-8000-000000000570"
+    client_secret: str = "simulated-client-secret"  # noqa: S105 -- opens nothing
+    user: str = "finance@example.com"
+    refresh_token: str = "simulated-refresh-token-0"  # noqa: S105 -- opens nothing
+    divisions: tuple[int, ...] = (535193, 535194)
+
+
+_FIELDS = tuple(field.name for field in fields(Seed))
+# The addresses in what /_simulator/seed tells, so that its answer can be kept as a file.
+_IGNORED = frozenset({"token_url", "api_url"})
+
+
+def many(apps: int, users: int) -> tuple[Seed, ...]:
+    """Make a number of apps with a number of users each; the first is the default seed.
+
+    A user grants all apps, each with a refresh token of its own.
+    """
+    first = Seed()
+    return tuple(
+        Seed(
+            client_id=f"{first.client_id[:-12]}{int(first.client_id[-12:]) + app:012d}",
+            client_secret=f"{first.client_secret}-{app}" if app else first.client_secret,
+            user=f"user-{user}@example.com" if user else first.user,
+            refresh_token=f"simulated-refresh-token-{app * users + user}",
+        )
+        for app in range(apps)
+        for user in range(users)
+    )
+
+
+def read(path: Path) -> tuple[Seed, ...]:
+    """Read seeds from a TOML file with `[[seeds]]`, or a JSON file `{"seeds": [{…}]}`.
+
+    Each has a client_id, a client_secret, a user and a refresh_token; divisions
+    may be left out. The suffix `.toml` tells TOML from JSON.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is wrong; the message says where and how.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.start}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+    listed = document.get("seeds") if isinstance(document, dict) else None
+    if not isinstance(listed, list) or not listed:
+        raise ValueError("expected a list 'seeds' with one entry at least")
+    seeds = tuple(_seed(f"seeds[{n}]", entry) for n, entry in enumerate(listed))
+
+    secrets: dict[str, str] = {}
+    grants: dict[tuple[str, str], int] = {}
+    tokens: dict[str, int] = {}
+    for n, seed in enumerate(seeds):
+        if secrets.setdefault(seed.client_id, seed.client_secret) != seed.client_secret:
+            raise ValueError(f"seeds[{n}].client_secret: another one than before for this app")
+        if (other := grants.setdefault((seed.client_id, seed.user), n)) != n:
+            raise ValueError(f"seeds[{n}].user: seeds[{other}] is this user's grant to this app")
+        if (other := tokens.setdefault(seed.refresh_token, n)) != n:
+            raise ValueError(f"seeds[{n}].refresh_token: the same as that of seeds[{other}]")
+    return seeds
+
+
+def _seed(where: str, entry: object) -> Seed:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected fields, of {', '.join(_FIELDS)}")  # noqa: TRY004
+    values = {name: value for name, value in entry.items() if name not in _IGNORED}
+    if unknown := sorted(values.keys() - set(_FIELDS)):
+        raise ValueError(f"{where}.{unknown[0]}: unknown; the fields are {', '.join(_FIELDS)}")
+    divisions = values.pop("divisions", list(Seed().divisions))
+    for name in _FIELDS:
+        if name != "divisions" and not (isinstance(values.get(name), str) and values[name]):
+            raise ValueError(f"{where}.{name}: expected a text")
+    if (
+        not isinstance(divisions, list)
+        or not divisions
+        or any(type(division) is not int for division in divisions)
+    ):
+        raise ValueError(f"{where}.divisions: expected a list of whole numbers")
+    return Seed(**values, divisions=tuple(divisions))
