@@ -14,15 +14,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import structlog
+from click.exceptions import NoArgsIsHelpError
 from pydantic import ValidationError
 
 from holdoff_coordinator.embedded import EmbeddedStore
-from holdoff_coordinator.server import CannotListenError, Coordinator
 from holdoff_coordinator.settings import LogFormat, Settings
 from holdoff_coordinator.store import StoreError, check, connect, ensure_epoch
 
+# What gRPC's core has to say would stand between the lines of our log, which are JSON. It looks
+# at this when it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+from holdoff_coordinator.server import CannotListenError, Coordinator
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
 log = structlog.get_logger()
 
@@ -30,10 +36,43 @@ EX_USAGE = 64
 EX_CANNOT_SERVE = 69
 
 
-@click.group()
+class _Group(click.Group):
+    """Says in one line what is wrong with the command line, with the exit code of `holdoff`."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except NoArgsIsHelpError as error:
+            error.show()
+            raise SystemExit(EX_USAGE) from None
+        except click.UsageError as error:
+            if not standalone_mode:
+                raise
+            where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+            _fail(EX_USAGE, f"{error.format_message().rstrip('.')}{where}")
+        except click.Abort:  # Ctrl-C before we listen to it
+            if not standalone_mode:
+                raise
+            raise SystemExit(128 + signal.SIGINT) from None
+        if standalone_mode:
+            raise SystemExit(code if isinstance(code, int) else 0)
+        return code
+
+
+@click.group(cls=_Group)
 @click.version_option(version("holdoff"), prog_name="holdoff-coordinator")
 def main() -> None:
-    """Give out leases on refresh tokens, backed by Valkey or Redis."""
+    """Give out leases on refresh tokens, backed by Valkey or Redis.
+
+    Example: holdoff-coordinator serve --data-dir ./holdoff-data
+    """
 
 
 @main.command()
@@ -69,6 +108,8 @@ def serve(**options: Any) -> None:
         store_url = settings.store_url()
     except (ValidationError, OSError) as error:
         _fail(EX_USAGE, _explain(error))
+    except UnicodeDecodeError:
+        _fail(EX_USAGE, f"{settings.redis_url_file} holds no text: write the store's URL into it")
     _configure_logs(settings.log_format)
     try:
         asyncio.run(_serve(settings, store_url))
@@ -88,9 +129,14 @@ async def _serve(settings: Settings, store_url: str | None) -> None:
             store_url = embedded.url
         redis = connect(store_url)
         stack.push_async_callback(redis.aclose)
-        for warning in await check(redis):
-            log.warning(warning)
-        epoch = await ensure_epoch(redis, embedded.read_epoch() if embedded else None)
+        try:
+            for warning in await check(redis):
+                log.warning(warning)
+            epoch = await ensure_epoch(redis, embedded.read_epoch() if embedded else None)
+        except StoreError as error:
+            raise (await embedded.explain(error) if embedded else error) from error
+        if embedded and not epoch.lost:
+            embedded.write_epoch(epoch.epoch)
         coordinator = Coordinator(
             redis,
             store_url=store_url,
@@ -100,8 +146,8 @@ async def _serve(settings: Settings, store_url: str | None) -> None:
             drain_seconds=settings.drain_seconds,
         )
         await stack.enter_async_context(coordinator)
-        if embedded:
-            after_seconds = settings.quarantine_seconds if epoch.lost else 0
+        if embedded and epoch.lost:
+            after_seconds = settings.quarantine_seconds
             await stack.enter_async_context(_remembering(embedded, epoch.epoch, after_seconds))
         await stop.wait()
 
@@ -110,26 +156,25 @@ async def _serve(settings: Settings, store_url: str | None) -> None:
 async def _remembering(
     embedded: EmbeddedStore, epoch: str, after_seconds: float
 ) -> AsyncIterator[None]:
-    """Write the store's epoch to its directory, after a loss only when that is safe.
+    """Write the new epoch of a store that lost its data to its directory when that is safe.
 
     Until it is written, every restart finds the loss again and holds back grants anew.
     """
 
     async def write() -> None:
         await asyncio.sleep(after_seconds)
-        embedded.write_epoch(epoch)
+        try:
+            embedded.write_epoch(epoch)
+        except StoreError as error:
+            log.warning("the next start will hold back grants again", reason=str(error))
 
-    if after_seconds:
-        log.error(
-            "the store lost its data: create its tokens again; nothing is granted at first",
-            quarantine_seconds=after_seconds,
-        )
-        task = asyncio.create_task(write())
-        yield
-        task.cancel()
-    else:
-        embedded.write_epoch(epoch)
-        yield
+    log.error(
+        "the store lost its data: create its tokens again; nothing is granted at first",
+        quarantine_seconds=after_seconds,
+    )
+    task = asyncio.create_task(write())
+    yield
+    task.cancel()
 
 
 class _Logger:
@@ -146,8 +191,16 @@ class _Logger:
     debug = info = warning = error = critical = _write
 
 
+class _FromLibraries(logging.Handler):
+    """Makes what libraries log, such as gRPC about a message of garbage, a line of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.log(record.levelno, record.getMessage(), source=record.name, exc_info=record.exc_info)
+
+
 def _configure_logs(log_format: LogFormat) -> None:
     """Structured logs on standard error: for people on a terminal, else JSON."""
+    logging.basicConfig(handlers=[_FromLibraries()], level=logging.WARNING)
     people = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     structlog.configure(
         processors=[
@@ -167,7 +220,8 @@ def _explain(error: ValidationError | OSError) -> str:
         return f"cannot read {error.filename}: {error.strerror}"
     first = error.errors(include_input=False, include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"--{where.replace('_', '-')}: {first['msg']}" if where else str(first["msg"])
+    what = str(first["msg"]).removeprefix("Value error, ")
+    return f"--{where.replace('_', '-')}: {what}" if where else what
 
 
 def _fail(code: int, message: str) -> NoReturn:

@@ -59,6 +59,9 @@ _PROGRESS_SECONDS: float = 5.0
 _STOP_SECONDS: Final = 10.0
 """How long Valkey may take to end after SIGTERM."""
 
+_EXPLAIN_SECONDS: Final = 1.0
+"""How long an error may wait to be explained by the end of Valkey."""
+
 _POLL_SECONDS: Final = 0.02
 _LONGEST_PAUSE_SECONDS: Final = 5.0
 
@@ -107,10 +110,18 @@ class EmbeddedStore:
     """A Valkey that runs while this object is started, and is started again if it dies.
 
     Use as `async with EmbeddedStore(data_dir) as embedded:`, from the process's main thread.
+
+    Raises:
+        StoreError: `data_dir` begins with a `~` that stands for nothing.
     """
 
     def __init__(self, data_dir: Path) -> None:
-        self._root = data_dir.expanduser().absolute()
+        try:
+            self._root = data_dir.expanduser().absolute()
+        except RuntimeError as error:  # ~ where there is no such user, or one without a home
+            raise StoreError(
+                f"cannot tell where {data_dir} is: name the whole path with --data-dir"
+            ) from error
         self._home = self._root / "valkey"
         self._alias: Path | None = None
         self._lock: int | None = None
@@ -118,6 +129,8 @@ class EmbeddedStore:
         self._relay: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._last_lines: deque[str] = deque(maxlen=20)
+        self._ended = asyncio.Event()
+        self._ended_because = ""
         self._url = ""
 
     @property
@@ -175,6 +188,13 @@ class EmbeddedStore:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    async def explain(self, error: StoreError) -> StoreError:
+        """Return why Valkey ended, if that is the cause of an error, else the error itself."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_EXPLAIN_SECONDS):
+                await self._ended.wait()
+        return StoreError(self._ended_because) if self._ended_because else error
 
     def read_epoch(self) -> str | None:
         """Return the epoch that the directory remembers, None if it never knew one.
@@ -375,10 +395,9 @@ class EmbeddedStore:
         while self._process is not None:
             await self._process.wait()
             await self._hear_out()
-            _log.error(
-                "the embedded store ended and is started again",
-                reason=_diagnosis(self._root, self._process.returncode, self._last_lines),
-            )
+            self._ended_because = _diagnosis(self._root, self._process.returncode, self._last_lines)
+            self._ended.set()
+            _log.error("the embedded store ended and is started again", reason=self._ended_because)
             pause_seconds = 0.1
             while True:
                 try:
@@ -446,6 +465,10 @@ def _explained(path: Path) -> Iterator[None]:
                 remedy = "something else lies there: move it away, or choose another --data-dir"
             case errno.ENOSPC | errno.EDQUOT:
                 remedy = "free space on its disk and start again"
+            case errno.ENAMETOOLONG | errno.ELOOP:
+                remedy = "choose another path with --data-dir"
+            case errno.EFBIG:
+                remedy = "raise the limit on the size of files, see `ulimit -f`"
             case _:
                 remedy = "the embedded store needs a local directory, see --data-dir"
         raise StoreError(f"cannot use {where} ({error.strerror}): {remedy}") from error

@@ -48,6 +48,7 @@ class Waiter:
         self.standing_at = 0.0
         self.must_ask = False
         self.withdrawn = False
+        self.failure: Failure | None = None
         self.stirred = asyncio.Event()
         self._heard = time.monotonic()
 
@@ -78,6 +79,11 @@ class Waiter:
                 self.ask()
         elif told is None or standing.signature != told.signature:
             self.stirred.set()
+
+    def fail(self, failure: Failure) -> None:
+        """The client said something that makes no sense."""
+        self.failure = failure
+        self.stirred.set()
 
     def withdraw(self) -> None:
         """The client waits no more."""

@@ -161,6 +161,8 @@ class Leases:
 
     def _check(self, waiter: Waiter) -> None:
         """Say why a conversation cannot go on here."""
+        if waiter.failure:
+            raise waiter.failure
         if self._hub.draining:
             raise Failure(
                 "DRAINING",
@@ -351,11 +353,11 @@ _MESSAGES = {
     "TOKEN_EXISTS": "{token} exists already; change it with: holdoff token update {token}",
     "QUEUE_FULL": "too many wait for {token} already",
     "LEASE_NOT_FOUND": "there is no lease {name}, or it ended too long ago to be remembered",
-    "WRONG_SECRET": "the secret is not that of {name}",
+    "WRONG_SECRET": "the secret is not that of {name}: send the one that its offer had",
     "LEASE_ENDED": "{name} has ended; a new request needs a new request id",
-    "LEASE_LOST": "{name} ran out before it was renewed",
+    "LEASE_LOST": "{name} ran out before it was renewed: stop what runs under it",
     "LEASE_BROKEN": "{name} was broken: {why}",
-    "OFFER_EXPIRED": "{name} was offered, and not accepted in time",
+    "OFFER_EXPIRED": "{name} was offered, and not accepted in time: the request waits on",
 }
 
 
@@ -375,7 +377,10 @@ def failure_of(reply: Reply, name: TokenName | LeaseName) -> Failure:
     elif reason == "LEASE_ENDED" and isinstance(name, TokenName):
         name = LeaseName(name.app, name.token, reply.values[0].decode())
     elif reason == "REQUEST_ID_REUSED":
-        message = "request_id: belongs to a request with another token, TTL or holder"
+        message = (
+            "request_id: belongs to a request of another caller, or with another token, TTL or "
+            "holder; a new request needs a new one"
+        )
         return Failure(reason, message, field="request_id")
     elif reason == "FENCING_TOKEN_TOO_LARGE":
         return invalid("last_fencing_token", "lies more than a year ahead of the store's clock")

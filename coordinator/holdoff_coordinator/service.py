@@ -166,6 +166,8 @@ async def _listen(
             waiter.withdraw()
         elif message.HasField("heartbeat"):
             waiter.hear()
+        elif message.HasField("acquire"):
+            waiter.fail(invalid("acquire", "comes once, first: open another stream for another"))
 
 
 class TokenService(token_service_pb2_grpc.TokenServiceServicer):

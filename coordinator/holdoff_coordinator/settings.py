@@ -1,14 +1,19 @@
 """The coordinator's settings: one field an option, each also a variable `HOLDOFF_…`."""
 
+import contextlib
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 LogFormat = Literal["auto", "json", "console"]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=366 * 24 * 3600, allow_inf_nan=False)]
+
+_ADDRESS: Final = re.compile(r"(?:\[[^][\s]+\]|[^][:/\s]+):(?P<port>[0-9]{1,5})")
+_MOST_PORT: Final = 65535
 
 
 def default_data_dir() -> Path:
@@ -21,7 +26,10 @@ def default_data_dir() -> Path:
     # The XDG specification tells us to ignore a relative path.
     state_home = Path(os.environ.get("XDG_STATE_HOME", ""))
     if not state_home.is_absolute():
-        state_home = Path.home() / ".local" / "state"
+        state_home = Path("~/.local/state")
+        # A user without a home needs none with a store URL; else the embedded store tells.
+        with contextlib.suppress(RuntimeError):
+            state_home = state_home.expanduser()
     return state_home / "holdoff"
 
 
@@ -62,6 +70,21 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 5.0
     """How long a stopping coordinator gives open calls to end."""
 
+    @field_validator("listen")
+    @classmethod
+    def _address(cls, text: str) -> str:
+        """Refuse what gRPC would take for something else.
+
+        It listens on port 443 when none is given, and on port 34463 for 99999.
+        """
+        match = _ADDRESS.fullmatch(text)
+        if match is None or int(match["port"]) > _MOST_PORT:
+            raise ValueError(
+                f"write HOST:PORT with a port of up to {_MOST_PORT}, such as 127.0.0.1:50051, "
+                "[::1]:50051, or 0.0.0.0:50051 for every address of this machine"
+            )
+        return text
+
     @model_validator(mode="after")
     def _one_store(self) -> Self:
         """Refuse two answers to the question where the state is kept."""
@@ -78,6 +101,7 @@ class Settings(BaseSettings):
 
         Raises:
             OSError: `redis_url_file` cannot be read.
+            UnicodeDecodeError: It holds something else than text.
         """
         if self.redis_url_file is not None:
             return self.redis_url_file.read_text(encoding="utf-8").strip()

@@ -19,6 +19,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
+    InvalidResponse,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -34,6 +35,12 @@ CHECK_SECONDS: Final = 4.5
 
 _PROBE_KEY: Final = "holdoff:probe"
 _OLDEST: Final = (7, 2)  # of Redis and of Valkey alike
+_REMEDIES: Final = {
+    "MISCONF": "it cannot write to its disk; free space or repair the disk, its log says which",
+    "NOREPLICAS": "start its replicas, or lower its min-replicas-to-write",
+    "DB index": "end the URL with the number of a database that it has",
+}
+"""What to do about a refusal that the server words like this."""
 
 
 class StoreError(Exception):
@@ -192,7 +199,8 @@ async def check(client: Redis) -> list[str]:
 
     Raises:
         StoreError: The store cannot be reached within `CHECK_SECONDS`, refuses us, is too old,
-            is a replica, may evict keys, or does not accept writes.
+            is a replica, a Sentinel or a node of a Cluster, may evict keys, or does not accept
+            writes.
     """
     name = describe(client)
     try:
@@ -222,11 +230,14 @@ async def ensure_epoch(client: Redis, file_epoch: str | None) -> Epoch:
         file_epoch: What the data directory remembers; None if it remembers nothing.
 
     Raises:
-        redis.exceptions.RedisError: The store cannot be used.
+        StoreError: The store cannot be used.
     """
     fresh = uuid.uuid4().hex
-    # SET NX GET is one step: of two replicas on a new store, one sets and both learn the same.
-    found = await client.set(EPOCH_KEY, fresh, nx=True, get=True)
+    try:
+        # SET NX GET is one step: of two replicas on a new store, one sets and both learn the same.
+        found = await client.set(EPOCH_KEY, fresh, nx=True, get=True)
+    except RedisError as error:
+        raise explain(describe(client), error) from error
     epoch = found.decode("ascii", "replace") if isinstance(found, bytes) else fresh
     return Epoch(epoch=epoch, lost=file_epoch is not None and file_epoch != epoch)
 
@@ -242,7 +253,7 @@ def explain(name: str, error: RedisError) -> StoreError:
     # On a Unix socket redis-py wraps what the server answered to the first PING.
     if type(error) is RedisConnectionError and isinstance(error.__cause__, RedisError):
         error = error.__cause__
-    text = str(error)
+    text = str(error).rstrip(".")
     match error:
         case AuthenticationError() | AuthorizationError():
             message = (
@@ -261,20 +272,26 @@ def explain(name: str, error: RedisError) -> StoreError:
             )
         case OutOfMemoryError():
             message = f"the store at {name} is out of memory: raise its maxmemory"
+        case InvalidResponse():
+            message = (
+                f"what listens at {name} is no Redis or Valkey server ({text}): is the address "
+                "right, and does it want TLS (rediss://)?"
+            )
         case RedisTimeoutError():
             message = f"the store at {name} does not answer: {text}"
+        case RedisConnectionError() if "SSL" in text or "certificate" in text:
+            message = (
+                f"no TLS with the store at {name} ({text}): write redis:// if it speaks none, or "
+                "name its authority in the URL, ?ssl_ca_certs=FILE"
+            )
         case RedisConnectionError():
             message = (
                 f"the store at {name} cannot be reached: {text}; is it running, and is the "
                 "address right?"
             )
-        case ResponseError() if "MISCONF" in text:
-            message = (
-                f"the store at {name} cannot write to its disk and refuses writes ({text}): free "
-                "space or repair the disk, its log says which"
-            )
         case _:
-            message = f"the store at {name} refuses us: {text}"
+            remedies = [remedy for sign, remedy in _REMEDIES.items() if sign in text]
+            message = ": ".join([f"the store at {name} refuses us ({text})", *remedies])
     return StoreError(message)
 
 
@@ -294,6 +311,18 @@ def _judge(name: str, info: dict[str, Any]) -> list[str]:
         raise StoreError(
             f"the store at {name} is {product} {version}: Redis or Valkey 7.2 or newer is needed"
         )
+    # Valkey's own name for it; Redis, and a Valkey that imitates it, say redis_mode.
+    match info.get("server_mode", info.get("redis_mode")):
+        case "sentinel":
+            raise StoreError(
+                f"what listens at {name} is a Sentinel: give the URL of the primary that it "
+                "watches, which `SENTINEL get-master-addr-by-name` tells"
+            )
+        case "cluster":
+            raise StoreError(
+                f"the store at {name} is a node of a Cluster, which cannot be used yet: give the "
+                "URL of a server with cluster-enabled no"
+            )
     if info.get("loading"):
         raise StoreError(f"the store at {name} is still loading its data: start again afterwards")
     if info.get("role") != "master":

@@ -383,26 +383,6 @@ async def test_damaged_data_is_refused_with_the_remedy(data_dir: Path, damage: s
     assert f"write `lost` into {data_dir}/epoch" in message
 
 
-async def test_what_is_no_directory_is_refused(data_dir: Path) -> None:
-    """A file in the place of the directory, or above it, is named with the remedy."""
-    data_dir.write_text("a file", encoding="utf-8")
-    for path in (data_dir, data_dir / "below"):
-        message = await refusal(path)
-        assert str(path) in message
-        assert "--data-dir" in message
-
-
-async def test_a_directory_without_permission_is_refused(data_dir: Path) -> None:
-    """The message names the directory and the user who lacks it."""
-    # Root may write everywhere but in the kernel's own file systems.
-    closed = Path("/sys") if os.geteuid() == 0 else data_dir
-    with contextlib.suppress(FileExistsError):
-        closed.mkdir(mode=0o500)
-    message = await refusal(closed / "holdoff")
-    assert f"cannot use {closed}/holdoff" in message
-    assert f"give it to user {os.geteuid()}" in message
-
-
 async def test_a_failed_start_leaves_nothing_held(data_dir: Path) -> None:
     """After a refusal the directory is free: the next start works once the cause is gone."""
     (data_dir / "valkey" / "valkey.sock").mkdir(parents=True)

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -86,25 +85,6 @@ async def test_a_store_that_refuses_config_is_warned_of(start_valkey: StartValke
     assert "appendfsync unknown" in warning
 
 
-async def test_an_evicting_store_is_refused(start_valkey: StartValkey) -> None:
-    """An evicted lease would be granted twice. Fails when the policy is not looked at."""
-    message = await refusal(start_valkey("--maxmemory-policy", "allkeys-lru").url)
-    assert "allkeys-lru" in message
-    assert "set maxmemory-policy noeviction" in message
-
-
-async def test_a_replica_is_refused(start_valkey: StartValkey) -> None:
-    """A replica is no store, whether its primary can be reached or not."""
-    message = await refusal(start_valkey("--replicaof", "127.0.0.1", "1").url)
-    assert "URL of the primary" in message
-
-
-async def test_a_store_that_takes_no_writes_is_refused(start_valkey: StartValkey) -> None:
-    """Only the probe's write finds a store without memory. Fails when nothing is written."""
-    message = await refusal(start_valkey("--maxmemory", "1").url)
-    assert "raise its maxmemory" in message
-
-
 async def test_a_password_is_asked_for_and_never_shown(start_valkey: StartValkey) -> None:
     """No password and a wrong one are told apart from an unreachable store; the right one works."""
     url = start_valkey(*DURABLE, "--requirepass", SECRET, password=SECRET).url
@@ -123,23 +103,6 @@ async def test_an_access_list_that_forbids_scripts_is_told(start_valkey: StartVa
     message = await refusal(f"unix://job:{SECRET}@{path}")
     assert "eval" in message
     assert "+@scripting" in message
-
-
-async def test_a_server_that_never_answers_is_refused_within_five_seconds() -> None:
-    """A socket that accepts and stays silent must not hang us. Fails without the time limit."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        started = time.monotonic()
-        message = await refusal(f"redis://:{SECRET}@127.0.0.1:{silent.getsockname()[1]}/0")
-    assert time.monotonic() - started < 5
-    assert "does not answer within" in message
-
-
-async def test_a_closed_port_is_refused_at_once() -> None:
-    """Nobody listening is another error than silence, with the address but no password."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    message = await refusal(f"redis://:{SECRET}@127.0.0.1:{port}/0")
-    assert f"redis://127.0.0.1:{port}/0 cannot be reached" in message
 
 
 @pytest.mark.parametrize(

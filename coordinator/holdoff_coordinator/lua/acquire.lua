@@ -17,8 +17,6 @@ if request.lease then return reply('OFFER', request.lease, flat_lease(id, reques
 
 local known = number(ARGV[13])
 if known > now + 366 * 24 * 3600 * SECOND then return reply('FENCING_TOKEN_TOO_LARGE') end
-if known > number(token.fencing) then put(token_key(id), token, {fencing = known}) end
-put(SHARD, shard, {longest_ttl_us = math.max(number(shard.longest_ttl_us), ttl)})
 
 local facts = {
   fingerprint = fingerprint, token = id, state = 'waiting',
@@ -35,11 +33,13 @@ if may_queue then
   hear(hash, request, heard_age)
 end
 
+if known > number(token.fencing) then put(token_key(id), token, {fencing = known}) end
 local stand = standing(token, lease, queue_of(id), hash)
 if stand[1] ~= '' or heard_age > LIVE_FOR then
   return reply('WAITING', stand, token.lease and flat_lease(id, token.lease) or {}, token.lease or '')
 end
 
+put(SHARD, shard, {longest_ttl_us = math.max(number(shard.longest_ttl_us), ttl)})
 local fencing = math.max(number(token.fencing) + 1, now)
 local lease_id = us(fencing)
 facts.lease, facts.state = lease_id, 'offered'
