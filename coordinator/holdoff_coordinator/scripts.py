@@ -182,29 +182,22 @@ class Scripts:
             if found != now:
                 log.info("upgraded the records of an app", app=app, from_schema=found, schema=now)
 
-    async def position(self, app: str) -> Position:
-        """Return the place after an app's latest change."""
-        fields = self.redis.hmget(shard_key(app), "epoch", "changes")
-        epoch, number = await _answer(fields)
-        return Position((epoch or b"").decode(), int(number or 0))
+    async def position(self, app: str) -> tuple[Position, int]:
+        """Return the place after an app's latest change, and when its quarantine ends in µs."""
+        fields = self.redis.hmget(shard_key(app), "epoch", "changes", "quarantine_until_us")
+        epoch, number, quarantine_until_us = await _answer(fields)
+        return Position((epoch or b"").decode(), int(number or 0)), int(quarantine_until_us or 0)
 
-    async def changes(self, app: str, after: Position) -> list[tuple[int, dict[str, bytes]]] | None:
-        """Return an app's next changes, each with its number; None if some of them are gone."""
-        latest = await self.position(app)
-        if latest.epoch != after.epoch or latest.number < after.number:
-            return None
-        if latest.number == after.number:
-            return []
+    async def changes(self, app: str, after: int) -> list[tuple[int, dict[str, bytes]]] | None:
+        """Return an app's changes after one number, with theirs; None if some are gone."""
         entries = await _answer(
-            self.redis.xrange(
-                f"{shard_key(app)}:changes", min=str(after.number + 1), count=CHANGES_READ
-            )
+            self.redis.xrange(f"{shard_key(app)}:changes", min=str(after + 1), count=CHANGES_READ)
         )
         found = [
             (int(entry_id.partition(b"-")[0]), {key.decode(): value for key, value in flat.items()})
             for entry_id, flat in entries
         ]
-        return found if found and found[0][0] == after.number + 1 else None
+        return found if found and found[0][0] == after + 1 else None
 
     async def busy_apps(self) -> list[str]:
         """List the apps with a token that is not idle.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from typing import TYPE_CHECKING
 
 from holdoff.names import TokenName
@@ -49,6 +50,8 @@ class Watches:
         """
         parent = validation.parent(request.parent)
         watched = {app: _App(app, at) for app, at in read_resume_token(request.resume_token)}
+        if watched:
+            yield lease_service_pb2.WatchLeasesResponse(resume_token=request.resume_token)
         if isinstance(parent, TokenName):
             reply = await self._scripts.run("read", parent.app, parent.token)
             if not reply.values[0]:
@@ -76,9 +79,14 @@ class Watches:
     ) -> AsyncIterator[lease_service_pb2.WatchLeasesResponse]:
         """Yield what there is about one app now, and move on in it."""
         only = parent.token if isinstance(parent, TokenName) else None
-        changes = await self._scripts.changes(app.name, app.at) if app.at else None
+        latest, quarantine_until_us = await self._scripts.position(app.name)
+        changes = None
+        if app.at == latest and not app.quarantine_moved(quarantine_until_us):
+            return
+        if app.at and app.at.epoch == latest.epoch and app.at.number < latest.number:
+            changes = await self._scripts.changes(app.name, app.at.number)
         if changes is None:
-            async for snapshot in self._snapshot(app, only):
+            async for snapshot in self._snapshot(app, only, quarantine_until_us):
                 yield lease_service_pb2.WatchLeasesResponse(snapshot=snapshot)
             return
         for number, change in changes:
@@ -87,7 +95,9 @@ class Watches:
             if (only is None or token == only) and number > app.shown.get(token, 0):
                 yield lease_service_pb2.WatchLeasesResponse(change=change_message(app.name, change))
 
-    async def _snapshot(self, app: _App, only: str | None) -> AsyncIterator[lease_pb2.Snapshot]:
+    async def _snapshot(
+        self, app: _App, only: str | None, quarantine_until_us: int
+    ) -> AsyncIterator[lease_pb2.Snapshot]:
         """Yield how the tokens of an app stand; changes go on from the first part's instant.
 
         What a later part shows already is noted, so that no change is told twice.
@@ -104,6 +114,9 @@ class Watches:
             last = only is not None or len(tokens) < READ_BATCH
             if last:
                 app.at = start
+                app.quarantine_until_us = quarantine_until_us
+                left_seconds = (quarantine_until_us - reply.now_us) / 1e6
+                app.quarantine_ends = time.monotonic() + left_seconds if left_seconds > 0 else None
             yield lease_pb2.Snapshot(
                 app=f"apps/{app.name}",
                 tokens=[
@@ -127,6 +140,17 @@ class _App:
         """None before the end of a snapshot."""
         self.shown: dict[str, int] = {}
         """Up to which change a snapshot showed a token, where that is later than `at`."""
+        self.quarantine_until_us: int | None = None
+        """As the latest snapshot showed it; None when there was none."""
+        self.quarantine_ends: float | None = None
+        """The same by our monotonic clock, if it was still to come."""
+
+    def quarantine_moved(self, until_us: int) -> bool:
+        """Tell whether a quarantine began or ended, which is no change of any token."""
+        if self.quarantine_until_us is None:
+            self.quarantine_until_us = until_us
+        over = self.quarantine_ends is not None and time.monotonic() > self.quarantine_ends
+        return over or until_us != self.quarantine_until_us
 
     def move(self, number: int) -> None:
         """Go on to a change."""

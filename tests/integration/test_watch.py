@@ -158,6 +158,33 @@ def test_the_queue(replica: Replica, watcher: Watcher) -> None:
         waiter.close()
 
 
+def test_an_offer_that_lapses(replica: Replica, watcher: Watcher) -> None:
+    """What was shown as offered is told to be offered no more."""
+    token = token_of(watcher)
+    replica.acquire(token)
+    withdrawn = watcher.until("WITHDRAWN").status
+    assert withdrawn.lease.state == lease_pb2.LEASE_STATE_WITHDRAWN
+    assert withdrawn.wait_reason == lease_pb2.WAIT_REASON_UNSPECIFIED
+
+
+def test_quarantine(watcher: Watcher, store: redis.Redis) -> None:
+    """A quarantine is no change of one token: a fresh snapshot tells its beginning and its end.
+
+    Fails when only changes are looked at.
+    """
+    token = token_of(watcher)
+    seconds, micros = cast("tuple[int, int]", store.time())
+    until_us = seconds * 1_000_000 + micros + 700_000
+    store.hset(f"holdoff:{{{token.split('/')[1]}}}", "quarantine_until_us", str(until_us))
+    wait_until(lambda: len(watcher.snapshots) == 3)
+    reasons = [snapshot.tokens[0].wait_reason for snapshot in watcher.snapshots]
+    assert reasons == [
+        lease_pb2.WAIT_REASON_UNSPECIFIED,
+        lease_pb2.WAIT_REASON_QUARANTINED,
+        lease_pb2.WAIT_REASON_UNSPECIFIED,
+    ]
+
+
 def test_foreign_locks(replica: Replica, watcher: Watcher, store: redis.Redis) -> None:
     """A lock that a python-redis-lock user takes and frees is told."""
     token = token_of(watcher)
@@ -220,6 +247,8 @@ def test_resuming_misses_nothing(replica: Replica, second_replica: Replica) -> N
     second = Watcher(second_replica, token, resume_token)
     replica.release(replica.hold(token))
     second.until("RELEASED", 4)
+    assert second.told[0].WhichOneof("event") is None  # it is connected, nothing happened yet
+    assert second.told[0].resume_token == resume_token
     assert second.kinds == ["GRANTED", "RELEASED"] * 4
     assert not second.snapshots
     second.stop()
@@ -243,7 +272,7 @@ def test_a_gap_brings_a_fresh_snapshot(replica: Replica, store: redis.Redis) -> 
     replica.hold(token)
     late.until("GRANTED")
     assert late.kinds == ["GRANTED"]
-    assert late.told[0].HasField("snapshot")
+    assert late.told[1].HasField("snapshot")
     late.stop()
 
 

@@ -263,20 +263,21 @@ end
 -- its place, but is silent until it is heard again. One whose offers lapsed
 -- again and again goes to the end.
 local function withdraw_offer(id, token, lease, lapsed)
-  put(lease_key(id, token.lease), lease, {state = 'WITHDRAWN', ended_us = now})
-  redis.call('PEXPIRE', lease_key(id, token.lease), RECORD_KEPT_MS)
+  local lease_id = token.lease
+  put(lease_key(id, lease_id), lease, {state = 'WITHDRAWN', ended_us = now})
+  redis.call('PEXPIRE', lease_key(id, lease_id), RECORD_KEPT_MS)
   local key = request_key(lease.request)
   if redis.call('ZSCORE', queue_key(id), lease.request) then
     redis.call('HDEL', key, 'lease')
     redis.call('HSET', key, 'state', 'waiting', 'heard_us', '0')
     if lapsed and redis.call('HINCRBY', key, 'lapses', 1) % LAPSES_ALLOWED == 0 then
       redis.call('ZADD', queue_key(id), redis.call('HINCRBY', SHARD, 'sequence', 1), lease.request)
-      tell_queue_moved(id)
     end
   else
     redis.call('DEL', key)
   end
   forget_lease(id, token)
+  tell('WITHDRAWN', id, token, lease_id, lease)
 end
 
 local function break_lease(id, token, lease, why)

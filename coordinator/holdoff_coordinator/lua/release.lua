@@ -13,7 +13,6 @@ put(lease_key(id, lease_id), lease, {released = '1'})
 if lease.state == 'OFFERED' then
   redis.call('ZREM', queue_key(id), lease.request)
   withdraw_offer(id, token, lease, false)
-  tell_queue_moved(id)
 else
   local refreshed = now
   if not lease.break_reason then

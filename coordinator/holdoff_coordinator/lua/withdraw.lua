@@ -12,7 +12,7 @@ if request.state == 'waiting' or request.state == 'offered' then
     mirror(id, token, nil)
   end
   redis.call('DEL', request_key(hash))
-  tell_queue_moved(id)
+  if request.state == 'waiting' then tell_queue_moved(id) end
   wake_next(id)
 end
 return reply('OK')

@@ -57,6 +57,8 @@ class _ChangeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeKind
     """The token was created."""
     CHANGE_KIND_TOKEN_UPDATED: _ChangeKind.ValueType  # 12
     """The token's rules were changed."""
+    CHANGE_KIND_WITHDRAWN: _ChangeKind.ValueType  # 13
+    """An offer was taken back: nobody accepted it in time, or its waiter left."""
 
 class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
     """What happened to a token."""
@@ -91,6 +93,8 @@ CHANGE_KIND_TOKEN_CREATED: ChangeKind.ValueType  # 11
 """The token was created."""
 CHANGE_KIND_TOKEN_UPDATED: ChangeKind.ValueType  # 12
 """The token's rules were changed."""
+CHANGE_KIND_WITHDRAWN: ChangeKind.ValueType  # 13
+"""An offer was taken back: nobody accepted it in time, or its waiter left."""
 Global___ChangeKind: _TypeAlias = ChangeKind  # noqa: Y015
 
 class _LeaseState:
