@@ -12,7 +12,7 @@ PYTEST := pytest --numprocesses auto --maxprocesses 8
 SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh)
 
 .PHONY: help demo demo-short test lint format types imports shell unit integration e2e proto pytest \
-	generate lock bench prove-bare clean
+	generate man lock bench soak soak-short prove-bare clean
 
 help: ## Show the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -45,12 +45,22 @@ demo-short: $(READY) ## The demo with fewer runs
 bench: $(READY) ## Measure; nothing is asserted
 	PYTHONPATH=. python tests/bench/handover.py
 
+SECONDS := 180
+soak: $(READY) ## 1000 waiters at two replicas for three minutes, or SECONDS=20: promises and figures
+	PYTHONPATH=. python tests/soak/soak.py --seconds $(SECONDS)
+
+soak-short: $(READY) ## The same in half a minute
+	PYTHONPATH=. python tests/soak/soak.py --seconds 5
+
 format: $(READY) ## Let ruff repair what it can
 	ruff check --fix
 	ruff format
 
 generate: $(READY) ## Write clients/python/holdoff/v1 from proto/
 	python scripts/generate.py
+
+man: $(READY) ## Man pages of every command, into build/man; read them with man -M build/man holdoff
+	python scripts/manpages.py build/man
 
 lock: $(READY) ## Renew requirements.lock from pyproject.toml; UPGRADE=--upgrade takes newer releases
 	uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \

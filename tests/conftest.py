@@ -1,18 +1,12 @@
 """Fixtures for every kind of test."""
 
 import contextlib
-import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-import redis
 
-from holdoff_coordinator import embedded
+from holdoff import testing
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,39 +24,12 @@ StartValkey = Callable[..., Server]
 def start_valkey() -> Iterator[StartValkey]:
     """Start real Valkey servers with the given options; they end with the session.
 
-    Each has a Unix socket in a short directory of its own, so workers never meet. They write
-    nothing to disk unless told to.
+    Each has a Unix socket in a directory of its own, so workers never meet.
     """
     with contextlib.ExitStack() as stack:
-
-        def start(*options: str, password: str = "") -> Server:
-            home = Path(tempfile.mkdtemp(prefix="holdoff-"))
-            stack.callback(shutil.rmtree, home, ignore_errors=True)
-            process = subprocess.Popen(
-                embedded.command(
-                    *("--port", "0", "--unixsocket", "valkey.sock"),
-                    *("--save", "", "--appendonly", "no", *options),
-                ),
-                cwd=home,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            stack.callback(process.wait, 10)
-            stack.callback(process.terminate)
-            socket = home / "valkey.sock"
-            deadline = time.monotonic() + 10
-            with redis.Redis(unix_socket_path=str(socket), password=password or None) as client:
-                while True:
-                    try:
-                        client.ping()
-                        break
-                    except redis.ConnectionError:
-                        assert process.poll() is None, "Valkey ended"
-                        assert time.monotonic() < deadline, "Valkey does not answer"
-                        time.sleep(0.02)
-            return Server(url=f"unix://{socket}", pid=process.pid)
-
-        yield start
+        yield lambda *options, **more: Server(
+            *stack.enter_context(testing.valkey(*options, **more))
+        )
 
 
 @pytest.fixture(scope="session")

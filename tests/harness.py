@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import itertools
@@ -16,6 +15,7 @@ import grpc
 
 from holdoff._core import duration
 from holdoff.errors import from_rpc_error
+from holdoff.testing import CoordinatorThread
 from holdoff.v1 import (
     admin_service_pb2_grpc,
     lease_pb2,
@@ -24,8 +24,6 @@ from holdoff.v1 import (
     token_service_pb2,
     token_service_pb2_grpc,
 )
-from holdoff_coordinator.server import Coordinator
-from holdoff_coordinator.store import Epoch, connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,57 +44,21 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
     return value
 
 
-class Replica:
-    """A coordinator in a thread of its own, with an event loop of its own."""
-
-    def __init__(self, store_url: str, **options: Any) -> None:
-        self._store_url = store_url
-        self._options = {
-            "epoch": Epoch("test", lost=False),
-            "quarantine_seconds": 2.0,
-            "drain_seconds": 0.2,
-            "listen": "127.0.0.1:0",
-            **options,
-        }
-        self._ready: queue.SimpleQueue[Coordinator | BaseException] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        redis = connect(self._store_url)
-        try:
-            coordinator = Coordinator(redis, store_url=self._store_url, **self._options)
-            async with coordinator:
-                self._ready.put(coordinator)
-                await self._stop.wait()
-        except BaseException as error:
-            self._ready.put(error)
-            raise
-        finally:
-            await redis.aclose()
+class Replica(CoordinatorThread):
+    """A coordinator in a thread of its own, and the stubs to speak with it."""
 
     def __enter__(self) -> Self:
-        self._thread.start()
-        started = self._ready.get(timeout=20)
-        if isinstance(started, BaseException):
-            raise started
-        self.coordinator = started
-        self.address = started.address
+        super().__enter__()
         self.channel = grpc.insecure_channel(self.address)
         self.leases = lease_service_pb2_grpc.LeaseServiceStub(self.channel)
         self.tokens = token_service_pb2_grpc.TokenServiceStub(self.channel)
         self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
     def stop(self) -> None:
         """Drain and stop; a second time does nothing."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(timeout=20)
-            self.channel.close()
+        super().stop()
+        self.channel.close()
 
     def create_token(
         self, interval_seconds: float | None = 0.4, *, name: str = "", **fields: Any

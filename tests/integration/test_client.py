@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from datetime import UTC
 from typing import TYPE_CHECKING
 
 import pytest
 
 import holdoff
 from holdoff import errors
-from holdoff.v1 import lease_pb2
-from tests.harness import Replica, wait_until
+from holdoff.v1 import lease_pb2, lease_service_pb2
+from tests.harness import Replica, Waiter, ask, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,6 +136,74 @@ def test_a_wait_survives_its_coordinator(valkey: Server, replica: Replica) -> No
         assert got
         got[0].release()
         client.close()
+
+
+def test_waiters_and_history_are_listed(client: holdoff.Client, replica: Replica) -> None:
+    """Who waits, by place; who ran, the newest first, and who ran at a given time."""
+    token = replica.create_token(0)
+    with client.acquire(token, job="one", labels={"run": "4711"}) as first:
+        waiter = Waiter(replica, ask(token, job="two"))
+        waiter.waiting()
+        (listed,) = client.list_waiters(token)
+        assert (listed.place, listed.holder.job) == (1, "two")
+        waiter.withdraw()
+        wait_until(lambda: waiter.ended)
+        waiter.close()
+    with client.acquire(token, job="three") as second:
+        pass
+    history = client.list_lease_history(token)
+    assert [lease.name for lease in history] == [second.name, first.name]
+    assert history[1].holder.labels == {"run": "4711"}
+    at = history[1].accept_time.ToDatetime(tzinfo=UTC)
+    assert [lease.name for lease in client.list_lease_history(token, at=at)] == [first.name]
+    with pytest.raises(ValueError, match="time zone"):
+        client.list_lease_history(token, at=at.replace(tzinfo=None))
+
+
+def test_a_watch_misses_nothing_while_its_coordinator_is_away(
+    valkey: Server, replica: Replica
+) -> None:
+    """A lease that came and went between two connections is told, in order, without a snapshot.
+
+    Fails when `Watching.request` leaves out the resume token.
+    """
+    token = replica.create_token(0)
+    unreachable = threading.Event()
+    heard: list[lease_service_pb2.WatchLeasesResponse] = []
+
+    def kinds() -> list[int]:
+        return [one.change.kind for one in heard if one.HasField("change")]
+
+    def watch(client: holdoff.Client) -> None:
+        watching = client.watch_leases(token, on_unreachable=lambda _: unreachable.set())
+        with contextlib.closing(watching) as responses:
+            for response in responses:
+                heard.append(response)
+                if lease_pb2.CHANGE_KIND_RELEASED in kinds():
+                    return
+
+    with Replica(valkey.url) as leaving:
+        client = holdoff.Client(leaving.address)
+        thread = threading.Thread(target=watch, args=[client])
+        thread.start()
+        wait_until(lambda: heard)
+    assert unreachable.wait(5)
+    replica.release(replica.hold(token))
+    with Replica(valkey.url, listen=leaving.address):
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+        client.close()
+    assert sum(one.HasField("snapshot") for one in heard) == 1
+    order = kinds()
+    assert order.index(lease_pb2.CHANGE_KIND_GRANTED) < order.index(lease_pb2.CHANGE_KIND_RELEASED)
+
+
+def test_a_watch_of_nothing_is_refused(client: holdoff.Client) -> None:
+    """An error that is final is not tried again."""
+    with pytest.raises(errors.TokenNotFound):
+        next(client.watch_leases("apps/a/tokens/none"))
+    with pytest.raises(errors.InvalidField):
+        next(client.watch_leases(resume_token="?"))
 
 
 def test_update_leaves_what_is_not_named(client: holdoff.Client, replica: Replica) -> None:

@@ -173,7 +173,7 @@ def test_quarantine(watcher: Watcher, store: redis.Redis) -> None:
     Fails when only changes are looked at.
     """
     token = token_of(watcher)
-    seconds, micros = cast("tuple[int, int]", store.time())
+    seconds, micros = store.time()
     until_us = seconds * 1_000_000 + micros + 700_000
     store.hset(f"holdoff:{{{token.split('/')[1]}}}", "quarantine_until_us", str(until_us))
     wait_until(lambda: len(watcher.snapshots) == 3)

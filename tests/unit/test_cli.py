@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import grpc
@@ -31,6 +32,7 @@ from grpc_status import rpc_status
 
 from holdoff import errors
 from holdoff.cli import exits, main
+from holdoff.cli.params import parse_moment
 from holdoff.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -58,6 +60,7 @@ class Coordinator(
 
     tokens: list[token_pb2.Token] = field(default_factory=list)
     leases: list[lease_pb2.Lease] = field(default_factory=list)
+    waiters: list[lease_pb2.Waiter] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     failure: status_pb2.Status | None = None
 
@@ -105,6 +108,24 @@ class Coordinator(
         self._heard(request, context)
         leases = [lease for lease in self.leases if lease.name.startswith(request.parent)]
         return lease_service_pb2.ListLeasesResponse(leases=leases)
+
+    def ListWaiters(
+        self, request: lease_service_pb2.ListWaitersRequest, context: grpc.ServicerContext
+    ) -> lease_service_pb2.ListWaitersResponse:
+        self._heard(request, context)
+        return lease_service_pb2.ListWaitersResponse(waiters=self.waiters)
+
+    def ListLeaseHistory(
+        self, request: lease_service_pb2.ListLeaseHistoryRequest, context: grpc.ServicerContext
+    ) -> lease_service_pb2.ListLeaseHistoryResponse:
+        self._heard(request, context)
+        at_ns = request.at_time.ToNanoseconds()
+        leases = [
+            lease
+            for lease in self.leases
+            if not at_ns or lease.accept_time.ToNanoseconds() <= at_ns
+        ]
+        return lease_service_pb2.ListLeaseHistoryResponse(leases=leases)
 
     def BreakLease(
         self, request: admin_service_pb2.BreakLeaseRequest, context: grpc.ServicerContext
@@ -288,9 +309,22 @@ def test_lease_break_asks_on_a_terminal(
         os.close(theirs)
     assert result.returncode == code, result.stderr
     assert "held by nightly on host-a" in result.stderr
+    assert ("not broken" in result.stderr) is not broken
     broke = [r for r in coordinator.requests if isinstance(r, admin_service_pb2.BreakLeaseRequest)]
     assert bool(broke) is broken
     assert json.loads(result.stdout) if broken else result.stdout == ""
+
+
+def test_token_update_gives_settings_back_to_the_policy(
+    holdoff: Holdoff, coordinator: Coordinator
+) -> None:
+    """`policy` names the setting in the mask and leaves it out of the token."""
+    options = ["--refresh-interval", "policy", "--refresh-at", "policy"]
+    result = holdoff("token", "update", FINANCE, *options)
+    assert result.exit_code == 0, result.output
+    (request,) = coordinator.requests
+    assert request.update_mask.paths == ["refresh_interval", "refresh_at"]
+    assert request.token == token_pb2.Token(name=FINANCE)
 
 
 # What is printed
@@ -400,6 +434,143 @@ def test_show_tells_people_everything(holdoff: Holdoff, coordinator: Coordinator
         assert words in lease
 
 
+def test_show_tells_labels(holdoff: Holdoff, coordinator: Coordinator) -> None:
+    """Labels of a holder stand with its lease, and with the token that it holds."""
+    holder = lease_pb2.Holder(host="host-a", job="nightly", labels={"run": "4711", "env": "prod"})
+    coordinator.leases = [a_lease(holder=holder)]
+    coordinator.tokens = [a_token(lease=f"{FINANCE}/leases/l-1")]
+    assert "env=prod, run=4711" in holdoff("lease", "show", f"{FINANCE}/leases/l-1").stdout
+    assert "env=prod, run=4711" in holdoff("token", "show", FINANCE).stdout
+
+
+def test_queue_tells_who_waits(holdoff: Holdoff, coordinator: Coordinator) -> None:
+    """A line for each waiter, in order; one that was not heard for more than 5 s is silent."""
+    holder = lease_pb2.Holder(host="web1", job="sales", pid=42, labels={"run": "7"})
+    coordinator.waiters = [
+        lease_pb2.Waiter(
+            place=1,
+            holder=holder,
+            waited=Duration(seconds=130),
+            heard_age=Duration(nanos=500_000_000),
+            offered=True,
+        ),
+        lease_pb2.Waiter(place=2, waited=Duration(seconds=60), heard_age=Duration(seconds=9)),
+        lease_pb2.Waiter(place=3, waited=Duration(seconds=1), heard_age=Duration(seconds=1)),
+    ]
+    rows = [line.split() for line in holdoff("token", "queue", FINANCE).stdout.splitlines()]
+    assert rows[0] == ["PLACE", "HOLDER", "PID", "STATE", "WAITED", "HEARD", "LABELS"]
+    assert rows[1] == ["1", "sales", "on", "web1", "42", "offered", "2m10s", "0.5s", "ago", "run=7"]
+    assert [row[-5:] for row in rows[2:]] == [
+        ["silent", "1m", "9s", "ago", "-"],
+        ["waiting", "1s", "1s", "ago", "-"],
+    ]
+    document = json.loads(holdoff("token", "queue", FINANCE, "-o", "json").stdout)
+    assert [waiter["place"] for waiter in document["waiters"]] == [1, 2, 3]
+    coordinator.waiters = []
+    assert holdoff("token", "queue", FINANCE).stderr == f"nobody waits for {FINANCE}\n"
+
+
+def test_history_tells_who_ran(holdoff: Holdoff, coordinator: Coordinator) -> None:
+    """A line for each lease: from, to, for how long, who, how it ended; the date once a line."""
+    times = {
+        "accept_time": Timestamp(seconds=NOON_SECONDS),
+        "end_time": Timestamp(seconds=NOON_SECONDS + 90),
+    }
+    coordinator.leases = [
+        a_lease(),
+        a_lease(
+            **times, state=lease_pb2.LEASE_STATE_BROKEN, break_reason="it hangs", remaining=None
+        ),
+        a_lease(
+            accept_time=Timestamp(seconds=NOON_SECONDS - 86_400),
+            end_time=Timestamp(seconds=NOON_SECONDS + 60),
+            state=lease_pb2.LEASE_STATE_EXPIRED,
+        ),
+    ]
+    heading, *rows = holdoff("token", "history", FINANCE).stdout.splitlines()
+    assert heading.split() == ["FROM", "TO", "HELD", "HOLDER", "ENDED", "LEASE"]
+    fields = [[one for one in row.split("  ") if one] for row in rows]
+    assert [[one.strip() for one in row] for row in fields] == [
+        ["2027-01-15 07:57:50", "-", "2m10s", "nightly on host-a", "still held", "l-1"],
+        [
+            *("2027-01-15 08:00:00", "08:01:30", "1m30s", "nightly on host-a"),
+            *("broken: it hangs", "l-1"),
+        ],
+        [
+            *("2027-01-14 08:00:00", "2027-01-15 08:01:00", "1d1m", "nightly on host-a"),
+            *("expired", "l-1"),
+        ],
+    ]
+    document = json.loads(holdoff("token", "history", FINANCE, "-o", "json").stdout)
+    assert len(document["leases"]) == 3
+
+
+def test_history_asks_for_a_time(holdoff: Holdoff, coordinator: Coordinator) -> None:
+    """`--at` is asked of the coordinator; where it knows of nobody it says how far it remembers."""
+    coordinator.leases = [a_lease()]
+    result = holdoff("token", "history", FINANCE, "--at", "2020-01-01T03:10+01:00")
+    assert coordinator.requests[0].at_time.ToJsonString() == "2020-01-01T02:10:00Z"
+    assert result.stdout == ""
+    assert "nobody held" in result.stderr
+    assert "goes back to 2027-01-15 07:57:50" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("03:10", "2026-11-25T03:10:00"),
+        ("03:20:30", "2026-11-24T03:20:30"),
+        ("3:15", "2026-11-25T03:15:00"),
+        ("2026-11-24T03:10", "2026-11-24T03:10:00"),
+        ("2026-11-24 03:10:05", "2026-11-24T03:10:05"),
+        ("2026-11-24T03:10Z", "2026-11-24T04:10:00"),
+        ("2026-11-24T03:10-05:00", "2026-11-24T09:10:00"),
+        ("2h ago", "2026-11-25T01:15:00"),
+        ("90s", "2026-11-25T03:13:30"),
+    ],
+)
+def test_times_are_read_as_people_write_them(amsterdam: None, text: str, expected: str) -> None:
+    """A time of day is the latest such time, a date is a local one, a duration counts back."""
+    del amsterdam
+    now = datetime.fromisoformat("2026-11-25T03:15:00+01:00")
+    local = parse_moment(text, now).astimezone()
+    assert local.replace(tzinfo=None).isoformat() == expected
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        # 02:30 came twice that night: at +02:00, and an hour later at +01:00.
+        ("2026-10-25T12:00:00+01:00", "2026-10-25T02:30:00+01:00"),
+        ("2026-10-25T02:40:00+02:00", "2026-10-25T02:30:00+02:00"),
+    ],
+)
+def test_a_time_that_comes_twice_is_the_later(amsterdam: None, now: str, expected: str) -> None:
+    """In the night when clocks go back, a time of day is the latest that has passed."""
+    del amsterdam
+    found = parse_moment("02:30", datetime.fromisoformat(now))
+    assert found == datetime.fromisoformat(expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "yesterday", "24:00", "3:1", "-2h", "2026-13-01", "03:10 ago"]
+)
+def test_what_is_no_time_is_refused(text: str) -> None:
+    """What cannot be read is refused, with what to write instead."""
+    with pytest.raises(ValueError, match="is not a time: write 03:10"):
+        parse_moment(text, datetime.fromisoformat("2026-11-25T03:15:00+01:00"))
+
+
+@pytest.fixture
+def amsterdam(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A place with summer time."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Europe/Amsterdam")
+        time.tzset()
+        yield
+    time.tzset()
+
+
 def test_a_state_of_the_future_is_shown(holdoff: Holdoff, coordinator: Coordinator) -> None:
     """A coordinator newer than this client may send states that it does not know."""
     coordinator.leases = [a_lease(state=99)]
@@ -505,6 +676,15 @@ def test_unreachable_names_the_endpoint(holdoff: Holdoff) -> None:
         ["token", "create", FINANCE, "--last-refreshed", "yesterday"],
         ["token", "update", FINANCE],
         ["token", "list", FINANCE],
+        ["token", "history", FINANCE, "--at", "yesterday"],
+        ["watch", "exact-nl"],
+        ["run", "--token", FINANCE, "--label", "run", "--", "true"],
+        ["run", "--token", FINANCE, "--label", "Run=1", "--", "true"],
+        ["run", "--token", FINANCE, "--label", "run-=1", "--", "true"],
+        ["run", "--token", FINANCE, "--label", "run=a\nb", "--", "true"],
+        ["run", "--token", FINANCE, "--label", f"run={'x' * 201}", "--", "true"],
+        ["run", "--token", FINANCE, "--label", "a=1", "--label", "a=2", "--", "true"],
+        ["run", "--token", FINANCE, *(f"--label=k{n}=1" for n in range(17)), "--", "true"],
         ["lease", "break", f"{FINANCE}/leases/l-1"],
         ["lease", "show", FINANCE],
     ],
@@ -557,7 +737,7 @@ def test_a_closed_pipe_is_141_and_silent(coordinator: Coordinator, endpoint: str
 # Help and completion
 
 
-@pytest.mark.parametrize("command", ["run", "token", "lease", "simulator", "completion"])
+@pytest.mark.parametrize("command", ["run", "watch", "token", "lease", "simulator", "completion"])
 def test_every_command_has_help(holdoff: Holdoff, command: str) -> None:
     """Every command that the group names can be imported, and explains itself."""
     assert command in holdoff("--help").stdout
@@ -578,11 +758,12 @@ def test_help_imports_little() -> None:
     assert result.stdout.splitlines()[-1] == "set()"
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
 def test_completion_prints_the_script(holdoff: Holdoff, shell: str) -> None:
-    """The script of each shell asks the `holdoff` command; its help says how to install it."""
-    script = holdoff("completion", shell).stdout
+    """The script of each shell asks both commands; its help says how to install it."""
+    script = holdoff("completion", shell).stdout.replace("'", "").replace(" = ", "=")
     assert f"_HOLDOFF_COMPLETE={shell}_complete" in script
+    assert f"_HOLDOFF_COORDINATOR_COMPLETE={shell}_complete" in script
     assert f"holdoff completion {shell}" in holdoff("completion", "--help").stdout
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdoff import _core, errors
-from holdoff._core import SECOND, Acquisition, Renewals, Timing
-from holdoff.v1 import lease_pb2
+from holdoff._core import SECOND, Acquisition, Renewals, Timing, Watching
+from holdoff.v1 import lease_pb2, lease_service_pb2
 
 ttls = st.floats(1.0, 86_400.0)
 
@@ -111,7 +111,7 @@ def test_a_deadline_counts_from_when_the_renewal_was_sent() -> None:
     """Not from its answer, which may come late."""
     one = renewals()
     before = one.deadline_ns
-    one.succeeded(3 * SECOND)
+    one.succeeded(one.begin(3 * SECOND))
     assert one.deadline_ns == before + 3 * SECOND
 
 
@@ -120,3 +120,84 @@ def test_a_refused_renewal_is_a_loss(error: errors.HoldoffError) -> None:
     """Whatever the coordinator says other than «not now»."""
     with pytest.raises(errors.LeaseLost):
         renewals().failed(error, 0)
+
+
+def test_a_lease_once_lost_stays_lost() -> None:
+    """Whatever the clock says."""
+    one = renewals()
+    one.lost = errors.LeaseBroken("x")
+    with pytest.raises(errors.LeaseBroken):
+        one.check(0)
+
+
+def test_the_start_of_the_command_is_told_at_once_and_not_forgotten() -> None:
+    """It may fall into a renewal that was sent without it: another follows.
+
+    Fails when `succeeded` does not compare.
+    """
+    one = renewals()
+    under_way = one.begin(3 * SECOND)
+    one.command_started()
+    assert one.pause_seconds(3 * SECOND) <= 0
+    one.succeeded(under_way)
+    assert one.pause_seconds(3 * SECOND) <= 0
+    second = one.begin(3 * SECOND)
+    assert second.command_started
+    one.succeeded(second)
+    assert one.pause_seconds(3 * SECOND) > 0
+
+
+def test_a_renewal_does_not_outlast_its_lease() -> None:
+    """Its time limit shrinks towards the deadline."""
+    one = renewals()
+    assert one.begin(one.deadline_ns - SECOND // 4).timeout_seconds == pytest.approx(0.25)
+
+
+def test_a_release_is_tried_until_the_lease_would_have_run_out() -> None:
+    """But not for long, and only while nobody answers.
+
+    Fails when `Patience.failed` looks at the error alone.
+    """
+    one = renewals()
+    patience = one.release_patience(0)
+    assert patience.failed(errors.Unavailable("x"), one.deadline_ns - 1) == 0.2
+    for error, now_ns in (
+        (errors.Unavailable("x"), one.deadline_ns),
+        (errors.WrongSecret("x"), 0),
+    ):
+        with pytest.raises(type(error)):
+            patience.failed(error, now_ns)
+    assert Renewals(Timing.of(3600), 0).release_patience(0).until_ns == 10 * SECOND
+
+
+def test_an_offer_is_accepted_as_long_as_it_stands() -> None:
+    """And a second longer, since its answer may be on the way."""
+    offer = lease_service_pb2.LeaseOffer(accept_within=_core.duration(3))
+    assert _core.acceptance_patience(offer, 0).until_ns == 4 * SECOND
+
+
+def test_a_watch_goes_on_from_the_last_place_it_was_told() -> None:
+    """The middle of a snapshot is no place; the beginning may be given.
+
+    Fails when `received` takes an empty token.
+    """
+    one = Watching("apps/a", "start")
+    assert one.request() == lease_service_pb2.WatchLeasesRequest(
+        parent="apps/a", resume_token="start"
+    )
+    for token, expected in (("", "start"), ("later", "later"), ("", "later")):
+        one.received(lease_service_pb2.WatchLeasesResponse(resume_token=token))
+        assert one.request().resume_token == expected
+
+
+def test_a_watch_never_gives_up_but_on_a_final_error() -> None:
+    """It backs off, and begins anew after a message."""
+    one = Watching("")
+    pauses = [one.failed(errors.Unavailable("x")) for _ in range(20)]
+    assert pauses[0] < 0.2
+    assert 0.5 <= pauses[-1] <= 1.0
+    assert one.failed(errors.Draining("x", retry_after_seconds=0.3)) == 0.3
+    one.received(lease_service_pb2.WatchLeasesResponse())
+    assert one.failed(errors.Unavailable("x")) < 0.2
+    with pytest.raises(errors.TokenNotFound):
+        one.failed(errors.TokenNotFound("x"))

@@ -4,20 +4,27 @@
 
     with holdoff.Client() as client, client.acquire("apps/exact-nl/tokens/finance") as lease:
         ...  # the only holder, and no sooner than the provider's interval after the last one
+
+`holdoff.aio` is the same for asyncio.
 """
 
-from holdoff._client import Client, HeldLease
-from holdoff.errors import (
-    AlreadyExists,
-    HoldoffError,
-    InvalidRequest,
-    LeaseLost,
-    NotFound,
-    NotGranted,
-    Refused,
-    Unavailable,
-    UnexpectedError,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from holdoff import aio, errors
+    from holdoff._client import Client, HeldLease
+    from holdoff.errors import (
+        AlreadyExists,
+        HoldoffError,
+        InvalidRequest,
+        LeaseLost,
+        NotFound,
+        NotGranted,
+        Refused,
+        Unavailable,
+        UnexpectedError,
+    )
 
 __all__ = [
     "AlreadyExists",
@@ -31,4 +38,20 @@ __all__ = [
     "Refused",
     "Unavailable",
     "UnexpectedError",
+    "aio",
+    "errors",
 ]
+
+
+# Only where nobody checks types: a checker that saw it would take any name for known.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Import what is asked for (PEP 562): gRPC takes longer than all of `holdoff --help`."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name in {"aio", "errors"}:
+            return import_module(f"{__name__}.{name}")
+        module = "_client" if name in {"Client", "HeldLease"} else "errors"
+        value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+        return value

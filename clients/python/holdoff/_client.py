@@ -1,62 +1,49 @@
-"""The synchronous client: sockets, threads and clocks around `holdoff._core`."""
+"""The synchronous client: sockets, threads and clocks around `holdoff._core`.
+
+`holdoff.aio` is the same with an event loop in the place of threads.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import grpc
 
+from holdoff import _calls
 from holdoff._core import (
+    CHANNEL_OPTIONS,
     DEFAULT_TTL_SECONDS,
     HEARTBEAT_SECONDS,
     SECOND,
+    WITHDRAWAL_SECONDS,
     Acquisition,
+    Patience,
     Renewals,
     Timing,
-    duration,
+    Watching,
+    acceptance_patience,
+    endpoint_of,
     here,
 )
+from holdoff._held import Held
 from holdoff._platform import boottime_ns
 from holdoff.errors import HoldoffError, LeaseLost, OfferExpired, Unavailable, from_rpc_error
-from holdoff.v1 import (
-    admin_service_pb2,
-    admin_service_pb2_grpc,
-    lease_pb2,
-    lease_service_pb2,
-    lease_service_pb2_grpc,
-    token_pb2,
-    token_service_pb2,
-    token_service_pb2_grpc,
-)
+from holdoff.v1 import lease_pb2, lease_service_pb2, lease_service_pb2_grpc, token_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator, Mapping
+    from datetime import datetime
     from types import TracebackType
 
 log = logging.getLogger("holdoff")
 
-DEFAULT_ENDPOINT = "127.0.0.1:50051"
-ENDPOINT_VARIABLE = "HOLDOFF_ENDPOINT"
-
-_OPTIONS = (
-    ("grpc.enable_retries", 0),  # what may be repeated is decided in _core
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    # Find out about dead connections; liveness itself is told by heartbeat messages.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-)
-
-RELEASE_SECONDS = 10
-"""How long a release is tried while the coordinator is away; then the lease runs out."""
-
-ResponseT = TypeVar("ResponseT")
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 class Client:
@@ -68,12 +55,10 @@ class Client:
     """
 
     def __init__(self, endpoint: str | None = None, *, timeout_seconds: float = 10.0) -> None:
-        self.endpoint = endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT
+        self.endpoint = endpoint_of(endpoint)
         self._timeout_seconds = timeout_seconds
-        self._channel = grpc.insecure_channel(self.endpoint, options=_OPTIONS)
+        self._channel = grpc.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS)
         self._leases = lease_service_pb2_grpc.LeaseServiceStub(self._channel)
-        self._tokens = token_service_pb2_grpc.TokenServiceStub(self._channel)
-        self._admin = admin_service_pb2_grpc.AdminServiceStub(self._channel)
         self._fencing_tokens: dict[str, int] = {}
 
     def __enter__(self) -> Self:
@@ -94,6 +79,7 @@ class Client:
         ttl_seconds: float = DEFAULT_TTL_SECONDS,
         grace_seconds: float | None = None,
         job: str = "",
+        labels: Mapping[str, str] | None = None,
         last_fencing_token: int = 0,
         on_waiting: Callable[[lease_pb2.WaitStatus], None] | None = None,
         on_unreachable: Callable[[Unavailable], None] | None = None,
@@ -102,12 +88,16 @@ class Client:
     ) -> HeldLease:
         """Wait for a lease on a token, accept it and keep it renewed.
 
+        Interrupted in the wait, by Ctrl-C or by what a callback raises, it gives up its place.
+
         Args:
             token: `apps/{app}/tokens/{token}`.
             wait_seconds: How long to wait; 0 answers at once, None waits without limit.
             ttl_seconds: How long the lease lives without a renewal: 1 s to 24 h.
             grace_seconds: Time the holder needs to stop; by default min(10 s, TTL/3).
             job: Name of the job, for listings.
+            labels: What else is worth knowing, for listings. At most 16; keys of lower case
+                letters, digits and `._/-`, values of at most 200 characters.
             last_fencing_token: The highest fencing token seen for this token, if it was kept.
             on_waiting: Called with what the request waits for, whenever that changes.
             on_unreachable: Called whenever the coordinator cannot be reached; the wait goes on.
@@ -127,14 +117,15 @@ class Client:
             token=token,
             ttl_seconds=ttl_seconds,
             wait_seconds=wait_seconds,
-            holder=here(job),
+            holder=here(job, labels),
             last_fencing_token=max(last_fencing_token, self._fencing_tokens.get(token, 0)),
             began_ns=boottime_ns(),
         )
         while True:
             try:
                 with _Conversation(self, acquisition) as conversation:
-                    for event in conversation:
+                    while True:
+                        event = conversation.receive()
                         if isinstance(event, lease_pb2.WaitStatus):
                             if on_waiting:
                                 on_waiting(event)
@@ -142,7 +133,6 @@ class Client:
                             self._fencing_tokens[token] = event.lease.fencing_token
                             renewals = Renewals(timing, sent_ns)
                             return HeldLease(self, event, renewals, on_renewed, on_lost)
-                raise Unavailable("the coordinator ended the conversation")
             except HoldoffError as error:
                 pause = acquisition.failed(error, boottime_ns())
                 if on_unreachable and isinstance(error, Unavailable):
@@ -154,61 +144,91 @@ class Client:
 
         Interrupted in the middle it gives the lease back, accepted or not.
         """
+        patience = acceptance_patience(offer, boottime_ns())
         try:
-            return self._accept_in_time(offer)
+            return self._insist(_calls.renew_lease(offer), patience)
+        except OfferExpired:
+            return None
         except HoldoffError:
             raise
         except BaseException:
             with contextlib.suppress(HoldoffError):
-                self._release(offer.lease.name, offer.secret, lease_service_pb2.RefreshReport())
+                self._call(_calls.release_lease(offer))
             raise
 
-    def _accept_in_time(self, offer: lease_service_pb2.LeaseOffer) -> int | None:
-        give_up_ns = boottime_ns() + round(offer.accept_within.ToMicroseconds() * 1e3) + SECOND
-        while True:
-            sent_ns = boottime_ns()
-            try:
-                self._renew(offer.lease.name, offer.secret, timeout_seconds=1.0)
-                return sent_ns
-            except OfferExpired:
-                return None
-            except Unavailable:
-                if boottime_ns() >= give_up_ns:
-                    raise
-                time.sleep(0.05)
-
-    def _renew(
-        self, name: str, secret: str, *, timeout_seconds: float, command_started: bool = False
-    ) -> lease_pb2.Lease:
-        request = lease_service_pb2.RenewLeaseRequest(
-            name=name, secret=secret, command_started=command_started
-        )
-        return self._call(self._leases.RenewLease, request, timeout_seconds).lease
-
-    def _release(
-        self, name: str, secret: str, report: lease_service_pb2.RefreshReport
-    ) -> lease_service_pb2.ReleaseLeaseResponse:
-        request = lease_service_pb2.ReleaseLeaseRequest(name=name, secret=secret, refresh=report)
-        return self._call(self._leases.ReleaseLease, request, timeout_seconds=3.0)
-
     def get_lease(self, name: str) -> lease_pb2.Lease:
-        """Return a lease, also for an hour after its end.
+        """Return a lease; an ended one as long as it is in the history of its token.
 
         Raises:
             LeaseNotFound: There is no such lease.
         """
-        request = lease_service_pb2.GetLeaseRequest(name=name)
-        return self._call(self._leases.GetLease, request).lease
+        return self._call(_calls.get_lease(name))
 
     def list_leases(self, parent: str = "") -> Iterator[lease_pb2.Lease]:
         """Yield the live leases of everything, an app, or a token."""
-        request = lease_service_pb2.ListLeasesRequest(parent=parent)
+        return self._items(_calls.list_leases(parent))
+
+    def list_lease_history(
+        self, token: str, *, at: datetime | None = None
+    ) -> list[lease_pb2.Lease]:
+        """Return the latest leases of a token, the newest first: who ran, when, how it ended.
+
+        Args:
+            token: `apps/{app}/tokens/{token}`.
+            at: Only the leases that lived then. It needs a time zone.
+
+        Raises:
+            TokenNotFound: There is no such token.
+            ValueError: `at` has no time zone.
+        """
+        return self._call(_calls.list_lease_history(token, at))
+
+    def list_waiters(self, token: str) -> list[lease_pb2.Waiter]:
+        """Return who waits for a token, in the order of their places.
+
+        Raises:
+            TokenNotFound: There is no such token.
+        """
+        return self._call(_calls.list_waiters(token))
+
+    def watch_leases(
+        self,
+        parent: str = "",
+        *,
+        resume_token: str = "",
+        on_unreachable: Callable[[Unavailable], None] | None = None,
+    ) -> Generator[lease_service_pb2.WatchLeasesResponse, None, None]:
+        """Yield how things stand, then every change, for ever.
+
+        It reconnects by itself and goes on where it was, so that no change is missed. A snapshot
+        replaces what was known of its app; one may come at any time. Close the iterator
+        to end the watch.
+
+        Args:
+            parent: Only this app or token; empty for everything.
+            resume_token: The last one that an earlier watch of the same parent yielded.
+            on_unreachable: Called whenever the coordinator cannot be reached; the watch goes on.
+
+        Raises:
+            TokenNotFound: There is no such token.
+            InvalidRequest: An argument is wrong.
+        """
+        watching = Watching(parent, resume_token)
         while True:
-            page = self._call(self._leases.ListLeases, request)
-            yield from page.leases
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+            stream = self._leases.WatchLeases(watching.request())
+            try:
+                with _translated(self.endpoint):
+                    for response in stream:
+                        watching.received(response)
+                        yield response
+                raise Unavailable("the coordinator ended the watch")
+            except HoldoffError as error:
+                pause = watching.failed(error)
+                if on_unreachable and isinstance(error, Unavailable):
+                    on_unreachable(error)
+            finally:
+                stream.cancel()
+            time.sleep(pause)
 
     def break_lease(self, name: str, reason: str) -> lease_pb2.Lease:
         """Forbid the renewal of a lease; the cooldown counts from when it ended.
@@ -221,8 +241,7 @@ class Client:
             LeaseNotFound: There is no such lease.
             LeaseLost: It has ended already.
         """
-        request = admin_service_pb2.BreakLeaseRequest(name=name, reason=reason)
-        return self._call(self._admin.BreakLease, request).lease
+        return self._call(_calls.break_lease(name, reason))
 
     def create_token(
         self,
@@ -246,25 +265,18 @@ class Client:
         Raises:
             TokenExists: There is such a token.
             PolicyNotFound: There is no such policy.
+            ValueError: `refresh_at` or `last_refreshed` is none of these.
         """
-        request = token_service_pb2.CreateTokenRequest(
-            token=_token(name, policy, refresh_interval_seconds, refresh_at)
+        return self._call(
+            _calls.create_token(name, policy, refresh_interval_seconds, refresh_at, last_refreshed)
         )
-        if isinstance(last_refreshed, str):
-            if last_refreshed not in ("never", "unknown"):
-                raise ValueError('last_refreshed must be "never", "unknown" or an age in seconds')
-            if last_refreshed == "unknown":
-                request.last_refresh_unknown = True
-        else:
-            request.last_refresh_age.CopyFrom(duration(last_refreshed))
-        return self._call(self._tokens.CreateToken, request).token
 
     def update_token(
         self,
         name: str,
         *,
         policy: str | None = None,
-        refresh_interval_seconds: float | None = None,
+        refresh_interval_seconds: float | Literal["policy"] | None = None,
         refresh_at: str | None = None,
     ) -> token_pb2.Token:
         """Change a token; None leaves a setting as it is. No running cooldown is shortened.
@@ -272,20 +284,9 @@ class Client:
         Raises:
             TokenNotFound: There is no such token.
             PolicyNotFound: There is no such policy.
+            ValueError: `refresh_at` is neither "end" nor "start".
         """
-        request = token_service_pb2.UpdateTokenRequest(
-            token=_token(name, policy or "", refresh_interval_seconds, refresh_at)
-        )
-        for field, value in (
-            ("policy", policy),
-            ("refresh_interval", refresh_interval_seconds),
-            ("refresh_at", refresh_at),
-        ):
-            if value is not None:
-                request.update_mask.paths.append(field)
-        if not request.update_mask.paths:
-            return self.get_token(name)
-        return self._call(self._tokens.UpdateToken, request).token
+        return self._call(_calls.update_token(name, policy, refresh_interval_seconds, refresh_at))
 
     def get_token(self, name: str) -> token_pb2.Token:
         """Return a token.
@@ -293,29 +294,46 @@ class Client:
         Raises:
             TokenNotFound: There is no such token.
         """
-        request = token_service_pb2.GetTokenRequest(name=name)
-        return self._call(self._tokens.GetToken, request).token
+        return self._call(_calls.get_token(name))
 
     def list_tokens(self, parent: str = "") -> Iterator[token_pb2.Token]:
         """Yield all tokens, or those of an app."""
-        request = token_service_pb2.ListTokensRequest(parent=parent)
-        while True:
-            page = self._call(self._tokens.ListTokens, request)
-            yield from page.tokens
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
+        return self._items(_calls.list_tokens(parent))
 
-    def _call(
-        self,
-        method: grpc.UnaryUnaryMultiCallable[Any, ResponseT],
-        request: Any,
-        timeout_seconds: float | None = None,
-    ) -> ResponseT:
-        try:
-            return method(request, timeout=timeout_seconds or self._timeout_seconds)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.endpoint) from None
+    def _items(self, call: _calls.Call[Any, _calls.Page[ItemT]] | None) -> Iterator[ItemT]:
+        while call:
+            page = self._call(call)
+            yield from page.items
+            call = page.following
+
+    def _insist(self, call: _calls.Call[Any, Any], patience: Patience) -> int:
+        """Repeat a call while it is unavailable; return when the one that was answered was sent."""
+        while True:
+            sent_ns = boottime_ns()
+            try:
+                self._call(call)
+                return sent_ns
+            except HoldoffError as error:
+                time.sleep(patience.failed(error, boottime_ns()))
+
+    def _call(self, call: _calls.Call[Any, ResultT]) -> ResultT:
+        method = self._channel.unary_unary(
+            call.method,
+            request_serializer=type(call.request).SerializeToString,
+            response_deserializer=call.response.FromString,
+        )
+        with _translated(self.endpoint):
+            response = method(call.request, timeout=call.timeout_seconds or self._timeout_seconds)
+        return call.read(response)
+
+
+@contextlib.contextmanager
+def _translated(endpoint: str) -> Iterator[None]:
+    """Turn gRPC's errors into ours."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, endpoint) from None
 
 
 class _Conversation:
@@ -329,11 +347,11 @@ class _Conversation:
         )
 
     def __enter__(self) -> Self:
-        first = self._acquisition.request(boottime_ns())
+        now_ns = boottime_ns()
+        first = self._acquisition.request(now_ns)
         self._outbox.put(lease_service_pb2.StreamAcquireLeaseRequest(acquire=first))
         self._stream = self._client._leases.StreamAcquireLease(  # noqa: SLF001
-            self._requests(),
-            timeout=self._acquisition.stream_timeout_seconds(boottime_ns()),
+            self._requests(), timeout=self._acquisition.stream_timeout_seconds(now_ns)
         )
         return self
 
@@ -344,14 +362,17 @@ class _Conversation:
         traceback: TracebackType | None,
     ) -> None:
         if error is not None and not isinstance(error, HoldoffError):
-            # Interrupted: tell the coordinator, and give it a moment to hear of it.
-            withdraw = lease_service_pb2.Withdrawal()
-            self._outbox.put(lease_service_pb2.StreamAcquireLeaseRequest(withdraw=withdraw))
-            give_up_ns = boottime_ns() + SECOND
-            while self._stream.is_active() and boottime_ns() < give_up_ns:
-                time.sleep(0.01)
+            self._withdraw()
         self._outbox.put(None)
         self._stream.cancel()
+
+    def _withdraw(self) -> None:
+        """Give up the place, and give the coordinator a moment to hear of it."""
+        withdrawal = lease_service_pb2.Withdrawal()
+        self._outbox.put(lease_service_pb2.StreamAcquireLeaseRequest(withdraw=withdrawal))
+        give_up_ns = boottime_ns() + round(WITHDRAWAL_SECONDS * SECOND)
+        while self._stream.is_active() and boottime_ns() < give_up_ns:
+            time.sleep(0.01)
 
     def _requests(self) -> Iterator[lease_service_pb2.StreamAcquireLeaseRequest]:
         heartbeat = lease_service_pb2.StreamAcquireLeaseRequest(
@@ -366,15 +387,20 @@ class _Conversation:
                 return
             yield message
 
-    def __iter__(self) -> Iterator[lease_pb2.WaitStatus | lease_service_pb2.LeaseOffer]:
-        try:
-            for response in self._stream:
-                yield self._acquisition.received(response.event)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self._client.endpoint) from None
+    def receive(self) -> lease_pb2.WaitStatus | lease_service_pb2.LeaseOffer:
+        """Return the next event.
+
+        Raises:
+            HoldoffError: The request failed, or the conversation did.
+        """
+        with _translated(self._client.endpoint):
+            response = next(self._stream, None)
+        if response is None:
+            raise Unavailable("the coordinator ended the conversation")
+        return self._acquisition.received(response.event)
 
 
-class HeldLease:
+class HeldLease(Held):
     """A lease that this process holds, renewed in the background until it is released.
 
     Use it as a context manager: leaving it releases the lease, and raises LeaseLost if it was
@@ -389,17 +415,8 @@ class HeldLease:
         on_renewed: Callable[[int], None] | None,
         on_lost: Callable[[LeaseLost], None] | None,
     ) -> None:
-        self.name = offer.lease.name
-        """`apps/{app}/tokens/{token}/leases/{lease}`."""
-        self.fencing_token = offer.lease.fencing_token
-        """A number that rises with every lease of the token."""
+        super().__init__(offer, renewals, on_renewed, on_lost)
         self._client = client
-        self._secret = offer.secret
-        self._renewals = renewals
-        self._on_renewed = on_renewed
-        self._on_lost = on_lost
-        self._lost: LeaseLost | None = None
-        self._command_started = False
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._renew_on, name="holdoff-renewal", daemon=True)
@@ -420,32 +437,13 @@ class HeldLease:
         with contextlib.suppress(HoldoffError):
             self.release()
 
-    @property
-    def deadline_ns(self) -> int:
-        """When all must have stopped unless a renewal comes through, in ns of CLOCK_BOOTTIME."""
-        return self._renewals.deadline_ns
-
-    @property
-    def remaining_seconds(self) -> float:
-        """Time left until the deadline."""
-        return (self.deadline_ns - boottime_ns()) / SECOND
-
-    def check(self) -> None:
-        """Raise LeaseLost if the lease was lost; call it before anything that needs the lease."""
-        with self._changed:
-            if self._lost is None:
-                self._renewals.check(boottime_ns())
-                return
-            raise self._lost
-
     def command_started(self) -> None:
         """Tell the coordinator, soon, that the command under the lease has started.
 
         Where the policy's `refresh_at` is START, that instant counts as the refresh.
         """
         with self._changed:
-            self._command_started = True
-            self._renewals.next_ns = 0
+            super().command_started()
             self._changed.notify()
 
     def release(
@@ -463,29 +461,17 @@ class HeldLease:
             Unavailable: The coordinator could not be told; the lease runs out by itself.
         """
         self._stop()
-        report = lease_service_pb2.RefreshReport(saw_every_refresh=saw_every_refresh)
-        if last_refresh_age_seconds is not None:
-            report.last_refresh_age.CopyFrom(duration(last_refresh_age_seconds))
+        call = _calls.release_lease(
+            self._offer, last_refresh_age_seconds, saw_every_refresh=saw_every_refresh
+        )
         try:
             # Also when it was broken: that confirms that nothing runs under it any more.
-            self._release_until_deadline(report)
+            self._client._insist(call, self._renewals.release_patience(boottime_ns()))  # noqa: SLF001
         except HoldoffError:
-            if self._lost is None:
+            if self._renewals.lost is None:
                 raise
-        if self._lost is not None:
-            raise self._lost
-
-    def _release_until_deadline(self, report: lease_service_pb2.RefreshReport) -> None:
-        """Release; a coordinator that is away only for a moment is not noticed."""
-        give_up_ns = min(self.deadline_ns, boottime_ns() + RELEASE_SECONDS * SECOND)
-        while True:
-            try:
-                self._client._release(self.name, self._secret, report)  # noqa: SLF001
-                return
-            except Unavailable:
-                if boottime_ns() >= give_up_ns:
-                    raise
-                time.sleep(0.2)
+        if self._renewals.lost is not None:
+            raise self._renewals.lost
 
     def _stop(self) -> None:
         with self._changed:
@@ -495,62 +481,34 @@ class HeldLease:
 
     def _renew_on(self) -> None:
         try:
-            while self._wait_until_due():
-                self._renew(started=self._command_started)
+            while self._sleep_until_due():
+                self._renew()
         except LeaseLost as error:
             self._lose(error)
         except Exception as error:  # what a callback raised, or a channel closed under us
             log.exception("renewals of %s ended", self.name)
             self._lose(LeaseLost(f"its renewals ended: {error}"))
 
-    def _wait_until_due(self) -> bool:
+    def _sleep_until_due(self) -> bool:
         """Sleep until the next renewal (True), or until the lease is to be given back (False)."""
         with self._changed:
             while not self._stopped:
-                pause_ns = self._renewals.next_ns - boottime_ns()
-                if pause_ns <= 0:
+                pause_seconds = self._renewals.pause_seconds(boottime_ns())
+                if pause_seconds <= 0:
                     return True
-                # Short, since a wait on the monotonic clock sleeps through a suspend.
-                self._changed.wait(min(pause_ns / SECOND, 1.0))
+                self._changed.wait(pause_seconds)
             return False
 
-    def _lose(self, error: LeaseLost) -> None:
+    def _renew(self) -> None:
         with self._changed:
-            self._lost = error
-        log.warning("lease %s is lost: %s", self.name, error)
-        if self._on_lost:
-            self._on_lost(error)
-
-    def _renew(self, *, started: bool) -> None:
-        sent_ns = boottime_ns()
-        left_seconds = max(0.05, (self.deadline_ns - sent_ns) / SECOND)
-        timeout_seconds = min(self._renewals.timing.call_seconds, left_seconds)
+            renewal = self._renewals.begin(boottime_ns())
         try:
-            self._client._renew(  # noqa: SLF001
-                self.name, self._secret, timeout_seconds=timeout_seconds, command_started=started
-            )
+            self._client._call(self._renewal_call(renewal))  # noqa: SLF001
         except HoldoffError as error:
             with self._changed:
-                self._renewals.failed(error, boottime_ns())
-            log.info("renewal of %s failed, trying again: %s", self.name, error)
+                self._not_renewed(error)
             return
         with self._changed:
-            self._renewals.succeeded(sent_ns)
-            if self._command_started and not started:
-                self._renewals.next_ns = 0
+            self._renewals.succeeded(renewal)
         if self._on_renewed:
             self._on_renewed(self.deadline_ns)
-
-
-def _token(
-    name: str, policy: str, refresh_interval_seconds: float | None, refresh_at: str | None
-) -> token_pb2.Token:
-    if refresh_at not in (None, "end", "start"):
-        raise ValueError('refresh_at must be "end" or "start"')
-    interval = None if refresh_interval_seconds is None else duration(refresh_interval_seconds)
-    return token_pb2.Token(
-        name=name,
-        policy=policy,
-        refresh_interval=interval,
-        refresh_at=token_pb2.RefreshAt.Value(f"REFRESH_AT_{(refresh_at or 'unspecified').upper()}"),
-    )

@@ -21,7 +21,18 @@ from holdoff.errors import HoldoffError, LeaseLost, Unavailable, from_status
 from holdoff.v1 import lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+DEFAULT_ENDPOINT = "127.0.0.1:50051"
+ENDPOINT_VARIABLE = "HOLDOFF_ENDPOINT"
+CHANNEL_OPTIONS = (
+    ("grpc.enable_retries", 0),  # what may be repeated is decided here
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Find out about dead connections; liveness itself is told by heartbeat messages.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
 
 SECOND = 1_000_000_000
 HEARTBEAT_SECONDS = 1.5
@@ -33,6 +44,12 @@ GRACE_FOR_ANSWER_SECONDS = 0.5
 FIRST_RETRY_SECONDS = 0.1
 MOST_RETRY_SECONDS = 1.0
 """So short that a waiter is back, after a restart, before it is passed over."""
+WITHDRAWAL_SECONDS = 1.0
+"""How long one who gives up its place waits for the coordinator to hear of it."""
+RELEASE_SECONDS = 10.0
+"""How long a release is tried while the coordinator is away; then the lease runs out."""
+LONGEST_SLEEP_SECONDS = 1.0
+"""Sleeps are short, since a wait on the monotonic clock sleeps through a suspend."""
 
 DEFAULT_TTL_SECONDS = 120.0
 
@@ -99,7 +116,12 @@ class Timing:
         return min(10.0, max(0.2, self.renew_after_seconds))
 
 
-def here(job: str = "") -> lease_pb2.Holder:
+def endpoint_of(endpoint: str | None) -> str:
+    """Return where the coordinator is: as given, by the environment, or by default."""
+    return endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT
+
+
+def here(job: str = "", labels: Mapping[str, str] | None = None) -> lease_pb2.Holder:
     """Describe this process as a holder."""
     try:
         user = getpass.getuser()
@@ -115,6 +137,7 @@ def here(job: str = "") -> lease_pb2.Holder:
         user=user,
         job=job,
         client_version=f"holdoff/{release}",
+        labels=labels,
     )
 
 
@@ -123,6 +146,30 @@ def duration(seconds: float) -> duration_pb2.Duration:
     message = duration_pb2.Duration()
     message.FromMicroseconds(round(seconds * 1e6))
     return message
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to go on with a call that is unavailable, and how long to pause in between."""
+
+    until_ns: int
+    pause_seconds: float
+
+    def failed(self, error: HoldoffError, now_ns: int) -> float:
+        """Return after how many seconds to call again.
+
+        Raises:
+            HoldoffError: The error, if it is final or the patience is at its end.
+        """
+        if not isinstance(error, Unavailable) or now_ns >= self.until_ns:
+            raise error
+        return self.pause_seconds
+
+
+def acceptance_patience(offer: lease_service_pb2.LeaseOffer, now_ns: int) -> Patience:
+    """How long to try to accept an offer: as long as it stands, and a second for the answer."""
+    stands_ns = offer.accept_within.ToNanoseconds()
+    return Patience(until_ns=now_ns + stands_ns + SECOND, pause_seconds=0.05)
 
 
 @dataclass(slots=True)
@@ -207,8 +254,50 @@ class Acquisition:
 
 
 @dataclass(slots=True)
+class Watching:
+    """One watch, over as many connections as it takes: no change is missed between them."""
+
+    parent: str
+    resume_token: str = ""
+    """Where to go on: the last one that came, which the middle of a snapshot does not have."""
+    _failures: int = 0
+
+    def request(self) -> lease_service_pb2.WatchLeasesRequest:
+        """What to send on a new connection."""
+        return lease_service_pb2.WatchLeasesRequest(
+            parent=self.parent, resume_token=self.resume_token
+        )
+
+    def received(self, response: lease_service_pb2.WatchLeasesResponse) -> None:
+        """Take in a message."""
+        self._failures = 0
+        self.resume_token = response.resume_token or self.resume_token
+
+    def failed(self, error: HoldoffError) -> float:
+        """Return after how many seconds to connect again; there is no limit.
+
+        Raises:
+            HoldoffError: The error, if it is final.
+        """
+        if not isinstance(error, Unavailable):
+            raise error
+        delay = error.retry_after_seconds or retry_delay_seconds(self._failures)
+        self._failures += 1
+        return delay
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """One renewal to send."""
+
+    sent_ns: int
+    timeout_seconds: float
+    command_started: bool
+
+
+@dataclass(slots=True)
 class Renewals:
-    """The renewals of one accepted lease: when to send the next, and when it is lost."""
+    """The life of one accepted lease: when to send the next renewal, and when it is lost."""
 
     timing: Timing
     accepted_sent_ns: int
@@ -216,16 +305,38 @@ class Renewals:
     """When everything that runs under the lease must have stopped."""
     next_ns: int = field(init=False)
     """When to send the next renewal."""
-    _failures: int = 0
+    lost: LeaseLost | None = field(init=False, default=None)
+    """Why the lease was lost, once it was."""
+    _command_started: bool = field(init=False, default=False)
+    _failures: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.succeeded(self.accepted_sent_ns)
+        self._granted(self.accepted_sent_ns)
 
-    def succeeded(self, sent_ns: int) -> None:
-        """A renewal that was sent at `sent_ns` was granted."""
+    def _granted(self, sent_ns: int) -> None:
         self.deadline_ns = self.timing.deadline_ns(sent_ns)
         self.next_ns = sent_ns + round(self.timing.renew_after_seconds * SECOND)
         self._failures = 0
+
+    def command_started(self) -> None:
+        """The next renewal says that the command has started, and it is due now."""
+        self._command_started = True
+        self.next_ns = 0
+
+    def pause_seconds(self, now_ns: int) -> float:
+        """How long to sleep before looking again; 0 or less when a renewal is due."""
+        return min((self.next_ns - now_ns) / SECOND, LONGEST_SLEEP_SECONDS)
+
+    def begin(self, now_ns: int) -> Renewal:
+        """Return what to send now."""
+        left_seconds = max(0.05, (self.deadline_ns - now_ns) / SECOND)
+        return Renewal(now_ns, min(self.timing.call_seconds, left_seconds), self._command_started)
+
+    def succeeded(self, renewal: Renewal) -> None:
+        """A renewal was granted."""
+        self._granted(renewal.sent_ns)
+        if self._command_started and not renewal.command_started:
+            self.next_ns = 0
 
     def failed(self, error: HoldoffError, now_ns: int) -> None:
         """Take in a renewal that failed; a time-out says nothing about the lease.
@@ -243,8 +354,15 @@ class Renewals:
         self.next_ns = now_ns + round(delay * SECOND)
 
     def check(self, now_ns: int) -> None:
-        """Raise LeaseLost once the deadline has passed."""
+        """Raise LeaseLost if the lease was lost, or once the deadline has passed."""
+        if self.lost is not None:
+            raise self.lost
         if now_ns >= self.deadline_ns:
             raise LeaseLost(
                 "no renewal came through before the deadline: the lease must be taken as lost"
             )
+
+    def release_patience(self, now_ns: int) -> Patience:
+        """How long to try to give the lease back: not beyond its end, and never for long."""
+        until_ns = min(self.deadline_ns, now_ns + round(RELEASE_SECONDS * SECOND))
+        return Patience(until_ns=until_ns, pause_seconds=0.2)

@@ -232,7 +232,7 @@ def from_status(status: status_pb2.Status) -> HoldoffError:
 
 def from_rpc_error(error: grpc.RpcError, endpoint: str) -> HoldoffError:
     """Turn a failed call into its exception."""
-    if not isinstance(error, grpc.Call):
+    if not isinstance(error, (grpc.Call, grpc.aio.AioRpcError)):
         return UnexpectedError(str(error))
     status = rpc_status.from_call(error)
     if status is not None:

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from holdoff.cli import exits
+from holdoff.cli._help import example
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _COMMANDS = {
     "run": ("holdoff.cli.run", "Run a command under a lease."),
-    "token": ("holdoff.cli.token", "Create, update, show and list tokens."),
+    "watch": ("holdoff.cli.watch", "Watch tokens and leases, live."),
+    "token": ("holdoff.cli.token", "Create, update, show and list tokens; queues and history."),
     "lease": ("holdoff.cli.lease", "Show, list and break leases."),
-    "simulator": ("holdoff.simulator.cli", "Serve a simulated provider, to test jobs against."),
+    "simulator": ("holdoff.simulator.cli", "A simulated provider, to test jobs against."),
     "completion": ("holdoff.cli.completion", "Print the completion script of a shell."),
 }
 
@@ -48,7 +50,7 @@ class _Group(click.Group):
         return name, getattr(import_module(module), name), rest
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        del ctx
+        super().format_epilog(ctx, formatter)
         with formatter.section("Exit codes"):
             formatter.write_dl(list(exits.TABLE))
 
@@ -84,7 +86,11 @@ class _Group(click.Group):
         sys.exit(code if isinstance(code, int) else exits.OK)
 
 
-@click.group(cls=_Group, context_settings={"max_content_width": 100})
+@click.group(
+    cls=_Group,
+    context_settings={"max_content_width": 100},
+    epilog=example("holdoff --endpoint coordinator:50051 watch"),
+)
 @click.option(
     "--endpoint",
     metavar="HOST:PORT",

@@ -1,6 +1,7 @@
 """Exit codes, the same in every command, and what a failed command says."""
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -9,6 +10,7 @@ from typing import Final, NoReturn
 import click
 
 from holdoff._text import printable
+from holdoff.durations import format_duration
 
 OK: Final = 0
 DECLINED: Final = 1
@@ -25,7 +27,7 @@ BROKEN_PIPE: Final = SIGNAL_BASE + 13  # SIGPIPE, a name that Windows does not h
 
 TABLE: Final = (
     ("0", "done; under `run`, 0 to 255 may also be the command's own"),
-    (str(DECLINED), "you answered no"),
+    (str(DECLINED), "you answered no, and nothing was done"),
     (str(USAGE), "wrong usage"),
     (str(UNREACHABLE), "the coordinator, or its store, cannot be reached"),
     (str(INTERNAL), "a fault of Holdoff itself"),
@@ -56,6 +58,13 @@ def code_of(error: Exception) -> int | None:
     return next((codes[kind] for kind in type(error).__mro__ if kind in codes), None)
 
 
+CANNOT_RUN: Final = {
+    CANNOT_EXECUTE: "may you execute it (chmod +x), and is it a program or does it begin with #!?",
+    COMMAND_NOT_FOUND: "is it on the PATH of whoever runs this? if not, write its whole path",
+}
+"""What the user can do about a command that cannot be run."""
+
+
 def remedy_of(error: Exception, endpoint: str) -> str:
     """What the user can do about an error of the client library; empty where it says so itself.
 
@@ -66,16 +75,48 @@ def remedy_of(error: Exception, endpoint: str) -> str:
     # Not at the top: this import takes longer than all of `holdoff --help`.
     from holdoff import errors  # noqa: PLC0415
 
+    remedy = _REMEDIES.get(getattr(error, "reason", ""), "")
     match error:
         case errors.Unavailable(reason=""):
-            return (
-                f"does holdoff-coordinator listen at {endpoint}? "
-                "If it is elsewhere: --endpoint HOST:PORT, or HOLDOFF_ENDPOINT"
+            remedy = (
+                "does holdoff-coordinator listen at {endpoint}? Start one: holdoff-coordinator "
+                "serve; if it is elsewhere: --endpoint HOST:PORT, or HOLDOFF_ENDPOINT"
             )
-        case errors.LeaseNotFound():
-            return "the live ones: holdoff lease list"
-        case _:
-            return ""
+        case errors.Quarantined(retry_after_seconds=float(seconds)) if seconds:
+            remedy += f", for {format_duration(round(seconds))} at least"
+        case errors.InvalidRequest(reason="") if str(error).startswith("resource exhausted"):
+            remedy = "too much for one message (4 MB): ask for one app or token, not for all"
+        case errors.UnexpectedError() if str(error).startswith("unimplemented"):
+            remedy = "what listens at {endpoint} is no coordinator, or an older one: upgrade it"
+    # The message of an error says which token it is about.
+    name = re.search(r"apps/([a-z0-9-]+)/tokens/[a-z0-9-]+", str(error))
+    token, app = name.group(0, 1) if name else ("TOKEN", "APP")
+    return remedy.format(token=token, app=app, endpoint=endpoint)
+
+
+_REMEDIES: Final = {
+    "LEASE_HELD": "who holds it: holdoff watch {token}; to wait for it: --wait 2h",
+    "TOKEN_COOLING": "until when: holdoff token show {token}; to wait for it: --wait 2h",
+    "TOKEN_QUEUED": "who comes first: holdoff token queue {token}; to queue up: --wait 2h",
+    "QUEUE_FULL": "who waits: holdoff token queue {token}; jobs are started faster than they run",
+    "QUARANTINED": "no new leases, in case the store forgot one; what runs goes on. Only waiting "
+    "helps",
+    "LEASE_LOST": "what happened: holdoff token history {token}",
+    "LEASE_BROKEN": "who has it now: holdoff watch {token}",
+    "LEASE_ENDED": "the last leases: holdoff token history {token}",
+    "OFFER_EXPIRED": "was this host asleep, or cut off? Ask again",
+    "TOKEN_NOT_FOUND": "those that there are: holdoff token list apps/{app}",
+    "LEASE_NOT_FOUND": "the live ones: holdoff lease list",
+    "TOKEN_EXISTS": "how it stands: holdoff token show {token}",
+    "STORE_UNAVAILABLE": "{endpoint} answers, its Valkey or Redis does not: see the coordinator's "
+    "log",
+    "SCHEMA_TOO_NEW": "upgrade the coordinator at {endpoint}, or ask a newer one: --endpoint "
+    "HOST:PORT",
+    "DRAINING": "it is being stopped or restarted, and places are kept: ask again in a moment",
+    "WAITER_SILENT": "was this host asleep, or cut off? Ask again: the place is lost",
+    "INTERNAL": "a fault of Holdoff: see the coordinator's log at this time, and report it",
+}
+"""What to do, by reason; the messages of all other reasons say so themselves."""
 
 
 def complain(message: str, remedy: str = "") -> None:
@@ -108,4 +149,5 @@ def end(error: Exception) -> NoReturn:
         case _:
             # Not Python's own 1, which under `run` would read as a warning of the command.
             traceback.print_exception(error)
+            complain("this is a fault of Holdoff", "report it with all of the lines above")
             sys.exit(INTERNAL)

@@ -1,12 +1,12 @@
 """`holdoff lease`: list, show and break leases."""
 
 import sys
-from decimal import Decimal
 
 import click
 
 from holdoff import Client
 from holdoff.cli import exits
+from holdoff.cli._help import example
 from holdoff.cli.output import (
     NOTHING,
     duration_text,
@@ -14,23 +14,24 @@ from holdoff.cli.output import (
     emit_record,
     emit_table,
     enum_text,
+    held_text,
     holder_text,
+    labels_text,
     output_option,
     resource,
     time_text,
 )
 from holdoff.cli.params import Name
-from holdoff.durations import format_duration
 from holdoff.names import AppName, LeaseName, TokenName
 from holdoff.v1 import lease_pb2
 
 
-@click.group()
+@click.group(epilog=example("holdoff lease list"))
 def lease() -> None:
     """List, show and break leases."""
 
 
-@lease.command("list")
+@lease.command("list", epilog=example("holdoff lease list", "holdoff lease list apps/exact-nl"))
 @click.argument("parent", type=Name(AppName, TokenName), required=False)
 @output_option
 @click.pass_obj
@@ -50,12 +51,15 @@ def list_leases(endpoint: str, parent: str | None, output: str) -> None:
         click.echo(f"no live leases{f' of {parent}' if parent else ''}", err=True)
 
 
-@lease.command("show")
+@lease.command(
+    "show",
+    epilog=example("holdoff lease show apps/exact-nl/tokens/finance/leases/1764040200"),
+)
 @click.argument("name", type=Name(LeaseName))
 @output_option
 @click.pass_obj
 def show_lease(endpoint: str, name: str, output: str) -> None:
-    """Show the lease NAME, also for an hour after its end.
+    """Show the lease NAME, also after its end, for as long as its token's history knows it.
 
     NAME is apps/APP/tokens/TOKEN/leases/LEASE.
     """
@@ -63,7 +67,12 @@ def show_lease(endpoint: str, name: str, output: str) -> None:
         _emit(client.get_lease(name), output)
 
 
-@lease.command("break")
+@lease.command(
+    "break",
+    epilog=example(
+        "holdoff lease break apps/exact-nl/tokens/finance/leases/1764040200 --reason 'web1 hangs'"
+    ),
+)
 @click.argument("name", type=Name(LeaseName))
 @click.option("--reason", required=True, help="Why; the holder is told.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
@@ -79,6 +88,7 @@ def break_lease(endpoint: str, name: str, reason: str, yes: bool, output: str) -
         if sys.stdin.isatty() and not yes:
             holder = holder_text(client.get_lease(name).holder)
             if not click.confirm(f"{name}\nis held by {holder}. Break it?", err=True):
+                click.echo("not broken", err=True)
                 raise click.exceptions.Exit(exits.DECLINED)
         _emit(client.break_lease(name, reason), output)
 
@@ -87,7 +97,7 @@ def _row(lease: lease_pb2.Lease) -> tuple[str, ...]:
     return (
         lease.name,
         enum_text(lease, "state"),
-        _held_for(lease),
+        held_text(lease),
         duration_text(lease, "remaining"),
         holder_text(lease.holder),
     )
@@ -105,6 +115,7 @@ def _emit(lease: lease_pb2.Lease, output: str) -> None:
             ("name", lease.name),
             ("state", enum_text(lease, "state")),
             ("holder", holder_text(holder) + (f" ({who})" if who else "")),
+            ("labels", labels_text(holder)),
             ("fencing token", str(lease.fencing_token)),
             ("ttl", duration_text(lease, "ttl")),
             ("left", duration_text(lease, "remaining")),
@@ -116,11 +127,3 @@ def _emit(lease: lease_pb2.Lease, output: str) -> None:
             ("ended", time_text(lease, "end_time")),
         ]
     )
-
-
-def _held_for(lease: lease_pb2.Lease) -> str:
-    """How long the lease has been held, by the store's clock alone: ours may differ from it."""
-    if not (lease.HasField("remaining") and lease.HasField("accept_time")):
-        return NOTHING
-    now_ns = lease.expire_time.ToNanoseconds() - lease.remaining.ToNanoseconds()
-    return format_duration(Decimal(now_ns - lease.accept_time.ToNanoseconds()) / 10**9)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from holdoff._text import printable
 from holdoff.durations import format_duration
-from holdoff.v1 import lease_pb2
+from holdoff.v1 import lease_pb2, token_pb2
 
 NOTHING = "-"
 
@@ -23,14 +23,18 @@ _STYLES = {
     "free": "green",
     "held": "cyan",
     "active": "cyan",
+    "offered": "cyan",
     "cooling": "yellow",
     "breaking": "yellow",
+    "silent": "yellow",
+    "expired": "red",
+    "broken": "red",
     "backing off": "red",
     "quarantined": "red",
 }
 
 # Wider than any row: without a terminal nothing is cut or wrapped, so that `grep` and `cut` work.
-_UNLIMITED_WIDTH = 100_000
+UNLIMITED_WIDTH = 100_000
 
 output_option = click.option(
     "--output",
@@ -49,6 +53,11 @@ def emit_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=2))
 
 
+def emit_json_line(document: Any) -> None:
+    """Print one JSON document on a line of its own, at once."""
+    click.echo(json.dumps(document))
+
+
 def resource(message: Message) -> dict[str, Any]:
     """A resource as JSON: snake_case, with the defaults of fields that cannot be absent.
 
@@ -65,7 +74,7 @@ def emit_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for heading in headings:
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*map(_cell, row))
+        table.add_row(*map(cell, row))
     _print(table)
 
 
@@ -76,7 +85,7 @@ def emit_record(fields: Iterable[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for heading, value in fields:
         if value != NOTHING:
-            table.add_row(heading, _cell(value))
+            table.add_row(heading, cell(value))
     _print(table)
 
 
@@ -85,6 +94,19 @@ def duration_text(message: Message, field: str) -> str:
     if not message.HasField(field):
         return NOTHING
     return format_duration(Decimal(getattr(message, field).ToNanoseconds()) / 10**9)
+
+
+def local_times(lease: lease_pb2.Lease, *fields: str) -> list[str]:
+    """Times of a lease for a table, in the local zone: the date where it differs from the last."""
+    texts, date = [], None
+    for field in fields:
+        if not lease.HasField(field):  # type: ignore[arg-type] # any of the lease's times
+            texts.append(NOTHING)
+            continue
+        local: datetime = getattr(lease, field).ToDatetime(UTC).astimezone()
+        texts.append(f"{local:%H:%M:%S}" if local.date() == date else f"{local:%Y-%m-%d %H:%M:%S}")
+        date = local.date()
+    return texts
 
 
 def time_text(message: Message, field: str) -> str:
@@ -110,14 +132,38 @@ def holder_text(holder: lease_pb2.Holder) -> str:
     return f"{holder.job or holder.user or 'unnamed'} on {holder.host or 'an unnamed host'}"
 
 
-def _cell(value: str) -> Text:
+def labels_text(holder: lease_pb2.Holder) -> str:
+    """A holder's labels, in order; NOTHING where there are none."""
+    return ", ".join(f"{key}={text}" for key, text in sorted(holder.labels.items())) or NOTHING
+
+
+def state_text(token: token_pb2.Token | lease_pb2.TokenStatus) -> str:
+    """What a token waits for, in a word: `held`, `cooling`, or `free`."""
+    if token.wait_reason == lease_pb2.WAIT_REASON_UNSPECIFIED:
+        return "free"
+    return enum_text(token, "wait_reason")
+
+
+def held_text(lease: lease_pb2.Lease) -> str:
+    """How long a lease is or was held, by the store's clock alone: ours may differ from it."""
+    if not lease.HasField("accept_time"):
+        return NOTHING
+    if lease.HasField("end_time"):
+        until_ns = lease.end_time.ToNanoseconds()
+    else:
+        until_ns = lease.expire_time.ToNanoseconds() - lease.remaining.ToNanoseconds()
+    return format_duration(Decimal(until_ns - lease.accept_time.ToNanoseconds()) / 10**9)
+
+
+def cell(value: str) -> Text:
+    """Text for a table, harmless whatever is in it, with the colour of the state that it names."""
     return Text(printable(value), style=_STYLES.get(value, ""))
 
 
 def _print(table: Table) -> None:
     console = Console()
     if not console.is_terminal:
-        console = Console(width=_UNLIMITED_WIDTH)
+        console = Console(width=UNLIMITED_WIDTH)
     # Not printed by rich itself, which ends the process with 1 when its reader has gone away.
     with console.capture() as capture:
         console.print(table)

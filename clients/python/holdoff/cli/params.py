@@ -1,17 +1,34 @@
-"""Types of command-line parameters: durations, and resource names that the shell completes."""
+"""Types of command-line parameters: durations, times, labels, and names that shells complete."""
+
+from __future__ import annotations
 
 import contextlib
+import re
 import time
+from datetime import UTC, datetime, timedelta
 from itertools import takewhile
+from typing import TYPE_CHECKING, Literal
 
 import click
 from click.shell_completion import CompletionItem
 
 from holdoff import Client
+from holdoff._text import printable, quoted
 from holdoff.durations import parse_duration
 from holdoff.names import AppName, LeaseName, TokenName
+from holdoff.v1 import lease_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from holdoff.v1 import token_pb2
 
 _COMPLETION_SECONDS = 1.0
+
+MOST_LABELS = 16
+_MOST_LABEL_CHARACTERS = 200
+_LABEL_KEY = re.compile(r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?")
+_TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])(?::([0-5][0-9]))?")
 
 
 class Duration(click.ParamType[float]):
@@ -31,6 +48,18 @@ class Duration(click.ParamType[float]):
             self.fail(str(error), param, ctx)
 
 
+class DurationOrPolicy(click.ParamType["float | Literal['policy']"]):
+    """A duration, or `policy`, which gives the setting back to the policy."""
+
+    name = "duration|policy"
+
+    def convert(
+        self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | Literal["policy"]:
+        """Read what was typed."""
+        return "policy" if value == "policy" else Duration().convert(value, param, ctx)
+
+
 class LastRefreshed(click.ParamType[str | float]):
     """`never`, `unknown`, or an age; in Python the word, or a number of seconds."""
 
@@ -43,6 +72,93 @@ class LastRefreshed(click.ParamType[str | float]):
         if value in ("never", "unknown"):
             return value
         return Duration().convert(value, param, ctx)
+
+
+class Moment(click.ParamType[datetime]):
+    """A time that has passed: `03:10`, `2026-11-24T03:10`, or a duration such as `2h ago`."""
+
+    name = "time"
+
+    def convert(
+        self, value: str | datetime, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        """Read what was typed."""
+        if isinstance(value, datetime):
+            return value
+        try:
+            return parse_moment(value, datetime.now(UTC))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def parse_moment(text: str, now: datetime) -> datetime:
+    """Read a time as people type it, in the local zone where the text names none.
+
+    Args:
+        text: A time of day (the latest such time is meant), a date with a time or without one,
+            both with an offset if need be, or a duration, which counts back from now.
+        now: The time, with its zone.
+
+    Returns:
+        The time, with its zone.
+
+    Raises:
+        ValueError: If the text is anything else.
+    """
+    if match := _TIME_OF_DAY.fullmatch(text):
+        hour, minute, second = (int(digits or 0) for digits in match.groups())
+        today = now.astimezone().replace(tzinfo=None, microsecond=0)
+        # Twice a year a time of day comes twice, or not at all: of all that it can mean, the last.
+        candidates = [
+            (today - timedelta(days=days))
+            .replace(hour=hour, minute=minute, second=second, fold=fold)
+            .astimezone()
+            for days in (0, 1)
+            for fold in (0, 1)
+        ]
+        return max(moment for moment in candidates if moment <= now)
+    with contextlib.suppress(ValueError, OverflowError):
+        return now - timedelta(seconds=float(parse_duration(text.removesuffix(" ago"))))
+    with contextlib.suppress(ValueError, OverflowError):
+        return datetime.fromisoformat(text).astimezone()
+    raise ValueError(
+        f"{quoted(text)} is not a time: write 03:10 (the latest), 2026-11-24T03:10, "
+        "2026-11-24T03:10+01:00, or how long ago, such as 2h"
+    )
+
+
+class Label(click.ParamType[tuple[str, str]]):
+    """`KEY=VALUE`, as the coordinator takes it."""
+
+    name = "key=value"
+
+    def convert(
+        self,
+        value: str | tuple[str, str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[str, str]:
+        """Read what was typed."""
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not equals:
+            self.fail(f"{quoted(value)} is not KEY=VALUE", param, ctx)
+        if not _LABEL_KEY.fullmatch(key):
+            self.fail(
+                f"{quoted(key)} is not a key: write 1 to 63 characters of a-z, 0-9, '.', '_', '/' "
+                "and '-', with a letter or digit at both ends",
+                param,
+                ctx,
+            )
+        if len(text) > _MOST_LABEL_CHARACTERS or not text.isprintable():
+            self.fail(
+                f"the value of {key} must be one line of at most {_MOST_LABEL_CHARACTERS} "
+                "printable characters",
+                param,
+                ctx,
+            )
+        return key, text
 
 
 class Name(click.ParamType[str]):
@@ -71,16 +187,31 @@ class Name(click.ParamType[str]):
         endpoint = ctx.find_root().params["endpoint"]
         app, slash, _ = incomplete.removeprefix("apps/").partition("/")
         parent = f"apps/{app}" if slash else ""
-        names: set[str] = set()
+        offers: dict[str, str] = {}
         # Whatever goes wrong here, the user is typing: say nothing.
         with (
             contextlib.suppress(Exception),
             Client(endpoint, timeout_seconds=_COMPLETION_SECONDS) as client,
         ):
-            leases = LeaseName in self._kinds.values()
-            listing = client.list_leases(parent) if leases else client.list_tokens(parent)
-            found = (resource.name for resource in listing)
-            for name in takewhile(lambda _: time.monotonic() < deadline_seconds, found):
-                segments = name.split("/")
-                names.update("/".join(segments[: slashes + 1]) for slashes in self._kinds)
-        return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
+            listing: Iterator[lease_pb2.Lease | token_pb2.Token] = client.list_tokens(parent)
+            if LeaseName in self._kinds.values():
+                listing = client.list_leases(parent)
+            for found in takewhile(lambda _: time.monotonic() < deadline_seconds, listing):
+                segments = found.name.split("/")
+                for slashes in self._kinds:
+                    name = "/".join(segments[: slashes + 1])
+                    offers[name] = _description(found) if name == found.name else ""
+        return [
+            CompletionItem(name, help=help_ or None)
+            for name, help_ in sorted(offers.items())
+            if name.startswith(incomplete)
+        ]
+
+
+def _description(found: lease_pb2.Lease | token_pb2.Token) -> str:
+    """What a shell shows beside a name: the state of a token, the holder of a lease."""
+    # Not at the top: it brings rich along, which `holdoff run` seldom needs.
+    from holdoff.cli.output import holder_text, state_text  # noqa: PLC0415
+
+    text = holder_text(found.holder) if isinstance(found, lease_pb2.Lease) else state_text(found)
+    return printable(text)

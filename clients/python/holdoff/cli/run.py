@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from click.shell_completion import CompletionItem
 
 from holdoff import Client, HeldLease, HoldoffError, LeaseLost, Unavailable
 from holdoff._core import DEFAULT_TTL_SECONDS, Timing
 from holdoff._process import CannotRunError, Guard, GuardError, Outcome, caught_signals, which
 from holdoff.cli import exits
 from holdoff.cli._fencing import last_fencing_token, remember_fencing_token
+from holdoff.cli._help import example
 from holdoff.cli._waiting import WaitDisplay, say
-from holdoff.cli.params import Duration, Name
+from holdoff.cli.params import MOST_LABELS, Duration, Label, Name
 from holdoff.names import TokenName
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from holdoff._process import Event, Isolate
 
@@ -51,6 +53,7 @@ class Account:
 
     token: str
     job: str
+    labels: Mapping[str, str]
     outcome: Literal[
         "exited",
         "signaled",
@@ -87,7 +90,22 @@ class Account:
             draft.unlink(missing_ok=True)
 
 
-@click.command(context_settings={"allow_interspersed_args": False})
+def _labels(
+    ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, str]]
+) -> Mapping[str, str]:
+    labels = dict(pairs)
+    if len(pairs) > MOST_LABELS or len(labels) < len(pairs):
+        raise click.BadParameter(f"give each key once, and at most {MOST_LABELS}", ctx, param)
+    return labels
+
+
+@click.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog=example(
+        "holdoff run --token apps/exact-nl/tokens/finance --wait 2h -- datahub /file:job.sql",
+        "holdoff run --token apps/exact-nl/tokens/finance --job nightly --label run=4711 -- ./job",
+    ),
+)
 @click.option("--token", type=Name(TokenName), required=True, help="The token to hold.")
 @click.option("--wait", type=Duration(), help="Wait at most this long. [default: without limit]")
 @click.option("--no-wait", is_flag=True, help="Run now or not at all.")
@@ -104,6 +122,15 @@ class Account:
     help="Time between TERM and KILL if the lease is lost. [default: 10s, or TTL/3 if less]",
 )
 @click.option("--job", default="", help="Name of the job, for people who look at leases.")
+@click.option(
+    "--label",
+    "labels",
+    type=Label(),
+    multiple=True,
+    callback=_labels,
+    metavar="KEY=VALUE",
+    help=f"Something else to know about this run, for people and programs; up to {MOST_LABELS}.",
+)
 @click.option(
     "--isolate",
     type=click.Choice(["auto", "always", "never"]),
@@ -123,7 +150,13 @@ class Account:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write a JSON account of the run to this file.",
 )
-@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+@click.argument(
+    "command",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    required=True,
+    shell_complete=lambda _ctx, _param, word: [CompletionItem(word, type="file")],
+)
 @click.pass_obj
 def run(  # noqa: PLR0913, PLR0917 - one argument an option
     endpoint: str,
@@ -133,6 +166,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     ttl: float,
     grace: float | None,
     job: str,
+    labels: Mapping[str, str],
     isolate: Isolate,
     if_unreachable: str,
     result_file: Path | None,
@@ -143,8 +177,6 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     COMMAND starts when it is its turn and the token's cooldown has passed. Its input, output,
     signals and exit code pass through. If the lease is lost, all that it started is ended before
     anybody else can be granted a lease, and the exit code is 79.
-
-    Example: holdoff run --token apps/exact-nl/tokens/finance --wait 2h -- datahub /file:job.sql
     """
     if no_wait and wait is not None:
         raise click.UsageError("--wait and --no-wait exclude each other")
@@ -156,7 +188,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
         raise click.BadParameter(str(error), param_hint="--grace") from None
     if result_file and not result_file.absolute().parent.is_dir():
         raise click.BadParameter("its folder does not exist", param_hint="--result-file")
-    account = Account(token=token, job=job, requested_at=_now())
+    account = Account(token=token, job=job, labels=labels, requested_at=_now())
     try:
         path = which(command[0])
         with Client(endpoint) as client, Guard.start(isolate=isolate) as guard:
@@ -165,7 +197,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     except CannotRunError as error:
         account.outcome, account.reason = "cannot_run", str(error)
         account.exit_code = error.exit_code
-        exits.complain(str(error))
+        exits.complain(str(error), exits.CANNOT_RUN.get(error.exit_code, ""))
     except GuardError as error:
         account.outcome, account.reason = "cannot_run", str(error)
         account.exit_code = exits.CANNOT_EXECUTE
@@ -239,6 +271,7 @@ class _Run:
                 ttl_seconds=self._timing.ttl_seconds,
                 grace_seconds=self._timing.grace_seconds,
                 job=self._account.job,
+                labels=self._account.labels,
                 last_fencing_token=last_fencing_token(token),
                 on_waiting=display.waiting,
                 on_unreachable=display.unreachable,

@@ -1,8 +1,13 @@
-"""`holdoff token`: create, update, show and list tokens."""
+"""`holdoff token`: create, update, show and list tokens, who waits for one, and who ran."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from holdoff import Client
+from holdoff.cli._help import example
 from holdoff.cli.output import (
     NOTHING,
     duration_text,
@@ -10,37 +15,52 @@ from holdoff.cli.output import (
     emit_record,
     emit_table,
     enum_text,
+    held_text,
     holder_text,
+    labels_text,
+    local_times,
     output_option,
     resource,
+    state_text,
     time_text,
 )
-from holdoff.cli.params import Duration, LastRefreshed, Name
+from holdoff.cli.params import Duration, DurationOrPolicy, LastRefreshed, Moment, Name
 from holdoff.names import AppName, TokenName
-from holdoff.v1 import lease_pb2, token_pb2
+from holdoff.v1 import lease_pb2
 
-_interval_option = click.option(
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from holdoff.v1 import token_pb2
+
+_SILENT_SECONDS = 5
+"""A waiter that was not heard for longer is passed over."""
+
+
+@click.group(epilog=example("holdoff token list"))
+def token() -> None:
+    """Create, update, show and list tokens; see who waits for one, and who ran."""
+
+
+@token.command(
+    "create",
+    epilog=example(
+        "holdoff token create apps/exact-nl/tokens/finance",
+        "holdoff token create apps/exact-nl/tokens/sales --last-refreshed 5m",
+    ),
+)
+@click.argument("name", type=Name(TokenName))
+@click.option("--policy", default="", help="The provider's rules.  [default: exact-online]")
+@click.option(
     "--refresh-interval",
     type=Duration(),
     help="Least time between two refreshes, taken exactly; without it, as the policy says.",
 )
-_refresh_at_option = click.option(
+@click.option(
     "--refresh-at",
     type=click.Choice(["end", "start"]),
     help="When a run is taken to refresh; without it, as the policy says.",
 )
-
-
-@click.group()
-def token() -> None:
-    """Create, update, show and list tokens."""
-
-
-@token.command("create")
-@click.argument("name", type=Name(TokenName))
-@click.option("--policy", default="", help="The provider's rules.  [default: exact-online]")
-@_interval_option
-@_refresh_at_option
 @click.option(
     "--last-refreshed",
     type=LastRefreshed(),
@@ -77,11 +97,25 @@ def create_token(  # noqa: PLR0913 - one for each option
         _emit(client, created, output)
 
 
-@token.command("update")
+@token.command(
+    "update",
+    epilog=example(
+        "holdoff token update apps/exact-nl/tokens/finance --refresh-interval 600s",
+        "holdoff token update apps/exact-nl/tokens/finance --refresh-interval policy",
+    ),
+)
 @click.argument("name", type=Name(TokenName))
 @click.option("--policy", help="The provider's rules.")
-@_interval_option
-@_refresh_at_option
+@click.option(
+    "--refresh-interval",
+    type=DurationOrPolicy(),
+    help="Least time between two refreshes, taken exactly; `policy`: as the policy says again.",
+)
+@click.option(
+    "--refresh-at",
+    type=click.Choice(["end", "start", "policy"]),
+    help="When a run is taken to refresh; `policy`: as the policy says again.",
+)
 @output_option
 @click.pass_obj
 def update_token(  # noqa: PLR0913 - one for each option
@@ -89,7 +123,7 @@ def update_token(  # noqa: PLR0913 - one for each option
     name: str,
     *,
     policy: str | None,
-    refresh_interval: float | None,
+    refresh_interval: float | Literal["policy"] | None,
     refresh_at: str | None,
     output: str,
 ) -> None:
@@ -109,7 +143,7 @@ def update_token(  # noqa: PLR0913 - one for each option
         _emit(client, updated, output)
 
 
-@token.command("show")
+@token.command("show", epilog=example("holdoff token show apps/exact-nl/tokens/finance"))
 @click.argument("name", type=Name(TokenName))
 @output_option
 @click.pass_obj
@@ -119,7 +153,7 @@ def show_token(endpoint: str, name: str, output: str) -> None:
         _emit(client, client.get_token(name), output)
 
 
-@token.command("list")
+@token.command("list", epilog=example("holdoff token list", "holdoff token list apps/exact-nl"))
 @click.argument("parent", type=Name(AppName), required=False)
 @output_option
 @click.pass_obj
@@ -139,13 +173,94 @@ def list_tokens(endpoint: str, parent: str | None, output: str) -> None:
         click.echo(f"no tokens{f' of {parent}' if parent else ''}", err=True)
 
 
+@token.command("queue", epilog=example("holdoff token queue apps/exact-nl/tokens/finance"))
+@click.argument("name", type=Name(TokenName))
+@output_option
+@click.pass_obj
+def show_queue(endpoint: str, name: str, output: str) -> None:
+    """Show who waits for the token NAME, in the order of their places.
+
+    A waiter that is `silent`, not heard for 5 s, is passed over; after a minute it loses its place.
+    """
+    with Client(endpoint) as client:
+        waiters = client.list_waiters(name)
+    if output == "json":
+        emit_json({"waiters": [resource(waiter) for waiter in waiters]})
+    elif waiters:
+        headings = ("PLACE", "HOLDER", "PID", "STATE", "WAITED", "HEARD", "LABELS")
+        emit_table(headings, (_waiter_row(waiter) for waiter in waiters))
+    else:
+        click.echo(f"nobody waits for {name}", err=True)
+
+
+@token.command(
+    "history",
+    epilog=example(
+        "holdoff token history apps/exact-nl/tokens/finance",
+        "holdoff token history apps/exact-nl/tokens/finance --at 03:10",
+        "holdoff token history apps/exact-nl/tokens/finance --at '2h ago' --output json",
+    ),
+)
+@click.argument("name", type=Name(TokenName))
+@click.option("--at", type=Moment(), help="Only who held it at this time.")
+@output_option
+@click.pass_obj
+def show_history(endpoint: str, name: str, at: datetime | None, output: str) -> None:
+    """Show who held the token NAME, the newest first: the live lease and the last 100.
+
+    TIME is 03:10 (the latest such time), 2026-11-24T03:10, both in local time,
+    2026-11-24T03:10+01:00, or how long ago, such as 2h. A lease is shown in full by
+    `holdoff lease show NAME/leases/LEASE`.
+    """
+    with Client(endpoint) as client:
+        leases = client.list_lease_history(name, at=at)
+        known = leases if leases or at is None else client.list_lease_history(name)
+    if output == "json":
+        emit_json({"leases": [resource(lease) for lease in leases]})
+    elif leases:
+        headings = ("FROM", "TO", "HELD", "HOLDER", "ENDED", "LEASE")
+        emit_table(headings, (_history_row(lease) for lease in leases))
+    elif at is None:
+        click.echo(f"nobody has held {name} yet", err=True)
+    else:
+        when = f"{at.astimezone():%Y-%m-%d %H:%M:%S%z}"
+        since = f"; what is known goes back to {time_text(known[-1], 'accept_time')}"
+        click.echo(f"nobody held {name} at {when}{since if known else ''}", err=True)
+
+
 def _row(token: token_pb2.Token, lease: lease_pb2.Lease | None) -> tuple[str, ...]:
     return (
         token.name,
-        _state(token),
+        state_text(token),
         duration_text(token, "cooldown"),
         holder_text(lease.holder) if lease else NOTHING,
         str(token.queue_length),
+    )
+
+
+def _waiter_row(waiter: lease_pb2.Waiter) -> tuple[str, ...]:
+    silent = waiter.heard_age.ToMicroseconds() > _SILENT_SECONDS * 1e6
+    return (
+        str(waiter.place),
+        holder_text(waiter.holder),
+        str(waiter.holder.pid or NOTHING),
+        "offered" if waiter.offered else "silent" if silent else "waiting",
+        duration_text(waiter, "waited"),
+        f"{duration_text(waiter, 'heard_age')} ago",
+        labels_text(waiter.holder),
+    )
+
+
+def _history_row(lease: lease_pb2.Lease) -> tuple[str, ...]:
+    ended = (
+        "still held" if lease.state == lease_pb2.LEASE_STATE_ACTIVE else enum_text(lease, "state")
+    )
+    return (
+        *local_times(lease, "accept_time", "end_time"),
+        held_text(lease),
+        holder_text(lease.holder),
+        ": ".join(filter(None, (ended, lease.break_reason))),
+        lease.name.rpartition("/")[2],
     )
 
 
@@ -155,16 +270,17 @@ def _emit(client: Client, token: token_pb2.Token, output: str) -> None:
         return
     # Looked up in the list, since the lease may have ended between the two answers.
     leases = client.list_leases(token.name) if token.lease else ()
-    holders = [holder_text(lease.holder) for lease in leases if lease.name == token.lease]
+    holders = [lease.holder for lease in leases if lease.name == token.lease]
     rules = token.rules
     own_interval = " (its own)" if token.HasField("refresh_interval") else ""
     own_refresh_at = " (its own)" if token.refresh_at else ""
     emit_record(
         [
             ("name", token.name),
-            ("state", _state(token)),
+            ("state", state_text(token)),
             ("cooldown left", duration_text(token, "cooldown")),
-            ("holder", holders[0] if holders else NOTHING),
+            ("holder", holder_text(holders[0]) if holders else NOTHING),
+            ("labels", labels_text(holders[0]) if holders else NOTHING),
             ("lease", token.lease or NOTHING),
             ("waiters", str(token.queue_length)),
             ("policy", token.policy or "exact-online"),
@@ -179,9 +295,3 @@ def _emit(client: Client, token: token_pb2.Token, output: str) -> None:
             ("updated", time_text(token, "update_time")),
         ]
     )
-
-
-def _state(token: token_pb2.Token) -> str:
-    if token.wait_reason == lease_pb2.WAIT_REASON_UNSPECIFIED:
-        return "free"
-    return enum_text(token, "wait_reason")

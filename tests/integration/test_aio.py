@@ -1,0 +1,464 @@
+"""The asyncio client against a real coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import holdoff
+from holdoff import errors
+from holdoff.v1 import lease_pb2
+from tests.harness import Replica, Waiter, ask
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from tests.conftest import Server
+
+
+@pytest.fixture
+async def client(replica: Replica) -> AsyncIterator[holdoff.aio.Client]:
+    """Give a client of the shared replica; no task may be left of it."""
+    async with holdoff.aio.Client(replica.address) as one:
+        yield one
+    await until(lambda: asyncio.all_tasks() == {asyncio.current_task()}, 3)
+
+
+async def until(
+    condition: Callable[[], Any] | Callable[[], Awaitable[Any]], seconds: float = 10.0
+) -> Any:
+    """Return the condition's first true value; fail the test when there is none in time."""
+    give_up = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < give_up, f"never true: {condition}"
+        await asyncio.sleep(0.01)
+
+
+async def start_waiting(
+    client: holdoff.aio.Client, token: str, **options: Any
+) -> asyncio.Task[holdoff.aio.HeldLease]:
+    """Give a task that waits in the queue of a token."""
+    before = await client.list_waiters(token)
+    waiting = asyncio.create_task(client.acquire(token, **options))
+
+    async def joined() -> bool:
+        return len(await client.list_waiters(token)) > len(before)
+
+    await until(joined)
+    return waiting
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait for its end."""
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_lease_is_renewed_until_it_is_released(
+    client: holdoff.aio.Client, replica: Replica
+) -> None:
+    """A hold outlasts its TTL several times, and ends as released.
+
+    Fails when `_renew_on` renews only once.
+    """
+    token = replica.create_token(0.2)
+    renewed: list[int] = []
+    labels = {"run": "4711"}
+    async with await client.acquire(
+        token, ttl_seconds=1.0, labels=labels, on_renewed=renewed.append
+    ) as lease:
+        first_deadline = lease.deadline_ns
+        await asyncio.sleep(2.2)
+        lease.check()
+        assert renewed == sorted(renewed)
+        assert lease.deadline_ns == renewed[-1] > first_deadline
+        assert 0 < lease.remaining_seconds < 1.0
+    ended = await client.get_lease(lease.name)
+    assert ended.state == lease_pb2.LEASE_STATE_RELEASED
+    assert ended.holder.labels == labels
+
+
+async def test_waiting_is_told_and_ends_with_the_lease(
+    client: holdoff.aio.Client, replica: Replica
+) -> None:
+    """The callback hears what is waited for; the lease comes when it may."""
+    token = replica.create_token(0.5)
+    heard: list[lease_pb2.WaitStatus] = []
+    await (await client.acquire(token)).release()
+    async with await client.acquire(token, on_waiting=heard.append):
+        pass
+    assert heard[0].reason == lease_pb2.WAIT_REASON_COOLING
+
+
+async def test_without_a_wait_the_reason_is_an_exception(
+    client: holdoff.aio.Client, replica: Replica
+) -> None:
+    """Held, cooling, unknown: each has its own class, as in the synchronous client.
+
+    Fails when `from_rpc_error` does not know the errors of `grpc.aio`.
+    """
+    token = replica.create_token(5)
+    async with await client.acquire(token):
+        with pytest.raises(errors.LeaseHeld):
+            await client.acquire(token, wait_seconds=0)
+    with pytest.raises(errors.TokenCooling) as caught:
+        await client.acquire(token, wait_seconds=0)
+    assert caught.value.retry_after_seconds
+    with pytest.raises(errors.TokenNotFound, match="holdoff token create"):
+        await client.acquire("apps/a/tokens/none", wait_seconds=0)
+    with pytest.raises(errors.TokenNotFound):
+        await client.get_token("apps/a/tokens/none")
+
+
+async def test_a_cancelled_wait_gives_up_its_place_at_once(
+    client: holdoff.aio.Client, replica: Replica
+) -> None:
+    """The next one is granted as soon as the token is free, with no ghost before it.
+
+    Fails when `_Conversation.__aexit__` sends no withdrawal, or when `receive` awaits the read
+    itself, whose cancellation ends the stream: the ghost is then passed over after 5 s.
+    """
+    token = replica.create_token(0)
+    held = await client.acquire(token)
+    first = await start_waiting(client, token)
+    second = await start_waiting(client, token)
+    await cancel(first)
+    assert len(await client.list_waiters(token)) == 1
+    await held.release()
+    async with asyncio.timeout(2):
+        await (await second).release()
+
+
+async def test_a_timeout_around_the_wait_gives_up_its_place(
+    client: holdoff.aio.Client, replica: Replica
+) -> None:
+    """`asyncio.timeout` is a cancellation too, and its TimeoutError arrives."""
+    token = replica.create_token(0)
+    async with await client.acquire(token):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await client.acquire(token)
+        assert await client.list_waiters(token) == []
+
+
+async def test_a_callback_that_raises_gives_up_the_place(
+    client: holdoff.aio.Client, replica: Replica
+) -> None:
+    """What it raised arrives."""
+    token = replica.create_token(0)
+
+    def refuse(_: lease_pb2.WaitStatus) -> None:
+        raise ZeroDivisionError
+
+    async with await client.acquire(token):
+        with pytest.raises(ZeroDivisionError):
+            await client.acquire(token, on_waiting=refuse)
+        assert await client.list_waiters(token) == []
+
+
+async def test_cancelled_while_it_accepts_it_gives_the_lease_back(
+    client: holdoff.aio.Client, replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease was accepted, its answer is on the way, and the caller is cancelled.
+
+    Fails when `_accept` does not release, or not in spite of the cancellation: the token would
+    be held for a whole TTL.
+    """
+    token = replica.create_token(0)
+    accepted = asyncio.Event()
+    answer = client._call
+
+    async def hold_up(call: Any) -> Any:
+        result = await answer(call)
+        if call.method.endswith("/RenewLease"):
+            accepted.set()
+            await asyncio.sleep(60)
+        return result
+
+    monkeypatch.setattr(client, "_call", hold_up)
+    acquiring = asyncio.create_task(client.acquire(token))
+    await accepted.wait()
+    (lease,) = [one async for one in client.list_leases(token)]
+    await cancel(acquiring)
+    assert (await client.get_lease(lease.name)).state == lease_pb2.LEASE_STATE_RELEASED
+
+
+@pytest.mark.parametrize("after_ms", range(0, 30, 2))
+async def test_a_cancellation_at_any_moment_leaves_nothing(
+    client: holdoff.aio.Client, replica: Replica, after_ms: int
+) -> None:
+    """Whether it hits the connection, the request, the offer or its acceptance.
+
+    One that comes too late finds a lease, which the caller then gives back.
+    """
+    token = replica.create_token(0)
+    acquiring = asyncio.create_task(client.acquire(token))
+    await asyncio.sleep(after_ms / 1000)
+    acquiring.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await (await acquiring).release()
+    async with asyncio.timeout(2):
+        await (await client.acquire(token)).release()
+
+
+async def test_a_broken_lease_is_told(client: holdoff.aio.Client, replica: Replica) -> None:
+    """Promise 5: a holder learns of a lost lease, by callback and by exception.
+
+    Fails when `_renew_on` does not call `_lose`.
+    """
+    told: list[errors.LeaseLost] = []
+    lease = await client.acquire(replica.create_token(), ttl_seconds=1.0, on_lost=told.append)
+    await client.break_lease(lease.name, "enough")
+    await until(lambda: told)
+    with pytest.raises(errors.LeaseBroken, match="enough"):
+        lease.check()
+    with pytest.raises(errors.LeaseBroken):
+        await lease.release()
+    assert (await client.get_lease(lease.name)).state == lease_pb2.LEASE_STATE_BROKEN
+
+
+async def test_a_holder_fences_itself_when_nobody_answers(valkey: Server) -> None:
+    """Promise 5: without a coordinator the lease counts as lost before it runs out.
+
+    Fails when `Renewals.failed` does not look at the deadline.
+    """
+    told = asyncio.Event()
+    with Replica(valkey.url) as replica:
+        client = holdoff.aio.Client(replica.address)
+        lease = await client.acquire(
+            replica.create_token(), ttl_seconds=1.5, on_lost=lambda _: told.set()
+        )
+        await asyncio.to_thread(replica.stop)
+    async with asyncio.timeout(3):
+        await told.wait()
+    assert lease.remaining_seconds <= 0
+    with pytest.raises(errors.LeaseLost):
+        lease.check()
+    with pytest.raises(errors.LeaseLost):
+        await lease.release()
+    await client.close()
+
+
+async def test_a_blocked_event_loop_loses_its_lease_in_time(
+    client: holdoff.aio.Client, replica: Replica
+) -> None:
+    """`check` says so before anything else of the loop has run; by then another may hold it.
+
+    Fails when `check` only looks at what the renewals found out.
+    """
+    token = replica.create_token(0)
+    lease = await client.acquire(token, ttl_seconds=1.0)
+    waiter = Waiter(replica, ask(token))
+    waiter.waiting()
+    time.sleep(1.2)  # noqa: ASYNC251 - it is what the test is about
+    with pytest.raises(errors.LeaseLost):
+        lease.check()
+    assert await asyncio.to_thread(waiter.offer)
+    with pytest.raises(errors.LeaseLost):
+        await lease.release()
+    waiter.vanish()
+
+
+async def test_many_leases_share_a_loop_and_a_connection(
+    client: holdoff.aio.Client, replica: Replica
+) -> None:
+    """A hundred tokens at once: all granted, renewed past their TTL, and released."""
+    app = replica.create_token().rpartition("/tokens/")[0]
+    names = [f"{app}/tokens/n{number:03}" for number in range(100)]
+    await asyncio.gather(*(client.create_token(name, refresh_interval_seconds=0) for name in names))
+    leases = await asyncio.gather(*(client.acquire(name, ttl_seconds=3.0) for name in names))
+    assert sorted([lease.name async for lease in client.list_leases(app)]) == sorted(
+        lease.name for lease in leases
+    )
+    await asyncio.sleep(3.2)
+    for lease in leases:
+        lease.check()
+    await asyncio.gather(*(lease.release() for lease in leases))
+    assert [lease async for lease in client.list_leases(app)] == []
+
+
+async def test_closing_the_client_ends_its_renewals(replica: Replica) -> None:
+    """The task ends; the lease is not given back, and `check` fails at its deadline."""
+    client = holdoff.aio.Client(replica.address)
+    lease = await client.acquire(replica.create_token(), ttl_seconds=1.0)
+    await client.close()
+    assert lease._task.done()
+    await asyncio.sleep(lease.remaining_seconds + 0.01)
+    with pytest.raises(errors.LeaseLost):
+        lease.check()
+
+
+async def test_closing_the_client_under_a_wait_is_an_error_and_no_cancellation(
+    client: holdoff.aio.Client, replica: Replica
+) -> None:
+    """What gRPC tells as CancelledError would end a task group of the caller's in silence.
+
+    Fails when `_answer` passes it on.
+    """
+    token = replica.create_token(0)
+    async with await client.acquire(token):
+        leaving = holdoff.aio.Client(replica.address)
+        waiting = await start_waiting(leaving, token)
+        await leaving.close()
+        with pytest.raises(holdoff.HoldoffError, match="closed"):
+            await waiting
+
+
+async def test_a_wait_survives_its_coordinator(valkey: Server, replica: Replica) -> None:
+    """A client whose replica goes away asks again with the same request id."""
+    token = replica.create_token(0.1)
+    unreachable: list[errors.Unavailable] = []
+    async with holdoff.aio.Client(replica.address) as other:
+        held = await other.acquire(token)
+        with Replica(valkey.url) as leaving:
+            client = holdoff.aio.Client(leaving.address)
+            waiting = await start_waiting(client, token, on_unreachable=unreachable.append)
+            await asyncio.to_thread(leaving.stop)
+        await until(lambda: unreachable)
+        with Replica(valkey.url, listen=leaving.address) as back:
+            await held.release()
+            async with asyncio.timeout(10):
+                await (await waiting).release()
+            await client.close()
+            await asyncio.to_thread(back.stop)
+
+
+async def test_a_started_command_is_told(client: holdoff.aio.Client, replica: Replica) -> None:
+    """`command_started` reaches the coordinator long before the next renewal is due."""
+    async with await client.acquire(replica.create_token()) as lease:
+
+        async def told() -> bool:
+            return (await client.get_lease(lease.name)).HasField("command_start_time")
+
+        lease.command_started()
+        await until(told, 5)
+
+
+async def test_waiters_and_history_are_listed(client: holdoff.aio.Client, replica: Replica) -> None:
+    """Who waits, by place, and who ran."""
+    token = replica.create_token(0)
+    async with await client.acquire(token, job="one") as lease:
+        waiting = await start_waiting(client, token, job="two")
+        (waiter,) = await client.list_waiters(token)
+        assert (waiter.place, waiter.holder.job) == (1, "two")
+        await cancel(waiting)
+        held_at = (await client.get_lease(lease.name)).accept_time.ToDatetime(tzinfo=None)
+    (ran,) = await client.list_lease_history(token)
+    assert ran.name == lease.name
+    with pytest.raises(ValueError, match="time zone"):
+        await client.list_lease_history(token, at=held_at)
+
+
+async def test_lists_follow_their_pages(client: holdoff.aio.Client, replica: Replica) -> None:
+    """More than a page of tokens comes whole, in order."""
+    app = replica.create_token().rpartition("/tokens/")[0]
+    names = [f"{app}/tokens/n{number:03}" for number in range(130)]
+    for name in names:
+        replica.create_token(name=name)
+    assert [token.name async for token in client.list_tokens(app)] == [*names, f"{app}/tokens/t"]
+
+
+async def test_a_watch_misses_nothing_while_its_coordinator_is_away(
+    valkey: Server, replica: Replica
+) -> None:
+    """A lease that came and went between two connections is told, in order, without a snapshot.
+
+    Fails when `Watching.request` leaves out the resume token.
+    """
+    token = replica.create_token(0)
+    kinds: list[int] = []
+    snapshots = 0
+    unreachable = asyncio.Event()
+
+    async def watch(client: holdoff.aio.Client) -> None:
+        nonlocal snapshots
+        watching = client.watch_leases(token, on_unreachable=lambda _: unreachable.set())
+        async with contextlib.aclosing(watching) as responses:
+            async for response in responses:
+                snapshots += response.HasField("snapshot")
+                if response.HasField("change"):
+                    kinds.append(response.change.kind)
+
+    with Replica(valkey.url) as leaving:
+        client = holdoff.aio.Client(leaving.address)
+        watching = asyncio.create_task(watch(client))
+        await until(lambda: snapshots)
+        await asyncio.to_thread(leaving.stop)
+    async with asyncio.timeout(5):
+        await unreachable.wait()
+    offer = await asyncio.to_thread(replica.hold, token)
+    await asyncio.to_thread(replica.release, offer)
+    with Replica(valkey.url, listen=leaving.address) as back:
+        await until(lambda: lease_pb2.CHANGE_KIND_RELEASED in kinds)
+        await cancel(watching)
+        await client.close()
+        await asyncio.to_thread(back.stop)
+    assert snapshots == 1
+    assert kinds.index(lease_pb2.CHANGE_KIND_GRANTED) < kinds.index(lease_pb2.CHANGE_KIND_RELEASED)
+
+
+async def test_a_watch_of_nothing_is_refused(client: holdoff.aio.Client) -> None:
+    """An error that is final is not tried again."""
+    with pytest.raises(errors.TokenNotFound):
+        await anext(client.watch_leases("apps/a/tokens/none"))
+    with pytest.raises(errors.InvalidField):
+        await anext(client.watch_leases(resume_token="?"))
+
+
+def test_a_client_wants_a_running_loop() -> None:
+    """Made outside of one it would hang later."""
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        holdoff.aio.Client()
+
+
+async def test_a_mute_coordinator_does_not_hold_up_a_cancellation() -> None:
+    """One that takes connections and never answers is given a second.
+
+    Fails when `_withdraw` waits without a limit.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        async with holdoff.aio.Client(f"127.0.0.1:{mute.getsockname()[1]}") as client:
+            waiting = asyncio.create_task(client.acquire("apps/a/tokens/t"))
+            await asyncio.sleep(0.2)
+            cancelled = time.monotonic()
+            await cancel(waiting)
+    assert time.monotonic() - cancelled < 3
+
+
+def test_ctrl_c_ends_the_loop_and_the_wait(replica: Replica) -> None:
+    """As `asyncio.run` does it: the main task is cancelled, and then all that is left.
+
+    Fails when `_Conversation.__aexit__` sends no withdrawal.
+    """
+    token = replica.create_token(0)
+    held = replica.hold(token)
+    places: list[int] = []
+
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task
+        async with holdoff.aio.Client(replica.address) as client:
+
+            def interrupt(status: lease_pb2.WaitStatus) -> None:
+                places.append(status.place)
+                task.cancel()
+
+            await client.acquire(token, on_waiting=interrupt)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(main())
+    assert places == [1]
+    assert replica.show_token(token).queue_length == 0
+    replica.release(held)

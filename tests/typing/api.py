@@ -1,0 +1,142 @@
+"""How both clients read to a user. Type-checked by mypy and pyright, never run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from typing import assert_type
+
+import holdoff
+from holdoff.v1 import lease_pb2, lease_service_pb2, token_pb2
+
+TOKEN = "apps/exact-nl/tokens/finance"
+
+
+def refresh_and_work() -> None:
+    """What a job does."""
+
+
+def said(status: lease_pb2.WaitStatus) -> None:
+    """What a wait may tell."""
+    assert_type(status.message, str)
+
+
+def gone(error: holdoff.LeaseLost) -> None:
+    """What a loss may tell."""
+    assert_type(error.reason, str)
+
+
+def away(error: holdoff.Unavailable) -> None:
+    """What an outage may tell."""
+    assert_type(error.retry_after_seconds, float | None)
+
+
+def hold() -> None:
+    """A job under a lease."""
+    deadlines_ns: list[int] = []
+    with holdoff.Client("coordinator:50051", timeout_seconds=5) as client:
+        assert_type(client, holdoff.Client)
+        with client.acquire(
+            TOKEN,
+            wait_seconds=7200,
+            ttl_seconds=120,
+            grace_seconds=10,
+            job="nightly",
+            labels={"run": "4711"},
+            on_waiting=said,
+            on_unreachable=away,
+            on_renewed=deadlines_ns.append,
+            on_lost=gone,
+        ) as lease:
+            assert_type(lease, holdoff.HeldLease)
+            assert_type(lease.fencing_token, int)
+            assert_type(lease.deadline_ns, int)
+            assert_type(lease.remaining_seconds, float)
+            lease.command_started()
+            refresh_and_work()
+            lease.check()
+            lease.release(last_refresh_age_seconds=3, saw_every_refresh=True)
+
+
+async def hold_in_a_loop() -> None:
+    """The same for asyncio."""
+    deadlines_ns: list[int] = []
+    async with holdoff.aio.Client("coordinator:50051", timeout_seconds=5) as client:
+        assert_type(client, holdoff.aio.Client)
+        async with await client.acquire(
+            TOKEN,
+            wait_seconds=7200,
+            ttl_seconds=120,
+            grace_seconds=10,
+            job="nightly",
+            labels={"run": "4711"},
+            on_waiting=said,
+            on_unreachable=away,
+            on_renewed=deadlines_ns.append,
+            on_lost=gone,
+        ) as lease:
+            assert_type(lease, holdoff.aio.HeldLease)
+            assert_type(lease.fencing_token, int)
+            assert_type(lease.deadline_ns, int)
+            assert_type(lease.remaining_seconds, float)
+            lease.command_started()
+            refresh_and_work()
+            lease.check()
+            await lease.release(last_refresh_age_seconds=3, saw_every_refresh=True)
+
+
+def ask(client: holdoff.Client) -> None:
+    """What an operator asks."""
+    assert_type(client.list_leases("apps/exact-nl"), Iterator[lease_pb2.Lease])
+    assert_type(client.get_lease(f"{TOKEN}/leases/1"), lease_pb2.Lease)
+    assert_type(client.break_lease(f"{TOKEN}/leases/1", "stuck"), lease_pb2.Lease)
+    assert_type(client.list_waiters(TOKEN), list[lease_pb2.Waiter])
+    assert_type(client.list_lease_history(TOKEN, at=datetime.now(UTC)), list[lease_pb2.Lease])
+    assert_type(client.create_token(TOKEN, last_refreshed=30.0), token_pb2.Token)
+    assert_type(client.update_token(TOKEN, refresh_at="start"), token_pb2.Token)
+    assert_type(client.get_token(TOKEN), token_pb2.Token)
+    assert_type(client.list_tokens(), Iterator[token_pb2.Token])
+    with contextlib.closing(client.watch_leases(TOKEN, resume_token="")) as responses:
+        for response in responses:
+            assert_type(response, lease_service_pb2.WatchLeasesResponse)
+
+
+async def ask_in_a_loop(client: holdoff.aio.Client) -> None:
+    """The same for asyncio."""
+    assert_type(client.list_leases("apps/exact-nl"), AsyncIterator[lease_pb2.Lease])
+    assert_type(await client.get_lease(f"{TOKEN}/leases/1"), lease_pb2.Lease)
+    assert_type(await client.break_lease(f"{TOKEN}/leases/1", "stuck"), lease_pb2.Lease)
+    assert_type(await client.list_waiters(TOKEN), list[lease_pb2.Waiter])
+    history = await client.list_lease_history(TOKEN, at=datetime.now(UTC))
+    assert_type(history, list[lease_pb2.Lease])
+    assert_type(await client.create_token(TOKEN, last_refreshed=30.0), token_pb2.Token)
+    assert_type(await client.update_token(TOKEN, refresh_at="start"), token_pb2.Token)
+    assert_type(await client.get_token(TOKEN), token_pb2.Token)
+    assert_type(client.list_tokens(), AsyncIterator[token_pb2.Token])
+    async with contextlib.aclosing(client.watch_leases(TOKEN, resume_token="")) as responses:
+        async for response in responses:
+            assert_type(response, lease_service_pb2.WatchLeasesResponse)
+
+
+def tell_apart(client: holdoff.Client) -> float | None:
+    """What can go wrong: broad classes at the top, one for every reason in `holdoff.errors`."""
+    try:
+        client.acquire(TOKEN, wait_seconds=0)
+    except holdoff.errors.TokenCooling as error:
+        return assert_type(error.retry_after_seconds, float | None)
+    except holdoff.NotGranted as error:
+        assert_type(error.metadata, dict[str, str])
+    except (holdoff.Unavailable, holdoff.NotFound, holdoff.HoldoffError) as error:
+        assert_type(error.reason, str)
+    return None
+
+
+def refused(client: holdoff.Client, loop: holdoff.aio.Client) -> None:
+    """What a type checker must refuse; an ignore that is not needed is an error itself."""
+    client.acquire(TOKEN, 60)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    client.acquire(TOKEN, wait=60)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    client.acquire(TOKEN, on_lost=said)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    with loop.acquire(TOKEN):  # type: ignore[attr-defined]  # pyright: ignore[reportGeneralTypeIssues]
+        pass
+    holdoff.Nothing  # type: ignore[attr-defined]  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
