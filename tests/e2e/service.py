@@ -9,18 +9,37 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tests.harness import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 BIN = Path(sys.executable).parent
 
 
-class Service:
-    """`holdoff-coordinator serve` with an embedded store, restartable in place."""
+def host_named(name: str) -> list[str]:
+    """Return what to put before a command so that it runs, as the same process, on a "host".
 
-    def __init__(self, folder: Path) -> None:
+    A host is a UTS namespace, which has a name of its own. Where we may not make one, the command
+    runs on this host.
+    """
+    script = 'hostname "$1" && shift && exec "$@"'
+    command = ["unshare", "--uts", "sh", "-c", script, "sh", name]
+    try:
+        possible = subprocess.run([*command, "true"], check=False, stderr=subprocess.DEVNULL)
+    except FileNotFoundError:
+        return []
+    return command if possible.returncode == 0 else []
+
+
+class Service:
+    """`holdoff-coordinator serve`, restartable in place: by default with an embedded store."""
+
+    def __init__(self, folder: Path, redis_url: str = "") -> None:
         self.data_dir = folder / "data"
+        self._redis_url = redis_url
         self.environment = {
             **os.environ,
             "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -56,7 +75,9 @@ class Service:
     def command(self) -> list[str]:
         """Return the command line."""
         program = str(BIN / "holdoff-coordinator")
-        return [program, "serve", "--listen", self.address, "--data-dir", str(self.data_dir)]
+        data_dir = ["--data-dir", str(self.data_dir)]
+        store = ["--redis-url", self._redis_url] if self._redis_url else data_dir
+        return [program, "serve", "--listen", self.address, *store]
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None
@@ -76,11 +97,13 @@ class Service:
         (pid,) = children.read_text().split()
         return int(pid)
 
-    def start_holdoff(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        """Start a `holdoff` command."""
+    def start_holdoff(
+        self, *arguments: str, host: Sequence[str] = (), **options: Any
+    ) -> subprocess.Popen[str]:
+        """Start a `holdoff` command, under what `host_named` returned if it runs elsewhere."""
         defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(
-            [str(BIN / "holdoff"), *arguments],
+            [*host, str(BIN / "holdoff"), *arguments],
             **{"env": self.environment, **defaults, **options},
         )
         self._commands.append(process)
