@@ -68,7 +68,7 @@ class Fleet:
         near, far = self._replicas if run % 2 == 0 else reversed(self._replicas)
         environment = {
             **near.environment,
-            "HOLDOFF_ENDPOINT": f"ipv4:{near.address},{far.address}",
+            "HOLDOFF_ENDPOINT": f"{near.address},{far.address}",
         }
         options = ("--token", self.token, "--ttl", f"{TTL_SECONDS}s", "--job", str(run))
         job = (sys.executable, "-IS", "-c", JOB, str(run), str(self._diary), str(self._gate(run)))

@@ -23,8 +23,6 @@ from holdoff.v1 import lease_pb2, lease_service_pb2
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-DEFAULT_ENDPOINT = "127.0.0.1:50051"
-ENDPOINT_VARIABLE = "HOLDOFF_ENDPOINT"
 CHANNEL_OPTIONS = (
     ("grpc.enable_retries", 0),  # what may be repeated is decided here
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -114,11 +112,6 @@ class Timing:
     def call_seconds(self) -> float:
         """How long one renewal may take before it is tried again."""
         return min(10.0, max(0.2, self.renew_after_seconds))
-
-
-def endpoint_of(endpoint: str | None) -> str:
-    """Return where the coordinator is: as given, by the environment, or by default."""
-    return endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT
 
 
 def here(job: str = "", labels: Mapping[str, str] | None = None) -> lease_pb2.Holder:

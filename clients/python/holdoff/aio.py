@@ -32,9 +32,9 @@ from holdoff._core import (
     Timing,
     Watching,
     acceptance_patience,
-    endpoint_of,
     here,
 )
+from holdoff._endpoint import endpoint_of, target
 from holdoff._held import Held
 from holdoff._platform import boottime_ns
 from holdoff.errors import HoldoffError, LeaseLost, OfferExpired, Unavailable, from_rpc_error
@@ -66,11 +66,13 @@ class Client:
     It belongs to the event loop in which it is made.
 
     Args:
-        endpoint: `host:port`; by default `HOLDOFF_ENDPOINT`, else 127.0.0.1:50051.
+        endpoint: `host:port`, or several addresses with commas in between, of which the first
+            that answers is used; by default `HOLDOFF_ENDPOINT`, else 127.0.0.1:50051.
         timeout_seconds: How long a call other than `acquire` may take.
 
     Raises:
         RuntimeError: No event loop is running.
+        ValueError: Several endpoints that are not addresses of one kind.
     """
 
     def __init__(self, endpoint: str | None = None, *, timeout_seconds: float = 10.0) -> None:
@@ -78,7 +80,7 @@ class Client:
         asyncio.get_running_loop()
         self.endpoint = endpoint_of(endpoint)
         self._timeout_seconds = timeout_seconds
-        self._channel = grpc.aio.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(target(self.endpoint), options=CHANNEL_OPTIONS)
         self._leases = lease_service_pb2_grpc.LeaseServiceStub(self._channel)
         self._fencing_tokens: dict[str, int] = {}
         self._tasks: set[asyncio.Task[Any]] = set()

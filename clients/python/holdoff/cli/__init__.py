@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from holdoff._endpoint import DEFAULT_ENDPOINT, ENDPOINT_VARIABLE, target
 from holdoff.cli import exits
 from holdoff.cli._help import example
 
@@ -86,6 +87,14 @@ class _Group(click.Group):
         sys.exit(code if isinstance(code, int) else exits.OK)
 
 
+def _checked(_: click.Context, param: click.Parameter, endpoint: str) -> str:
+    try:
+        target(endpoint)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param=param) from None
+    return endpoint
+
+
 @click.group(
     cls=_Group,
     context_settings={"max_content_width": 100},
@@ -93,12 +102,13 @@ class _Group(click.Group):
 )
 @click.option(
     "--endpoint",
-    metavar="HOST:PORT",
-    envvar="HOLDOFF_ENDPOINT",
-    default="127.0.0.1:50051",
+    metavar="HOST:PORT[,…]",
+    envvar=ENDPOINT_VARIABLE,
+    default=DEFAULT_ENDPOINT,
     show_envvar=True,
     show_default=True,
-    help="Where the coordinator listens.",
+    callback=_checked,
+    help="Where the coordinator listens; of several addresses with commas the first that answers.",
 )
 @click.version_option(package_name="holdoff", message="%(prog)s %(version)s")
 @click.pass_context

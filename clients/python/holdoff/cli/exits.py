@@ -29,7 +29,7 @@ TABLE: Final = (
     ("0", "done; under `run`, 0 to 255 may also be the command's own"),
     (str(DECLINED), "you answered no, and nothing was done"),
     (str(USAGE), "wrong usage"),
-    (str(UNREACHABLE), "the coordinator, or its store, cannot be reached"),
+    (str(UNREACHABLE), "the coordinator, its store or a simulator cannot be reached"),
     (str(INTERNAL), "a fault of Holdoff itself"),
     (str(NOT_GRANTED), "no lease within the wait: held, cooling, queued or quarantined"),
     (str(REFUSED), "refused, or an unknown token, lease or policy"),
