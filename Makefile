@@ -11,7 +11,7 @@ READY := .venv/.ready
 PYTEST := pytest --numprocesses auto --maxprocesses 8
 SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh)
 
-.PHONY: help demo demo-short test lint format types imports shell unit integration e2e proto pytest \
+.PHONY: help demo demo-short test lint format types pyright imports shell unit integration e2e proto pytest \
 	generate man lock bench soak soak-short prove-bare clean
 
 help: ## Show the targets
@@ -20,7 +20,7 @@ help: ## Show the targets
 demo: $(READY) ## Jobs on three hosts share one token: without Holdoff, then with it
 	@python clients/demo/demo.py
 
-test: lint types imports pytest demo-short ## Every check, then the demo in short
+test: lint types pyright imports pytest demo-short ## Every check, then the demo in short
 
 lint: $(READY) ## Style of Python and of shell scripts
 	ruff check
@@ -29,6 +29,9 @@ lint: $(READY) ## Style of Python and of shell scripts
 
 types: $(READY) ## mypy, strict
 	mypy
+
+pyright: $(READY) ## How the clients read to a user's type checker, beside mypy's view
+	basedpyright
 
 imports: $(READY) ## Who may import whom
 	lint-imports --no-cache --no-logo

@@ -184,7 +184,7 @@ def test_a_watch_misses_nothing_while_its_coordinator_is_away(
 
     with Replica(valkey.url) as leaving:
         client = holdoff.Client(leaving.address)
-        thread = threading.Thread(target=watch, args=[client])
+        thread = threading.Thread(target=watch, args=[client], daemon=True)
         thread.start()
         wait_until(lambda: heard)
     assert unreachable.wait(5)
