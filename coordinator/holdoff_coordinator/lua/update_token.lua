@@ -13,7 +13,7 @@ put(token_key(id), token, {
 put(SHARD, shard, {longest_interval_us = math.max(number(shard.longest_interval_us), number(ARGV[9]))})
 if token.last_refresh_us then
   cool_down(id, token, number(token.last_refresh_us), number(token.interval_us))
-  mirror(id, token, lease)
 end
+mirror(id, token, lease) -- a longer interval has to outlast a live lease too
 tell('TOKEN_UPDATED', id, token, token.lease, lease)
 return reply('OK')
