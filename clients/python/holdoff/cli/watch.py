@@ -157,7 +157,7 @@ def _show_table(client: Client, parent: str) -> None:
             inbox.put(error)
 
     screen = _Screen(client.endpoint, f" of {parent}" if parent else "")
-    with _ended_by_sigterm(), screen.live:
+    with _ended_by_sigterm(), contextlib.closing(screen), screen.live:
         threading.Thread(target=listen, daemon=True).start()
         while True:
             with contextlib.suppress(queue.Empty):
@@ -180,6 +180,10 @@ class _Screen:
         self._console = Console()
         self._size = self._console.size
         self.live = Live(console=self._console, auto_refresh=False)
+
+    def close(self) -> None:
+        """Show the cursor again, also when the end came while the table was being started."""
+        self._console.show_cursor()
 
     def take(self, item: lease_service_pb2.WatchLeasesResponse | Exception) -> None:
         """Take in a message, or that nobody answered.
