@@ -266,11 +266,10 @@ class Model:
         if known > self.now + FURTHEST_FENCING:
             return ("FENCING_TOKEN_TOO_LARGE",)
         token.fencing = max(token.fencing, known)
-        if queue:
-            if request is None:
-                request = Request(name, fingerprint)
-                self.requests[request_name] = request
-                token.queue.append(request_name)
+        if request is None and queue:
+            request = self.requests[request_name] = Request(name, fingerprint)
+            token.queue.append(request_name)
+        if request:
             self._hear(request, age)
         standing = self.standing(name, request_name)
         if standing[0] or age > LIVE:

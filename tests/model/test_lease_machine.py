@@ -58,6 +58,7 @@ from tests.model.model import (
     OFFER,
     OUTAGE,
     PLACE_KEPT,
+    RECOVERY,
     SECOND,
     Answer,
     History,
@@ -377,11 +378,16 @@ class LeaseMachine(RuleBasedStateMachine):
         return asker
 
     @property
-    def returning(self) -> list[Asker]:
-        """All that ever asked, and those that still wait a few times more."""
+    def waiting(self) -> list[Asker]:
+        """Those that wait, or were offered a lease."""
         requests = self.model.requests.items()
-        open_ = {name for name, request in requests if request.state in ("waiting", "offered")}
-        return self.askers + 4 * [asker for asker in self.askers if asker.request in open_]
+        waiting = {name for name, request in requests if request.state in ("waiting", "offered")}
+        return [asker for asker in self.askers if asker.request in waiting]
+
+    @property
+    def returning(self) -> list[Asker]:
+        """All that ever asked, and those that wait a few times more."""
+        return self.askers + self.waiting * 4
 
     @given("askers")
     @rule(asker=of("returning"), queue=rather, age=ages, accept=rather)
@@ -399,7 +405,7 @@ class LeaseMachine(RuleBasedStateMachine):
         started=st.booleans(),
         us=st.sampled_from([SECOND, 3 * SECOND, 3 * SECOND - 1, 4 * SECOND - 1, 4 * SECOND]),
         report=reports,
-        meanwhile=st.sampled_from(["", "broken", "locked"]) | rules,
+        meanwhile=st.sampled_from(["", "broken", "locked", "gone"]) | rules,
         renewed=st.booleans(),
     )
     def run_a_job(  # noqa: PLR0913 - as many things may differ
@@ -415,7 +421,8 @@ class LeaseMachine(RuleBasedStateMachine):
     ) -> None:
         """The next in line, or a new client, runs and releases; most come when they may start.
 
-        Meanwhile the lease may be broken, its lock taken, or the token's rules changed.
+        Meanwhile the lease may be broken, its lock taken, or the token's rules changed; or the
+        job is gone, and the sweeper finds that first.
         """
         asker = self._next_in_line(name, patient=patient)
         offer = self._acquire(asker, known=self._known(name))
@@ -429,6 +436,9 @@ class LeaseMachine(RuleBasedStateMachine):
             elif meanwhile == "locked":
                 self._delete_lock(name)
                 self._take_lock(name, 2)
+            elif meanwhile == "gone":
+                self._pass(asker.ttl, attended=False)
+                self._sweep()
             if renewed:
                 self._renew(offer, started=started, secret=asker.secret)
             self._pass(us - us // 2, attended=False)
@@ -445,14 +455,22 @@ class LeaseMachine(RuleBasedStateMachine):
                     return asker
         return self._new_asker(name, 4 * SECOND)
 
-    @rule(name=names, ends=st.lists(st.sampled_from(["lapse", "lapse", "break", "no"]), max_size=5))
+    @rule(
+        name=names,
+        ends=st.lists(
+            st.sampled_from(["lapse", "lapse", "break", "lock", "no"]), min_size=2, max_size=5
+        ),
+    )
     def miss_offers(self, name: str, ends: list[str]) -> None:
-        """A waiter does not accept what it is offered, several times; or it turns an offer down."""
+        """A waiter does not accept what it is offered, several times; or it is taken back."""
         asker = self._next_in_line(name, patient=True)
         for end in ends:
             offer = self._acquire(asker, known=self._known(name))
             if offer and end == "break":
                 self._break(offer)
+            elif offer and end == "lock":
+                self._delete_lock(name)
+                self._take_lock(name, 2)
             elif offer and end == "no":
                 self._release(offer, (False, None), asker.secret)
             elif offer:
@@ -625,6 +643,25 @@ class LeaseMachine(RuleBasedStateMachine):
         instant = data.draw(st.sampled_from(self.model.instants(self.now)), label="instant")
         self._pass(max(0, instant + off - self.now), attended=attended)
 
+    @given("waiting")
+    @rule(asker=of("waiting"), place=st.booleans(), off=st.sampled_from([0, 1, -SECOND]))
+    def stay_away(self, asker: Asker, place: bool, off: int) -> None:
+        """A waiter is not heard until it is live no more, or about to lose its place.
+
+        Before the end it may ask once more, with no wish to wait.
+        """
+        if asker not in self.connected:
+            self.connected.append(asker)
+        self._pass(RECOVERY + SECOND, attended=True)
+        self._tick(0)
+        self.connected.remove(asker)
+        self._pass((PLACE_KEPT if place else LIVE) + off, attended=True)
+        self._look_at_all()
+        if off < 0:
+            self._acquire(asker, known=self._known(asker.token), queue=False)
+            self._pass(OUTAGE, attended=False)
+            self._look_at_all()
+
     @rule(off=st.sampled_from([0, -1]))
     def wait_for_those_who_return(self, off: int) -> None:
         """The coordinators were away, and then they look until the silent had time to come back."""
@@ -754,7 +791,7 @@ def test_the_scripts_do_what_the_model_says(valkey: Server) -> None:
         run_state_machine_as_test(
             LeaseMachine,
             settings=settings(
-                max_examples=int(EXAMPLES or 250),
+                max_examples=int(EXAMPLES or 200),
                 stateful_step_count=50,
                 deadline=None,
                 print_blob=True,

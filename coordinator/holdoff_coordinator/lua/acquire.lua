@@ -22,16 +22,14 @@ local facts = {
   fingerprint = fingerprint, token = id, state = 'waiting',
   holder = ARGV[10], queued_us = number(request.queued_us or us(now)),
 }
-if may_queue then
-  if not request.state then
-    if redis.call('ZCARD', queue_key(id)) >= QUEUE_LIMIT then return reply('QUEUE_FULL') end
-    put(request_key(hash), request, facts)
-    redis.call('ZADD', queue_key(id), redis.call('HINCRBY', SHARD, 'sequence', 1), hash)
-    redis.call('ZADD', DUE, 'NX', us(now + SECOND), id)
-    tell_queue_moved(id)
-  end
-  hear(hash, request, heard_age)
+if may_queue and not request.state then
+  if redis.call('ZCARD', queue_key(id)) >= QUEUE_LIMIT then return reply('QUEUE_FULL') end
+  put(request_key(hash), request, facts)
+  redis.call('ZADD', queue_key(id), redis.call('HINCRBY', SHARD, 'sequence', 1), hash)
+  redis.call('ZADD', DUE, 'NX', us(now + SECOND), id)
+  tell_queue_moved(id)
 end
+if request.state then hear(hash, request, heard_age) end
 
 if known > number(token.fencing) then put(token_key(id), token, {fencing = known}) end
 local stand = standing(token, lease, queue_of(id), hash)
