@@ -17,6 +17,7 @@ import structlog
 from click.exceptions import NoArgsIsHelpError
 from pydantic import ValidationError
 
+from holdoff.policies import PolicyError
 from holdoff_coordinator.embedded import EmbeddedStore
 from holdoff_coordinator.settings import LogFormat, Settings
 from holdoff_coordinator.store import StoreError, check, connect, ensure_epoch
@@ -25,10 +26,13 @@ from holdoff_coordinator.store import StoreError, check, connect, ensure_epoch
 # at this when it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from holdoff_coordinator.policies import read_policies
 from holdoff_coordinator.server import CannotListenError, Coordinator
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from holdoff.policies import Policy
 
 log = structlog.get_logger()
 
@@ -88,6 +92,11 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="File that holds the store's URL, so that no password shows in the process list.",
 )
+@click.option(
+    "--policy-dir",
+    type=click.Path(path_type=Path),
+    help="Directory of policies (*.toml) beside the presets.",
+)
 @click.option("--log-format", type=click.Choice(["auto", "json", "console"]), help="Form of logs.")
 @click.option(
     "--quarantine-seconds",
@@ -106,18 +115,21 @@ def serve(**options: Any) -> None:
     try:
         settings = Settings(**{key: value for key, value in options.items() if value is not None})
         store_url = settings.store_url()
+        policies = read_policies(settings.policy_dir)
+    except PolicyError as error:
+        _fail(EX_USAGE, f"{settings.policy_dir}/{error}")
     except (ValidationError, OSError) as error:
         _fail(EX_USAGE, _explain(error))
     except UnicodeDecodeError:
         _fail(EX_USAGE, f"{settings.redis_url_file} holds no text: write the store's URL into it")
     _configure_logs(settings.log_format)
     try:
-        asyncio.run(_serve(settings, store_url))
+        asyncio.run(_serve(settings, store_url, policies))
     except (StoreError, CannotListenError) as error:
         _fail(EX_CANNOT_SERVE, str(error))
 
 
-async def _serve(settings: Settings, store_url: str | None) -> None:
+async def _serve(settings: Settings, store_url: str | None, policies: Mapping[str, Policy]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -140,6 +152,7 @@ async def _serve(settings: Settings, store_url: str | None) -> None:
         coordinator = Coordinator(
             redis,
             store_url=store_url,
+            policies=policies,
             epoch=epoch,
             listen=settings.listen,
             quarantine_seconds=settings.quarantine_seconds,

@@ -27,6 +27,9 @@ CODES: Mapping[str, int] = {
     "STORE_UNAVAILABLE": code_pb2.UNAVAILABLE,
     "SCHEMA_TOO_NEW": code_pb2.UNAVAILABLE,
     "DRAINING": code_pb2.UNAVAILABLE,
+    "BUDGET_SPENT": code_pb2.RESOURCE_EXHAUSTED,
+    "TOO_MANY_BUDGETS": code_pb2.RESOURCE_EXHAUSTED,
+    "TOO_MANY_EVENTS": code_pb2.RESOURCE_EXHAUSTED,
     # The lease is not what the caller thinks.
     "LEASE_LOST": code_pb2.FAILED_PRECONDITION,
     "LEASE_BROKEN": code_pb2.FAILED_PRECONDITION,
@@ -37,10 +40,13 @@ CODES: Mapping[str, int] = {
     "TOKEN_NOT_FOUND": code_pb2.NOT_FOUND,
     "LEASE_NOT_FOUND": code_pb2.NOT_FOUND,
     "POLICY_NOT_FOUND": code_pb2.NOT_FOUND,
+    "BUDGET_NOT_FOUND": code_pb2.NOT_FOUND,
+    "RESERVATION_NOT_FOUND": code_pb2.NOT_FOUND,
     "TOKEN_EXISTS": code_pb2.ALREADY_EXISTS,
     # The request is wrong.
     "INVALID_FIELD": code_pb2.INVALID_ARGUMENT,
     "REQUEST_ID_REUSED": code_pb2.INVALID_ARGUMENT,
+    "EVENT_TOO_OLD": code_pb2.INVALID_ARGUMENT,
     "WAITER_SILENT": code_pb2.CANCELLED,
     "INTERNAL": code_pb2.INTERNAL,
 }
@@ -82,6 +88,11 @@ class Failure(Exception):  # noqa: N818 - the word of the domain; "Error" would 
                 type=self.reason, subject=self.resource, description=self.message
             )
             details.append(error_details_pb2.PreconditionFailure(violations=[violation]))
+        elif self.reason == "BUDGET_SPENT":
+            quota = error_details_pb2.QuotaFailure.Violation(
+                subject=self.resource, description=self.message
+            )
+            details.append(error_details_pb2.QuotaFailure(violations=[quota]))
         elif self.field:
             wrong = error_details_pb2.BadRequest.FieldViolation(
                 field=self.field, description=self.message

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
-from holdoff.names import LeaseName, TokenName
-from holdoff.v1 import lease_pb2, token_pb2
+from holdoff.names import AppName, BudgetName, LeaseName, TokenName
+from holdoff.v1 import budget_pb2, lease_pb2, token_pb2
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.scripts import lock_name
 
@@ -172,6 +172,56 @@ def waiter_message(place: int, request: Record, now_us: int) -> lease_pb2.Waiter
         waited=duration(max(0, now_us - int(request["queued_us"]))),
         heard_age=duration(max(0, now_us - int(request["heard_us"]))),
         offered=request["state"] == b"offered",
+    )
+
+
+def budget_message(app: str, found: Sequence[Any], now_us: int) -> budget_pb2.Budget:
+    """A budget as the API shows it, from an entry of `read_budgets.lua`."""
+    budget_id, flat, room_us = found[0].decode(), record(found[1]), int(found[2])
+    token = flat["token"].decode()
+    most, margin = int(flat["most"]), int(flat["margin"])
+    used, reserved = int(flat.get("used", b"0")), int(flat.get("reserved", b"0"))
+    room = max(0, most - margin - used - reserved)
+    state = budget_pb2.BUDGET_STATE_OPEN
+    if not room:
+        state = budget_pb2.BUDGET_STATE_SPENT
+    elif room <= margin:
+        state = budget_pb2.BUDGET_STATE_LOW
+    return budget_pb2.Budget(
+        name=str(BudgetName(app, budget_id)),
+        limit=flat["limit"].decode(),
+        kind=budget_pb2.EventKind.Value(f"EVENT_KIND_{flat['kind'].decode()}"),
+        scope=budget_pb2.Scope(
+            app=str(AppName(app)),
+            token=str(TokenName(app, token)) if token else "",
+            division=flat["division"].decode(),
+            endpoint=flat["endpoint"].decode(),
+        ),
+        state=state,
+        used=used,
+        reserved=reserved,
+        most=most,
+        margin=margin,
+        room=room,
+        window=duration(int(flat["window_us"])),
+        room_in=None if room else duration(max(0, room_us - now_us)),
+        room_time=None if room else timestamp({"room": b"%d" % room_us}, "room"),
+        last_event_time=timestamp(flat, "last_us"),
+        reset_time=timestamp(flat, "reset_us"),
+        reset_reason=flat.get("reset_reason", b"").decode(),
+    )
+
+
+def reservation_message(
+    reservation_id: str, found: Sequence[bytes], now_us: int
+) -> budget_pb2.Reservation:
+    """A reservation as the API shows it."""
+    state, expires_us = found[0].decode().upper(), int(found[1])
+    return budget_pb2.Reservation(
+        id=reservation_id,
+        state=budget_pb2.ReservationState.Value(f"RESERVATION_STATE_{state}"),
+        expire_time=timestamp({"expires": b"%d" % expires_us}, "expires"),
+        remaining=duration(max(0, expires_us - now_us)) if state == "RESERVED" else None,
     )
 
 

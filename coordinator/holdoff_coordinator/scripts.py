@@ -30,6 +30,7 @@ APPS = "holdoff:apps"
 LOST = "lost"
 """Stands for the epoch of an app whose store is known to have lost its data."""
 
+_BUDGET_NAMES = ("commit", "read_budgets", "record_events", "reserve", "reset_budget")
 _NAMES = (
     "acquire",
     "break",
@@ -114,6 +115,11 @@ class Scripts:
         self._scripts = {
             name: redis.register_script(common + (folder / f"{name}.lua").read_text())
             for name in _NAMES
+        }
+        common += (folder / "budgets.lua").read_text()
+        self._scripts |= {
+            name: redis.register_script(common + (folder / f"{name}.lua").read_text())
+            for name in _BUDGET_NAMES
         }
 
     async def run(self, name: str, app: str, *args: bytes | str | int) -> Reply:
@@ -225,6 +231,16 @@ class Scripts:
         key = f"{shard_key(app)}:tokens"
         found = await _answer(self.redis.zrangebylex(key, first, "+", start=0, num=limit))
         return [token.decode() for token in found]
+
+    async def budgets(self, app: str) -> list[str]:
+        """List the ids of an app's budgets with an event in their window."""
+        found = await _answer(self.redis.zrange(f"{shard_key(app)}:budgets", 0, -1))
+        return [budget.decode() for budget in found]
+
+    async def policy(self, app: str, token: str) -> str | None:
+        """Return the name of a token's policy; None if there is no such token."""
+        found = await _answer(self.redis.hget(f"{shard_key(app)}:token:{token}", "policy"))
+        return None if found is None else found.decode()
 
     async def busy_tokens(self, app: str) -> list[str]:
         """List the ids of an app's tokens that are leased, offered, or cooling, in order."""

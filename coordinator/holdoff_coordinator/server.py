@@ -10,9 +10,11 @@ import grpc
 import structlog
 from redis import Redis as SyncRedis
 
+from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.hub import Hub
 from holdoff_coordinator.leases import Leases
+from holdoff_coordinator.policies import Policies
 from holdoff_coordinator.scripts import Scripts, boottime_us
 from holdoff_coordinator.service import SERVICES, add_services
 from holdoff_coordinator.store import StoreError
@@ -21,12 +23,13 @@ from holdoff_coordinator.tokens import Tokens
 from holdoff_coordinator.watches import Watches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
     from types import TracebackType
     from typing import Any
 
     from redis.asyncio import Redis
 
+    from holdoff.policies import Policy
     from holdoff_coordinator.store import Epoch
 
 log = structlog.get_logger()
@@ -60,6 +63,7 @@ class Coordinator:
         redis: Redis,
         *,
         store_url: str,
+        policies: Mapping[str, Policy],
         epoch: Epoch,
         listen: str,
         quarantine_seconds: float,
@@ -80,8 +84,14 @@ class Coordinator:
         self._sweeper = Sweeper(self.scripts, self._lock_client)
         self._server = grpc.aio.server(options=_OPTIONS)
         leases = Leases(self.scripts, self.hub)
+        known = Policies(policies)
         self._health = add_services(
-            self._server, leases, Watches(self.scripts, self.hub), Tokens(self.scripts)
+            self._server,
+            leases,
+            Watches(self.scripts, self.hub),
+            Tokens(self.scripts, known),
+            Budgets(self.scripts, known),
+            known,
         )
         self._duties: list[asyncio.Task[None]] = []
         self.address = listen

@@ -17,8 +17,12 @@ from grpc_status import rpc_status
 from holdoff.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
+    budget_service_pb2,
+    budget_service_pb2_grpc,
     lease_service_pb2,
     lease_service_pb2_grpc,
+    policy_service_pb2,
+    policy_service_pb2_grpc,
     token_service_pb2,
     token_service_pb2_grpc,
 )
@@ -31,7 +35,9 @@ if TYPE_CHECKING:
 
     from google.rpc import status_pb2
 
+    from holdoff_coordinator.budgets import Budgets
     from holdoff_coordinator.leases import Leases
+    from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.tokens import Tokens
     from holdoff_coordinator.watches import Watches
 
@@ -42,6 +48,8 @@ SERVICES = tuple(
     for module, name in (
         (lease_service_pb2, "LeaseService"),
         (token_service_pb2, "TokenService"),
+        (budget_service_pb2, "BudgetService"),
+        (policy_service_pb2, "PolicyService"),
         (admin_service_pb2, "AdminService"),
     )
 )
@@ -201,11 +209,80 @@ class TokenService(token_service_pb2_grpc.TokenServiceServicer):
         return await _answer(self._tokens.list, request, context)
 
 
+class BudgetService(budget_service_pb2_grpc.BudgetServiceServicer):
+    """`holdoff.v1.BudgetService`."""
+
+    def __init__(self, budgets: Budgets) -> None:
+        self._budgets = budgets
+
+    async def RecordEvents(  # noqa: N802
+        self, request: budget_service_pb2.RecordEventsRequest, context: Context
+    ) -> budget_service_pb2.RecordEventsResponse:
+        """Count."""
+        return await _answer(self._budgets.record_events, request, context)
+
+    async def Reserve(  # noqa: N802
+        self, request: budget_service_pb2.ReserveRequest, context: Context
+    ) -> budget_service_pb2.ReserveResponse:
+        """Take room."""
+        return await _answer(self._budgets.reserve, request, context)
+
+    async def Commit(  # noqa: N802
+        self, request: budget_service_pb2.CommitRequest, context: Context
+    ) -> budget_service_pb2.CommitResponse:
+        """Use the room."""
+        return await _answer(self._budgets.commit, request, context)
+
+    async def Cancel(  # noqa: N802
+        self, request: budget_service_pb2.CancelRequest, context: Context
+    ) -> budget_service_pb2.CancelResponse:
+        """Give the room back."""
+        return await _answer(self._budgets.cancel, request, context)
+
+    async def GetBudget(  # noqa: N802
+        self, request: budget_service_pb2.GetBudgetRequest, context: Context
+    ) -> budget_service_pb2.GetBudgetResponse:
+        """Show one."""
+        return await _answer(self._budgets.get, request, context)
+
+    async def ListBudgets(  # noqa: N802
+        self, request: budget_service_pb2.ListBudgetsRequest, context: Context
+    ) -> budget_service_pb2.ListBudgetsResponse:
+        """Show many."""
+        return await _answer(self._budgets.list, request, context)
+
+
+class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
+    """`holdoff.v1.PolicyService`."""
+
+    def __init__(self, policies: Policies) -> None:
+        self._policies = policies
+
+    async def GetPolicy(  # noqa: N802
+        self, request: policy_service_pb2.GetPolicyRequest, context: Context
+    ) -> policy_service_pb2.GetPolicyResponse:
+        """Show one."""
+        return await _answer(self._policies.get, request, context)
+
+    async def ListPolicies(  # noqa: N802
+        self, request: policy_service_pb2.ListPoliciesRequest, context: Context
+    ) -> policy_service_pb2.ListPoliciesResponse:
+        """Show all."""
+        return await _answer(self._policies.list, request, context)
+
+
 class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     """`holdoff.v1.AdminService`."""
 
-    def __init__(self, leases: Leases) -> None:
+    def __init__(self, leases: Leases, budgets: Budgets) -> None:
         self._leases = leases
+        self._budgets = budgets
+
+    async def ResetBudget(  # noqa: N802
+        self, request: admin_service_pb2.ResetBudgetRequest, context: Context
+    ) -> admin_service_pb2.ResetBudgetResponse:
+        """Forget what was counted."""
+        return await _answer(self._budgets.reset, request, context)
 
     async def BreakLease(  # noqa: N802
         self, request: admin_service_pb2.BreakLeaseRequest, context: Context
@@ -214,13 +291,20 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         return await _answer(self._leases.break_, request, context)
 
 
-def add_services(
-    server: grpc.aio.Server, leases: Leases, watches: Watches, tokens: Tokens
+def add_services(  # noqa: PLR0913, PLR0917 - one a service
+    server: grpc.aio.Server,
+    leases: Leases,
+    watches: Watches,
+    tokens: Tokens,
+    budgets: Budgets,
+    policies: Policies,
 ) -> health.aio.HealthServicer:
     """Register everything on a server; return the health servicer."""
     lease_service_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(leases, watches), server)
     token_service_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(tokens), server)
-    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(leases), server)
+    budget_service_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetService(budgets), server)
+    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(policies), server)
+    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(leases, budgets), server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     _add_reflection(server, (*SERVICES, health.SERVICE_NAME))

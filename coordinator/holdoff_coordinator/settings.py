@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     redis_url_file: Path | None = None
     """File that holds the store URL, so that no password stands in the environment."""
 
+    policy_dir: Path | None = None
+    """Directory of `*.toml` files with policies beside the presets."""
+
     log_format: LogFormat = "auto"
     """`auto` is `console` on a terminal and `json` elsewhere."""
 

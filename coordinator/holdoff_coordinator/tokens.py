@@ -10,13 +10,14 @@ from holdoff._text import quoted
 from holdoff.names import TokenName
 from holdoff.v1 import token_pb2, token_service_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import Failure, invalid
+from holdoff_coordinator.failures import invalid
 from holdoff_coordinator.leases import READ_BATCH, failure_of, token_not_found
-from holdoff_coordinator.policies import DEFAULT_POLICY, PRESETS, RefreshAt, rules
+from holdoff_coordinator.policies import RefreshAt, rules
 from holdoff_coordinator.records import token_message
 
 if TYPE_CHECKING:
     from holdoff_coordinator.leases import Caller
+    from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.scripts import Scripts
 
 log = structlog.get_logger()
@@ -33,15 +34,16 @@ _OWN_REFRESH_AT = {
 class Tokens:
     """Create, update, get and list tokens."""
 
-    def __init__(self, scripts: Scripts) -> None:
+    def __init__(self, scripts: Scripts, policies: Policies) -> None:
         self._scripts = scripts
+        self._policies = policies
 
     async def create(
         self, request: token_service_pb2.CreateTokenRequest, caller: Caller
     ) -> token_service_pb2.CreateTokenResponse:
         """Create a token; unless told otherwise it was never refreshed."""
         name = validation.token_name("token.name", request.token.name)
-        settings = _settings(request.token)
+        settings = self._settings(request.token)
         match request.WhichOneof("last_refreshed"):
             case "last_refresh_age":
                 age_us = validation.microseconds("last_refresh_age", request.last_refresh_age)
@@ -86,7 +88,7 @@ class Tokens:
             changed.ClearField("refresh_interval")
             if token.HasField("refresh_interval"):
                 changed.refresh_interval.CopyFrom(token.refresh_interval)
-        settings = _settings(changed)
+        settings = self._settings(changed)
         reply = await self._scripts.run("update_token", name.app, name.token, *settings, read_us)
         if reply.status == "TOKEN_CHANGED":
             return await self._update(name, token, fields)
@@ -131,30 +133,23 @@ class Tokens:
             return token_message(name, entry, reply.now_us)
         raise token_not_found(name)
 
-
-def _settings(token: token_pb2.Token) -> tuple[str, str, str, int, str, int]:
-    """Check a token's settings and work out its rules, as the scripts take them."""
-    policy = PRESETS.get(token.policy or DEFAULT_POLICY)
-    if policy is None:
-        raise Failure(
-            "POLICY_NOT_FOUND",
-            f"there is no policy {quoted(token.policy)}; there is: {', '.join(PRESETS)}",
-            field="token.policy",
+    def _settings(self, token: token_pb2.Token) -> tuple[str, str, str, int, str, int]:
+        """Check a token's settings and work out its rules, as the scripts take them."""
+        policy = self._policies.find("token.policy", token.policy)
+        own_interval_us = None
+        if token.HasField("refresh_interval"):
+            own_interval_us = validation.microseconds(
+                "token.refresh_interval", token.refresh_interval, MOST_INTERVAL_US
+            )
+        if token.refresh_at not in _OWN_REFRESH_AT:
+            raise invalid("token.refresh_at", "must be REFRESH_AT_END or REFRESH_AT_START")
+        own_refresh_at = _OWN_REFRESH_AT[token.refresh_at]
+        effective = rules(policy, own_interval_us, own_refresh_at)
+        return (
+            policy.name,
+            "" if own_interval_us is None else str(own_interval_us),
+            own_refresh_at or "",
+            effective.interval_us,
+            effective.refresh_at,
+            effective.access_token_life_us,
         )
-    own_interval_us = None
-    if token.HasField("refresh_interval"):
-        own_interval_us = validation.microseconds(
-            "token.refresh_interval", token.refresh_interval, MOST_INTERVAL_US
-        )
-    if token.refresh_at not in _OWN_REFRESH_AT:
-        raise invalid("token.refresh_at", "must be REFRESH_AT_END or REFRESH_AT_START")
-    own_refresh_at = _OWN_REFRESH_AT[token.refresh_at]
-    effective = rules(policy, own_interval_us, own_refresh_at)
-    return (
-        policy.name,
-        "" if own_interval_us is None else str(own_interval_us),
-        own_refresh_at or "",
-        effective.interval_us,
-        effective.refresh_at,
-        effective.access_token_life_us,
-    )

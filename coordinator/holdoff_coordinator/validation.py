@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from holdoff._text import quoted
 from holdoff.durations import format_duration
-from holdoff.names import AppName, LeaseName, TokenName
+from holdoff.names import AppName, BudgetName, LeaseName, TokenName
 from holdoff_coordinator.failures import Failure, invalid
 
 if TYPE_CHECKING:
@@ -27,6 +27,22 @@ _HOLDER_LIMITS = {"host": 255, "user": 100, "job": 100, "client_version": 100}
 _MOST_LABELS = 16
 _MOST_LABEL_CHARACTERS = 200
 _LABEL_KEY = re.compile(r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?")
+
+
+def app_name(field: str, text: str) -> AppName:
+    """Parse an app's name."""
+    try:
+        return AppName.parse(text)
+    except ValueError as error:
+        raise invalid(field, str(error)) from None
+
+
+def budget_name(field: str, text: str) -> BudgetName:
+    """Parse a budget's name."""
+    try:
+        return BudgetName.parse(text)
+    except ValueError as error:
+        raise invalid(field, str(error)) from None
 
 
 def token_name(field: str, text: str) -> TokenName:
@@ -77,12 +93,17 @@ def page_token(text: str) -> tuple[str, str] | None:
     try:
         name = TokenName.parse(text)
     except ValueError:
-        raise invalid(
-            "page_token",
-            f"{quoted(text)} is none of ours: write the next_page_token of the page before, "
-            "or leave it out to begin",
-        ) from None
+        raise unknown_page_token(text) from None
     return name.app, name.token
+
+
+def unknown_page_token(text: str) -> Failure:
+    """Say that a page token is not one that we gave."""
+    return invalid(
+        "page_token",
+        f"{quoted(text)} is none of ours: write the next_page_token of the page before, "
+        "or leave it out to begin",
+    )
 
 
 def microseconds(
@@ -122,17 +143,17 @@ def ttl_us(value: duration_pb2.Duration) -> int:
     return microseconds("ttl", value, MOST_TTL_US, least_us=LEAST_TTL_US)
 
 
-def request_id(text: str) -> str:
-    """Check that a request id is a UUID of version 4 in its usual form."""
+def request_id(text: str, field: str = "request_id") -> str:
+    """Check that an id is a UUID of version 4 in its usual form."""
     try:
         parsed = uuid.UUID(text)
     except ValueError:
         parsed = None
     if parsed is None or str(parsed) != text or parsed.version != UUID_VERSION:
         raise invalid(
-            "request_id",
+            field,
             "must be a random UUID (version 4), in lower case with hyphens, and a new one for each "
-            "lease",
+            f"{'lease' if field == 'request_id' else 'event'}",
         )
     return text
 
@@ -145,6 +166,14 @@ def printable(field: str, text: str, most: int) -> str:
         raise invalid(
             field, "must be one line of printable characters: no control or format characters"
         )
+    return text
+
+
+def reason(text: str) -> str:
+    """Check why an operator does something."""
+    printable("reason", text, MOST_REASON_CHARACTERS)
+    if not text.strip():
+        raise invalid("reason", "say why: others will ask")
     return text
 
 

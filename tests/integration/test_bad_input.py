@@ -514,7 +514,7 @@ def test_an_unknown_policy(world: World, policy: str) -> None:
         found = refusal(world, call)
         assert (found.code, found.reason) == (code_pb2.NOT_FOUND, "POLICY_NOT_FOUND")
         assert found.field == "token.policy"
-        assert "there is: exact-online" in found.message
+        assert "there is: bullhorn, eve-esi, exact-online" in found.message
 
 
 def test_a_token_that_exists(world: World) -> None:
@@ -762,6 +762,8 @@ GARBAGE = {
 @pytest.mark.parametrize("method", METHODS)
 def test_garbage_on_the_wire(world: World, method: str, garbage: str) -> None:
     """Bytes that are no message are refused by gRPC itself, and the connection goes on."""
+    if garbage == "not UTF-8" and not METHODS[method].input_type.fields:
+        return  # an unknown field may hold any bytes
     found = refusal(world, lambda: raw_call(world.replica, METHODS[method], GARBAGE[garbage]))
     assert found.code == code_pb2.UNKNOWN
     assert "Error parsing message" in found.message

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import assert_type
 
 import holdoff
-from holdoff.v1 import lease_pb2, lease_service_pb2, token_pb2
+from holdoff._client import BudgetGuard
+from holdoff.v1 import budget_pb2, lease_pb2, lease_service_pb2, token_pb2
 
 TOKEN = "apps/exact-nl/tokens/finance"
 
@@ -117,6 +118,58 @@ async def ask_in_a_loop(client: holdoff.aio.Client) -> None:
     async with contextlib.aclosing(client.watch_leases(TOKEN, resume_token="")) as responses:
         async for response in responses:
             assert_type(response, lease_service_pb2.WatchLeasesResponse)
+
+
+def count(client: holdoff.Client) -> None:
+    """What a job does before and after its calls."""
+    assert_type(client.list_budgets("apps/exact-nl", state="spent"), Iterator[budget_pb2.Budget])
+    assert_type(client.get_budget("apps/exact-nl/budgets/errors-1"), budget_pb2.Budget)
+    assert_type(client.reset_budget("apps/exact-nl/budgets/errors-1", "x"), budget_pb2.Budget)
+    assert_type(
+        client.record_error(TOKEN, endpoint="crm/Accounts", status=400, job="nightly"),
+        budget_pb2.EventOutcome.ValueType,
+    )
+    assert_type(client.record_events([budget_pb2.Event()]), list[budget_pb2.EventOutcome.ValueType])
+    reservation = client.reserve(TOKEN, kind="token_request", wait_seconds=60)
+    assert_type(reservation, budget_pb2.Reservation)
+    assert_type(client.commit(TOKEN, reservation.id, status=200), budget_pb2.Reservation)
+    assert_type(client.cancel(TOKEN, reservation.id), budget_pb2.Reservation)
+    with client.budget_guard(TOKEN, division="1", endpoint="crm/Accounts") as guard:
+        assert_type(guard, BudgetGuard)
+        guard.status = 200
+        guard.cancel()
+
+    @client.budget_guard(TOKEN, endpoint="crm/Accounts")
+    def accounts(guard: BudgetGuard, page: int, *, size: int = 60) -> str:
+        guard.status = 200
+        return f"{page} {size}"
+
+    assert_type(accounts(1, size=2), str)
+    accounts("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+async def count_in_a_loop(client: holdoff.aio.Client) -> None:
+    """The same for asyncio."""
+    budgets = client.list_budgets("apps/exact-nl", state="spent")
+    assert_type(budgets, AsyncIterator[budget_pb2.Budget])
+    assert_type(await client.get_budget("apps/exact-nl/budgets/errors-1"), budget_pb2.Budget)
+    assert_type(
+        await client.record_error(TOKEN, endpoint="crm/Accounts", status=400),
+        budget_pb2.EventOutcome.ValueType,
+    )
+    reservation = await client.reserve(TOKEN, kind="token_request", wait_seconds=60)
+    assert_type(await client.commit(TOKEN, reservation.id, status=200), budget_pb2.Reservation)
+    assert_type(await client.cancel(TOKEN, reservation.id), budget_pb2.Reservation)
+    async with client.budget_guard(TOKEN, division="1", endpoint="crm/Accounts") as guard:
+        assert_type(guard, holdoff.aio.BudgetGuard)
+        guard.status = 200
+
+    @client.budget_guard(TOKEN, endpoint="crm/Accounts")
+    async def accounts(guard: holdoff.aio.BudgetGuard, page: int) -> str:
+        guard.status = 200
+        return str(page)
+
+    assert_type(await accounts(1), str)
 
 
 def tell_apart(client: holdoff.Client) -> float | None:

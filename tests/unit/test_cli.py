@@ -620,6 +620,9 @@ def test_what_holders_say_cannot_reach_the_terminal(
         (code_pb2.ABORTED, "LEASE_HELD", 75),
         (code_pb2.ABORTED, "TOKEN_COOLING", 75),
         (code_pb2.UNAVAILABLE, "QUARANTINED", 75),
+        (code_pb2.RESOURCE_EXHAUSTED, "BUDGET_SPENT", 75),
+        (code_pb2.RESOURCE_EXHAUSTED, "TOO_MANY_BUDGETS", 75),
+        (code_pb2.NOT_FOUND, "BUDGET_NOT_FOUND", 77),
         (code_pb2.PERMISSION_DENIED, "", 77),
         (code_pb2.NOT_FOUND, "TOKEN_NOT_FOUND", 77),
         (code_pb2.NOT_FOUND, "POLICY_NOT_FOUND", 77),
@@ -737,7 +740,9 @@ def test_a_closed_pipe_is_141_and_silent(coordinator: Coordinator, endpoint: str
 # Help and completion
 
 
-@pytest.mark.parametrize("command", ["run", "watch", "token", "lease", "simulator", "completion"])
+@pytest.mark.parametrize(
+    "command", ["run", "watch", "token", "lease", "budget", "policy", "simulator", "completion"]
+)
 def test_every_command_has_help(holdoff: Holdoff, command: str) -> None:
     """Every command that the group names can be imported, and explains itself."""
     assert command in holdoff("--help").stdout

@@ -115,7 +115,7 @@ def test_every_reason_says_what_to_do(reason: str) -> None:
     remedy = exits.remedy_of(error, "c:1")
     assert bool(remedy) is (reason not in SAY_IT_THEMSELVES)
     assert "{" not in remedy
-    for line in re.findall(r"holdoff (?:token|lease|watch)[^;,]*", remedy):
+    for line in re.findall(r"holdoff (?:token|lease|budget|watch)[^;,]*", remedy):
         assert list(parsed(shlex.split(line)))
 
 
@@ -155,6 +155,12 @@ def test_a_remedy_names_the_token() -> None:
     """Commands in a remedy are about the token of the error, and can be copied."""
     error = errors.LeaseHeld(f"no lease on {FINANCE}: held by job 'x' on web1")
     assert f"holdoff watch {FINANCE};" in exits.remedy_of(error, "")
+
+
+def test_a_remedy_names_the_app() -> None:
+    """Also where the error is about something else than a token."""
+    error = errors.BudgetNotFound("there is no budget apps/exact-nl/budgets/e-1", reason="")
+    assert "holdoff budget list apps/exact-nl" in exits.remedy_of(error, "")
 
 
 def test_quarantine_says_for_how_long() -> None:

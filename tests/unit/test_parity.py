@@ -8,10 +8,20 @@ import re
 import pytest
 
 import holdoff
+from holdoff._client import BudgetGuard
 
-PAIRS = [(holdoff.Client, holdoff.aio.Client), (holdoff.HeldLease, holdoff.aio.HeldLease)]
+PAIRS = [
+    (holdoff.Client, holdoff.aio.Client),
+    (holdoff.HeldLease, holdoff.aio.HeldLease),
+    (BudgetGuard, holdoff.aio.BudgetGuard),
+]
 CONTEXT = {"__enter__": "__aenter__", "__exit__": "__aexit__"}
-PLAIN = {"check", "command_started"}
+PLAIN = {
+    "HeldLease.check",
+    "HeldLease.command_started",
+    "Client.budget_guard",
+    "BudgetGuard.cancel",
+}
 """What does not wait is a plain method in both."""
 
 
@@ -70,5 +80,6 @@ def test_only_what_waits_is_awaited(plain: type, awaited: type, name: str) -> No
         assert isinstance(other, property)
         return
     iterates = re.match("(Iterator|Generator)", str(inspect.signature(one).return_annotation))
-    assert inspect.iscoroutinefunction(other) == (not iterates and name not in PLAIN)
+    waits = not iterates and f"{plain.__name__}.{name}" not in PLAIN
+    assert inspect.iscoroutinefunction(other) == waits
     assert not inspect.iscoroutinefunction(one)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from holdoff import aio, errors
-    from holdoff._client import Client, HeldLease
+    from holdoff._client import BudgetGuard, Client, HeldLease
     from holdoff.errors import (
         AlreadyExists,
+        BudgetSpent,
         HoldoffError,
         InvalidRequest,
         LeaseLost,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlreadyExists",
+    "BudgetGuard",
+    "BudgetSpent",
     "Client",
     "HeldLease",
     "HoldoffError",
@@ -52,6 +55,6 @@ if not TYPE_CHECKING:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if name in {"aio", "errors"}:
             return import_module(f"{__name__}.{name}")
-        module = "_client" if name in {"Client", "HeldLease"} else "errors"
+        module = "_client" if name in {"BudgetGuard", "Client", "HeldLease"} else "errors"
         value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
         return value

@@ -5,17 +5,22 @@ Both clients carry out what these functions describe, so that each request is wr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from google.protobuf import timestamp_pb2
 from google.protobuf.message import Message
 
-from holdoff._core import duration
+from holdoff._core import WITHDRAWAL_SECONDS, duration, here
 from holdoff.v1 import (
     admin_service_pb2,
+    budget_pb2,
+    budget_service_pb2,
     lease_pb2,
     lease_service_pb2,
+    policy_pb2,
+    policy_service_pb2,
     token_pb2,
     token_service_pb2,
 )
@@ -28,10 +33,17 @@ if TYPE_CHECKING:
 
 _LEASES = "/holdoff.v1.LeaseService"
 _TOKENS = "/holdoff.v1.TokenService"
+_POLICIES = "/holdoff.v1.PolicyService"
+_BUDGETS = "/holdoff.v1.BudgetService"
 _ADMIN = "/holdoff.v1.AdminService"
 
 _ACCEPTANCE_SECONDS = 1.0
 _RELEASE_SECONDS = 3.0
+_BUDGET_SECONDS = 3.0
+
+CallKind = Literal["call", "token_request"]
+"""What room is reserved for: a call of the API, or one of the token endpoint."""
+BudgetState = Literal["open", "low", "spent"]
 
 ItemT = TypeVar("ItemT")
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -165,6 +177,160 @@ def break_lease(name: str, reason: str) -> Call[Any, lease_pb2.Lease]:
     )
 
 
+def record_events(
+    events: Sequence[budget_pb2.Event],
+) -> Call[Any, list[budget_pb2.EventOutcome.ValueType]]:
+    """Report what happened."""
+    return Call(
+        f"{_BUDGETS}/RecordEvents",
+        budget_service_pb2.RecordEventsRequest(events=events),
+        budget_service_pb2.RecordEventsResponse,
+        lambda response: list(response.outcomes),
+    )
+
+
+def scope(token: str, division: str, endpoint: str) -> budget_pb2.Scope:
+    """Say where something happens; an empty text means any."""
+    return budget_pb2.Scope(token=token, division=division, endpoint=endpoint)
+
+
+def error_event(  # noqa: PLR0913 - each is part of the event
+    where: budget_pb2.Scope,
+    *,
+    status: int,
+    count: int,
+    job: str,
+    age_seconds: float,
+    event_id: str | None,
+) -> budget_pb2.Event:
+    """Describe an answer that is an error, by default with an id of its own.
+
+    Raises:
+        ValueError: `count` is not positive.
+    """
+    return budget_pb2.Event(
+        id=event_id or str(uuid.uuid4()),
+        kind=budget_pb2.EVENT_KIND_ERROR,
+        scope=where,
+        count=_positive(count),
+        status=status,
+        age=duration(age_seconds),
+        holder=here(job),
+    )
+
+
+def reserve_request(
+    where: budget_pb2.Scope, kind: CallKind, count: int, ttl_seconds: float
+) -> budget_service_pb2.ReserveRequest:
+    """Describe the room that is wanted; it gets its id from who asks.
+
+    Raises:
+        ValueError: `kind` is neither "call" nor "token_request", or `count` is not positive.
+    """
+    if kind not in ("call", "token_request"):
+        raise ValueError('kind must be "call" or "token_request"')
+    return budget_service_pb2.ReserveRequest(
+        scope=where,
+        kind=budget_pb2.EventKind.Value(f"EVENT_KIND_{kind.upper()}"),
+        count=_positive(count),
+        ttl=duration(ttl_seconds),
+    )
+
+
+def reserve(request: budget_service_pb2.ReserveRequest) -> Call[Any, budget_pb2.Reservation]:
+    """Take room before a call."""
+    return Call(
+        f"{_BUDGETS}/Reserve",
+        request,
+        budget_service_pb2.ReserveResponse,
+        lambda response: response.reservation,
+        _BUDGET_SECONDS,
+    )
+
+
+def commit(
+    token: str, reservation_id: str, status: int, age_seconds: float = 0.0
+) -> Call[Any, budget_pb2.Reservation]:
+    """Say that a call was made."""
+    return Call(
+        f"{_BUDGETS}/Commit",
+        budget_service_pb2.CommitRequest(
+            reservation_id=reservation_id,
+            app=_app_of(token),
+            status=status,
+            age=duration(age_seconds),
+        ),
+        budget_service_pb2.CommitResponse,
+        lambda response: response.reservation,
+        _BUDGET_SECONDS,
+    )
+
+
+def cancel(token: str, reservation_id: str) -> Call[Any, budget_pb2.Reservation]:
+    """Say that a call was not made."""
+    return Call(
+        f"{_BUDGETS}/Cancel",
+        budget_service_pb2.CancelRequest(reservation_id=reservation_id, app=_app_of(token)),
+        budget_service_pb2.CancelResponse,
+        lambda response: response.reservation,
+        _BUDGET_SECONDS,
+    )
+
+
+def give_up(request: budget_service_pb2.ReserveRequest) -> Call[Any, budget_pb2.Reservation]:
+    """Cancel a reservation of which it is not known whether it was made."""
+    call = cancel(request.scope.token, request.reservation_id)
+    return replace(call, timeout_seconds=WITHDRAWAL_SECONDS)
+
+
+def get_budget(name: str) -> Call[Any, budget_pb2.Budget]:
+    """Read one budget."""
+    return Call(
+        f"{_BUDGETS}/GetBudget",
+        budget_service_pb2.GetBudgetRequest(name=name),
+        budget_service_pb2.GetBudgetResponse,
+        lambda response: response.budget,
+    )
+
+
+def list_budgets(
+    parent: str, where: budget_pb2.Scope, state: BudgetState | None, page_token: str = ""
+) -> Call[Any, Page[budget_pb2.Budget]]:
+    """Read a page of budgets.
+
+    Raises:
+        ValueError: `state` is none of a budget.
+    """
+    if state not in (None, "open", "low", "spent"):
+        raise ValueError('state must be "open", "low" or "spent"')
+
+    def read(response: budget_service_pb2.ListBudgetsResponse) -> Page[budget_pb2.Budget]:
+        token = response.next_page_token
+        return Page(response.budgets, list_budgets(parent, where, state, token) if token else None)
+
+    return Call(
+        f"{_BUDGETS}/ListBudgets",
+        budget_service_pb2.ListBudgetsRequest(
+            parent=parent,
+            scope=where,
+            state=budget_pb2.BudgetState.Value(f"BUDGET_STATE_{(state or 'unspecified').upper()}"),
+            page_token=page_token,
+        ),
+        budget_service_pb2.ListBudgetsResponse,
+        read,
+    )
+
+
+def reset_budget(name: str, reason: str) -> Call[Any, budget_pb2.Budget]:
+    """Make a budget forget what it counted."""
+    return Call(
+        f"{_ADMIN}/ResetBudget",
+        admin_service_pb2.ResetBudgetRequest(name=name, reason=reason),
+        admin_service_pb2.ResetBudgetResponse,
+        lambda response: response.budget,
+    )
+
+
 def create_token(
     name: str,
     policy: str,
@@ -254,6 +420,37 @@ def list_tokens(parent: str, page_token: str = "") -> Call[Any, Page[token_pb2.T
         token_service_pb2.ListTokensResponse,
         read,
     )
+
+
+def get_policy(name: str) -> Call[Any, policy_pb2.Policy]:
+    """Read one policy."""
+    return Call(
+        f"{_POLICIES}/GetPolicy",
+        policy_service_pb2.GetPolicyRequest(name=name),
+        policy_service_pb2.GetPolicyResponse,
+        lambda response: response.policy,
+    )
+
+
+def list_policies() -> Call[Any, list[policy_pb2.Policy]]:
+    """Read all policies."""
+    return Call(
+        f"{_POLICIES}/ListPolicies",
+        policy_service_pb2.ListPoliciesRequest(),
+        policy_service_pb2.ListPoliciesResponse,
+        lambda response: list(response.policies),
+    )
+
+
+def _app_of(token: str) -> str:
+    """Return the app of a token; what is no name of one is refused by the coordinator."""
+    return token.partition("/tokens/")[0]
+
+
+def _positive(count: int) -> int:
+    if count < 1:  # on the wire 0 means 1
+        raise ValueError("count must be at least 1")
+    return count
 
 
 def _token(

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import queue
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
 import grpc
 
@@ -24,25 +26,37 @@ from holdoff._core import (
     Acquisition,
     Patience,
     Renewals,
+    Reserving,
     Timing,
     Watching,
     acceptance_patience,
     here,
+    report_patience,
+    withdrawal_patience,
 )
 from holdoff._endpoint import endpoint_of, target
+from holdoff._guarding import Guarding
 from holdoff._held import Held
 from holdoff._platform import boottime_ns
 from holdoff.errors import HoldoffError, LeaseLost, OfferExpired, Unavailable, from_rpc_error
-from holdoff.v1 import lease_pb2, lease_service_pb2, lease_service_pb2_grpc, token_pb2
+from holdoff.v1 import (
+    budget_pb2,
+    lease_pb2,
+    lease_service_pb2,
+    lease_service_pb2_grpc,
+    policy_pb2,
+    token_pb2,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from datetime import datetime
     from types import TracebackType
 
 log = logging.getLogger("holdoff")
 
 ItemT = TypeVar("ItemT")
+ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
 
 
@@ -150,7 +164,8 @@ class Client:
         """
         patience = acceptance_patience(offer, boottime_ns())
         try:
-            return self._insist(_calls.renew_lease(offer), patience)
+            sent_ns, _ = self._insist(_calls.renew_lease(offer), patience)
+            return sent_ns
         except OfferExpired:
             return None
         except HoldoffError:
@@ -194,6 +209,18 @@ class Client:
             TokenNotFound: There is no such token.
         """
         return self._call(_calls.list_waiters(token))
+
+    def get_policy(self, name: str) -> policy_pb2.Policy:
+        """Return a policy: what a provider asks.
+
+        Raises:
+            PolicyNotFound: There is no such policy.
+        """
+        return self._call(_calls.get_policy(name))
+
+    def list_policies(self) -> list[policy_pb2.Policy]:
+        """Return all policies that the coordinator knows, by name."""
+        return self._call(_calls.list_policies())
 
     def watch_leases(
         self,
@@ -304,19 +331,277 @@ class Client:
         """Yield all tokens, or those of an app."""
         return self._items(_calls.list_tokens(parent))
 
+    def record_events(
+        self, events: Sequence[budget_pb2.Event]
+    ) -> list[budget_pb2.EventOutcome.ValueType]:
+        """Count events of one app, each once however often it is reported.
+
+        Tried for some seconds while the coordinator is away; the same events may be reported
+        again after that.
+
+        Args:
+            events: At most 100, each with an id of its own.
+
+        Returns:
+            How each was taken, in their order.
+
+        Raises:
+            Unavailable: The coordinator could not be told.
+            TokenNotFound: There is no such token.
+            EventTooOld: An event happened more than a day ago.
+            InvalidRequest: An event is wrong; none of them counts.
+            TooManyBudgets: The app has too many different scopes.
+            TooManyEvents: The app has too many events.
+        """
+        _, outcomes = self._insist(_calls.record_events(events), report_patience(boottime_ns()))
+        return outcomes
+
+    def record_error(  # noqa: PLR0913 - each is part of the event
+        self,
+        token: str,
+        *,
+        division: str = "",
+        endpoint: str,
+        status: int = 0,
+        count: int = 1,
+        job: str = "",
+        age_seconds: float = 0.0,
+        event_id: str | None = None,
+    ) -> budget_pb2.EventOutcome.ValueType:
+        """Count an answer of the provider that was an error.
+
+        Tried for some seconds while the coordinator is away.
+
+        Args:
+            token: `apps/{app}/tokens/{token}`; its policy says which errors are limited.
+            division: The provider's name of a company; found in the endpoint if that has it.
+            endpoint: The path or URL of the call.
+            status: HTTP status; 0 when it is not known, which counts.
+            count: How often it happened: at most 10,000.
+            job: Name of the job, shown with the error.
+            age_seconds: How long ago: at most a day.
+            event_id: A UUID version 4, for a report that may be repeated; by default a new one.
+
+        Returns:
+            Whether it is counted, was counted before, or is not limited.
+
+        Raises:
+            Unavailable: The coordinator could not be told.
+            TokenNotFound: There is no such token.
+            EventTooOld: It happened more than a day ago.
+            InvalidRequest: An argument is wrong.
+            TooManyBudgets: The app has too many different scopes.
+            TooManyEvents: The app has too many events.
+            ValueError: `count` is not positive.
+        """
+        event = _calls.error_event(
+            _calls.scope(token, division, endpoint),
+            status=status,
+            count=count,
+            job=job,
+            age_seconds=age_seconds,
+            event_id=event_id,
+        )
+        [outcome] = self.record_events([event])
+        return outcome
+
+    def get_budget(self, name: str) -> budget_pb2.Budget:
+        """Return a budget: how much of a limit is used in one scope.
+
+        Raises:
+            BudgetNotFound: There is no such budget, or nothing is left in its window.
+        """
+        return self._call(_calls.get_budget(name))
+
+    def list_budgets(
+        self,
+        parent: str = "",
+        *,
+        token: str = "",
+        division: str = "",
+        endpoint: str = "",
+        state: _calls.BudgetState | None = None,
+    ) -> Iterator[budget_pb2.Budget]:
+        """Yield the budgets with something in their window, those with the least room first.
+
+        Args:
+            parent: Only those of this app, `apps/{app}`; empty for everything.
+            token: Only those whose scope has this token.
+            division: Only those whose scope has this division.
+            endpoint: Only those whose scope has this endpoint.
+            state: Only those in this state.
+
+        Raises:
+            InvalidRequest: An argument is wrong.
+            ValueError: `state` is none of "open", "low" and "spent".
+        """
+        where = _calls.scope(token, division, endpoint)
+        return self._items(_calls.list_budgets(parent, where, state))
+
+    def reset_budget(self, name: str, reason: str) -> budget_pb2.Budget:
+        """Make a budget forget what it counted; a late report does not count again.
+
+        Args:
+            name: `apps/{app}/budgets/{budget}`.
+            reason: Why; it is kept. At most 200 characters.
+
+        Raises:
+            BudgetNotFound: There is no such budget, or nothing is left in its window.
+        """
+        return self._call(_calls.reset_budget(name, reason))
+
+    def reserve(  # noqa: PLR0913 - each is part of the question
+        self,
+        token: str,
+        *,
+        division: str = "",
+        endpoint: str = "",
+        kind: _calls.CallKind = "call",
+        count: int = 1,
+        ttl_seconds: float = 60.0,
+        wait_seconds: float = 0.0,
+    ) -> budget_pb2.Reservation:
+        """Take room for a call from every budget that it would count in, or from none.
+
+        Commit or cancel it; `budget_guard` does so by itself. Interrupted it gives the room back.
+
+        Args:
+            token: `apps/{app}/tokens/{token}`; its policy says what is limited.
+            division: The provider's name of a company; found in the endpoint if that has it.
+            endpoint: The path or URL of the call.
+            kind: "call", or "token_request" for the provider's token endpoint.
+            count: How many calls.
+            ttl_seconds: When it counts as a call that failed unless it is committed or cancelled
+                before: 1 s to 1 h, longer than the call takes.
+            wait_seconds: How long to wait for room; 0 answers at once.
+
+        Raises:
+            BudgetSpent: There is no room within the wait; `retry_after_seconds` says when.
+            TokenNotFound: There is no such token.
+            InvalidRequest: An argument is wrong.
+            TooManyBudgets: The app has too many different scopes.
+            Unavailable: The coordinator could not be reached within the wait, nor for some
+                seconds.
+            ValueError: `kind` is none of these, or `count` is not positive.
+        """
+        where = _calls.scope(token, division, endpoint)
+        request = _calls.reserve_request(where, kind, count, ttl_seconds)
+        reserving = Reserving(request, wait_seconds, boottime_ns())
+        try:
+            while True:
+                try:
+                    return reserving.received(self._call(_calls.reserve(request)))
+                except HoldoffError as error:
+                    time.sleep(reserving.failed(error, boottime_ns()))
+        except BaseException as error:
+            if reserving.may_stand(error):
+                patience = withdrawal_patience(boottime_ns())
+                with contextlib.suppress(HoldoffError):
+                    self._insist(_calls.give_up(request), patience)
+            raise
+
+    def commit(
+        self, token: str, reservation_id: str, *, status: int, age_seconds: float = 0.0
+    ) -> budget_pb2.Reservation:
+        """Say that the call of a reservation was made; a second time changes nothing.
+
+        Tried for some seconds while the coordinator is away.
+
+        Args:
+            token: The token that it was reserved for.
+            reservation_id: `id` of the reservation.
+            status: HTTP status of the answer; 0 when there was none, which counts as an error.
+            age_seconds: How long ago the call was made.
+
+        Raises:
+            ReservationNotFound: There is no such reservation, or it is long over.
+            InvalidRequest: An argument is wrong.
+            Unavailable: The coordinator could not be told: it expires, and counts.
+        """
+        call = _calls.commit(token, reservation_id, status, age_seconds)
+        _, reservation = self._insist(call, report_patience(boottime_ns()))
+        return reservation
+
+    def cancel(self, token: str, reservation_id: str) -> budget_pb2.Reservation:
+        """Say that the call of a reservation was not made, so that its room is given back.
+
+        Tried for some seconds while the coordinator is away. What was committed or has expired
+        stays so: look at the `state`.
+
+        Args:
+            token: The token that it was reserved for.
+            reservation_id: `id` of the reservation.
+
+        Raises:
+            ReservationNotFound: There is no such reservation, or it is long over.
+            Unavailable: The coordinator could not be told: it expires, and counts.
+        """
+        call = _calls.cancel(token, reservation_id)
+        _, reservation = self._insist(call, report_patience(boottime_ns()))
+        return reservation
+
+    def budget_guard(  # noqa: PLR0913 - each is part of the question
+        self,
+        token: str,
+        *,
+        division: str = "",
+        endpoint: str = "",
+        kind: _calls.CallKind = "call",
+        count: int = 1,
+        ttl_seconds: float = 60.0,
+        wait_seconds: float = 0.0,
+    ) -> BudgetGuard:
+        """Guard a call: room is taken before it, and what became of it is counted.
+
+        ::
+
+            with client.budget_guard(TOKEN, endpoint="/api/v1/1/crm/Accounts") as guard:
+                response = requests.get(url, timeout=30)
+                guard.status = response.status_code
+
+        Without a status the call counts as answered with 200 where the body ends, and as failed
+        where it raises. `guard.cancel()` says that no call was made. As a decorator it gives the
+        function a guard of its own, as its first argument, for each time that it runs.
+
+        Args:
+            token: `apps/{app}/tokens/{token}`; its policy says what is limited.
+            division: The provider's name of a company; found in the endpoint if that has it.
+            endpoint: The path or URL of the call.
+            kind: "call", or "token_request" for the provider's token endpoint.
+            count: How many calls.
+            ttl_seconds: When it counts as a call that failed unless the body has ended before:
+                1 s to 1 h, longer than the call takes.
+            wait_seconds: How long to wait for room on entering; 0 does not wait.
+
+        Raises:
+            BudgetSpent: On entering: there is no room within the wait.
+            HoldoffError: On entering, as `reserve` does; on leaving if the status is none of
+                HTTP. A coordinator that is away then is no error: the call counts as failed.
+        """
+        reserve = partial(
+            self.reserve,
+            token,
+            division=division,
+            endpoint=endpoint,
+            kind=kind,
+            count=count,
+            ttl_seconds=ttl_seconds,
+            wait_seconds=wait_seconds,
+        )
+        return BudgetGuard(self, token, reserve)
+
     def _items(self, call: _calls.Call[Any, _calls.Page[ItemT]] | None) -> Iterator[ItemT]:
         while call:
             page = self._call(call)
             yield from page.items
             call = page.following
 
-    def _insist(self, call: _calls.Call[Any, Any], patience: Patience) -> int:
-        """Repeat a call while it is unavailable; return when the one that was answered was sent."""
+    def _insist(self, call: _calls.Call[Any, ResultT], patience: Patience) -> tuple[int, ResultT]:
+        """Repeat a call while it is unavailable; return when it was sent, and its answer."""
         while True:
             sent_ns = boottime_ns()
             try:
-                self._call(call)
-                return sent_ns
+                return sent_ns, self._call(call)
             except HoldoffError as error:
                 time.sleep(patience.failed(error, boottime_ns()))
 
@@ -516,3 +801,49 @@ class HeldLease(Held):
             self._renewals.succeeded(renewal)
         if self._on_renewed:
             self._on_renewed(self.deadline_ns)
+
+
+class BudgetGuard(Guarding):
+    """Room for one call, taken on entering and settled on leaving: see `Client.budget_guard`."""
+
+    def __init__(
+        self, client: Client, token: str, reserve: Callable[[], budget_pb2.Reservation]
+    ) -> None:
+        super().__init__(token)
+        self._client = client
+        self._reserve = reserve
+
+    def __enter__(self) -> Self:
+        with self._entering():
+            self.reservation = self._reserve()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        call = self._settlement(error)
+        try:
+            self._client._insist(call, report_patience(boottime_ns()))  # noqa: SLF001
+        except HoldoffError as lost:
+            self._unsettled(lost, error)
+
+    def __call__(
+        self, function: Callable[Concatenate[BudgetGuard, ParamsT], ResultT]
+    ) -> Callable[ParamsT, ResultT]:
+        """Guard every call of a function, which gets the guard as its first argument.
+
+        Raises:
+            TypeError: It is a coroutine function; `holdoff.aio` guards those.
+        """
+        if inspect.iscoroutinefunction(function):
+            raise TypeError("a coroutine function needs the guard of holdoff.aio.Client")
+
+        @wraps(function)
+        def guarded(*args: ParamsT.args, **kwargs: ParamsT.kwargs) -> ResultT:
+            with BudgetGuard(self._client, self._token, self._reserve) as guard:
+                return function(guard, *args, **kwargs)
+
+        return guarded

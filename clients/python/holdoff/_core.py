@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from google.protobuf import duration_pb2
 
-from holdoff.errors import HoldoffError, LeaseLost, Unavailable, from_status
-from holdoff.v1 import lease_pb2, lease_service_pb2
+from holdoff.errors import BudgetSpent, HoldoffError, LeaseLost, Unavailable, from_status
+from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,6 +46,10 @@ WITHDRAWAL_SECONDS = 1.0
 """How long one who gives up its place waits for the coordinator to hear of it."""
 RELEASE_SECONDS = 10.0
 """How long a release is tried while the coordinator is away; then the lease runs out."""
+REPORT_SECONDS = 5.0
+"""How long a report of what happened at the provider is tried while the coordinator is away."""
+MOST_ROOM_RETRY_SECONDS = 5.0
+"""Room may come back at any time, when another caller's call ends without an error."""
 LONGEST_SLEEP_SECONDS = 1.0
 """Sleeps are short, since a wait on the monotonic clock sleeps through a suspend."""
 
@@ -163,6 +167,73 @@ def acceptance_patience(offer: lease_service_pb2.LeaseOffer, now_ns: int) -> Pat
     """How long to try to accept an offer: as long as it stands, and a second for the answer."""
     stands_ns = offer.accept_within.ToNanoseconds()
     return Patience(until_ns=now_ns + stands_ns + SECOND, pause_seconds=0.05)
+
+
+def report_patience(now_ns: int) -> Patience:
+    """How long to try to report what happened; a report that arrives late counts from then."""
+    return Patience(until_ns=now_ns + round(REPORT_SECONDS * SECOND), pause_seconds=0.2)
+
+
+def withdrawal_patience(now_ns: int) -> Patience:
+    """How long to try to give back what may have been granted."""
+    return Patience(until_ns=now_ns + round(WITHDRAWAL_SECONDS * SECOND), pause_seconds=0.05)
+
+
+@dataclass(slots=True)
+class Reserving:
+    """One wish for room before a call, over as many requests as it takes."""
+
+    request: budget_service_pb2.ReserveRequest
+    """What to send: always with the same id, so that it takes room once."""
+    wait_seconds: float
+    began_ns: int
+    _refusals: int = 0
+    _failures: int = 0
+
+    def __post_init__(self) -> None:
+        self.request.reservation_id = str(uuid.uuid4())
+
+    def received(self, reservation: budget_pb2.Reservation) -> budget_pb2.Reservation:
+        """Take in an answer.
+
+        Raises:
+            Unavailable: The reservation was made by an earlier request, of which nothing was
+                heard, and has run out since; another one is asked for.
+        """
+        if reservation.state == budget_pb2.RESERVATION_STATE_RESERVED:
+            return reservation
+        self.request.reservation_id = str(uuid.uuid4())
+        raise Unavailable("the reservation ran out before its answer arrived")
+
+    def failed(self, error: HoldoffError, now_ns: int) -> float:
+        """Return after how many seconds to ask again.
+
+        Raises:
+            HoldoffError: The error, if it is final or the wait is over.
+        """
+        waited_seconds = (now_ns - self.began_ns) / SECOND
+        if isinstance(error, BudgetSpent):
+            left = self.wait_seconds - waited_seconds
+            # When there will be room *if nothing else happens*: look now and then, sooner.
+            delay = min(
+                error.retry_after_seconds or MOST_ROOM_RETRY_SECONDS,
+                MOST_ROOM_RETRY_SECONDS * retry_delay_seconds(self._refusals),
+            )
+            self._refusals += 1
+        elif isinstance(error, Unavailable):
+            left = max(self.wait_seconds, NO_WAIT_SECONDS) - waited_seconds
+            delay = error.retry_after_seconds or retry_delay_seconds(self._failures)
+            self._failures += 1
+        else:
+            raise error
+        if left <= 0:
+            raise error
+        return min(delay, left)
+
+    @staticmethod
+    def may_stand(error: BaseException) -> bool:
+        """Whether room may have been taken although the attempt ended with this error."""
+        return isinstance(error, Unavailable) or not isinstance(error, HoldoffError)
 
 
 @dataclass(slots=True)

@@ -74,6 +74,24 @@ class Quarantined(NotGranted):
     REASON = "QUARANTINED"
 
 
+class BudgetSpent(NotGranted):
+    """A budget has no room; `retry_after_seconds` says when it has, if nothing else happens."""
+
+    REASON = "BUDGET_SPENT"
+
+
+class TooManyBudgets(NotGranted):
+    """The app has too many different scopes to count."""
+
+    REASON = "TOO_MANY_BUDGETS"
+
+
+class TooManyEvents(NotGranted):
+    """The app has too many events to remember."""
+
+    REASON = "TOO_MANY_EVENTS"
+
+
 class LeaseLost(HoldoffError):  # noqa: N818 - what happened
     """The lease is gone: what runs under it must stop."""
 
@@ -130,6 +148,18 @@ class PolicyNotFound(NotFound):
     REASON = "POLICY_NOT_FOUND"
 
 
+class BudgetNotFound(NotFound):
+    """There is no such budget, or nothing is left in its window."""
+
+    REASON = "BUDGET_NOT_FOUND"
+
+
+class ReservationNotFound(NotFound):
+    """There is no such reservation of this caller, or it is long over."""
+
+    REASON = "RESERVATION_NOT_FOUND"
+
+
 class AlreadyExists(HoldoffError):  # noqa: N818 - an answer, not a fault
     """There is such a thing already."""
 
@@ -154,6 +184,12 @@ class RequestIdReused(InvalidRequest):
     """The request id belongs to a request with other parameters."""
 
     REASON = "REQUEST_ID_REUSED"
+
+
+class EventTooOld(InvalidRequest):
+    """An event was reported more than a day late."""
+
+    REASON = "EVENT_TOO_OLD"
 
 
 class Unavailable(HoldoffError):  # noqa: N818 - a state

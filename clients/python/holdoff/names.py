@@ -105,6 +105,37 @@ class LeaseName:
         return TokenName(self.app, self.token)
 
 
+@dataclass(frozen=True, slots=True)
+class BudgetName:
+    """The name of a budget: `apps/{app}/budgets/{budget}`.
+
+    Raises:
+        ValueError: If an id is not `[a-z0-9-]{1,63}`.
+    """
+
+    PATTERN: ClassVar[str] = "apps/{app}/budgets/{budget}"
+
+    app: str
+    budget: str
+
+    def __post_init__(self) -> None:
+        _check_id("app", self.app)
+        _check_id("budget", self.budget)
+
+    def __str__(self) -> str:
+        return f"apps/{self.app}/budgets/{self.budget}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a name.
+
+        Raises:
+            ValueError: If the text is not the name of a budget; the message says what to write.
+        """
+        example = "apps/exact-nl/budgets/errors-k7q2m3ab5cdefghi"
+        return cls(*_split(text, cls.PATTERN, "a budget", example))
+
+
 def _split(text: str, pattern: str, what: str, example: str) -> list[str]:
     """Take the ids out of a name; whether they are well-formed is for the name to check."""
     parts, collections = text.split("/"), pattern.split("/")[::2]

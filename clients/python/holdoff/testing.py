@@ -39,6 +39,7 @@ try:
     import redis
     import structlog
 
+    from holdoff.policies import presets
     from holdoff_coordinator import embedded
     from holdoff_coordinator.server import Coordinator
     from holdoff_coordinator.store import Epoch, connect
@@ -89,6 +90,7 @@ class CoordinatorThread:
     def __init__(self, store_url: str, **options: Any) -> None:
         self._store_url = store_url
         self._options = {
+            "policies": presets(),
             "epoch": Epoch("test", lost=False),
             "quarantine_seconds": 2.0,
             "drain_seconds": 0.2,

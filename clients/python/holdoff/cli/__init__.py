@@ -20,6 +20,8 @@ _COMMANDS = {
     "watch": ("holdoff.cli.watch", "Watch tokens and leases, live."),
     "token": ("holdoff.cli.token", "Create, update, show and list tokens; queues and history."),
     "lease": ("holdoff.cli.lease", "Show, list and break leases."),
+    "budget": ("holdoff.cli.budget", "Show what is used of limits; count and forget errors."),
+    "policy": ("holdoff.cli.policy", "Show the rules of providers; check files of your own."),
     "simulator": ("holdoff.simulator.cli", "A simulated provider, to test jobs against."),
     "completion": ("holdoff.cli.completion", "Print the completion script of a shell."),
 }

@@ -31,8 +31,11 @@ TABLE: Final = (
     (str(USAGE), "wrong usage"),
     (str(UNREACHABLE), "the coordinator, its store or a simulator cannot be reached"),
     (str(INTERNAL), "a fault of Holdoff itself"),
-    (str(NOT_GRANTED), "no lease within the wait: held, cooling, queued or quarantined"),
-    (str(REFUSED), "refused, or an unknown token, lease or policy"),
+    (
+        str(NOT_GRANTED),
+        "no lease within the wait: held, cooling, queued or quarantined; a budget without room",
+    ),
+    (str(REFUSED), "refused, or an unknown token, lease, budget or policy"),
     (str(LEASE_LOST), "the lease was lost"),
     (str(CANNOT_EXECUTE), "the command cannot be executed"),
     (str(COMMAND_NOT_FOUND), "the command was not found"),
@@ -88,9 +91,10 @@ def remedy_of(error: Exception, endpoint: str) -> str:
             remedy = "too much for one message (4 MB): ask for one app or token, not for all"
         case errors.UnexpectedError() if str(error).startswith("unimplemented"):
             remedy = "what listens at {endpoint} is no coordinator, or an older one: upgrade it"
-    # The message of an error says which token it is about.
-    name = re.search(r"apps/([a-z0-9-]+)/tokens/[a-z0-9-]+", str(error))
-    token, app = name.group(0, 1) if name else ("TOKEN", "APP")
+    # The message of an error says which token or app it is about.
+    name = re.search(r"apps/([a-z0-9-]+)(?:/tokens/[a-z0-9-]+)?", str(error))
+    app = name[1] if name else "APP"
+    token = name[0] if name and "/tokens/" in name[0] else "TOKEN"
     return remedy.format(token=token, app=app, endpoint=endpoint)
 
 
@@ -101,12 +105,21 @@ _REMEDIES: Final = {
     "QUEUE_FULL": "who waits: holdoff token queue {token}; jobs are started faster than they run",
     "QUARANTINED": "no new leases, in case the store forgot one; what runs goes on. Only waiting "
     "helps",
+    "BUDGET_SPENT": "until when: holdoff budget list apps/{app} --state spent; others wait for it "
+    "too",
+    "TOO_MANY_BUDGETS": "what is counted: holdoff budget list apps/{app}",
+    "TOO_MANY_EVENTS": "what is counted: holdoff budget list apps/{app}; the oldest leave by "
+    "themselves",
     "LEASE_LOST": "what happened: holdoff token history {token}",
     "LEASE_BROKEN": "who has it now: holdoff watch {token}",
     "LEASE_ENDED": "the last leases: holdoff token history {token}",
     "OFFER_EXPIRED": "was this host asleep, or cut off? Ask again",
     "TOKEN_NOT_FOUND": "those that there are: holdoff token list apps/{app}",
     "LEASE_NOT_FOUND": "the live ones: holdoff lease list",
+    "BUDGET_NOT_FOUND": "those in use: holdoff budget list apps/{app}",
+    "RESERVATION_NOT_FOUND": "it is committed under the app, and by the caller, that reserved; it "
+    "is forgotten a day after its window",
+    "EVENT_TOO_OLD": "it has left every window by now: leave it out, or correct its age",
     "TOKEN_EXISTS": "how it stands: holdoff token show {token}",
     "STORE_UNAVAILABLE": "{endpoint} answers, its Valkey or Redis does not: see the coordinator's "
     "log",

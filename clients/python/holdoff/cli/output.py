@@ -31,6 +31,9 @@ _STYLES = {
     "broken": "red",
     "backing off": "red",
     "quarantined": "red",
+    "open": "green",
+    "low": "yellow",
+    "spent": "red",
 }
 
 # Wider than any row: without a terminal nothing is cut or wrapped, so that `grep` and `cut` work.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import uuid
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
@@ -15,19 +16,22 @@ from click.shell_completion import CompletionItem
 from holdoff import Client
 from holdoff._text import printable, quoted
 from holdoff.durations import parse_duration
-from holdoff.names import AppName, LeaseName, TokenName
-from holdoff.v1 import lease_pb2
+from holdoff.names import AppName, BudgetName, LeaseName, TokenName
+from holdoff.v1 import budget_pb2, lease_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from holdoff.v1 import token_pb2
 
+    _Found = lease_pb2.Lease | token_pb2.Token | budget_pb2.Budget
+
 _COMPLETION_SECONDS = 1.0
 
 MOST_LABELS = 16
 _MOST_LABEL_CHARACTERS = 200
 _LABEL_KEY = re.compile(r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?")
+_RANDOM_UUID = 4
 _TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])(?::([0-5][0-9]))?")
 
 
@@ -161,12 +165,30 @@ class Label(click.ParamType[tuple[str, str]]):
         return key, text
 
 
+class EventId(click.ParamType[str]):
+    """A random UUID, as the coordinator takes it."""
+
+    name = "uuid"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check what was typed."""
+        try:
+            found = uuid.UUID(value)
+        except ValueError:
+            found = uuid.UUID(int=0)
+        if found.version != _RANDOM_UUID:
+            self.fail(
+                f"{quoted(value)} is not a UUID of version 4: uuidgen -r makes one", param, ctx
+            )
+        return str(found)
+
+
 class Name(click.ParamType[str]):
     """A resource name of one of some kinds, checked before anybody is asked about it."""
 
     name = "name"
 
-    def __init__(self, *kinds: type[AppName | TokenName | LeaseName]) -> None:
+    def __init__(self, *kinds: type[AppName | TokenName | LeaseName | BudgetName]) -> None:
         self._kinds = {kind.PATTERN.count("/"): kind for kind in kinds}
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
@@ -193,9 +215,11 @@ class Name(click.ParamType[str]):
             contextlib.suppress(Exception),
             Client(endpoint, timeout_seconds=_COMPLETION_SECONDS) as client,
         ):
-            listing: Iterator[lease_pb2.Lease | token_pb2.Token] = client.list_tokens(parent)
+            listing: Iterator[_Found] = client.list_tokens(parent)
             if LeaseName in self._kinds.values():
                 listing = client.list_leases(parent)
+            elif BudgetName in self._kinds.values():
+                listing = client.list_budgets(parent)
             for found in takewhile(lambda _: time.monotonic() < deadline_seconds, listing):
                 segments = found.name.split("/")
                 for slashes in self._kinds:
@@ -208,10 +232,17 @@ class Name(click.ParamType[str]):
         ]
 
 
-def _description(found: lease_pb2.Lease | token_pb2.Token) -> str:
-    """What a shell shows beside a name: the state of a token, the holder of a lease."""
+def _description(found: _Found) -> str:
+    """What a shell shows beside a name: a token's state, a lease's holder, a budget's scope."""
     # Not at the top: it brings rich along, which `holdoff run` seldom needs.
-    from holdoff.cli.output import holder_text, state_text  # noqa: PLC0415
+    from holdoff.cli.output import enum_text, holder_text, state_text  # noqa: PLC0415
 
-    text = holder_text(found.holder) if isinstance(found, lease_pb2.Lease) else state_text(found)
+    match found:
+        case lease_pb2.Lease():
+            text = holder_text(found.holder)
+        case budget_pb2.Budget(scope=scope):
+            place = " ".join(filter(None, (scope.division, scope.endpoint)))
+            text = ": ".join(filter(None, (enum_text(found, "state"), place)))
+        case _:
+            text = state_text(found)
     return printable(text)

@@ -22,20 +22,25 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from holdoff.v1 import budget_pb2 as holdoff_dot_v1_dot_budget__pb2
 from holdoff.v1 import lease_pb2 as holdoff_dot_v1_dot_lease__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eholdoff/v1/admin_service.proto\x12\nholdoff.v1\x1a\x16holdoff/v1/lease.proto\"1\n\x11\x42reakLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"6\n\x12\x42reakLeaseResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease2[\n\x0c\x41\x64minService\x12K\n\nBreakLease\x12\x1d.holdoff.v1.BreakLeaseRequest\x1a\x1e.holdoff.v1.BreakLeaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eholdoff/v1/admin_service.proto\x12\nholdoff.v1\x1a\x17holdoff/v1/budget.proto\x1a\x16holdoff/v1/lease.proto\"1\n\x11\x42reakLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"6\n\x12\x42reakLeaseResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease\"2\n\x12ResetBudgetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"9\n\x13ResetBudgetResponse\x12\"\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x12.holdoff.v1.Budget2\xab\x01\n\x0c\x41\x64minService\x12K\n\nBreakLease\x12\x1d.holdoff.v1.BreakLeaseRequest\x1a\x1e.holdoff.v1.BreakLeaseResponse\x12N\n\x0bResetBudget\x12\x1e.holdoff.v1.ResetBudgetRequest\x1a\x1f.holdoff.v1.ResetBudgetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdoff.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BREAKLEASEREQUEST']._serialized_start=70
-  _globals['_BREAKLEASEREQUEST']._serialized_end=119
-  _globals['_BREAKLEASERESPONSE']._serialized_start=121
-  _globals['_BREAKLEASERESPONSE']._serialized_end=175
-  _globals['_ADMINSERVICE']._serialized_start=177
-  _globals['_ADMINSERVICE']._serialized_end=268
+  _globals['_BREAKLEASEREQUEST']._serialized_start=95
+  _globals['_BREAKLEASEREQUEST']._serialized_end=144
+  _globals['_BREAKLEASERESPONSE']._serialized_start=146
+  _globals['_BREAKLEASERESPONSE']._serialized_end=200
+  _globals['_RESETBUDGETREQUEST']._serialized_start=202
+  _globals['_RESETBUDGETREQUEST']._serialized_end=252
+  _globals['_RESETBUDGETRESPONSE']._serialized_start=254
+  _globals['_RESETBUDGETRESPONSE']._serialized_end=311
+  _globals['_ADMINSERVICE']._serialized_start=314
+  _globals['_ADMINSERVICE']._serialized_end=485
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ isort:skip_file
 
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from holdoff.v1 import budget_pb2 as _budget_pb2
 from holdoff.v1 import lease_pb2 as _lease_pb2
 import builtins as _builtins
 import sys
@@ -66,3 +67,53 @@ class BreakLeaseResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BreakLeaseResponse: _TypeAlias = BreakLeaseResponse  # noqa: Y015
+
+@_typing.final
+class ResetBudgetRequest(_message.Message):
+    """Makes a budget forget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The budget: `apps/{app}/budgets/{budget}`."""
+    reason: _builtins.str
+    """Why, in the operator's words. At most 200 characters."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetBudgetRequest: _TypeAlias = ResetBudgetRequest  # noqa: Y015
+
+@_typing.final
+class ResetBudgetResponse(_message.Message):
+    """The budget after it was reset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def budget(self) -> _budget_pb2.Budget:
+        """The budget."""
+
+    def __init__(
+        self,
+        *,
+        budget: _budget_pb2.Budget | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResetBudgetResponse: _TypeAlias = ResetBudgetResponse  # noqa: Y015

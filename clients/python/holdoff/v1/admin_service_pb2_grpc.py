@@ -40,6 +40,11 @@ class AdminServiceStub:
                 request_serializer=holdoff_dot_v1_dot_admin__service__pb2.BreakLeaseRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_admin__service__pb2.BreakLeaseResponse.FromString,
                 _registered_method=True)
+        self.ResetBudget = channel.unary_unary(
+                '/holdoff.v1.AdminService/ResetBudget',
+                request_serializer=holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -55,6 +60,14 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResetBudget(self, request, context):
+        """Makes a budget forget what it counted. Events that it knew are known for
+        ever after, and reservations keep their room.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -62,6 +75,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.BreakLease,
                     request_deserializer=holdoff_dot_v1_dot_admin__service__pb2.BreakLeaseRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_admin__service__pb2.BreakLeaseResponse.SerializeToString,
+            ),
+            'ResetBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetBudget,
+                    request_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -92,6 +110,33 @@ class AdminService:
             '/holdoff.v1.AdminService/BreakLease',
             holdoff_dot_v1_dot_admin__service__pb2.BreakLeaseRequest.SerializeToString,
             holdoff_dot_v1_dot_admin__service__pb2.BreakLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.AdminService/ResetBudget',
+            holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetRequest.SerializeToString,
+            holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,10 @@ class AdminServiceStub:
     confirms or its last acknowledged expiry passes, and the cooldown counts
     from then: nothing shortens it.
     """
+    ResetBudget: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ResetBudgetRequest, _admin_service_pb2.ResetBudgetResponse]
+    """Makes a budget forget what it counted. Events that it knew are known for
+    ever after, and reservations keep their room.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -48,6 +52,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Forbids the renewal of a lease. The lease lives on until its holder
     confirms or its last acknowledged expiry passes, and the cooldown counts
     from then: nothing shortens it.
+    """
+    ResetBudget: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ResetBudgetRequest, _admin_service_pb2.ResetBudgetResponse]  # type: ignore[assignment]
+    """Makes a budget forget what it counted. Events that it knew are known for
+    ever after, and reservations keep their room.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -62,6 +70,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Forbids the renewal of a lease. The lease lives on until its holder
         confirms or its last acknowledged expiry passes, and the cooldown counts
         from then: nothing shortens it.
+        """
+
+    @_abc_1.abstractmethod
+    def ResetBudget(
+        self,
+        request: _admin_service_pb2.ResetBudgetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ResetBudgetResponse, _abc.Awaitable[_admin_service_pb2.ResetBudgetResponse]]:
+        """Makes a budget forget what it counted. Events that it knew are known for
+        ever after, and reservations keep their room.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

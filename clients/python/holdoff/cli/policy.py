@@ -1,0 +1,137 @@
+"""`holdoff policy`: what providers ask, as the coordinator knows it, and files checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from holdoff import Client
+from holdoff.cli import exits
+from holdoff.cli._help import example
+from holdoff.cli.output import (
+    NOTHING,
+    duration_text,
+    emit_json,
+    emit_record,
+    emit_table,
+    enum_text,
+    output_option,
+    resource,
+)
+from holdoff.policies import PolicyError, presets, read_policy
+
+if TYPE_CHECKING:
+    from holdoff.v1 import policy_pb2
+
+
+@click.group(epilog=example("holdoff policy list"))
+def policy() -> None:
+    """Show the rules of providers, and check files with rules of your own."""
+
+
+@policy.command("list", epilog=example("holdoff policy list"))
+@output_option
+@click.pass_obj
+def list_policies(endpoint: str, output: str) -> None:
+    """List the policies that the coordinator knows."""
+    with Client(endpoint) as client:
+        policies = client.list_policies()
+    if output == "json":
+        emit_json({"policies": [resource(policy) for policy in policies]})
+        return
+    headings = ("POLICY", "PROVIDER", "INTERVAL", "LIMITS", "FROM")
+    emit_table(headings, (_row(policy) for policy in policies))
+
+
+@policy.command("show", epilog=example("holdoff policy show exact-online"))
+@click.argument("name")
+@output_option
+@click.pass_obj
+def show_policy(endpoint: str, name: str, output: str) -> None:
+    """Show the policy NAME."""
+    with Client(endpoint) as client:
+        found = client.get_policy(name)
+    if output == "json":
+        emit_json(resource(found))
+        return
+    refresh, block = found.refresh, found.block
+    emit_record(
+        [
+            ("name", found.name),
+            ("provider", found.title or NOTHING),
+            ("from", _origin(found)),
+            ("refresh interval", duration_text(refresh, "interval")),
+            ("margin", duration_text(refresh, "margin")),
+            ("refresh at", enum_text(refresh, "refresh_at")),
+            ("access token life", duration_text(refresh, "access_token_life")),
+            ("refresh tokens", enum_text(refresh, "rotation")),
+            ("used ones work for", duration_text(refresh, "grace")),
+            ("idle life", duration_text(refresh, "idle_life")),
+            *((f"limit {limit.name}", _limit_text(limit)) for limit in found.limits),
+            ("block", _block_text(block) if found.HasField("block") else NOTHING),
+            ("endpoint path", found.endpoint_path or NOTHING),
+        ]
+    )
+
+
+@policy.command("check", epilog=example("holdoff policy check my-provider.toml"))
+@click.argument(
+    "files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+def check_policies(files: tuple[Path, ...]) -> None:
+    """Check policy files; no coordinator is asked.
+
+    Put them into the directory that the coordinator is given with --policy-dir.
+    """
+    wrong, known = False, set(presets())
+    for path in files:
+        try:
+            found = read_policy(path)
+        except (PolicyError, OSError) as error:
+            complaint = f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        else:
+            complaint = ""
+            if found.name in known:  # which the coordinator would refuse
+                kind = "preset" if found.name in presets() else "policy"
+                complaint = f"{path.name}:1: there is a {kind} {found.name} already: rename it"
+        if complaint:
+            exits.complain(complaint)
+            wrong = True
+        else:
+            known.add(found.name)
+            click.echo(f"{path}: policy {found.name}, {len(found.limit)} limits")
+    if wrong:
+        raise click.exceptions.Exit(exits.USAGE)
+
+
+def _row(policy: policy_pb2.Policy) -> tuple[str, ...]:
+    return (
+        policy.name,
+        policy.title or NOTHING,
+        duration_text(policy.refresh, "interval"),
+        ", ".join(limit.name for limit in policy.limits) or NOTHING,
+        _origin(policy),
+    )
+
+
+def _origin(policy: policy_pb2.Policy) -> str:
+    return "preset" if policy.preset else "a file of the operator"
+
+
+def _limit_text(limit: policy_pb2.Limit) -> str:
+    statuses = f" ({', '.join(map(str, limit.statuses))})" if limit.statuses else ""
+    margin = f", {limit.margin} in hand" if limit.margin else ""
+    kind = enum_text(limit, "kind")
+    return (
+        f"{limit.most} {kind}s{statuses} in {duration_text(limit, 'window')} for each "
+        f"{' + '.join(limit.scope)}{margin}"
+    )
+
+
+def _block_text(block: policy_pb2.BlockPolicy) -> str:
+    return (
+        f"{duration_text(block, 'first')} of the {' + '.join(block.scope)}, then times "
+        f"{block.factor:g} up to {duration_text(block, 'most')}"
+    )

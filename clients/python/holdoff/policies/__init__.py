@@ -1,0 +1,223 @@
+"""The rules of providers, as files: presets beside this module, and those of operators.
+
+A policy file is TOML. What each field means stands here; where a preset's value comes from, in
+its file.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+
+from holdoff._text import quoted
+from holdoff.durations import parse_duration
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+    from pathlib import Path
+
+DEFAULT_POLICY = "exact-online"
+
+MOST_PATH_CHARACTERS = 2_000
+"""Of a path or URL of which the endpoint is wanted; longer ones are cut."""
+MOST_ENDPOINT_CHARACTERS = 200
+
+ScopeField = Literal["app", "token", "division", "endpoint"]
+Id = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9-]{1,63}\Z")]
+
+
+class PolicyError(ValueError):
+    """A policy file is wrong; the message says in which line, and what to write."""
+
+
+class Seconds(float):
+    """A duration, in files as `570s`, `9.5m`, `1h` or `30d`."""
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A table of the file; a field that nobody knows is an error."""
+
+
+class Refresh(_Table, frozen=True, kw_only=True):
+    """When a token may be refreshed, and what becomes of the old one."""
+
+    interval: Seconds
+    """Least time between two refreshes; `0s` where the provider has no such rule."""
+    margin: Seconds = Seconds(0)
+    """Added to the interval unless a token sets an interval of its own."""
+    at: Literal["end", "start"] = "end"
+    """When a run is taken to refresh: at its last instant, or at its confirmed start."""
+    access_token_life: Seconds = Seconds(0)
+    """0 where it is not known: a run then always counts as refreshed at its end."""
+    rotation: Literal["reusable", "grace", "single-use", "single-use-revokes"] = "single-use"
+    """Whether a used refresh token works on: always, for a while, never; or it ends the grant."""
+    grace: Seconds | None = None
+    """How long a used refresh token works on, where rotation is "grace"."""
+    idle_life: Seconds | None = None
+    """How long an unused refresh token lives."""
+
+    def __post_init__(self) -> None:
+        if (self.grace is not None) != (self.rotation == "grace"):
+            raise ValueError('`grace` belongs to rotation = "grace", and only to it')
+
+
+class Endpoint(_Table, frozen=True, kw_only=True):
+    """How a call's division and endpoint are found in its path or URL."""
+
+    path: str
+    """A regular expression with the group `endpoint` and, if there are any, `division`."""
+
+    def __post_init__(self) -> None:
+        try:
+            groups = re.compile(self.path).groupindex
+        except re.error as error:
+            raise ValueError(f"`path` is not a regular expression: {error}") from None
+        if "endpoint" not in groups or set(groups) - {"endpoint", "division"}:
+            raise ValueError("`path` needs a group (?P<endpoint>…), and may have (?P<division>…)")
+
+
+class Limit(_Table, frozen=True, kw_only=True):
+    """At most so many events in any window of this length, for each value of the scope."""
+
+    name: Id
+    event: Literal["errors", "token_requests", "calls"]
+    most: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    window: Seconds
+    scope: tuple[ScopeField, ...]
+    """For whom is counted; the app always belongs to it."""
+    statuses: tuple[Annotated[int, msgspec.Meta(ge=100, le=599)], ...] = ()
+    """HTTP statuses that count as errors."""
+    margin: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """So many are kept in hand; the budget is low from there on."""
+
+    def __post_init__(self) -> None:
+        if "app" not in self.scope or len(set(self.scope)) != len(self.scope):
+            raise ValueError('`scope` must name "app", and no field twice')
+        if bool(self.statuses) != (self.event == "errors"):
+            raise ValueError('`statuses` belongs to event = "errors", and only to it')
+        if self.margin >= self.most:
+            raise ValueError("`margin` must be less than `most`")
+
+
+class Block(_Table, frozen=True, kw_only=True):
+    """How long a block lasts where the provider does not say."""
+
+    scope: tuple[ScopeField, ...] = ("app",)
+    first: Seconds
+    factor: Annotated[float, msgspec.Meta(ge=1)] = 1.0
+    """By how much a block is longer than the one before."""
+    most: Seconds
+    """No block is taken to be longer, whatever the provider's answer says."""
+    forget_after: Seconds
+    """After so long without a block the next one is a first one."""
+
+    def __post_init__(self) -> None:
+        if "app" not in self.scope:
+            raise ValueError('`scope` must name "app"')
+        if self.most < self.first:
+            raise ValueError("`most` must not be less than `first`")
+
+
+class Policy(_Table, frozen=True, kw_only=True):
+    """What a provider asks of those who use its API."""
+
+    name: Id
+    title: str = ""
+    refresh: Refresh
+    endpoint: Endpoint | None = None
+    limit: tuple[Limit, ...] = ()
+    block: Block | None = None
+
+    def __post_init__(self) -> None:
+        names = [limit.name for limit in self.limit]
+        if len(set(names)) != len(names):
+            raise ValueError("two limits have the same name")
+
+    def place(self, path: str) -> tuple[str, str]:
+        """Find a call's (division, endpoint) in its path or URL, each in its one normal form.
+
+        The query goes, OData keys become `()`, and case does not count (`domain.md`, paths).
+        """
+        path = re.split(r"[?#]", path[:MOST_PATH_CHARACTERS], maxsplit=1)[0]
+        division, endpoint = "", path
+        if self.endpoint and (match := re.search(self.endpoint.path, path)):
+            found = match.groupdict()
+            division, endpoint = found.get("division") or "", found["endpoint"] or ""
+        return division, normal_endpoint(endpoint)
+
+
+def normal_endpoint(text: str) -> str:
+    """Give an endpoint its normal form: no keys, no case, no slash at either end."""
+    text = re.sub(r"\((?:'(?:[^']|'')*'|[^()'])*\)", "()", text)
+    return text.strip("/").casefold()[:MOST_ENDPOINT_CHARACTERS]
+
+
+def read_policy(path: Path | Traversable) -> Policy:
+    """Read a policy file.
+
+    Raises:
+        PolicyError: It is not a policy; the message begins with `FILE:LINE:`.
+        OSError: It cannot be read.
+    """
+    raw = path.read_bytes()
+    try:
+        text = raw.decode()
+        return msgspec.convert(tomllib.loads(text), Policy, dec_hook=_convert)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise PolicyError(f"{path.name}:{line}: is not UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        what, _, where = str(error).partition(" (at ")
+        line_number = re.match(r"line (\d+)", where)
+        number = line_number[1] if line_number else text.count("\n") + 1
+        raise PolicyError(f"{path.name}:{number}: {what}") from None
+    except msgspec.ValidationError as error:
+        found = re.fullmatch(r"(.*?)(?: - at `\$\.?(.*)`)?", str(error), re.DOTALL)
+        what, where = (found[1], found[2] or "") if found else (str(error), "")
+        # Of a whole table the message says which field it is about.
+        if field := re.match(r"(?:Object contains unknown field )?`(\w+)`", what):
+            where = f"{where}.{field[1]}" if where else field[1]
+        place = f"{path.name}:{_line_of(text, where)}: "
+        raise PolicyError(place + (f"{where}: " if where else "") + what) from None
+
+
+@cache
+def presets() -> dict[str, Policy]:
+    """Return the policies that ship, by name."""
+    found = [
+        read_policy(entry)
+        for entry in files("holdoff.policies").iterdir()
+        if entry.name.endswith(".toml")
+    ]
+    return {policy.name: policy for policy in sorted(found, key=lambda policy: policy.name)}
+
+
+def _convert(kind: type, value: Any) -> Any:
+    """Read the types of fields that TOML does not have."""
+    if kind is Seconds and isinstance(value, str):
+        return Seconds(parse_duration(value))
+    raise ValueError(f'write a duration such as "570s" or "1h", not {quoted(str(value))}')
+
+
+def _line_of(text: str, path: str) -> int:
+    """Find the line of a field such as `limit[2].most`; of its table if it is not there."""
+    found = re.fullmatch(r"(?:(\w+)(?:\[(\d+)\])?\.)?(\w*).*", path)
+    wanted_table, wanted_count, field = found.groups() if found else (None, None, "")
+    header, count, line_of_table = None, 0, 1
+    for number, line in enumerate(text.splitlines(), start=1):
+        if table := re.match(r"\s*\[+\s*([\w-]+)\s*\]+", line):
+            count = count + 1 if table[1] == header else 0
+            header = table[1]
+            if header == field:
+                return number
+        here = (header, count) == (wanted_table, int(wanted_count or 0))
+        if here and re.match(rf"\s*[\"']?{field}[\"']?\s*=", line):
+            return number
+        if here and table:
+            line_of_table = number
+    return line_of_table

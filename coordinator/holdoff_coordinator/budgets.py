@@ -1,0 +1,394 @@
+"""Handlers of budgets: which limits an event counts in, and what is left of them.
+
+The policy of the event's token says what is limited; the store counts. They know nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from holdoff.names import AppName, BudgetName, TokenName
+from holdoff.policies import normal_endpoint
+from holdoff.v1 import admin_service_pb2, budget_pb2, budget_service_pb2
+from holdoff_coordinator import validation
+from holdoff_coordinator.failures import Failure, invalid
+from holdoff_coordinator.leases import READ_BATCH, token_not_found
+from holdoff_coordinator.records import budget_message, reservation_message
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from holdoff.policies import Limit, Policy
+    from holdoff_coordinator.leases import Caller
+    from holdoff_coordinator.policies import Policies
+    from holdoff_coordinator.scripts import Reply, Scripts
+
+log = structlog.get_logger()
+
+MOST_EVENTS = 100
+MOST_COUNT = 10_000
+MOST_AGE_US = 24 * 3600 * 1_000_000
+"""An event may be reported this late; budgets.lua keeps ids longer."""
+EXACT_MOST = 1000
+"""Limits up to this are counted event by event; larger ones in slices of a 240th window."""
+SLICES = 240
+
+_KINDS = {
+    budget_pb2.EVENT_KIND_ERROR: "errors",
+    budget_pb2.EVENT_KIND_TOKEN_REQUEST: "token_requests",
+    budget_pb2.EVENT_KIND_CALL: "calls",
+}
+_OUTCOMES = {
+    "COUNTED": budget_pb2.EVENT_OUTCOME_COUNTED,
+    "KNOWN": budget_pb2.EVENT_OUTCOME_KNOWN,
+}
+
+
+class Place:
+    """Where an event happened, in the normal form of its token's policy."""
+
+    def __init__(self, token: TokenName, policy: Policy, scope: budget_pb2.Scope) -> None:
+        self.token = token
+        self.policy = policy
+        division, self.endpoint = policy.place(scope.endpoint)
+        self.division = scope.division or division
+
+    def specs(self, kind: str, status: int = 0) -> list[dict[str, Any]]:
+        """Return the budgets that count an event here, as budgets.lua takes them.
+
+        An error whose status is not known counts in every limit on errors.
+        """
+        return [
+            self._spec(limit)
+            for limit in self.policy.limit
+            if limit.event == kind and (not status or kind != "errors" or status in limit.statuses)
+        ]
+
+    def _spec(self, limit: Limit) -> dict[str, Any]:
+        window_us = round(limit.window * 1e6)
+        values = {
+            "token": self.token.token if "token" in limit.scope else "",
+            "division": self.division if "division" in limit.scope else "",
+            "endpoint": self.endpoint if "endpoint" in limit.scope else "",
+        }
+        # Long and free texts make the id, so it is a hash; the record has them verbatim.
+        digest = hashlib.sha256("\0".join([limit.name, *values.values()]).encode()).digest()
+        code = base64.b32encode(digest[:10]).decode().lower()
+        return {
+            "id": f"{limit.name[:46]}-{code}",
+            "limit": limit.name,
+            "kind": limit.event.upper().removesuffix("S"),
+            "most": limit.most,
+            "margin": limit.margin,
+            "window_us": window_us,
+            "grain_us": 0 if limit.most <= EXACT_MOST else max(1, window_us // SLICES),
+            "statuses": list(limit.statuses),
+            **values,
+        }
+
+
+class Budgets:
+    """Record, reserve, commit, cancel, get, list and reset."""
+
+    def __init__(self, scripts: Scripts, policies: Policies) -> None:
+        self._scripts = scripts
+        self._policies = policies
+
+    async def record_events(
+        self, request: budget_service_pb2.RecordEventsRequest, caller: Caller
+    ) -> budget_service_pb2.RecordEventsResponse:
+        """Count events, each once."""
+        if not 0 < len(request.events) <= MOST_EVENTS:
+            raise invalid("events", f"must be from 1 to {MOST_EVENTS}")
+        apps, entries, limited = set(), [], []
+        for event in request.events:
+            place = await self._place("events.scope", event.scope)
+            apps.add(place.token.app)
+            kind = _KINDS.get(event.kind)
+            if kind is None:
+                raise invalid("events.kind", "must be ERROR, TOKEN_REQUEST or CALL")
+            entry = _entry(event, place, kind)
+            limited.append(bool(entry["budgets"]))
+            if entry["budgets"]:
+                entries.append(entry)
+        if len(apps) > 1:
+            raise invalid("events", "must be of one app")
+        [app] = apps
+        answers: Iterator[str] = iter(())
+        if entries:
+            reply = await self._scripts.run("record_events", app, json.dumps(entries))
+            answers = iter([word.decode() for word in reply.values[0]])
+        outcomes = []
+        for is_limited in limited:
+            word = next(answers) if is_limited else ""
+            if word.startswith("TOO_MANY"):
+                raise _too_many(word, app)
+            outcomes.append(_OUTCOMES.get(word, budget_pb2.EVENT_OUTCOME_NOT_LIMITED))
+        log.debug("events recorded", app=app, count=len(outcomes), peer=caller.peer)
+        return budget_service_pb2.RecordEventsResponse(outcomes=outcomes)
+
+    async def reserve(
+        self, request: budget_service_pb2.ReserveRequest, caller: Caller
+    ) -> budget_service_pb2.ReserveResponse:
+        """Take room from every budget that a call would count in, or from none."""
+        reservation_id = validation.request_id(request.reservation_id, "reservation_id")
+        ttl_us = validation.microseconds(
+            "ttl", request.ttl, 3_600_000_000, least_us=validation.LEAST_TTL_US
+        )
+        count = _count("count", request.count)
+        if request.kind not in (budget_pb2.EVENT_KIND_CALL, budget_pb2.EVENT_KIND_TOKEN_REQUEST):
+            raise invalid("kind", "must be CALL or TOKEN_REQUEST: an error is not planned")
+        place = await self._place("scope", request.scope)
+        specs = place.specs(_KINDS[request.kind]) + place.specs("errors")
+        for spec in specs:
+            if count > spec["most"] - spec["margin"]:
+                raise invalid("count", f"is more than {spec['limit']} ever allows")
+        budgets = json.dumps(specs)
+        reply = await self._scripts.run(
+            "reserve",
+            place.token.app,
+            _hash(reservation_id),
+            _hash(f"{caller.identity}\0{count}\0{ttl_us}\0{budgets}"),
+            ttl_us,
+            count,
+            budgets,
+            _hash(caller.identity),
+        )
+        if reply.status == "BUDGET_SPENT":
+            raise _spent(place.token.app, reply)
+        return budget_service_pb2.ReserveResponse(
+            reservation=_reservation(reply, place.token.app, reservation_id)
+        )
+
+    async def commit(
+        self, request: budget_service_pb2.CommitRequest, caller: Caller
+    ) -> budget_service_pb2.CommitResponse:
+        """Say that the call was made."""
+        age_us = validation.microseconds("age", request.age, MOST_AGE_US)
+        if not 0 <= request.status <= 599:  # noqa: PLR2004 - HTTP's last
+            raise invalid("status", "must be an HTTP status, or 0")
+        reservation = await self._settle(request, caller, made=True, age_us=age_us)
+        return budget_service_pb2.CommitResponse(reservation=reservation)
+
+    async def cancel(
+        self, request: budget_service_pb2.CancelRequest, caller: Caller
+    ) -> budget_service_pb2.CancelResponse:
+        """Say that the call was not made."""
+        reservation = await self._settle(request, caller, made=False)
+        return budget_service_pb2.CancelResponse(reservation=reservation)
+
+    async def _settle(
+        self,
+        request: budget_service_pb2.CommitRequest | budget_service_pb2.CancelRequest,
+        caller: Caller,
+        *,
+        made: bool,
+        age_us: int = 0,
+    ) -> budget_pb2.Reservation:
+        reservation_id = validation.request_id(request.reservation_id, "reservation_id")
+        app = validation.app_name("app", request.app).app
+        status = request.status if isinstance(request, budget_service_pb2.CommitRequest) else 0
+        reply = await self._scripts.run(
+            "commit",
+            app,
+            _hash(reservation_id),
+            _hash(caller.identity),
+            "1" if made else "0",
+            age_us,
+            status,
+        )
+        return _reservation(reply, app, reservation_id)
+
+    async def _read(self, app: str, ids: list[str]) -> list[budget_pb2.Budget]:
+        reply = await self._scripts.run("read_budgets", app, *ids)
+        return [budget_message(app, entry, reply.now_us) for entry in reply.values[0]]
+
+    async def get(
+        self, request: budget_service_pb2.GetBudgetRequest, _: Caller
+    ) -> budget_service_pb2.GetBudgetResponse:
+        """Return one budget."""
+        name = validation.budget_name("name", request.name)
+        for budget in await self._read(name.app, [name.budget]):
+            return budget_service_pb2.GetBudgetResponse(budget=budget)
+        raise _not_found(name)
+
+    async def list(
+        self, request: budget_service_pb2.ListBudgetsRequest, _: Caller
+    ) -> budget_service_pb2.ListBudgetsResponse:
+        """List budgets, those with the least room first."""
+        parent = validation.parent(request.parent)
+        if isinstance(parent, TokenName):
+            raise invalid("parent", "write apps/{app} and name the token in `scope`")
+        size = validation.page_size(request.page_size)
+        after = _read_page_token(request.page_token)
+        found: list[budget_pb2.Budget] = []
+        for app in [parent.app] if parent else await self._scripts.apps():
+            ids = await self._scripts.budgets(app)
+            for start in range(0, len(ids), READ_BATCH):
+                found += await self._read(app, ids[start : start + READ_BATCH])
+        matching = [budget for budget in found if _matches(budget, request)]
+        matching.sort(key=_order)
+        rest = [budget for budget in matching if after is None or _order(budget) > after]
+        page, more = rest[:size], len(rest) > size
+        return budget_service_pb2.ListBudgetsResponse(
+            budgets=page, next_page_token=_page_token(page[-1]) if more else ""
+        )
+
+    async def reset(
+        self, request: admin_service_pb2.ResetBudgetRequest, caller: Caller
+    ) -> admin_service_pb2.ResetBudgetResponse:
+        """Make a budget forget what it counted."""
+        name = validation.budget_name("name", request.name)
+        reason = validation.reason(request.reason)
+        reply = await self._scripts.run(
+            "reset_budget", name.app, name.budget, caller.identity, reason
+        )
+        if reply.status != "OK":
+            raise _not_found(name)
+        log.warning("budget reset", budget=request.name, why=reason, peer=caller.peer)
+        return admin_service_pb2.ResetBudgetResponse(
+            budget=budget_message(name.app, reply.values[0], reply.now_us)
+        )
+
+    async def _place(self, field: str, scope: budget_pb2.Scope) -> Place:
+        """Check a scope, and find the rules for it."""
+        token = validation.token_name(f"{field}.token", scope.token)
+        if scope.app and scope.app != str(AppName(token.app)):
+            raise invalid(f"{field}.app", f"is not the app of {token}")
+        for name, text, most in (
+            ("division", scope.division, 100),
+            ("endpoint", scope.endpoint, 2000),
+        ):
+            validation.printable(f"{field}.{name}", text, most)
+        policy = await self._scripts.policy(token.app, token.token)
+        if policy is None:
+            raise token_not_found(token)
+        return Place(token, self._policies.find(f"{field}.token", policy), scope)
+
+
+def _entry(event: budget_pb2.Event, place: Place, kind: str) -> dict[str, Any]:
+    """An event as record_events.lua takes it."""
+    event_id = validation.request_id(event.id, "events.id")
+    age_us = validation.microseconds("events.age", event.age)
+    if age_us > MOST_AGE_US:
+        raise Failure("EVENT_TOO_OLD", "events.age: an event must be reported within a day")
+    if not 0 <= event.status <= 599:  # noqa: PLR2004 - HTTP's last
+        raise invalid("events.status", "must be an HTTP status, or 0")
+    shown = ""
+    if kind == "errors":
+        shown = json.dumps(
+            {
+                "token": str(place.token),
+                "division": place.division,
+                "endpoint": place.endpoint,
+                "status": event.status,
+                "job": validation.holder(event.holder).job,
+                "host": event.holder.host,
+            }
+        )
+    return {
+        "id": _hash(event_id),  # as those of reservations, whose events have their id
+        "age_us": age_us,
+        "count": _count("events.count", event.count),
+        "budgets": place.specs(kind, event.status),
+        "shown": shown,
+    }
+
+
+def _count(field: str, value: int) -> int:
+    if value > MOST_COUNT:
+        raise invalid(field, f"must be at most {MOST_COUNT}")
+    return value or 1
+
+
+def _reservation(reply: Reply, app: str, reservation_id: str) -> budget_pb2.Reservation:
+    match reply.status:
+        case "OK":
+            return reservation_message(reservation_id, reply.values, reply.now_us)
+        case "RESERVATION_NOT_FOUND":
+            raise Failure(
+                "RESERVATION_NOT_FOUND",
+                f"apps/{app} has no such reservation of this caller, or it is long over",
+            )
+        case "RESERVATION_ID_REUSED":
+            raise Failure(
+                "REQUEST_ID_REUSED",
+                "reservation_id: belongs to another reservation; a new one needs a new id",
+                field="reservation_id",
+            )
+        case _:
+            raise _too_many(reply.status, app)
+
+
+def _too_many(word: str, app: str) -> Failure:
+    what = "different scopes" if word == "TOO_MANY_BUDGETS" else "events"
+    return Failure(
+        word,
+        f"apps/{app} has too many {what} to count: is a varying part of the path taken for the "
+        "endpoint? See `endpoint` in the policy",
+        retry_after_seconds=60.0,
+    )
+
+
+def _spent(app: str, reply: Reply) -> Failure:
+    """Say which budget stands in the way for longest."""
+    budgets = [budget_message(app, entry, reply.now_us) for entry in reply.values[0]]
+    last = max(budgets, key=lambda budget: budget.room_time.ToMicroseconds())
+    scope = " ".join(filter(None, (last.scope.division, last.scope.endpoint)))
+    return Failure(
+        "BUDGET_SPENT",
+        f"the budget {last.limit} of {last.scope.token or last.scope.app} {scope}".rstrip()
+        + f" has no room: {last.used} used and {last.reserved} reserved of {last.most}, "
+        f"{last.margin} in hand",
+        resource=last.name,
+        retry_after_seconds=last.room_in.ToMicroseconds() / 1e6,
+    )
+
+
+def _not_found(name: BudgetName) -> Failure:
+    return Failure(
+        "BUDGET_NOT_FOUND",
+        f"there is no budget {name}, or nothing is left in its window",
+        resource=str(name),
+    )
+
+
+def _matches(budget: budget_pb2.Budget, request: budget_service_pb2.ListBudgetsRequest) -> bool:
+    scope, wanted = budget.scope, request.scope
+    return (
+        wanted.app in ("", scope.app)
+        and wanted.token in ("", scope.token)
+        and wanted.division in ("", scope.division)
+        and (not wanted.endpoint or normal_endpoint(wanted.endpoint) == scope.endpoint)
+        and request.state in (budget_pb2.BUDGET_STATE_UNSPECIFIED, budget.state)
+    )
+
+
+def _order(budget: budget_pb2.Budget) -> tuple[int, str]:
+    return budget.room, budget.name
+
+
+def _page_token(budget: budget_pb2.Budget) -> str:
+    return f"{budget.room}:{budget.name}"
+
+
+def _read_page_token(text: str) -> tuple[int, str] | None:
+    if not text:
+        return None
+    room, _, name = text.partition(":")
+    if not re.fullmatch(r"[0-9]{1,12}", room):
+        raise validation.unknown_page_token(text)
+    try:
+        return int(room), str(BudgetName.parse(name))
+    except ValueError:
+        raise validation.unknown_page_token(text) from None
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,225 @@
+-- Stands between common.lua and the scripts about budgets: what was counted,
+-- what is reserved, and how much room is left.
+--
+-- A budget is given as {id, limit, kind, most, margin, window_us, grain_us,
+-- statuses, token, division, endpoint}, which the coordinator works out from
+-- the policy. Its events are kept in a log of at most the window's length. A
+-- log that is exact has an entry an event; where the limit is large (grain_us
+-- above 0), or once it has LOG_MOST entries, events share the entry of a slice
+-- of time and count as if they happened at its end: never too few, and none
+-- longer than the window and one slice.
+
+local LOG_MOST = 2000 -- entries of their own a budget
+local BUDGETS_MOST = 10000 -- of an app: scopes with an event in their window
+local IDS_MOST = 500000 -- of an app, some 50 MB
+local OLDEST_US = 24 * 3600 * SECOND -- a report may be this old
+
+local BUDGETS = SHARD .. ':budgets' -- ids, by when nothing is left in the window
+local IDS = SHARD .. ':events' -- ids that were counted, by how long they are kept
+local RESERVATIONS = SHARD .. ':reservations' -- ids, by when they expire
+
+local function budget_key(id) return SHARD .. ':budget:' .. id end
+local function log_key(id) return SHARD .. ':log:' .. id end
+local function weights_key(id) return SHARD .. ':weights:' .. id end
+local function reservation_key(id) return SHARD .. ':reservation:' .. id end
+local function reserved_key(id) return SHARD .. ':reserved:' .. id end -- `held`, by expiry
+
+-- Lets a key live so much longer at least: what another script needs it for stays.
+local function keep(key, span_us)
+  local ms = math.ceil(span_us / 1000)
+  if redis.call('PTTL', key) < ms then redis.call('PEXPIRE', key, us(ms)) end
+end
+
+-- Lets a budget live so much longer at least. Its keys go together: a sum must
+-- not outlive what it is the sum of.
+local function keep_budget(id, span_us)
+  keep(budget_key(id), span_us)
+  local whole_us = redis.call('PTTL', budget_key(id)) * 1000
+  for _, key in ipairs({log_key(id), weights_key(id), reserved_key(id)}) do keep(key, whole_us) end
+end
+
+-- Notes the first instant at which nothing of a budget is left.
+local function use_budget(id, until_us)
+  redis.call('ZADD', BUDGETS, 'GT', us(until_us), id)
+  keep(BUDGETS, until_us - now + 2 * SECOND)
+  keep_budget(id, until_us - now + 2 * SECOND)
+end
+
+-- Takes out of a budget what has left its window.
+local function leave(id, budget)
+  local before = '(' .. us(now - number(budget.window_us))
+  local gone = redis.call('ZRANGEBYSCORE', log_key(id), '-inf', before)
+  if #gone == 0 then return end
+  local used = number(budget.used)
+  for _, entry in ipairs(gone) do
+    used = used - number(redis.call('HGET', weights_key(id), entry) or '1')
+    redis.call('HDEL', weights_key(id), entry)
+  end
+  redis.call('ZREMRANGEBYSCORE', log_key(id), '-inf', before)
+  put(budget_key(id), budget, {used = used})
+end
+
+local SPEC = {'limit', 'kind', 'most', 'margin', 'window_us', 'grain_us', 'token', 'division', 'endpoint'}
+
+-- A budget as it is at this instant, with what the policy says now if that is given.
+local function load_budget(id, spec)
+  local budget = load(budget_key(id))
+  for _, field in ipairs(spec and SPEC or {}) do
+    budget[field] = type(spec[field]) == 'number' and us(spec[field]) or spec[field]
+  end
+  if budget.limit then leave(id, budget) end
+  return budget
+end
+
+local function save(id, budget, changes)
+  for _, field in ipairs(SPEC) do changes[field] = budget[field] end
+  put(budget_key(id), budget, changes)
+end
+
+local function room(budget)
+  return number(budget.most) - number(budget.margin) - number(budget.used) - number(budget.reserved)
+end
+
+-- The instant at which an event counts as having happened, and whether it has an
+-- entry of its own.
+local function stamp(id, budget, at)
+  local grain = number(budget.grain_us)
+  if grain == 0 and redis.call('ZCARD', log_key(id)) >= LOG_MOST then grain = SECOND end
+  if grain == 0 then return at, true end
+  return (math.floor(at / grain) + 1) * grain, false
+end
+
+-- When there is room for so many more, if nothing else happens: events leave, and
+-- reservations become events when they expire.
+local function room_at(id, budget, count)
+  local missing = count - room(budget)
+  if missing <= 0 then return now end
+  local leaving = {}
+  local entries = redis.call('ZRANGE', log_key(id), 0, -1, 'WITHSCORES')
+  for i = 1, #entries, 2 do leaving[#leaving + 1] = {at = tonumber(entries[i + 1]), entry = entries[i]} end
+  local held = redis.call('ZRANGE', reserved_key(id), 0, -1, 'WITHSCORES')
+  for i = 1, #held, 2 do
+    leaving[#leaving + 1] = {at = stamp(id, budget, tonumber(held[i + 1])), count = held[i]:match(':(%d+)$')}
+  end
+  table.sort(leaving, function(one, other) return one.at < other.at end)
+  for _, one in ipairs(leaving) do
+    missing = missing - number(one.count or redis.call('HGET', weights_key(id), one.entry) or '1')
+    if missing <= 0 then return one.at + number(budget.window_us) + 1 end
+  end
+  return now + number(budget.window_us) -- more than the budget ever allows
+end
+
+-- Returns the entry that has the event, or nil if it left the window before.
+local function log_event(spec, event, at, count)
+  local id = spec.id
+  if at < now - spec.window_us then return end
+  local budget = load_budget(id, spec)
+  local stamped, own = stamp(id, budget, at)
+  local entry = own and event or 'until:' .. us(stamped)
+  if not own then
+    redis.call('HINCRBY', weights_key(id), entry, us(count))
+  elseif count ~= 1 then
+    redis.call('HSET', weights_key(id), entry, us(count))
+  end
+  redis.call('ZADD', log_key(id), us(stamped), entry)
+  save(id, budget, {used = number(budget.used) + count, last_us = math.max(number(budget.last_us), at)})
+  use_budget(id, stamped + spec.window_us + 1)
+  return entry
+end
+
+-- Moves an event to a later time, from the entry that had it; one that was reset
+-- since it was counted stays away.
+local function move_event(spec, event, entry, counted, to, count)
+  local id, budget = spec.id, load_budget(spec.id)
+  if number(budget.reset_us) >= counted then return end
+  if entry and redis.call('ZSCORE', log_key(id), entry) then
+    local others = number(redis.call('HGET', weights_key(id), entry) or '1') - count
+    if others > 0 then
+      redis.call('HSET', weights_key(id), entry, us(others))
+    else
+      redis.call('ZREM', log_key(id), entry)
+      redis.call('HDEL', weights_key(id), entry)
+    end
+    put(budget_key(id), budget, {used = number(budget.used) - count})
+  end
+  log_event(spec, event, to, count)
+end
+
+-- Whether the app has room for these budgets; forgets those with an empty window.
+local function may_open(specs)
+  redis.call('ZREMRANGEBYSCORE', BUDGETS, '-inf', us(now))
+  local fresh = 0
+  for _, spec in ipairs(specs) do
+    if not redis.call('ZSCORE', BUDGETS, spec.id) then fresh = fresh + 1 end
+  end
+  return redis.call('ZCARD', BUDGETS) + fresh <= BUDGETS_MOST
+end
+
+local function may_count() return redis.call('ZCARD', IDS) + redis.call('ZCARD', RESERVATIONS) < IDS_MOST end
+
+-- Counts an event in its budgets, once, however many there are. Returns the
+-- entries that have it, by budget; nil if it was counted before.
+local function count_once(event, at, count, specs)
+  if redis.call('ZSCORE', IDS, event) then return end
+  local kept, entries = OLDEST_US, {}
+  for _, spec in ipairs(specs) do
+    entries[spec.id] = log_event(spec, event, at, count)
+    kept = math.max(kept, OLDEST_US + spec.window_us)
+  end
+  redis.call('ZADD', IDS, us(now + kept), event)
+  keep(IDS, kept)
+  return entries
+end
+
+-- Counts a reported event if the app has room for it. Returns how that went.
+local function count_event(event, at, count, specs)
+  if redis.call('ZSCORE', IDS, event) then return 'KNOWN' end
+  if not may_count() then return 'TOO_MANY_EVENTS' end
+  if not may_open(specs) then return 'TOO_MANY_BUDGETS' end
+  count_once(event, at, count, specs)
+  return 'COUNTED'
+end
+
+local function held(reservation, count) return reservation .. ':' .. us(count) end
+
+local function release_room(reservation, specs, count)
+  for _, spec in ipairs(specs) do
+    local budget = load_budget(spec.id)
+    if redis.call('ZREM', reserved_key(spec.id), held(reservation, count)) == 1 then
+      put(budget_key(spec.id), budget, {reserved = number(budget.reserved) - count})
+    end
+  end
+end
+
+-- A reservation that was not committed in time is taken to have happened, at
+-- the last moment it could.
+local function expire_reservations()
+  redis.call('ZREMRANGEBYSCORE', IDS, '-inf', us(now))
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', RESERVATIONS, '-inf', us(now))) do
+    local reservation = load(reservation_key(id))
+    redis.call('ZREM', RESERVATIONS, id)
+    if reservation.state == 'reserved' then
+      local specs, count = cjson.decode(reservation.budgets), number(reservation.count)
+      local expired = number(reservation.expires_us)
+      release_room(id, specs, count)
+      put(reservation_key(id), reservation, {
+        state = 'expired', at_us = expired, counted_us = now,
+        entries = cjson.encode(count_once(id, expired, count, specs) or {}),
+      })
+    end
+  end
+end
+
+local function flat(record)
+  local list = {}
+  for field, value in pairs(record) do
+    list[#list + 1] = field
+    list[#list + 1] = value
+  end
+  return list
+end
+
+-- A budget for people: its record, and when there is room for so many more.
+local function shown_budget(id, budget, count)
+  return {id, flat(budget), us(room_at(id, budget, count))}
+end

@@ -1,0 +1,33 @@
+-- Takes room from budgets before a call; what is refused leaves no trace.
+-- ARGV 5.. reservation id, fingerprint of caller and parameters, TTL µs, how
+--         much, budgets as JSON, hash of the caller
+local id, count = ARGV[5], number(ARGV[8])
+expire_reservations()
+local reservation = load(reservation_key(id))
+if reservation.fingerprint and reservation.fingerprint ~= ARGV[6] then return reply('RESERVATION_ID_REUSED') end
+if reservation.state then return reply('OK', reservation.state, reservation.expires_us) end
+
+local specs, budgets, spent = cjson.decode(ARGV[9]), {}, {}
+if not may_count() then return reply('TOO_MANY_EVENTS') end
+if not may_open(specs) then return reply('TOO_MANY_BUDGETS') end
+for i, spec in ipairs(specs) do
+  budgets[i] = load_budget(spec.id, spec)
+  if count > room(budgets[i]) then spent[#spent + 1] = shown_budget(spec.id, budgets[i], count) end
+end
+if #spent > 0 then return reply('BUDGET_SPENT', spent) end
+
+local ttl, longest = number(ARGV[7]), 0
+local expires = now + ttl
+for i, spec in ipairs(specs) do
+  save(spec.id, budgets[i], {reserved = number(budgets[i].reserved) + count})
+  redis.call('ZADD', reserved_key(spec.id), us(expires), held(id, count))
+  use_budget(spec.id, expires + spec.grain_us + spec.window_us + 1)
+  longest = math.max(longest, spec.window_us)
+end
+put(reservation_key(id), reservation, {
+  fingerprint = ARGV[6], caller = ARGV[10], state = 'reserved', count = count, budgets = ARGV[9],
+  reserved_us = now, expires_us = expires,
+})
+redis.call('ZADD', RESERVATIONS, us(expires), id)
+for _, key in ipairs({reservation_key(id), RESERVATIONS}) do keep(key, ttl + longest + OLDEST_US) end
+return reply('OK', 'reserved', us(expires))

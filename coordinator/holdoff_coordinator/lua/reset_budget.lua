@@ -1,0 +1,12 @@
+-- Forgets what a budget counted; the ids stay known, so that no late report
+-- counts again. Reservations keep their room.
+-- ARGV 5.. budget id, who, why
+expire_reservations()
+local id = ARGV[5]
+local budget = load_budget(id)
+if not budget.limit then return reply('BUDGET_NOT_FOUND') end
+redis.call('DEL', log_key(id), weights_key(id))
+put(budget_key(id), budget, {used = 0, reset_us = now, reset_by = ARGV[6], reset_reason = ARGV[7]})
+-- A late commit must find that its event was forgotten, as long as it may come.
+keep_budget(id, 2 * OLDEST_US + number(budget.window_us))
+return reply('OK', shown_budget(id, budget, 1))
