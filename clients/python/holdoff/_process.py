@@ -55,6 +55,7 @@ GUARD_LOST = "guard lost"
 """``Outcome.ended_by`` when the guard itself was killed, and its tree with it."""
 
 _START_SECONDS = 30.0
+_LONGEST_WAIT_SECONDS = 0.1
 # Who has survived KILL for this long is reported instead of waited for.
 _GIVE_UP_SECONDS = 5.0
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126
@@ -305,7 +306,8 @@ class Guard:
             _process=process,
             _launch_fd=launch_out,
             _control_fd=control_out,
-            _events=open(events_in, "rb"),  # noqa: PTH123, SIM115 - a descriptor; close() closes
+            # Unbuffered: what `select` sees is all there is.
+            _events=open(events_in, "rb", buffering=0),  # noqa: PTH123, SIM115 - close() closes
             _spare=spare,
             _mask=frozenset(mask),
             # In a pipeline somebody else in our group may be reading the terminal (`… | less`):
@@ -467,6 +469,10 @@ class Guard:
             os.write(self._control_fd, json.dumps(message).encode() + b"\n")
 
     def _next_message(self) -> dict[str, Any] | None:
+        # A signal that comes in the instant before a wait begins is handled after it only, so
+        # that no wait may be long.
+        while not select.select([self._events], [], [], _LONGEST_WAIT_SECONDS)[0]:
+            pass
         line = self._events.readline()
         message: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
         return message
