@@ -107,8 +107,9 @@ class Budgets:
         if not 0 < len(request.events) <= MOST_EVENTS:
             raise invalid("events", f"must be from 1 to {MOST_EVENTS}")
         apps, entries, limited = set(), [], []
+        policies: dict[TokenName, Policy] = {}
         for event in request.events:
-            place = await self._place("events.scope", event.scope)
+            place = await self._place("events.scope", event.scope, policies)
             apps.add(place.token.app)
             kind = _KINDS.get(event.kind)
             if kind is None:
@@ -144,7 +145,7 @@ class Budgets:
         count = _count("count", request.count)
         if request.kind not in (budget_pb2.EVENT_KIND_CALL, budget_pb2.EVENT_KIND_TOKEN_REQUEST):
             raise invalid("kind", "must be CALL or TOKEN_REQUEST: an error is not planned")
-        place = await self._place("scope", request.scope)
+        place = await self._place("scope", request.scope, {})
         specs = place.specs(_KINDS[request.kind]) + place.specs("errors")
         for spec in specs:
             if count > spec["most"] - spec["margin"]:
@@ -256,8 +257,10 @@ class Budgets:
             budget=budget_message(name.app, reply.values[0], reply.now_us)
         )
 
-    async def _place(self, field: str, scope: budget_pb2.Scope) -> Place:
-        """Check a scope, and find the rules for it."""
+    async def _place(
+        self, field: str, scope: budget_pb2.Scope, known: dict[TokenName, Policy]
+    ) -> Place:
+        """Check a scope, and find the rules for it: a token's once a batch."""
         token = validation.token_name(f"{field}.token", scope.token)
         if scope.app and scope.app != str(AppName(token.app)):
             raise invalid(f"{field}.app", f"is not the app of {token}")
@@ -266,10 +269,12 @@ class Budgets:
             ("endpoint", scope.endpoint, 2000),
         ):
             validation.printable(f"{field}.{name}", text, most)
-        policy = await self._scripts.policy(token.app, token.token)
-        if policy is None:
-            raise token_not_found(token)
-        return Place(token, self._policies.find(f"{field}.token", policy), scope)
+        if token not in known:
+            policy = await self._scripts.policy(token.app, token.token)
+            if policy is None:
+                raise token_not_found(token)
+            known[token] = self._policies.find(f"{field}.token", policy)
+        return Place(token, known[token], scope)
 
 
 def _entry(event: budget_pb2.Event, place: Place, kind: str) -> dict[str, Any]:

@@ -258,9 +258,7 @@ class Leases:
     ) -> admin_service_pb2.BreakLeaseResponse:
         """Forbid the renewal of a lease."""
         name = validation.lease_name("name", request.name)
-        reason = validation.printable("reason", request.reason, validation.MOST_REASON_CHARACTERS)
-        if not reason.strip():
-            raise invalid("reason", "say why: the holder is told")
+        reason = validation.reason(request.reason)
         reply = await self._scripts.run("break", name.app, name.token, name.lease, reason)
         lease = _lease(reply, name)
         log.warning("lease broken", lease=request.name, why=reason, peer=caller.peer)

@@ -173,7 +173,7 @@ def reason(text: str) -> str:
     """Check why an operator does something."""
     printable("reason", text, MOST_REASON_CHARACTERS)
     if not text.strip():
-        raise invalid("reason", "say why: others will ask")
+        raise invalid("reason", "say why: whoever it concerns is told")
     return text
 
 

@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from holdoff._text import printable
 from holdoff.simulator.limits import ERRORS_PER_HOUR
 
 if TYPE_CHECKING:
@@ -136,7 +137,9 @@ def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]
         numbers = all(isinstance(row[n], int | float | Text) for row in listed)
         table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
     for row in listed:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(_safe(cell)) for cell in row))
+        table.add_row(
+            *(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row)
+        )
     return table
 
 
@@ -148,14 +151,6 @@ def _where(scope: dict[str, Any]) -> str:
 def _time(iso: str) -> str:
     """A time of the report, which is in UTC, without T, fractions and zone."""
     return iso.replace("T", " ").partition(".")[0]
-
-
-def _safe(value: object) -> str:
-    """Escape what a terminal would obey: an agent's name is whatever a client sent."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in str(value)
-    )
 
 
 def _print(what: Group | Table | Text) -> None:
