@@ -28,6 +28,7 @@ CODES: Mapping[str, int] = {
     "SCHEMA_TOO_NEW": code_pb2.UNAVAILABLE,
     "DRAINING": code_pb2.UNAVAILABLE,
     "BUDGET_SPENT": code_pb2.RESOURCE_EXHAUSTED,
+    "BACKING_OFF": code_pb2.RESOURCE_EXHAUSTED,
     "TOO_MANY_BUDGETS": code_pb2.RESOURCE_EXHAUSTED,
     "TOO_MANY_EVENTS": code_pb2.RESOURCE_EXHAUSTED,
     # The lease is not what the caller thinks.
@@ -41,6 +42,7 @@ CODES: Mapping[str, int] = {
     "LEASE_NOT_FOUND": code_pb2.NOT_FOUND,
     "POLICY_NOT_FOUND": code_pb2.NOT_FOUND,
     "BUDGET_NOT_FOUND": code_pb2.NOT_FOUND,
+    "BACK_OFF_NOT_FOUND": code_pb2.NOT_FOUND,
     "RESERVATION_NOT_FOUND": code_pb2.NOT_FOUND,
     "TOKEN_EXISTS": code_pb2.ALREADY_EXISTS,
     # The request is wrong.
@@ -88,7 +90,7 @@ class Failure(Exception):  # noqa: N818 - the word of the domain; "Error" would 
                 type=self.reason, subject=self.resource, description=self.message
             )
             details.append(error_details_pb2.PreconditionFailure(violations=[violation]))
-        elif self.reason == "BUDGET_SPENT":
+        elif self.reason in ("BUDGET_SPENT", "BACKING_OFF"):
             quota = error_details_pb2.QuotaFailure.Violation(
                 subject=self.resource, description=self.message
             )

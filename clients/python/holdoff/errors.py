@@ -80,6 +80,12 @@ class BudgetSpent(NotGranted):
     REASON = "BUDGET_SPENT"
 
 
+class BackingOff(BudgetSpent):
+    """A scope must be quiet: a budget is spent, the provider blocks, or an operator wished it."""
+
+    REASON = "BACKING_OFF"
+
+
 class TooManyBudgets(NotGranted):
     """The app has too many different scopes to count."""
 
@@ -152,6 +158,12 @@ class BudgetNotFound(NotFound):
     """There is no such budget, or nothing is left in its window."""
 
     REASON = "BUDGET_NOT_FOUND"
+
+
+class BackOffNotFound(NotFound):
+    """There is no such back-off, or it is over."""
+
+    REASON = "BACK_OFF_NOT_FOUND"
 
 
 class ReservationNotFound(NotFound):

@@ -136,6 +136,37 @@ class BudgetName:
         return cls(*_split(text, cls.PATTERN, "a budget", example))
 
 
+@dataclass(frozen=True, slots=True)
+class BackOffName:
+    """The name of a back-off: `apps/{app}/backOffs/{back_off}`.
+
+    Raises:
+        ValueError: If an id is not `[a-z0-9-]{1,63}`.
+    """
+
+    PATTERN: ClassVar[str] = "apps/{app}/backOffs/{back_off}"
+
+    app: str
+    back_off: str
+
+    def __post_init__(self) -> None:
+        _check_id("app", self.app)
+        _check_id("back-off", self.back_off)
+
+    def __str__(self) -> str:
+        return f"apps/{self.app}/backOffs/{self.back_off}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a name.
+
+        Raises:
+            ValueError: If the text is not the name of a back-off; the message says what to write.
+        """
+        example = "apps/exact-nl/backOffs/block-k7q2m3ab5cdefghi"
+        return cls(*_split(text, cls.PATTERN, "a back-off", example))
+
+
 def _split(text: str, pattern: str, what: str, example: str) -> list[str]:
     """Take the ids out of a name; whether they are well-formed is for the name to check."""
     parts, collections = text.split("/"), pattern.split("/")[::2]

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from holdoff.v1 import budget_pb2 as _budget_pb2
 from holdoff.v1 import lease_pb2 as _lease_pb2
@@ -117,3 +118,123 @@ class ResetBudgetResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResetBudgetResponse: _TypeAlias = ResetBudgetResponse  # noqa: Y015
+
+@_typing.final
+class SetBackOffRequest(_message.Message):
+    """Makes everybody in a scope quiet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, in the operator's words. At most 200 characters."""
+    @_builtins.property
+    def scope(self) -> _budget_pb2.Scope:
+        """For whom: an app, a token, and any of division and endpoint."""
+
+    @_builtins.property
+    def length(self) -> _duration_pb2.Duration:
+        """For how long: 1 s to 31 d."""
+
+    @_builtins.property
+    def holder(self) -> _lease_pb2.Holder:
+        """Who wishes it: the operator's name, for people."""
+
+    def __init__(
+        self,
+        *,
+        scope: _budget_pb2.Scope | None = ...,
+        length: _duration_pb2.Duration | None = ...,
+        reason: _builtins.str = ...,
+        holder: _lease_pb2.Holder | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "length", b"length", "scope", b"scope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "length", b"length", "reason", b"reason", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetBackOffRequest: _TypeAlias = SetBackOffRequest  # noqa: Y015
+
+@_typing.final
+class SetBackOffResponse(_message.Message):
+    """The back-off that was set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BACK_OFF_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def back_off(self) -> _budget_pb2.BackOff:
+        """The back-off."""
+
+    def __init__(
+        self,
+        *,
+        back_off: _budget_pb2.BackOff | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["back_off", b"back_off"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["back_off", b"back_off"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetBackOffResponse: _TypeAlias = SetBackOffResponse  # noqa: Y015
+
+@_typing.final
+class ClearBackOffRequest(_message.Message):
+    """Ends a back-off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The back-off: `apps/{app}/backOffs/{back_off}`."""
+    reason: _builtins.str
+    """Why, in the operator's words. At most 200 characters."""
+    @_builtins.property
+    def holder(self) -> _lease_pb2.Holder:
+        """Who wishes it."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        holder: _lease_pb2.Holder | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "name", b"name", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClearBackOffRequest: _TypeAlias = ClearBackOffRequest  # noqa: Y015
+
+@_typing.final
+class ClearBackOffResponse(_message.Message):
+    """The back-off after it was ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BACK_OFF_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def back_off(self) -> _budget_pb2.BackOff:
+        """The back-off."""
+
+    def __init__(
+        self,
+        *,
+        back_off: _budget_pb2.BackOff | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["back_off", b"back_off"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["back_off", b"back_off"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClearBackOffResponse: _TypeAlias = ClearBackOffResponse  # noqa: Y015

@@ -45,6 +45,16 @@ class AdminServiceStub:
                 request_serializer=holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetResponse.FromString,
                 _registered_method=True)
+        self.SetBackOff = channel.unary_unary(
+                '/holdoff.v1.AdminService/SetBackOff',
+                request_serializer=holdoff_dot_v1_dot_admin__service__pb2.SetBackOffRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_admin__service__pb2.SetBackOffResponse.FromString,
+                _registered_method=True)
+        self.ClearBackOff = channel.unary_unary(
+                '/holdoff.v1.AdminService/ClearBackOff',
+                request_serializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -68,6 +78,22 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetBackOff(self, request, context):
+        """Makes everybody in a scope quiet for a while. A second time with the same
+        scope replaces the first one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClearBackOff(self, request, context):
+        """Ends a back-off, whatever it comes from. Those who kept it go on one after
+        the other, without a probe.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +106,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ResetBudget,
                     request_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetResponse.SerializeToString,
+            ),
+            'SetBackOff': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetBackOff,
+                    request_deserializer=holdoff_dot_v1_dot_admin__service__pb2.SetBackOffRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_admin__service__pb2.SetBackOffResponse.SerializeToString,
+            ),
+            'ClearBackOff': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClearBackOff,
+                    request_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +173,60 @@ class AdminService:
             '/holdoff.v1.AdminService/ResetBudget',
             holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetRequest.SerializeToString,
             holdoff_dot_v1_dot_admin__service__pb2.ResetBudgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetBackOff(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.AdminService/SetBackOff',
+            holdoff_dot_v1_dot_admin__service__pb2.SetBackOffRequest.SerializeToString,
+            holdoff_dot_v1_dot_admin__service__pb2.SetBackOffResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClearBackOff(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.AdminService/ClearBackOff',
+            holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffRequest.SerializeToString,
+            holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffResponse.FromString,
             options,
             channel_credentials,
             insecure,

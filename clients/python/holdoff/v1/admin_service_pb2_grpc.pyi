@@ -42,6 +42,14 @@ class AdminServiceStub:
     """Makes a budget forget what it counted. Events that it knew are known for
     ever after, and reservations keep their room.
     """
+    SetBackOff: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SetBackOffRequest, _admin_service_pb2.SetBackOffResponse]
+    """Makes everybody in a scope quiet for a while. A second time with the same
+    scope replaces the first one.
+    """
+    ClearBackOff: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ClearBackOffRequest, _admin_service_pb2.ClearBackOffResponse]
+    """Ends a back-off, whatever it comes from. Those who kept it go on one after
+    the other, without a probe.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -56,6 +64,14 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ResetBudget: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ResetBudgetRequest, _admin_service_pb2.ResetBudgetResponse]  # type: ignore[assignment]
     """Makes a budget forget what it counted. Events that it knew are known for
     ever after, and reservations keep their room.
+    """
+    SetBackOff: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SetBackOffRequest, _admin_service_pb2.SetBackOffResponse]  # type: ignore[assignment]
+    """Makes everybody in a scope quiet for a while. A second time with the same
+    scope replaces the first one.
+    """
+    ClearBackOff: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ClearBackOffRequest, _admin_service_pb2.ClearBackOffResponse]  # type: ignore[assignment]
+    """Ends a back-off, whatever it comes from. Those who kept it go on one after
+    the other, without a probe.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -80,6 +96,26 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_service_pb2.ResetBudgetResponse, _abc.Awaitable[_admin_service_pb2.ResetBudgetResponse]]:
         """Makes a budget forget what it counted. Events that it knew are known for
         ever after, and reservations keep their room.
+        """
+
+    @_abc_1.abstractmethod
+    def SetBackOff(
+        self,
+        request: _admin_service_pb2.SetBackOffRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.SetBackOffResponse, _abc.Awaitable[_admin_service_pb2.SetBackOffResponse]]:
+        """Makes everybody in a scope quiet for a while. A second time with the same
+        scope replaces the first one.
+        """
+
+    @_abc_1.abstractmethod
+    def ClearBackOff(
+        self,
+        request: _admin_service_pb2.ClearBackOffRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ClearBackOffResponse, _abc.Awaitable[_admin_service_pb2.ClearBackOffResponse]]:
+        """Ends a back-off, whatever it comes from. Those who kept it go on one after
+        the other, without a probe.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

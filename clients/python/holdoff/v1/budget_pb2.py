@@ -27,27 +27,35 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from holdoff.v1 import lease_pb2 as holdoff_dot_v1_dot_lease__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17holdoff/v1/budget.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16holdoff/v1/lease.proto\"G\n\x05Scope\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12\x10\n\x08\x64ivision\x18\x03 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\"\xe1\x03\n\x06\x42udget\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\t\x12#\n\x04kind\x18\x03 \x01(\x0e\x32\x15.holdoff.v1.EventKind\x12 \n\x05scope\x18\x04 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.holdoff.v1.BudgetState\x12\x0c\n\x04used\x18\x06 \x01(\x04\x12\x10\n\x08reserved\x18\x07 \x01(\x04\x12\x0c\n\x04most\x18\x08 \x01(\x04\x12\x0e\n\x06margin\x18\t \x01(\x04\x12\x0c\n\x04room\x18\n \x01(\x04\x12)\n\x06window\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07room_in\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\troom_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_event_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nreset_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0creset_reason\x18\x10 \x01(\t\"\xc5\x01\n\x05\x45vent\x12\n\n\x02id\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.holdoff.v1.EventKind\x12 \n\x05scope\x18\x03 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\x0e\n\x06status\x18\x05 \x01(\x05\x12&\n\x03\x61ge\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x06holder\x18\x07 \x01(\x0b\x32\x12.holdoff.v1.Holder\"\xa5\x01\n\x0bReservation\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.holdoff.v1.ReservationState\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tremaining\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration*\xb6\x01\n\x10ReservationState\x12!\n\x1dRESERVATION_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aRESERVATION_STATE_RESERVED\x10\x01\x12\x1f\n\x1bRESERVATION_STATE_COMMITTED\x10\x02\x12\x1f\n\x1bRESERVATION_STATE_CANCELLED\x10\x03\x12\x1d\n\x19RESERVATION_STATE_EXPIRED\x10\x04*\x80\x01\n\x0c\x45ventOutcome\x12\x1d\n\x19\x45VENT_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45VENT_OUTCOME_COUNTED\x10\x01\x12\x17\n\x13\x45VENT_OUTCOME_KNOWN\x10\x02\x12\x1d\n\x19\x45VENT_OUTCOME_NOT_LIMITED\x10\x03*p\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45VENT_KIND_ERROR\x10\x01\x12\x1c\n\x18\x45VENT_KIND_TOKEN_REQUEST\x10\x02\x12\x13\n\x0f\x45VENT_KIND_CALL\x10\x03*p\n\x0b\x42udgetState\x12\x1c\n\x18\x42UDGET_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42UDGET_STATE_OPEN\x10\x01\x12\x14\n\x10\x42UDGET_STATE_LOW\x10\x02\x12\x16\n\x12\x42UDGET_STATE_SPENT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17holdoff/v1/budget.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16holdoff/v1/lease.proto\"G\n\x05Scope\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12\x10\n\x08\x64ivision\x18\x03 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\"\xe1\x03\n\x06\x42udget\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\t\x12#\n\x04kind\x18\x03 \x01(\x0e\x32\x15.holdoff.v1.EventKind\x12 \n\x05scope\x18\x04 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.holdoff.v1.BudgetState\x12\x0c\n\x04used\x18\x06 \x01(\x04\x12\x10\n\x08reserved\x18\x07 \x01(\x04\x12\x0c\n\x04most\x18\x08 \x01(\x04\x12\x0e\n\x06margin\x18\t \x01(\x04\x12\x0c\n\x04room\x18\n \x01(\x04\x12)\n\x06window\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07room_in\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\troom_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_event_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nreset_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0creset_reason\x18\x10 \x01(\t\"\xb4\x02\n\x05\x45vent\x12\n\n\x02id\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.holdoff.v1.EventKind\x12 \n\x05scope\x18\x03 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\x0e\n\x06status\x18\x05 \x01(\x05\x12&\n\x03\x61ge\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x06holder\x18\x07 \x01(\x0b\x32\x12.holdoff.v1.Holder\x12.\n\x0bretry_after\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08sent_age\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08throttle\x18\n \x01(\t\"\xa2\x03\n\x07\x42\x61\x63kOff\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05scope\x18\x02 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12\'\n\x05\x63\x61use\x18\x03 \x01(\x0e\x32\x18.holdoff.v1.BackOffCause\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.holdoff.v1.BackOffState\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tremaining\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12%\n\tcaused_by\x18\t \x01(\x0b\x32\x12.holdoff.v1.Holder\x12\x0e\n\x06status\x18\n \x01(\x05\x12\x0f\n\x07repeats\x18\x0b \x01(\r\x12\x0e\n\x06\x62udget\x18\x0c \x01(\t\x12!\n\x05probe\x18\r \x01(\x0b\x32\x12.holdoff.v1.Holder\"\x9c\x01\n\x0bRecentError\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12 \n\x05scope\x18\x02 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12\x0e\n\x06status\x18\x03 \x01(\x05\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\"\n\x06holder\x18\x05 \x01(\x0b\x32\x12.holdoff.v1.Holder\"\xa5\x01\n\x0bReservation\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x05state\x18\x02 \x01(\x0e\x32\x1c.holdoff.v1.ReservationState\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tremaining\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration*\x81\x01\n\x0c\x42\x61\x63kOffCause\x12\x1e\n\x1a\x42\x41\x43K_OFF_CAUSE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42\x41\x43K_OFF_CAUSE_SPENT\x10\x01\x12\x1a\n\x16\x42\x41\x43K_OFF_CAUSE_BLOCKED\x10\x02\x12\x1b\n\x17\x42\x41\x43K_OFF_CAUSE_OPERATOR\x10\x03*\x82\x01\n\x0c\x42\x61\x63kOffState\x12\x1e\n\x1a\x42\x41\x43K_OFF_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42\x41\x43K_OFF_STATE_QUIET\x10\x01\x12\x1a\n\x16\x42\x41\x43K_OFF_STATE_PROBING\x10\x02\x12\x1c\n\x18\x42\x41\x43K_OFF_STATE_REOPENING\x10\x03*\xb6\x01\n\x10ReservationState\x12!\n\x1dRESERVATION_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aRESERVATION_STATE_RESERVED\x10\x01\x12\x1f\n\x1bRESERVATION_STATE_COMMITTED\x10\x02\x12\x1f\n\x1bRESERVATION_STATE_CANCELLED\x10\x03\x12\x1d\n\x19RESERVATION_STATE_EXPIRED\x10\x04*\x80\x01\n\x0c\x45ventOutcome\x12\x1d\n\x19\x45VENT_OUTCOME_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45VENT_OUTCOME_COUNTED\x10\x01\x12\x17\n\x13\x45VENT_OUTCOME_KNOWN\x10\x02\x12\x1d\n\x19\x45VENT_OUTCOME_NOT_LIMITED\x10\x03*\x86\x01\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45VENT_KIND_ERROR\x10\x01\x12\x1c\n\x18\x45VENT_KIND_TOKEN_REQUEST\x10\x02\x12\x13\n\x0f\x45VENT_KIND_CALL\x10\x03\x12\x14\n\x10\x45VENT_KIND_BLOCK\x10\x04*p\n\x0b\x42udgetState\x12\x1c\n\x18\x42UDGET_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42UDGET_STATE_OPEN\x10\x01\x12\x14\n\x10\x42UDGET_STATE_LOW\x10\x02\x12\x16\n\x12\x42UDGET_STATE_SPENT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdoff.v1.budget_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESERVATIONSTATE']._serialized_start=1054
-  _globals['_RESERVATIONSTATE']._serialized_end=1236
-  _globals['_EVENTOUTCOME']._serialized_start=1239
-  _globals['_EVENTOUTCOME']._serialized_end=1367
-  _globals['_EVENTKIND']._serialized_start=1369
-  _globals['_EVENTKIND']._serialized_end=1481
-  _globals['_BUDGETSTATE']._serialized_start=1483
-  _globals['_BUDGETSTATE']._serialized_end=1595
+  _globals['_BACKOFFCAUSE']._serialized_start=1745
+  _globals['_BACKOFFCAUSE']._serialized_end=1874
+  _globals['_BACKOFFSTATE']._serialized_start=1877
+  _globals['_BACKOFFSTATE']._serialized_end=2007
+  _globals['_RESERVATIONSTATE']._serialized_start=2010
+  _globals['_RESERVATIONSTATE']._serialized_end=2192
+  _globals['_EVENTOUTCOME']._serialized_start=2195
+  _globals['_EVENTOUTCOME']._serialized_end=2323
+  _globals['_EVENTKIND']._serialized_start=2326
+  _globals['_EVENTKIND']._serialized_end=2460
+  _globals['_BUDGETSTATE']._serialized_start=2462
+  _globals['_BUDGETSTATE']._serialized_end=2574
   _globals['_SCOPE']._serialized_start=128
   _globals['_SCOPE']._serialized_end=199
   _globals['_BUDGET']._serialized_start=202
   _globals['_BUDGET']._serialized_end=683
   _globals['_EVENT']._serialized_start=686
-  _globals['_EVENT']._serialized_end=883
-  _globals['_RESERVATION']._serialized_start=886
-  _globals['_RESERVATION']._serialized_end=1051
+  _globals['_EVENT']._serialized_end=994
+  _globals['_BACKOFF']._serialized_start=997
+  _globals['_BACKOFF']._serialized_end=1415
+  _globals['_RECENTERROR']._serialized_start=1418
+  _globals['_RECENTERROR']._serialized_end=1574
+  _globals['_RESERVATION']._serialized_start=1577
+  _globals['_RESERVATION']._serialized_end=1742
 # @@protoc_insertion_point(module_scope)

@@ -20,6 +20,62 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _BackOffCause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BackOffCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BackOffCause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BACK_OFF_CAUSE_UNSPECIFIED: _BackOffCause.ValueType  # 0
+    """Never sent."""
+    BACK_OFF_CAUSE_SPENT: _BackOffCause.ValueType  # 1
+    """A budget is spent."""
+    BACK_OFF_CAUSE_BLOCKED: _BackOffCause.ValueType  # 2
+    """The provider blocks or throttles."""
+    BACK_OFF_CAUSE_OPERATOR: _BackOffCause.ValueType  # 3
+    """An operator wished it."""
+
+class BackOffCause(_BackOffCause, metaclass=_BackOffCauseEnumTypeWrapper):
+    """What a back-off comes from."""
+
+BACK_OFF_CAUSE_UNSPECIFIED: BackOffCause.ValueType  # 0
+"""Never sent."""
+BACK_OFF_CAUSE_SPENT: BackOffCause.ValueType  # 1
+"""A budget is spent."""
+BACK_OFF_CAUSE_BLOCKED: BackOffCause.ValueType  # 2
+"""The provider blocks or throttles."""
+BACK_OFF_CAUSE_OPERATOR: BackOffCause.ValueType  # 3
+"""An operator wished it."""
+Global___BackOffCause: _TypeAlias = BackOffCause  # noqa: Y015
+
+class _BackOffState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BackOffStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BackOffState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BACK_OFF_STATE_UNSPECIFIED: _BackOffState.ValueType  # 0
+    """Never sent."""
+    BACK_OFF_STATE_QUIET: _BackOffState.ValueType  # 1
+    """Everybody is quiet."""
+    BACK_OFF_STATE_PROBING: _BackOffState.ValueType  # 2
+    """The quiet is over, and one caller goes first; before one has come, too."""
+    BACK_OFF_STATE_REOPENING: _BackOffState.ValueType  # 3
+    """The others follow, one after the other."""
+
+class BackOffState(_BackOffState, metaclass=_BackOffStateEnumTypeWrapper):
+    """How far a back-off is."""
+
+BACK_OFF_STATE_UNSPECIFIED: BackOffState.ValueType  # 0
+"""Never sent."""
+BACK_OFF_STATE_QUIET: BackOffState.ValueType  # 1
+"""Everybody is quiet."""
+BACK_OFF_STATE_PROBING: BackOffState.ValueType  # 2
+"""The quiet is over, and one caller goes first; before one has come, too."""
+BACK_OFF_STATE_REOPENING: BackOffState.ValueType  # 3
+"""The others follow, one after the other."""
+Global___BackOffState: _TypeAlias = BackOffState  # noqa: Y015
+
 class _ReservationState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -98,6 +154,10 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """Calls of the token endpoint."""
     EVENT_KIND_CALL: _EventKind.ValueType  # 3
     """Calls of the API."""
+    EVENT_KIND_BLOCK: _EventKind.ValueType  # 4
+    """The provider refused a call because it blocks, or throttles, for a while.
+    No limit counts it: it raises a back-off.
+    """
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
     """What a limit counts."""
@@ -110,6 +170,10 @@ EVENT_KIND_TOKEN_REQUEST: EventKind.ValueType  # 2
 """Calls of the token endpoint."""
 EVENT_KIND_CALL: EventKind.ValueType  # 3
 """Calls of the API."""
+EVENT_KIND_BLOCK: EventKind.ValueType  # 4
+"""The provider refused a call because it blocks, or throttles, for a while.
+No limit counts it: it raises a back-off.
+"""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 class _BudgetState:
@@ -292,6 +356,9 @@ class Event(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     AGE_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    SENT_AGE_FIELD_NUMBER: _builtins.int
+    THROTTLE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """A UUID version 4 that names this event: reported again, it counts once."""
     kind: Global___EventKind.ValueType
@@ -300,6 +367,10 @@ class Event(_message.Message):
     """How often; 0 means once. At most 10,000."""
     status: _builtins.int
     """HTTP status of an error; 0 when it is not known, which counts."""
+    throttle: _builtins.str
+    """Of a block: the name of the policy's throttle that it was recognised by;
+    empty means the policy's block.
+    """
     @_builtins.property
     def scope(self) -> Global___Scope:
         """Where. The token is needed: its policy says which limits count the event."""
@@ -312,6 +383,18 @@ class Event(_message.Message):
     def holder(self) -> _lease_pb2.Holder:
         """Who caused it; shown with errors."""
 
+    @_builtins.property
+    def retry_after(self) -> _duration_pb2.Duration:
+        """Of a block: how long it lasts from the event on, as the provider said.
+        Absent where it said nothing, which means what the policy says.
+        """
+
+    @_builtins.property
+    def sent_age(self) -> _duration_pb2.Duration:
+        """Of a block: how long ago the refused call was sent, if that is known. A
+        call that was sent before the last block ended does not make a new one.
+        """
+
     def __init__(
         self,
         *,
@@ -322,14 +405,149 @@ class Event(_message.Message):
         status: _builtins.int = ...,
         age: _duration_pb2.Duration | None = ...,
         holder: _lease_pb2.Holder | None = ...,
+        retry_after: _duration_pb2.Duration | None = ...,
+        sent_age: _duration_pb2.Duration | None = ...,
+        throttle: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "holder", b"holder", "scope", b"scope"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "holder", b"holder", "retry_after", b"retry_after", "scope", b"scope", "sent_age", b"sent_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "count", b"count", "holder", b"holder", "id", b"id", "kind", b"kind", "scope", b"scope", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "count", b"count", "holder", b"holder", "id", b"id", "kind", b"kind", "retry_after", b"retry_after", "scope", b"scope", "sent_age", b"sent_age", "status", b"status", "throttle", b"throttle"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
+class BackOff(_message.Message):
+    """A pause on a scope that everybody keeps. When it is over one caller goes
+    first, as a probe; the others follow, spread, when it succeeded.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    REMAINING_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CAUSED_BY_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    REPEATS_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Resource name: `apps/{app}/backOffs/{back_off}`."""
+    cause: Global___BackOffCause.ValueType
+    """What it comes from."""
+    state: Global___BackOffState.ValueType
+    """How far it is."""
+    reason: _builtins.str
+    """Why, in words."""
+    status: _builtins.int
+    """The HTTP status that was met; 0 when it is not known."""
+    repeats: _builtins.int
+    """How many blocks came in a row: each is longer than the one before."""
+    budget: _builtins.str
+    """The budget that is spent: `apps/{app}/budgets/{budget}`. Empty for other
+    causes.
+    """
+    @_builtins.property
+    def scope(self) -> Global___Scope:
+        """For whom."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it began."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When the quiet ends or ended, as far as is known."""
+
+    @_builtins.property
+    def remaining(self) -> _duration_pb2.Duration:
+        """Time left of the quiet; absent once it has ended."""
+
+    @_builtins.property
+    def caused_by(self) -> _lease_pb2.Holder:
+        """Who met the block or made the last error; of an operator's back-off
+        `user` says who set it.
+        """
+
+    @_builtins.property
+    def probe(self) -> _lease_pb2.Holder:
+        """Who goes first, while the state is PROBING; absent for a reservation."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        scope: Global___Scope | None = ...,
+        cause: Global___BackOffCause.ValueType = ...,
+        state: Global___BackOffState.ValueType = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        remaining: _duration_pb2.Duration | None = ...,
+        reason: _builtins.str = ...,
+        caused_by: _lease_pb2.Holder | None = ...,
+        status: _builtins.int = ...,
+        repeats: _builtins.int = ...,
+        budget: _builtins.str = ...,
+        probe: _lease_pb2.Holder | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caused_by", b"caused_by", "end_time", b"end_time", "probe", b"probe", "remaining", b"remaining", "scope", b"scope", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "cause", b"cause", "caused_by", b"caused_by", "end_time", b"end_time", "name", b"name", "probe", b"probe", "reason", b"reason", "remaining", b"remaining", "repeats", b"repeats", "scope", b"scope", "start_time", b"start_time", "state", b"state", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BackOff: _TypeAlias = BackOff  # noqa: Y015
+
+@_typing.final
+class RecentError(_message.Message):
+    """An error that was reported."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    status: _builtins.int
+    """HTTP status; 0 when it is not known."""
+    count: _builtins.int
+    """How often."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it happened."""
+
+    @_builtins.property
+    def scope(self) -> Global___Scope:
+        """Where."""
+
+    @_builtins.property
+    def holder(self) -> _lease_pb2.Holder:
+        """Who caused it: job and host."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        scope: Global___Scope | None = ...,
+        status: _builtins.int = ...,
+        count: _builtins.int = ...,
+        holder: _lease_pb2.Holder | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "scope", b"scope", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "holder", b"holder", "scope", b"scope", "status", b"status", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecentError: _TypeAlias = RecentError  # noqa: Y015
 
 @_typing.final
 class Reservation(_message.Message):

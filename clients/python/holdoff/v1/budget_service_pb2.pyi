@@ -7,8 +7,10 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from holdoff.v1 import budget_pb2 as _budget_pb2
+from holdoff.v1 import lease_pb2 as _lease_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -363,3 +365,259 @@ class ListBudgetsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListBudgetsResponse: _TypeAlias = ListBudgetsResponse  # noqa: Y015
+
+@_typing.final
+class ListBackOffsRequest(_message.Message):
+    """Asks for back-offs. An empty request means all of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """Only those of this app (`apps/{app}`); empty means all that the caller may
+    see.
+    """
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBackOffsRequest: _TypeAlias = ListBackOffsRequest  # noqa: Y015
+
+@_typing.final
+class ListBackOffsResponse(_message.Message):
+    """The back-offs that are not over."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BACK_OFFS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def back_offs(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.BackOff]:
+        """The back-offs: at most 1000 an app."""
+
+    def __init__(
+        self,
+        *,
+        back_offs: _abc.Iterable[_budget_pb2.BackOff] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["back_offs", b"back_offs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBackOffsResponse: _TypeAlias = ListBackOffsResponse  # noqa: Y015
+
+@_typing.final
+class WatchBudgetsRequest(_message.Message):
+    """Asks to be told of changes. An empty request means all that the caller may
+    see.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """Only this app (`apps/{app}`)."""
+    @_builtins.property
+    def scope(self) -> _budget_pb2.Scope:
+        """Only those whose scope has these values; an empty field matches any."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        scope: _budget_pb2.Scope | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scope", b"scope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchBudgetsRequest: _TypeAlias = WatchBudgetsRequest  # noqa: Y015
+
+@_typing.final
+class WatchBudgetsResponse(_message.Message):
+    """One message to a watcher. What it has replaces what the watcher knew."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGETS_FIELD_NUMBER: _builtins.int
+    BACK_OFFS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_END_FIELD_NUMBER: _builtins.int
+    snapshot_end: _builtins.bool
+    """All that stood when the watch began has been sent."""
+    @_builtins.property
+    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.Budget]:
+        """Budgets as they stand now; one with `used` and `reserved` 0 has nothing
+        left in its window.
+        """
+
+    @_builtins.property
+    def back_offs(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.BackOff]:
+        """Back-offs as they stand now; one without a state is over."""
+
+    def __init__(
+        self,
+        *,
+        budgets: _abc.Iterable[_budget_pb2.Budget] | None = ...,
+        back_offs: _abc.Iterable[_budget_pb2.BackOff] | None = ...,
+        snapshot_end: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["back_offs", b"back_offs", "budgets", b"budgets", "snapshot_end", b"snapshot_end"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchBudgetsResponse: _TypeAlias = WatchBudgetsResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """Asks whether something may go on now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """The name of the job. Where the scope has no endpoint, the places where
+    jobs of this name erred in the last week are looked at too.
+    """
+    @_builtins.property
+    def scope(self) -> _budget_pb2.Scope:
+        """For whom: a token, or an app, and what is known of its calls."""
+
+    def __init__(
+        self,
+        *,
+        scope: _budget_pb2.Scope | None = ...,
+        job: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scope", b"scope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """Whether it may go on, and what stands in the way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAY_GO_FIELD_NUMBER: _builtins.int
+    GO_IN_FIELD_NUMBER: _builtins.int
+    OBSTACLES_FIELD_NUMBER: _builtins.int
+    BUDGETS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    may_go: _builtins.bool
+    """Nothing stands in the way."""
+    message: _builtins.str
+    """One sentence for people."""
+    @_builtins.property
+    def go_in(self) -> _duration_pb2.Duration:
+        """When it may, if nothing else happens; absent while it may."""
+
+    @_builtins.property
+    def obstacles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Obstacle]:
+        """What stands in the way, what ends last first."""
+
+    @_builtins.property
+    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.Budget]:
+        """Budgets of the scope, those with the least room first; at most 20."""
+
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.RecentError]:
+        """The latest errors of the scope, the newest first; at most 20."""
+
+    def __init__(
+        self,
+        *,
+        may_go: _builtins.bool = ...,
+        go_in: _duration_pb2.Duration | None = ...,
+        obstacles: _abc.Iterable[Global___Obstacle] | None = ...,
+        budgets: _abc.Iterable[_budget_pb2.Budget] | None = ...,
+        errors: _abc.Iterable[_budget_pb2.RecentError] | None = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["go_in", b"go_in"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "errors", b"errors", "go_in", b"go_in", "may_go", b"may_go", "message", b"message", "obstacles", b"obstacles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class Obstacle(_message.Message):
+    """Something that stands in the way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    REMAINING_FIELD_NUMBER: _builtins.int
+    CAUSED_BY_FIELD_NUMBER: _builtins.int
+    BACK_OFF_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    reason: _lease_pb2.WaitReason.ValueType
+    """What kind of thing."""
+    message: _builtins.str
+    """One sentence for people."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when; absent where nobody knows."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Until when; absent where nobody knows."""
+
+    @_builtins.property
+    def remaining(self) -> _duration_pb2.Duration:
+        """Time left until then."""
+
+    @_builtins.property
+    def caused_by(self) -> _lease_pb2.Holder:
+        """Who caused it."""
+
+    @_builtins.property
+    def back_off(self) -> _budget_pb2.BackOff:
+        """The back-off, if it is one."""
+
+    @_builtins.property
+    def lease(self) -> _lease_pb2.Lease:
+        """The lease that holds the token, if one does."""
+
+    def __init__(
+        self,
+        *,
+        reason: _lease_pb2.WaitReason.ValueType = ...,
+        message: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        remaining: _duration_pb2.Duration | None = ...,
+        caused_by: _lease_pb2.Holder | None = ...,
+        back_off: _budget_pb2.BackOff | None = ...,
+        lease: _lease_pb2.Lease | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["back_off", b"back_off", "caused_by", b"caused_by", "end_time", b"end_time", "lease", b"lease", "remaining", b"remaining", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["back_off", b"back_off", "caused_by", b"caused_by", "end_time", b"end_time", "lease", b"lease", "message", b"message", "reason", b"reason", "remaining", b"remaining", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Obstacle: _TypeAlias = Obstacle  # noqa: Y015

@@ -65,6 +65,21 @@ class BudgetServiceStub:
                 request_serializer=holdoff_dot_v1_dot_budget__service__pb2.ListBudgetsRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_budget__service__pb2.ListBudgetsResponse.FromString,
                 _registered_method=True)
+        self.ListBackOffs = channel.unary_unary(
+                '/holdoff.v1.BudgetService/ListBackOffs',
+                request_serializer=holdoff_dot_v1_dot_budget__service__pb2.ListBackOffsRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_budget__service__pb2.ListBackOffsResponse.FromString,
+                _registered_method=True)
+        self.WatchBudgets = channel.unary_stream(
+                '/holdoff.v1.BudgetService/WatchBudgets',
+                request_serializer=holdoff_dot_v1_dot_budget__service__pb2.WatchBudgetsRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_budget__service__pb2.WatchBudgetsResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/holdoff.v1.BudgetService/Explain',
+                request_serializer=holdoff_dot_v1_dot_budget__service__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_budget__service__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class BudgetServiceServicer:
@@ -118,6 +133,30 @@ class BudgetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListBackOffs(self, request, context):
+        """Lists the back-offs that are not over, those that end last first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchBudgets(self, request, context):
+        """Sends how budgets and back-offs stand, then each that changed, for as long
+        as the caller listens. A slow caller misses states in between, never the
+        latest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Answers "may I go now?": if not, every reason, since when, until when, and
+        who or what caused it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BudgetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -150,6 +189,21 @@ def add_BudgetServiceServicer_to_server(servicer, server):
                     servicer.ListBudgets,
                     request_deserializer=holdoff_dot_v1_dot_budget__service__pb2.ListBudgetsRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_budget__service__pb2.ListBudgetsResponse.SerializeToString,
+            ),
+            'ListBackOffs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBackOffs,
+                    request_deserializer=holdoff_dot_v1_dot_budget__service__pb2.ListBackOffsRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_budget__service__pb2.ListBackOffsResponse.SerializeToString,
+            ),
+            'WatchBudgets': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchBudgets,
+                    request_deserializer=holdoff_dot_v1_dot_budget__service__pb2.WatchBudgetsRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_budget__service__pb2.WatchBudgetsResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=holdoff_dot_v1_dot_budget__service__pb2.ExplainRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_budget__service__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -315,6 +369,87 @@ class BudgetService:
             '/holdoff.v1.BudgetService/ListBudgets',
             holdoff_dot_v1_dot_budget__service__pb2.ListBudgetsRequest.SerializeToString,
             holdoff_dot_v1_dot_budget__service__pb2.ListBudgetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBackOffs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.BudgetService/ListBackOffs',
+            holdoff_dot_v1_dot_budget__service__pb2.ListBackOffsRequest.SerializeToString,
+            holdoff_dot_v1_dot_budget__service__pb2.ListBackOffsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchBudgets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/holdoff.v1.BudgetService/WatchBudgets',
+            holdoff_dot_v1_dot_budget__service__pb2.WatchBudgetsRequest.SerializeToString,
+            holdoff_dot_v1_dot_budget__service__pb2.WatchBudgetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.BudgetService/Explain',
+            holdoff_dot_v1_dot_budget__service__pb2.ExplainRequest.SerializeToString,
+            holdoff_dot_v1_dot_budget__service__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,6 +55,17 @@ class BudgetServiceStub:
     """Lists the budgets with an event in their window, those with the least room
     first.
     """
+    ListBackOffs: _grpc.UnaryUnaryMultiCallable[_budget_service_pb2.ListBackOffsRequest, _budget_service_pb2.ListBackOffsResponse]
+    """Lists the back-offs that are not over, those that end last first."""
+    WatchBudgets: _grpc.UnaryStreamMultiCallable[_budget_service_pb2.WatchBudgetsRequest, _budget_service_pb2.WatchBudgetsResponse]
+    """Sends how budgets and back-offs stand, then each that changed, for as long
+    as the caller listens. A slow caller misses states in between, never the
+    latest.
+    """
+    Explain: _grpc.UnaryUnaryMultiCallable[_budget_service_pb2.ExplainRequest, _budget_service_pb2.ExplainResponse]
+    """Answers "may I go now?": if not, every reason, since when, until when, and
+    who or what caused it.
+    """
 
 @_typing.type_check_only
 class BudgetServiceAsyncStub(BudgetServiceStub):
@@ -82,6 +93,17 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     ListBudgets: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.ListBudgetsRequest, _budget_service_pb2.ListBudgetsResponse]  # type: ignore[assignment]
     """Lists the budgets with an event in their window, those with the least room
     first.
+    """
+    ListBackOffs: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.ListBackOffsRequest, _budget_service_pb2.ListBackOffsResponse]  # type: ignore[assignment]
+    """Lists the back-offs that are not over, those that end last first."""
+    WatchBudgets: _aio.UnaryStreamMultiCallable[_budget_service_pb2.WatchBudgetsRequest, _budget_service_pb2.WatchBudgetsResponse]  # type: ignore[assignment]
+    """Sends how budgets and back-offs stand, then each that changed, for as long
+    as the caller listens. A slow caller misses states in between, never the
+    latest.
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.ExplainRequest, _budget_service_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Answers "may I go now?": if not, every reason, since when, until when, and
+    who or what caused it.
     """
 
 class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -143,6 +165,35 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_budget_service_pb2.ListBudgetsResponse, _abc.Awaitable[_budget_service_pb2.ListBudgetsResponse]]:
         """Lists the budgets with an event in their window, those with the least room
         first.
+        """
+
+    @_abc_1.abstractmethod
+    def ListBackOffs(
+        self,
+        request: _budget_service_pb2.ListBackOffsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_budget_service_pb2.ListBackOffsResponse, _abc.Awaitable[_budget_service_pb2.ListBackOffsResponse]]:
+        """Lists the back-offs that are not over, those that end last first."""
+
+    @_abc_1.abstractmethod
+    def WatchBudgets(
+        self,
+        request: _budget_service_pb2.WatchBudgetsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_budget_service_pb2.WatchBudgetsResponse], _abc.AsyncIterator[_budget_service_pb2.WatchBudgetsResponse]]:
+        """Sends how budgets and back-offs stand, then each that changed, for as long
+        as the caller listens. A slow caller misses states in between, never the
+        latest.
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _budget_service_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_budget_service_pb2.ExplainResponse, _abc.Awaitable[_budget_service_pb2.ExplainResponse]]:
+        """Answers "may I go now?": if not, every reason, since when, until when, and
+        who or what caused it.
         """
 
 def add_BudgetServiceServicer_to_server(servicer: BudgetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

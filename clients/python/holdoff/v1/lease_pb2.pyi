@@ -180,7 +180,7 @@ class _WaitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitReason
     WAIT_REASON_QUARANTINED: _WaitReason.ValueType  # 3
     """The store may have forgotten something, or its clock is in doubt."""
     WAIT_REASON_BACKING_OFF: _WaitReason.ValueType  # 4
-    """A scope of the token must be quiet."""
+    """A scope that the waiter is subject to must be quiet."""
     WAIT_REASON_QUEUED: _WaitReason.ValueType  # 5
     """The token is free, and another waiter comes first."""
 
@@ -196,7 +196,7 @@ WAIT_REASON_COOLING: WaitReason.ValueType  # 2
 WAIT_REASON_QUARANTINED: WaitReason.ValueType  # 3
 """The store may have forgotten something, or its clock is in doubt."""
 WAIT_REASON_BACKING_OFF: WaitReason.ValueType  # 4
-"""A scope of the token must be quiet."""
+"""A scope that the waiter is subject to must be quiet."""
 WAIT_REASON_QUEUED: WaitReason.ValueType  # 5
 """The token is free, and another waiter comes first."""
 Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
@@ -549,6 +549,7 @@ class WaitStatus(_message.Message):
     EARLIEST_START_TIME_FIELD_NUMBER: _builtins.int
     BLOCKING_LEASE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    BLOCKING_BACK_OFF_FIELD_NUMBER: _builtins.int
     reason: Global___WaitReason.ValueType
     """Why no lease is given now."""
     place: _builtins.int
@@ -559,6 +560,10 @@ class WaitStatus(_message.Message):
     """
     message: _builtins.str
     """One sentence for people."""
+    blocking_back_off: _builtins.str
+    """The back-off that stands in the way longest, if one does:
+    `apps/{app}/backOffs/{back_off}`.
+    """
     @_builtins.property
     def earliest_start_in(self) -> _duration_pb2.Duration:
         """The earliest time until the lease can start, counted from this message; a
@@ -583,10 +588,11 @@ class WaitStatus(_message.Message):
         earliest_start_time: _timestamp_pb2.Timestamp | None = ...,
         blocking_lease: Global___Lease | None = ...,
         message: _builtins.str = ...,
+        blocking_back_off: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blocking_lease", b"blocking_lease", "earliest_start_in", b"earliest_start_in", "earliest_start_time", b"earliest_start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocking_lease", b"blocking_lease", "earliest_start_in", b"earliest_start_in", "earliest_start_time", b"earliest_start_time", "message", b"message", "place", b"place", "queue_length", b"queue_length", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocking_back_off", b"blocking_back_off", "blocking_lease", b"blocking_lease", "earliest_start_in", b"earliest_start_in", "earliest_start_time", b"earliest_start_time", "message", b"message", "place", b"place", "queue_length", b"queue_length", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,8 +9,11 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
+from holdoff.v1 import budget_pb2 as _budget_pb2
 from holdoff.v1 import lease_pb2 as _lease_pb2
+from holdoff.v1 import policy_pb2 as _policy_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -21,6 +24,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _HolderInstruction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HolderInstructionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HolderInstruction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HOLDER_INSTRUCTION_UNSPECIFIED: _HolderInstruction.ValueType  # 0
+    """Never sent."""
+    HOLDER_INSTRUCTION_RUN: _HolderInstruction.ValueType  # 1
+    """Nothing stands in the way."""
+    HOLDER_INSTRUCTION_BE_QUIET: _HolderInstruction.ValueType  # 2
+    """A scope that it is subject to must be quiet: make no calls there."""
+
+class HolderInstruction(_HolderInstruction, metaclass=_HolderInstructionEnumTypeWrapper):
+    """What a holder must do."""
+
+HOLDER_INSTRUCTION_UNSPECIFIED: HolderInstruction.ValueType  # 0
+"""Never sent."""
+HOLDER_INSTRUCTION_RUN: HolderInstruction.ValueType  # 1
+"""Nothing stands in the way."""
+HOLDER_INSTRUCTION_BE_QUIET: HolderInstruction.ValueType  # 2
+"""A scope that it is subject to must be quiet: make no calls there."""
+Global___HolderInstruction: _TypeAlias = HolderInstruction  # noqa: Y015
 
 @_typing.final
 class AcquireLeaseRequest(_message.Message):
@@ -34,6 +61,7 @@ class AcquireLeaseRequest(_message.Message):
     TTL_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
     LAST_FENCING_TOKEN_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     """The token: `apps/{app}/tokens/{token}`."""
     request_id: _builtins.str
@@ -59,6 +87,14 @@ class AcquireLeaseRequest(_message.Message):
     def holder(self) -> _lease_pb2.Holder:
         """Who asks, for listings."""
 
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.Scope]:
+        """Where the job will call: the lease waits until these are not backing off,
+        and others go first meanwhile. Only `division` and `endpoint` matter; an
+        empty one stands for those that jobs of the same name erred at in the last
+        week. At most 100.
+        """
+
     def __init__(
         self,
         *,
@@ -68,10 +104,11 @@ class AcquireLeaseRequest(_message.Message):
         ttl: _duration_pb2.Duration | None = ...,
         holder: _lease_pb2.Holder | None = ...,
         last_fencing_token: _builtins.int = ...,
+        scopes: _abc.Iterable[_budget_pb2.Scope] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_wait", b"_wait", "holder", b"holder", "ttl", b"ttl", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_wait", b"_wait", "holder", b"holder", "last_fencing_token", b"last_fencing_token", "request_id", b"request_id", "token", b"token", "ttl", b"ttl", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_wait", b"_wait", "holder", b"holder", "last_fencing_token", b"last_fencing_token", "request_id", b"request_id", "scopes", b"scopes", "token", b"token", "ttl", b"ttl", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__wait: _TypeAlias = _typing.Literal["wait"]  # noqa: Y015
     _WhichOneofArgType__wait: _TypeAlias = _typing.Literal["_wait", b"_wait"]  # noqa: Y015
@@ -126,6 +163,8 @@ class LeaseOffer(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     ACCEPT_WITHIN_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    ROOMS_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
     """Proves ownership to RenewLease and ReleaseLease. No listing shows it."""
     @_builtins.property
@@ -136,20 +175,60 @@ class LeaseOffer(_message.Message):
     def accept_within(self) -> _duration_pb2.Duration:
         """How long the offer stands, from when it was made. Absent once accepted."""
 
+    @_builtins.property
+    def policy(self) -> _policy_pb2.Policy:
+        """The policy of the token."""
+
+    @_builtins.property
+    def rooms(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScopeRoom]:
+        """How many errors each of the request's scopes has room for; only for those
+        with an endpoint.
+        """
+
     def __init__(
         self,
         *,
         lease: _lease_pb2.Lease | None = ...,
         secret: _builtins.str = ...,
         accept_within: _duration_pb2.Duration | None = ...,
+        policy: _policy_pb2.Policy | None = ...,
+        rooms: _abc.Iterable[Global___ScopeRoom] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_within", b"accept_within", "lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_within", b"accept_within", "lease", b"lease", "policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_within", b"accept_within", "lease", b"lease", "secret", b"secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_within", b"accept_within", "lease", b"lease", "policy", b"policy", "rooms", b"rooms", "secret", b"secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LeaseOffer: _TypeAlias = LeaseOffer  # noqa: Y015
+
+@_typing.final
+class ScopeRoom(_message.Message):
+    """How many errors a scope has room for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    ROOM_FIELD_NUMBER: _builtins.int
+    room: _builtins.int
+    """So many may happen before it is spent."""
+    @_builtins.property
+    def scope(self) -> _budget_pb2.Scope:
+        """The scope, as the request named it."""
+
+    def __init__(
+        self,
+        *,
+        scope: _budget_pb2.Scope | None = ...,
+        room: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scope", b"scope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["room", b"room", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScopeRoom: _TypeAlias = ScopeRoom  # noqa: Y015
 
 @_typing.final
 class StreamAcquireLeaseRequest(_message.Message):
@@ -340,6 +419,78 @@ class RenewLeaseResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RenewLeaseResponse: _TypeAlias = RenewLeaseResponse  # noqa: Y015
+
+@_typing.final
+class FollowLeaseRequest(_message.Message):
+    """Asks to be told what the holder of a lease must do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The lease: `apps/{app}/tokens/{token}/leases/{lease}`."""
+    secret: _builtins.str
+    """The secret that came with the offer."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        secret: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowLeaseRequest: _TypeAlias = FollowLeaseRequest  # noqa: Y015
+
+@_typing.final
+class FollowLeaseResponse(_message.Message):
+    """What a holder must do from now on. Sent at once, whenever it changes, and at
+    least every 15 s.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTRUCTION_FIELD_NUMBER: _builtins.int
+    BACK_OFFS_FIELD_NUMBER: _builtins.int
+    GO_IN_FIELD_NUMBER: _builtins.int
+    ROOMS_FIELD_NUMBER: _builtins.int
+    instruction: Global___HolderInstruction.ValueType
+    """What to do."""
+    @_builtins.property
+    def back_offs(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.BackOff]:
+        """The back-offs that the holder is subject to."""
+
+    @_builtins.property
+    def go_in(self) -> _duration_pb2.Duration:
+        """The earliest time until it may go on, counted from this message; a bound
+        from below. Absent while it may.
+        """
+
+    @_builtins.property
+    def rooms(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScopeRoom]:
+        """How many errors each of the scopes named when the lease was asked for has
+        room for; only for those with an endpoint.
+        """
+
+    def __init__(
+        self,
+        *,
+        instruction: Global___HolderInstruction.ValueType = ...,
+        back_offs: _abc.Iterable[_budget_pb2.BackOff] | None = ...,
+        go_in: _duration_pb2.Duration | None = ...,
+        rooms: _abc.Iterable[Global___ScopeRoom] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["go_in", b"go_in"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["back_offs", b"back_offs", "go_in", b"go_in", "instruction", b"instruction", "rooms", b"rooms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowLeaseResponse: _TypeAlias = FollowLeaseResponse  # noqa: Y015
 
 @_typing.final
 class ReleaseLeaseRequest(_message.Message):

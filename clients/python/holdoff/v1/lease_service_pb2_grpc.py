@@ -51,6 +51,11 @@ class LeaseServiceStub:
                 request_serializer=holdoff_dot_v1_dot_lease__service__pb2.RenewLeaseRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_lease__service__pb2.RenewLeaseResponse.FromString,
                 _registered_method=True)
+        self.FollowLease = channel.unary_stream(
+                '/holdoff.v1.LeaseService/FollowLease',
+                request_serializer=holdoff_dot_v1_dot_lease__service__pb2.FollowLeaseRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_lease__service__pb2.FollowLeaseResponse.FromString,
+                _registered_method=True)
         self.ReleaseLease = channel.unary_unary(
                 '/holdoff.v1.LeaseService/ReleaseLease',
                 request_serializer=holdoff_dot_v1_dot_lease__service__pb2.ReleaseLeaseRequest.SerializeToString,
@@ -109,6 +114,14 @@ class LeaseServiceServicer:
 
     def RenewLease(self, request, context):
         """Accepts an offer (the first renewal) or prolongs a lease by its TTL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FollowLease(self, request, context):
+        """Tells a holder at once what it must do: go on, be quiet, or stop. Ends with
+        an error once the lease is broken or over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,6 +191,11 @@ def add_LeaseServiceServicer_to_server(servicer, server):
                     servicer.RenewLease,
                     request_deserializer=holdoff_dot_v1_dot_lease__service__pb2.RenewLeaseRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_lease__service__pb2.RenewLeaseResponse.SerializeToString,
+            ),
+            'FollowLease': grpc.unary_stream_rpc_method_handler(
+                    servicer.FollowLease,
+                    request_deserializer=holdoff_dot_v1_dot_lease__service__pb2.FollowLeaseRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_lease__service__pb2.FollowLeaseResponse.SerializeToString,
             ),
             'ReleaseLease': grpc.unary_unary_rpc_method_handler(
                     servicer.ReleaseLease,
@@ -293,6 +311,33 @@ class LeaseService:
             '/holdoff.v1.LeaseService/RenewLease',
             holdoff_dot_v1_dot_lease__service__pb2.RenewLeaseRequest.SerializeToString,
             holdoff_dot_v1_dot_lease__service__pb2.RenewLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/holdoff.v1.LeaseService/FollowLease',
+            holdoff_dot_v1_dot_lease__service__pb2.FollowLeaseRequest.SerializeToString,
+            holdoff_dot_v1_dot_lease__service__pb2.FollowLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,10 @@ class LeaseServiceStub:
     """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.RenewLeaseRequest, _lease_service_pb2.RenewLeaseResponse]
     """Accepts an offer (the first renewal) or prolongs a lease by its TTL."""
+    FollowLease: _grpc.UnaryStreamMultiCallable[_lease_service_pb2.FollowLeaseRequest, _lease_service_pb2.FollowLeaseResponse]
+    """Tells a holder at once what it must do: go on, be quiet, or stop. Ends with
+    an error once the lease is broken or over.
+    """
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.ReleaseLeaseRequest, _lease_service_pb2.ReleaseLeaseResponse]
     """Ends a lease. Called twice with the same secret it gives the same answer."""
     GetLease: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.GetLeaseRequest, _lease_service_pb2.GetLeaseResponse]
@@ -89,6 +93,10 @@ class LeaseServiceAsyncStub(LeaseServiceStub):
     """
     RenewLease: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.RenewLeaseRequest, _lease_service_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Accepts an offer (the first renewal) or prolongs a lease by its TTL."""
+    FollowLease: _aio.UnaryStreamMultiCallable[_lease_service_pb2.FollowLeaseRequest, _lease_service_pb2.FollowLeaseResponse]  # type: ignore[assignment]
+    """Tells a holder at once what it must do: go on, be quiet, or stop. Ends with
+    an error once the lease is broken or over.
+    """
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.ReleaseLeaseRequest, _lease_service_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     """Ends a lease. Called twice with the same secret it gives the same answer."""
     GetLease: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.GetLeaseRequest, _lease_service_pb2.GetLeaseResponse]  # type: ignore[assignment]
@@ -145,6 +153,16 @@ class LeaseServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_lease_service_pb2.RenewLeaseResponse, _abc.Awaitable[_lease_service_pb2.RenewLeaseResponse]]:
         """Accepts an offer (the first renewal) or prolongs a lease by its TTL."""
+
+    @_abc_1.abstractmethod
+    def FollowLease(
+        self,
+        request: _lease_service_pb2.FollowLeaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_lease_service_pb2.FollowLeaseResponse], _abc.AsyncIterator[_lease_service_pb2.FollowLeaseResponse]]:
+        """Tells a holder at once what it must do: go on, be quiet, or stop. Ends with
+        an error once the lease is broken or over.
+        """
 
     @_abc_1.abstractmethod
     def ReleaseLease(

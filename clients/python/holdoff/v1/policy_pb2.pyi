@@ -22,6 +22,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _WhenQuiet:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WhenQuietEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WhenQuiet.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WHEN_QUIET_UNSPECIFIED: _WhenQuiet.ValueType  # 0
+    """Never sent."""
+    WHEN_QUIET_FINISH: _WhenQuiet.ValueType  # 1
+    """It goes on: what runs is let finish."""
+    WHEN_QUIET_PAUSE: _WhenQuiet.ValueType  # 2
+    """It is stopped and continued later, no longer than its access token lives."""
+    WHEN_QUIET_TERMINATE: _WhenQuiet.ValueType  # 3
+    """It is ended."""
+
+class WhenQuiet(_WhenQuiet, metaclass=_WhenQuietEnumTypeWrapper):
+    """What a run does while a scope of its own must be quiet."""
+
+WHEN_QUIET_UNSPECIFIED: WhenQuiet.ValueType  # 0
+"""Never sent."""
+WHEN_QUIET_FINISH: WhenQuiet.ValueType  # 1
+"""It goes on: what runs is let finish."""
+WHEN_QUIET_PAUSE: WhenQuiet.ValueType  # 2
+"""It is stopped and continued later, no longer than its access token lives."""
+WHEN_QUIET_TERMINATE: WhenQuiet.ValueType  # 3
+"""It is ended."""
+Global___WhenQuiet: _TypeAlias = WhenQuiet  # noqa: Y015
+
 class _Rotation:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -67,6 +95,9 @@ class Policy(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     BLOCK_FIELD_NUMBER: _builtins.int
     ENDPOINT_PATH_FIELD_NUMBER: _builtins.int
+    THROTTLES_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    WHEN_QUIET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The policy's name, such as `exact-online`; tokens refer to it."""
     title: _builtins.str
@@ -77,6 +108,8 @@ class Policy(_message.Message):
     """A regular expression (Python's) with the group `endpoint` and, if there
     are any, `division`, that finds both in the path or URL of a call.
     """
+    when_quiet: Global___WhenQuiet.ValueType
+    """What a run does while a scope of its own must be quiet."""
     @_builtins.property
     def refresh(self) -> Global___RefreshPolicy:
         """When a token may be refreshed."""
@@ -91,6 +124,14 @@ class Policy(_message.Message):
         does not block.
         """
 
+    @_builtins.property
+    def throttles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Throttle]:
+        """How an answer that blocks or throttles is recognised, the first that fits."""
+
+    @_builtins.property
+    def output(self) -> Global___OutputPolicy:
+        """How errors are recognised in what a job prints."""
+
     def __init__(
         self,
         *,
@@ -101,14 +142,139 @@ class Policy(_message.Message):
         limits: _abc.Iterable[Global___Limit] | None = ...,
         block: Global___BlockPolicy | None = ...,
         endpoint_path: _builtins.str = ...,
+        throttles: _abc.Iterable[Global___Throttle] | None = ...,
+        output: Global___OutputPolicy | None = ...,
+        when_quiet: Global___WhenQuiet.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "refresh", b"refresh"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "output", b"output", "refresh", b"refresh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "endpoint_path", b"endpoint_path", "limits", b"limits", "name", b"name", "preset", b"preset", "refresh", b"refresh", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "endpoint_path", b"endpoint_path", "limits", b"limits", "name", b"name", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Policy: _TypeAlias = Policy  # noqa: Y015
+
+@_typing.final
+class Throttle(_message.Message):
+    """How an answer that blocks or throttles is recognised: all that is given must
+    fit.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STATUSES_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    HEADER_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name in the policy."""
+    body: _builtins.str
+    """A regular expression (Python's) that is found in the body."""
+    header: _builtins.str
+    """A regular expression that is found in a line `Name: value` of the headers,
+    without case.
+    """
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """HTTP statuses; some providers throttle with 200."""
+
+    @_builtins.property
+    def scope(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Who must be quiet: `app` and any of `token`, `division` and `endpoint`."""
+
+    @_builtins.property
+    def until(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Headers that say when it ends, the first that is there: seconds, an HTTP
+        date, or seconds or milliseconds since 1970.
+        """
+
+    @_builtins.property
+    def length(self) -> _duration_pb2.Duration:
+        """How long it lasts where none of them is there; absent means what the block
+        says, longer with each repeat.
+        """
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        statuses: _abc.Iterable[_builtins.int] | None = ...,
+        body: _builtins.str = ...,
+        header: _builtins.str = ...,
+        scope: _abc.Iterable[_builtins.str] | None = ...,
+        until: _abc.Iterable[_builtins.str] | None = ...,
+        length: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["length", b"length"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "header", b"header", "length", b"length", "name", b"name", "scope", b"scope", "statuses", b"statuses", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Throttle: _TypeAlias = Throttle  # noqa: Y015
+
+@_typing.final
+class OutputPolicy(_message.Message):
+    """How errors are recognised in what a job prints, line by line. All are
+    regular expressions (Python's), searched in each line.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CodesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ERRORS_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
+    CODES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """A line with an error. A group `status` has its HTTP status, a group `code`
+        one of `codes`.
+        """
+
+    @_builtins.property
+    def places(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """A line near it that says where: groups `url`, `division` or `endpoint`."""
+
+    @_builtins.property
+    def codes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """HTTP statuses of the codes that an error may have."""
+
+    def __init__(
+        self,
+        *,
+        errors: _abc.Iterable[_builtins.str] | None = ...,
+        places: _abc.Iterable[_builtins.str] | None = ...,
+        codes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "errors", b"errors", "places", b"places"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutputPolicy: _TypeAlias = OutputPolicy  # noqa: Y015
 
 @_typing.final
 class RefreshPolicy(_message.Message):
