@@ -18,6 +18,8 @@ from holdoff.errors import from_rpc_error
 from holdoff.testing import CoordinatorThread
 from holdoff.v1 import (
     admin_service_pb2_grpc,
+    budget_pb2,
+    budget_service_pb2_grpc,
     lease_pb2,
     lease_service_pb2,
     lease_service_pb2_grpc,
@@ -26,7 +28,7 @@ from holdoff.v1 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import redis
 
@@ -53,6 +55,7 @@ class Replica(CoordinatorThread):
         self.leases = lease_service_pb2_grpc.LeaseServiceStub(self.channel)
         self.tokens = token_service_pb2_grpc.TokenServiceStub(self.channel)
         self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)
+        self.budgets = budget_service_pb2_grpc.BudgetServiceStub(self.channel)
         return self
 
     def stop(self) -> None:
@@ -118,6 +121,7 @@ def ask(  # noqa: PLR0913 - the fields of the request
     request_id: str | None = None,
     job: str = "",
     last_fencing_token: int = 0,
+    scopes: Sequence[tuple[str, str]] = (),
 ) -> lease_service_pb2.AcquireLeaseRequest:
     """Build a request for a lease."""
     request = lease_service_pb2.AcquireLeaseRequest(
@@ -126,6 +130,9 @@ def ask(  # noqa: PLR0913 - the fields of the request
         ttl=duration(ttl),
         wait=None if wait is None else duration(wait),
         last_fencing_token=last_fencing_token,
+        scopes=[
+            budget_pb2.Scope(division=division, endpoint=endpoint) for division, endpoint in scopes
+        ],
     )
     request.holder.job = job
     return request
@@ -226,3 +233,44 @@ class Waiter:
         self._outbox.put(None)
         with contextlib.suppress(RuntimeError):
             self._thread.join(timeout=5)
+
+
+class Follower:
+    """A holder that follows its lease, and notes when it was told what."""
+
+    def __init__(self, replica: Replica, offer: lease_service_pb2.LeaseOffer) -> None:
+        self.offer = offer
+        self.told: list[tuple[float, lease_service_pb2.FollowLeaseResponse]] = []
+        self.ended: grpc.RpcError | None = None
+        request = lease_service_pb2.FollowLeaseRequest(name=offer.lease.name, secret=offer.secret)
+        self._stream = replica.leases.FollowLease(request)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        wait_until(lambda: self.told or self.ended)
+
+    def _listen(self) -> None:
+        try:
+            for response in self._stream:
+                self.told.append((time.monotonic(), response))
+        except grpc.RpcError as error:
+            self.ended = error
+
+    @property
+    def last(self) -> lease_service_pb2.FollowLeaseResponse:
+        """The latest instruction."""
+        return self.told[-1][1]
+
+    @property
+    def runs(self) -> bool:
+        """Whether the holder may go on."""
+        return self.last.instruction == lease_service_pb2.HOLDER_INSTRUCTION_RUN
+
+    def went_on_at(self, after: float) -> float | None:
+        """When it was first told to go on, after an instant of the monotonic clock."""
+        run = lease_service_pb2.HOLDER_INSTRUCTION_RUN
+        return next((at for at, one in self.told if at > after and one.instruction == run), None)
+
+    def close(self) -> None:
+        """Stop following."""
+        self._stream.cancel()
+        self._thread.join(timeout=5)

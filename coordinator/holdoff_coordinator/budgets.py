@@ -5,7 +5,6 @@ The policy of the event's token says what is limited; the store counts. They kno
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
@@ -13,31 +12,36 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from holdoff.names import AppName, BudgetName, TokenName
-from holdoff.policies import normal_endpoint
+from holdoff.names import BudgetName, TokenName
 from holdoff.v1 import admin_service_pb2, budget_pb2, budget_service_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.failures import Failure, invalid
-from holdoff_coordinator.leases import READ_BATCH, token_not_found
-from holdoff_coordinator.records import budget_message, reservation_message
+from holdoff_coordinator.places import ScopeFilter, job_hash
+from holdoff_coordinator.records import (
+    back_off_message,
+    back_off_sentence,
+    budget_message,
+    record,
+    reservation_message,
+)
+from holdoff_coordinator.scripts import READ_BATCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from holdoff.policies import Limit, Policy
-    from holdoff_coordinator.leases import Caller
-    from holdoff_coordinator.policies import Policies
+    from holdoff.policies import Policy
+    from holdoff_coordinator.caller import Caller
+    from holdoff_coordinator.places import Place, Places
     from holdoff_coordinator.scripts import Reply, Scripts
 
 log = structlog.get_logger()
 
+LEAST_RETRY_SECONDS = 0.2
+"""While a probe is out nobody knows when it ends."""
 MOST_EVENTS = 100
 MOST_COUNT = 10_000
 MOST_AGE_US = 24 * 3600 * 1_000_000
 """An event may be reported this late; budgets.lua keeps ids longer."""
-EXACT_MOST = 1000
-"""Limits up to this are counted event by event; larger ones in slices of a 240th window."""
-SLICES = 240
 
 _KINDS = {
     budget_pb2.EVENT_KIND_ERROR: "errors",
@@ -50,55 +54,12 @@ _OUTCOMES = {
 }
 
 
-class Place:
-    """Where an event happened, in the normal form of its token's policy."""
-
-    def __init__(self, token: TokenName, policy: Policy, scope: budget_pb2.Scope) -> None:
-        self.token = token
-        self.policy = policy
-        division, self.endpoint = policy.place(scope.endpoint)
-        self.division = scope.division or division
-
-    def specs(self, kind: str, status: int = 0) -> list[dict[str, Any]]:
-        """Return the budgets that count an event here, as budgets.lua takes them.
-
-        An error whose status is not known counts in every limit on errors.
-        """
-        return [
-            self._spec(limit)
-            for limit in self.policy.limit
-            if limit.event == kind and (not status or kind != "errors" or status in limit.statuses)
-        ]
-
-    def _spec(self, limit: Limit) -> dict[str, Any]:
-        window_us = round(limit.window * 1e6)
-        values = {
-            "token": self.token.token if "token" in limit.scope else "",
-            "division": self.division if "division" in limit.scope else "",
-            "endpoint": self.endpoint if "endpoint" in limit.scope else "",
-        }
-        # Long and free texts make the id, so it is a hash; the record has them verbatim.
-        digest = hashlib.sha256("\0".join([limit.name, *values.values()]).encode()).digest()
-        code = base64.b32encode(digest[:10]).decode().lower()
-        return {
-            "id": f"{limit.name[:46]}-{code}",
-            "limit": limit.name,
-            "kind": limit.event.upper().removesuffix("S"),
-            "most": limit.most,
-            "margin": limit.margin,
-            "window_us": window_us,
-            "grain_us": 0 if limit.most <= EXACT_MOST else max(1, window_us // SLICES),
-            "statuses": list(limit.statuses),
-            **values,
-        }
-
-
 class Budgets:
     """Record, reserve, commit, cancel, get, list and reset."""
 
-    def __init__(self, scripts: Scripts, policies: Policies) -> None:
+    def __init__(self, scripts: Scripts, places: Places) -> None:
         self._scripts = scripts
-        self._policies = policies
+        self._places = places
 
     async def record_events(
         self, request: budget_service_pb2.RecordEventsRequest, caller: Caller
@@ -109,14 +70,11 @@ class Budgets:
         apps, entries, limited = set(), [], []
         policies: dict[TokenName, Policy] = {}
         for event in request.events:
-            place = await self._place("events.scope", event.scope, policies)
+            place = await self._places.find("events.scope", event.scope, policies)
             apps.add(place.token.app)
-            kind = _KINDS.get(event.kind)
-            if kind is None:
-                raise invalid("events.kind", "must be ERROR, TOKEN_REQUEST or CALL")
-            entry = _entry(event, place, kind)
-            limited.append(bool(entry["budgets"]))
-            if entry["budgets"]:
+            entry = _entry(event, place)
+            limited.append(bool(entry["budgets"] or "block" in entry))
+            if limited[-1]:
                 entries.append(entry)
         if len(apps) > 1:
             raise invalid("events", "must be of one app")
@@ -145,7 +103,7 @@ class Budgets:
         count = _count("count", request.count)
         if request.kind not in (budget_pb2.EVENT_KIND_CALL, budget_pb2.EVENT_KIND_TOKEN_REQUEST):
             raise invalid("kind", "must be CALL or TOKEN_REQUEST: an error is not planned")
-        place = await self._place("scope", request.scope, {})
+        place = await self._places.find("scope", request.scope, {})
         specs = place.specs(_KINDS[request.kind]) + place.specs("errors")
         for spec in specs:
             if count > spec["most"] - spec["margin"]:
@@ -160,7 +118,11 @@ class Budgets:
             count,
             budgets,
             _hash(caller.identity),
+            place.token.token,
+            json.dumps(place.pair),
         )
+        if reply.status == "BACKING_OFF":
+            raise _backing_off(place.token.app, reply)
         if reply.status == "BUDGET_SPENT":
             raise _spent(place.token.app, reply)
         return budget_service_pb2.ReserveResponse(
@@ -172,8 +134,7 @@ class Budgets:
     ) -> budget_service_pb2.CommitResponse:
         """Say that the call was made."""
         age_us = validation.microseconds("age", request.age, MOST_AGE_US)
-        if not 0 <= request.status <= 599:  # noqa: PLR2004 - HTTP's last
-            raise invalid("status", "must be an HTTP status, or 0")
+        _check_status("status", request.status)
         reservation = await self._settle(request, caller, made=True, age_us=age_us)
         return budget_service_pb2.CommitResponse(reservation=reservation)
 
@@ -233,7 +194,13 @@ class Budgets:
             ids = await self._scripts.budgets(app)
             for start in range(0, len(ids), READ_BATCH):
                 found += await self._read(app, ids[start : start + READ_BATCH])
-        matching = [budget for budget in found if _matches(budget, request)]
+        wanted, state = ScopeFilter(request.scope), request.state
+        matching = [
+            budget
+            for budget in found
+            if wanted.matches(budget.scope)
+            and state in (budget_pb2.BUDGET_STATE_UNSPECIFIED, budget.state)
+        ]
         matching.sort(key=_order)
         rest = [budget for budget in matching if after is None or _order(budget) > after]
         page, more = rest[:size], len(rest) > size
@@ -257,53 +224,75 @@ class Budgets:
             budget=budget_message(name.app, reply.values[0], reply.now_us)
         )
 
-    async def _place(
-        self, field: str, scope: budget_pb2.Scope, known: dict[TokenName, Policy]
-    ) -> Place:
-        """Check a scope, and find the rules for it: a token's once a batch."""
-        token = validation.token_name(f"{field}.token", scope.token)
-        if scope.app and scope.app != str(AppName(token.app)):
-            raise invalid(f"{field}.app", f"is not the app of {token}")
-        for name, text, most in (
-            ("division", scope.division, 100),
-            ("endpoint", scope.endpoint, 2000),
-        ):
-            validation.printable(f"{field}.{name}", text, most)
-        if token not in known:
-            policy = await self._scripts.policy(token.app, token.token)
-            if policy is None:
-                raise token_not_found(token)
-            known[token] = self._policies.find(f"{field}.token", policy)
-        return Place(token, known[token], scope)
 
-
-def _entry(event: budget_pb2.Event, place: Place, kind: str) -> dict[str, Any]:
+def _entry(event: budget_pb2.Event, place: Place) -> dict[str, Any]:
     """An event as record_events.lua takes it."""
     event_id = validation.request_id(event.id, "events.id")
     age_us = validation.microseconds("events.age", event.age)
     if age_us > MOST_AGE_US:
         raise Failure("EVENT_TOO_OLD", "events.age: an event must be reported within a day")
-    if not 0 <= event.status <= 599:  # noqa: PLR2004 - HTTP's last
-        raise invalid("events.status", "must be an HTTP status, or 0")
-    shown = ""
+    _check_status("events.status", event.status)
+    job, host = validation.holder(event.holder).job, event.holder.host
+    count = _count("events.count", event.count)
+    entry: dict[str, Any] = {
+        "id": _hash(event_id),  # as those of reservations, whose events have their id
+        "age_us": age_us,
+        "count": count,
+        "budgets": [],
+        "shown": "",
+        "cause": {"job": job, "host": host, "user": event.holder.user, "status": event.status},
+    }
+    if event.kind == budget_pb2.EVENT_KIND_BLOCK:
+        entry["block"] = {
+            **place.block(event.throttle),
+            "retry_after_us": _optional_us(event, "retry_after"),
+            "sent_age_us": _optional_us(event, "sent_age"),
+        }
+        return entry
+    kind = _KINDS.get(event.kind)
+    if kind is None:
+        raise invalid("events.kind", "must be ERROR, TOKEN_REQUEST, CALL or BLOCK")
+    entry["budgets"] = place.specs(kind, event.status)
     if kind == "errors":
-        shown = json.dumps(
+        entry["shown"] = json.dumps(
             {
-                "token": str(place.token),
+                "token": place.token.token,
                 "division": place.division,
                 "endpoint": place.endpoint,
                 "status": event.status,
-                "job": validation.holder(event.holder).job,
-                "host": event.holder.host,
+                "count": count,
+                "job": job,
+                "host": host,
             }
         )
-    return {
-        "id": _hash(event_id),  # as those of reservations, whose events have their id
-        "age_us": age_us,
-        "count": _count("events.count", event.count),
-        "budgets": place.specs(kind, event.status),
-        "shown": shown,
-    }
+        entry["error"] = {
+            "token": place.token.token,
+            "place": place.pair,
+            "touched": [who for who in (job_hash(job), _lease_key(event, place.token)) if who],
+        }
+    return entry
+
+
+def _optional_us(event: budget_pb2.Event, field: str) -> int:
+    """Read a Duration of an event; -1 if it is absent."""
+    if not event.HasField(field):  # type: ignore[arg-type]
+        return -1
+    return validation.microseconds(f"events.{field}", getattr(event, field))
+
+
+def _lease_key(event: budget_pb2.Event, token: TokenName) -> str:
+    """Return what follow.lua calls the lease of an event; '' for none."""
+    if not event.lease:
+        return ""
+    name = validation.lease_name("events.lease", event.lease)
+    if name.token_name != token:
+        raise invalid("events.lease", f"is no lease of {token}")
+    return f"{name.token}:{name.lease}"
+
+
+def _check_status(field: str, status: int) -> None:
+    if not 0 <= status <= 599:  # noqa: PLR2004 - HTTP's last
+        raise invalid(field, "must be an HTTP status, or 0")
 
 
 def _count(field: str, value: int) -> int:
@@ -356,22 +345,23 @@ def _spent(app: str, reply: Reply) -> Failure:
     )
 
 
+def _backing_off(app: str, reply: Reply) -> Failure:
+    """Say what has to end before there may be calls."""
+    start_us = int(reply.values[0])
+    back_off = back_off_message(app, record(reply.values[1]), reply.now_us)
+    return Failure(
+        "BACKING_OFF",
+        back_off_sentence(back_off),
+        resource=back_off.name,
+        retry_after_seconds=max(LEAST_RETRY_SECONDS, (start_us - reply.now_us) / 1e6),
+    )
+
+
 def _not_found(name: BudgetName) -> Failure:
     return Failure(
         "BUDGET_NOT_FOUND",
         f"there is no budget {name}, or nothing is left in its window",
         resource=str(name),
-    )
-
-
-def _matches(budget: budget_pb2.Budget, request: budget_service_pb2.ListBudgetsRequest) -> bool:
-    scope, wanted = budget.scope, request.scope
-    return (
-        wanted.app in ("", scope.app)
-        and wanted.token in ("", scope.token)
-        and wanted.division in ("", scope.division)
-        and (not wanted.endpoint or normal_endpoint(wanted.endpoint) == scope.endpoint)
-        and request.state in (budget_pb2.BUDGET_STATE_UNSPECIFIED, budget.state)
     )
 
 

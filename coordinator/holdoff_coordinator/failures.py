@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
+    from holdoff.names import TokenName
+
 DOMAIN = "holdoff"
 
 CODES: Mapping[str, int] = {
@@ -115,6 +117,15 @@ class Failure(Exception):  # noqa: N818 - the word of the domain; "Error" would 
             packed.Pack(detail)
             status.details.append(packed)
         return status
+
+
+def token_not_found(name: TokenName) -> Failure:
+    """Say that there is no such token."""
+    return Failure(
+        "TOKEN_NOT_FOUND",
+        f"there is no token {name}; make it with: holdoff token create {name}",
+        resource=str(name),
+    )
 
 
 def invalid(field: str, message: str) -> Failure:

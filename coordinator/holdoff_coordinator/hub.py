@@ -21,7 +21,7 @@ from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.records import Standing, lease_message, record
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from redis.asyncio import Redis
 
@@ -36,6 +36,8 @@ LIVE_US = 5_000_000
 BATCH = 200
 """Waiters in one script call, so that no call holds up the store."""
 WAKE_PATTERN = "holdoff:*:wake"
+ANNOUNCEMENT = "*"
+"""Stands for everybody of the app: what all who hold or wait may do has changed."""
 
 
 class Waiter:
@@ -97,7 +99,12 @@ class Hub:
     def __init__(self, scripts: Scripts) -> None:
         self._scripts = scripts
         self._waiters: defaultdict[str, list[Waiter]] = defaultdict(list)
+        self._on_announcement: list[Callable[[str], Awaitable[None]]] = [self.tick]
         self.draining = False
+
+    def on_announcement(self, look: Callable[[str], Awaitable[None]]) -> None:
+        """Have somebody look at an app too when the store announces that something changed."""
+        self._on_announcement.append(look)
 
     @contextlib.contextmanager
     def joined(self, waiter: Waiter, token: TokenName, request_hash: str) -> Iterator[None]:
@@ -126,11 +133,11 @@ class Hub:
             await asyncio.sleep(TICK_SECONDS)
             await self.tick()
 
-    async def tick(self) -> None:
-        """Hear all waiters at the store, and stir those whose standing changed."""
+    async def tick(self, only_app: str | None = None) -> None:
+        """Hear all waiters, or those of one app, and stir those whose standing changed."""
         by_app: defaultdict[str, list[tuple[TokenName, Waiter]]] = defaultdict(list)
         for waiter in self._all():
-            if waiter.token:
+            if waiter.token and only_app in (None, waiter.token.app):
                 by_app[waiter.token.app].append((waiter.token, waiter))
         for app, waiters in by_app.items():
             waiters.sort(key=lambda entry: entry[0].token)
@@ -154,7 +161,7 @@ class Hub:
                 else None
             )
             for request_hash, found in standings:
-                standing = Standing.read(found, reply.now_us, lease) if found else None
+                standing = Standing.read(app, found, reply.now_us, lease) if found else None
                 for waiter in self._waiters.get(request_hash.decode(), ()):
                     if waiter.token == token:
                         waiter.found(standing)
@@ -163,19 +170,29 @@ class Hub:
         """Stir the waiters that the store's wake-ups name; reconnect for ever."""
         while True:
             try:
-                async for request_hash in _wake_ups(redis):
-                    for waiter in self._waiters.get(request_hash, ()):
+                async for app, woken in _wake_ups(redis):
+                    if woken == ANNOUNCEMENT:
+                        await self._announced(app)
+                    for waiter in self._waiters.get(woken, ()):
                         waiter.ask()
             except RedisError as error:
                 log.debug("wake-ups interrupted", error=type(error).__name__)
                 await asyncio.sleep(TICK_SECONDS / 4)
 
+    async def _announced(self, app: str) -> None:
+        for look in self._on_announcement:
+            try:
+                await look(app)
+            except Failure as failure:  # the next tick makes up for it
+                log.warning("announcement not followed", app=app, reason=failure.reason)
 
-async def _wake_ups(redis: Redis) -> AsyncIterator[str]:
-    """Yield the request hashes that were woken anywhere."""
+
+async def _wake_ups(redis: Redis) -> AsyncIterator[tuple[str, str]]:
+    """Yield the app and the request hash that were woken anywhere."""
     async with redis.pubsub(ignore_subscribe_messages=True) as channel:
         await channel.psubscribe(WAKE_PATTERN)
         while True:
             message = await channel.get_message(timeout=TICK_SECONDS)
             if message is not None:
-                yield message["data"].decode()
+                app = message["channel"].decode().removeprefix("holdoff:{").removesuffix("}:wake")
+                yield app, message["data"].decode()

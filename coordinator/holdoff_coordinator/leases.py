@@ -19,7 +19,9 @@ import structlog
 from holdoff.names import LeaseName, TokenName
 from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import Failure, invalid
+from holdoff_coordinator.failures import Failure, invalid, token_not_found
+from holdoff_coordinator.places import as_json, job_hash
+from holdoff_coordinator.policies import policy_message
 from holdoff_coordinator.records import (
     Standing,
     lease_message,
@@ -27,29 +29,22 @@ from holdoff_coordinator.records import (
     timestamp,
     waiter_message,
 )
+from holdoff_coordinator.scripts import READ_BATCH
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Sequence
 
+    from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.hub import Hub, Waiter
+    from holdoff_coordinator.places import Place, Places
     from holdoff_coordinator.scripts import Reply, Scripts
 
 log = structlog.get_logger()
 
 STATUS_SECONDS = 15.0
 """A waiter hears from us at least this often."""
-READ_BATCH = 100
-"""Tokens read in one script call, so that no call holds up the store."""
 SILENT_US = 60_000_000
 """A stream whose client is silent this long is closed; its place is not kept longer either."""
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who calls. Everybody is `anonymous` until there is authentication."""
-
-    identity: str
-    peer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +59,8 @@ class Ask:
     holder: bytes
     secret: str
     last_fencing_token: int
+    places: str
+    job: str
 
     @property
     def may_queue(self) -> bool:
@@ -71,8 +68,10 @@ class Ask:
         return self.wait_us != 0
 
 
-def check_ask(request: lease_service_pb2.AcquireLeaseRequest, caller: Caller) -> Ask:
-    """Check a request for a lease.
+def check_ask(
+    request: lease_service_pb2.AcquireLeaseRequest, caller: Caller, places: Sequence[Place]
+) -> Ask:
+    """Check a request for a lease, whose scopes are these places.
 
     The request id is bound to its caller and to what it came with, and the lease's secret is
     derived from it: a retry gets the same secret, and the store holds neither.
@@ -84,7 +83,10 @@ def check_ask(request: lease_service_pb2.AcquireLeaseRequest, caller: Caller) ->
     request_id = validation.request_id(request.request_id)
     ttl_us = validation.ttl_us(request.ttl)
     holder = validation.holder(request.holder).SerializeToString(deterministic=True)
-    bound = b"\0".join([caller.identity.encode(), str(token).encode(), b"%d" % ttl_us, holder])
+    declared = as_json(places)
+    bound = b"\0".join(
+        [caller.identity.encode(), str(token).encode(), b"%d" % ttl_us, holder, declared.encode()]
+    )
     return Ask(
         token=token,
         request_hash=_sha256(request_id.encode()),
@@ -96,15 +98,18 @@ def check_ask(request: lease_service_pb2.AcquireLeaseRequest, caller: Caller) ->
         holder=holder,
         secret=hmac.new(request_id.encode(), b"holdoff lease secret", "sha256").hexdigest(),
         last_fencing_token=request.last_fencing_token,
+        places=declared,
+        job=job_hash(request.holder.job),
     )
 
 
 class Leases:
     """Acquire, renew, release, break, get and list leases."""
 
-    def __init__(self, scripts: Scripts, hub: Hub) -> None:
+    def __init__(self, scripts: Scripts, hub: Hub, places: Places) -> None:
         self._scripts = scripts
         self._hub = hub
+        self._places = places
 
     async def acquire(
         self, request: lease_service_pb2.AcquireLeaseRequest, caller: Caller, waiter: Waiter
@@ -115,12 +120,23 @@ class Leases:
         iteration is given up, for a minute.
         """
         try:
-            ask = check_ask(request, caller)
+            token = validation.token_name("token", request.token)
+            places = await self._places.declared(token, request.scopes)
+            ask = check_ask(request, caller, places)
             with self._hub.joined(waiter, ask.token, ask.request_hash):
                 async for event in self._conversation(ask, waiter):
+                    if event.HasField("offer"):
+                        await self._complete(event.offer, ask.token, places)
                     yield event
         except Failure as failure:
             yield lease_service_pb2.AcquireLeaseResponse(error=failure.to_status())
+
+    async def _complete(
+        self, offer: lease_service_pb2.LeaseOffer, token: TokenName, places: Sequence[Place]
+    ) -> None:
+        """Put into an offer what its holder needs to count by itself."""
+        offer.policy.CopyFrom(policy_message(await self._places.policy("token", token)))
+        offer.rooms.extend(await self._places.rooms(token, [place.pair for place in places]))
 
     async def _conversation(
         self, ask: Ask, waiter: Waiter
@@ -192,6 +208,8 @@ class Leases:
             _sha256(ask.secret.encode()),
             waiter.heard_age_us,
             ask.last_fencing_token,
+            ask.places,
+            ask.job,
         )
         if reply.status == "WAITING":
             flat, lease, lease_id = reply.values
@@ -200,7 +218,7 @@ class Leases:
                 if lease_id
                 else None
             )
-            return Standing.read(flat, reply.now_us, blocking)
+            return Standing.read(ask.token.app, flat, reply.now_us, blocking)
         if reply.status == "OFFER":
             lease_id, flat = reply.values
             message = lease_message(ask.token, lease_id.decode(), record(flat), reply.now_us)
@@ -347,7 +365,6 @@ _OVER = {
 }
 
 _MESSAGES = {
-    "TOKEN_NOT_FOUND": "there is no token {token}; make it with: holdoff token create {token}",
     "TOKEN_EXISTS": "{token} exists already; change it with: holdoff token update {token}",
     "QUEUE_FULL": "too many wait for {token} already",
     "LEASE_NOT_FOUND": "there is no lease {name}, or it ended too long ago to be remembered",
@@ -357,12 +374,6 @@ _MESSAGES = {
     "LEASE_BROKEN": "{name} was broken: {why}",
     "OFFER_EXPIRED": "{name} was offered, and not accepted in time: the request waits on",
 }
-
-
-def token_not_found(name: TokenName) -> Failure:
-    """Say that there is no such token."""
-    message = _MESSAGES["TOKEN_NOT_FOUND"].format(token=name)
-    return Failure("TOKEN_NOT_FOUND", message, resource=str(name))
 
 
 def failure_of(reply: Reply, name: TokenName | LeaseName) -> Failure:
@@ -382,9 +393,11 @@ def failure_of(reply: Reply, name: TokenName | LeaseName) -> Failure:
         return Failure(reason, message, field="request_id")
     elif reason == "FENCING_TOKEN_TOO_LARGE":
         return invalid("last_fencing_token", "lies more than a year ahead of the store's clock")
+    token = name.token_name if isinstance(name, LeaseName) else name
+    if reason == "TOKEN_NOT_FOUND":
+        return token_not_found(token)
     if reason not in _MESSAGES:
         return Failure("INTERNAL", f"unexpected answer of the store: {reason}")
-    token = name.token_name if isinstance(name, LeaseName) else name
     message = _MESSAGES[reason].format(name=name, token=token, why=why)
     return Failure(reason, message, resource=str(name))
 

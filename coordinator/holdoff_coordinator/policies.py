@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from google.protobuf import duration_pb2
 
     from holdoff.policies import Block, Policy
-    from holdoff_coordinator.leases import Caller
+    from holdoff_coordinator.caller import Caller
 
 
 class RefreshAt(StrEnum):

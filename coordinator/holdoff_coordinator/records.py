@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from google.protobuf import duration_pb2, timestamp_pb2
 
-from holdoff.names import AppName, BudgetName, LeaseName, TokenName
+from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
 from holdoff.v1 import budget_pb2, lease_pb2, token_pb2
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.scripts import lock_name
@@ -29,13 +29,23 @@ _WAIT_REASONS = {
     "HELD": lease_pb2.WAIT_REASON_HELD,
     "COOLING": lease_pb2.WAIT_REASON_COOLING,
     "QUARANTINED": lease_pb2.WAIT_REASON_QUARANTINED,
+    "BACKING_OFF": lease_pb2.WAIT_REASON_BACKING_OFF,
     "QUEUED": lease_pb2.WAIT_REASON_QUEUED,
+}
+
+_WAIT_WORDS = {
+    "": "the token is free, and this waiter was not heard from",
+    "HELD": "its lock is held by a python-redis-lock user",
+    "COOLING": "cooling down after the last refresh",
+    "QUARANTINED": "quarantined: the store may have forgotten something",
+    "QUEUED": "another waiter comes first",
 }
 
 _FAILURE_REASONS = {
     "HELD": "LEASE_HELD",
     "COOLING": "TOKEN_COOLING",
     "QUARANTINED": "QUARANTINED",
+    "BACKING_OFF": "BACKING_OFF",
     "QUEUED": "TOKEN_QUEUED",
 }
 
@@ -178,7 +188,6 @@ def waiter_message(place: int, request: Record, now_us: int) -> lease_pb2.Waiter
 def budget_message(app: str, found: Sequence[Any], now_us: int) -> budget_pb2.Budget:
     """A budget as the API shows it, from an entry of `read_budgets.lua`."""
     budget_id, flat, room_us = found[0].decode(), record(found[1]), int(found[2])
-    token = flat["token"].decode()
     most, margin = int(flat["most"]), int(flat["margin"])
     used, reserved = int(flat.get("used", b"0")), int(flat.get("reserved", b"0"))
     room = max(0, most - margin - used - reserved)
@@ -191,12 +200,7 @@ def budget_message(app: str, found: Sequence[Any], now_us: int) -> budget_pb2.Bu
         name=str(BudgetName(app, budget_id)),
         limit=flat["limit"].decode(),
         kind=budget_pb2.EventKind.Value(f"EVENT_KIND_{flat['kind'].decode()}"),
-        scope=budget_pb2.Scope(
-            app=str(AppName(app)),
-            token=str(TokenName(app, token)) if token else "",
-            division=flat["division"].decode(),
-            endpoint=flat["endpoint"].decode(),
-        ),
+        scope=_scope(app, flat),
         state=state,
         used=used,
         reserved=reserved,
@@ -209,6 +213,92 @@ def budget_message(app: str, found: Sequence[Any], now_us: int) -> budget_pb2.Bu
         last_event_time=timestamp(flat, "last_us"),
         reset_time=timestamp(flat, "reset_us"),
         reset_reason=flat.get("reset_reason", b"").decode(),
+    )
+
+
+def back_off_message(app: str, back_off: Record, now_us: int) -> budget_pb2.BackOff:
+    """A back-off as the API shows it, from its record; one that is over has no state."""
+    cause, budget_id = back_off["cause"].decode(), back_off["id"].decode()
+    state, until_us = back_off["state"].decode(), int(back_off["until_us"])
+    probe = back_off.get("probe_holder")
+    return budget_pb2.BackOff(
+        name=str(BackOffName(app, budget_id)),
+        scope=_scope(app, back_off),
+        cause=budget_pb2.BackOffCause.Value(f"BACK_OFF_CAUSE_{cause}"),
+        state=(
+            budget_pb2.BACK_OFF_STATE_UNSPECIFIED
+            if state == "OVER"
+            else budget_pb2.BackOffState.Value(f"BACK_OFF_STATE_{state}")
+        ),
+        start_time=timestamp(back_off, "since_us"),
+        end_time=timestamp(back_off, "until_us"),
+        remaining=duration(until_us - now_us) if state != "OVER" and until_us > now_us else None,
+        reason=_back_off_words(app, back_off),
+        caused_by=lease_pb2.Holder(
+            job=back_off.get("job", b"").decode(),
+            host=back_off.get("host", b"").decode(),
+            user=back_off.get("user", b"").decode(),
+        ),
+        status=int(back_off.get("status", b"0")),
+        repeats=int(back_off.get("repeats", b"0")),
+        budget=str(BudgetName(app, budget_id)) if cause == "SPENT" else "",
+        probe=lease_pb2.Holder.FromString(probe) if probe else None,
+    )
+
+
+def back_off_sentence(back_off: budget_pb2.BackOff) -> str:
+    """What a back-off asks of everybody, for people."""
+    match back_off.state:
+        case budget_pb2.BACK_OFF_STATE_PROBING:
+            probe = f", {holder_words(back_off.probe)}," if back_off.HasField("probe") else ""
+            return f"{back_off.reason}; that is over, and one job{probe} tries first"
+        case budget_pb2.BACK_OFF_STATE_REOPENING:
+            return f"{back_off.reason}; that is over, and jobs follow one by one"
+        case _:
+            return back_off.reason
+
+
+def holder_words(holder: lease_pb2.Holder) -> str:
+    """A holder for people."""
+    who = f"job {holder.job!r}" if holder.job else f"process {holder.pid}"
+    return f"{who} on {holder.host}" if holder.host else who
+
+
+def _back_off_words(app: str, back_off: Mapping[str, bytes]) -> str:
+    """Why a scope must be quiet, for people."""
+    where, reason = scope_words(_scope(app, back_off)), back_off.get("reason", b"").decode()
+    match back_off["cause"]:
+        case b"SPENT" if reason:
+            return f"{reason}: {where} is quiet"
+        case b"SPENT":
+            return f"the budget {back_off['limit'].decode()} of {where} is spent"
+        case b"BLOCKED":
+            status = back_off.get("status", b"0").decode()
+            how = f" with HTTP {status}" if status != "0" else ""
+            what = f" ({reason})" if reason else ""
+            return f"the provider refuses calls of {where}{how}{what}"
+        case _:
+            who = back_off.get("user", b"").decode() or "somebody"
+            return f"{who} made {where} quiet: {reason}"
+
+
+def scope_words(scope: budget_pb2.Scope) -> str:
+    """A scope for people."""
+    parts = [scope.token or scope.app]
+    if scope.division:
+        parts.append(f"division {scope.division}")
+    if scope.endpoint:
+        parts.append(scope.endpoint)
+    return " ".join(parts)
+
+
+def _scope(app: str, flat: Mapping[str, bytes]) -> budget_pb2.Scope:
+    token = flat["token"].decode()
+    return budget_pb2.Scope(
+        app=str(AppName(app)),
+        token=str(TokenName(app, token)) if token else "",
+        division=flat["division"].decode(),
+        endpoint=flat["endpoint"].decode(),
     )
 
 
@@ -235,22 +325,33 @@ class Standing:
     """What a request waits for, at one instant of the store's clock."""
 
     reason: str
-    """HELD, COOLING, QUARANTINED, QUEUED, or '' when nothing stands in the way."""
+    """HELD, COOLING, QUARANTINED, BACKING_OFF, QUEUED, or '' when nothing is in the way."""
     place: int
     queue_length: int
     start_us: int
     """The earliest start; a bound from below."""
     first: bool
-    """The request is the first live one of its queue."""
+    """It need not be told when it may go: it may ask at its earliest start."""
     now_us: int
     blocking_lease: lease_pb2.Lease | None
+    back_off: budget_pb2.BackOff | None
+    """The back-off that must end first, if one must."""
 
     @classmethod
-    def read(cls, flat: Sequence[bytes], now_us: int, lease: lease_pb2.Lease | None) -> Self:
-        """Read what `standing()` of common.lua returned."""
-        reason, place, length, start, first = flat
+    def read(
+        cls, app: str, flat: Sequence[Any], now_us: int, lease: lease_pb2.Lease | None
+    ) -> Self:
+        """Read what `standing()` of leases.lua returned."""
+        reason, place, length, start, first, back_off = flat
         return cls(
-            reason.decode(), int(place), int(length), int(start), first == b"1", now_us, lease
+            reason.decode(),
+            int(place),
+            int(length),
+            int(start),
+            first == b"1",
+            now_us,
+            lease,
+            back_off_message(app, record(back_off), now_us) if back_off else None,
         )
 
     @property
@@ -271,28 +372,20 @@ class Standing:
         return (
             self.reason,
             self.place,
-            f"{blocking.name} {blocking.state}" if blocking else "",
-            self.start_us if self.reason == "COOLING" else 0,
+            f"{blocking.name} {blocking.state}" if blocking else self._back_off_stands(),
+            self.start_us if self.reason in ("COOLING", "BACKING_OFF") and self.first else 0,
         )
+
+    def _back_off_stands(self) -> str:
+        return f"{self.back_off.name} {self.back_off.state}" if self.back_off else ""
 
     def message(self) -> str:
         """One sentence for people."""
-        match self.reason:
-            case "HELD" if self.blocking_lease:
-                holder = self.blocking_lease.holder
-                who = f"job {holder.job!r}" if holder.job else f"process {holder.pid}"
-                where = f" on {holder.host}" if holder.host else ""
-                return f"held by {who}{where}"
-            case "HELD":
-                return "its lock is held by a python-redis-lock user"
-            case "COOLING":
-                return "cooling down after the last refresh"
-            case "QUARANTINED":
-                return "quarantined: the store may have forgotten something"
-            case "QUEUED":
-                return "another waiter comes first"
-            case _:
-                return "the token is free, and this waiter was not heard from"
+        if self.back_off:
+            return back_off_sentence(self.back_off)
+        if self.blocking_lease and self.reason == "HELD":
+            return f"held by {holder_words(self.blocking_lease.holder)}"
+        return _WAIT_WORDS[self.reason]
 
     def to_status(self) -> lease_pb2.WaitStatus:
         """The message for the waiter."""
@@ -305,13 +398,15 @@ class Standing:
             earliest_start_time=start,
             blocking_lease=self.blocking_lease,
             message=self.message(),
+            blocking_back_off=self.back_off.name if self.back_off else "",
         )
 
     def to_failure(self, token: TokenName) -> Failure:
         """The answer at the limit of a wait."""
+        blocking = self.blocking_lease or self.back_off
         return Failure(
             _FAILURE_REASONS[self.reason or "QUEUED"],
             f"no lease on {token}: {self.message()}",
-            resource=self.blocking_lease.name if self.blocking_lease else str(token),
+            resource=blocking.name if blocking else str(token),
             retry_after_seconds=self.start_in_us / 1e6,
         )

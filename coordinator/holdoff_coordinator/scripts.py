@@ -1,7 +1,7 @@
 """The border to the store: runs the Lua scripts, and turns its errors into failures.
 
-Every decision is made in a script, with the store's clock. One script a file; `common.lua`
-stands before each.
+Every decision is made in a script, with the store's clock. One script a file; before each stand
+`common.lua` and the parts that build on it.
 """
 
 from __future__ import annotations
@@ -25,29 +25,45 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+READ_BATCH = 100
+"""Records read in one script call, so that no call holds up the store."""
 APPS = "holdoff:apps"
 """Index of all apps; written before anything of the app, so that it may name too many."""
 LOST = "lost"
 """Stands for the epoch of an app whose store is known to have lost its data."""
 
-_BUDGET_NAMES = ("commit", "read_budgets", "record_events", "reserve", "reset_budget")
-_NAMES = (
+BUDGET_SCRIPTS = ("commit", "read_budgets", "record_events", "reserve", "reset_budget")
+SCRIPTS = (
+    *BUDGET_SCRIPTS,
     "acquire",
     "break",
+    "clear_back_off",
     "create_token",
+    "follow",
     "quarantine",
     "read",
+    "read_back_offs",
     "read_history",
     "read_lease",
     "read_queue",
     "release",
     "renew",
+    "set_back_off",
     "sweep",
     "tick",
     "update_token",
     "upgrade",
     "withdraw",
 )
+
+
+def source(name: str) -> str:
+    """Return the text of a script, with what stands before it."""
+    before = ["common", "backoffs", "leases"]
+    if name in BUDGET_SCRIPTS:
+        before.append("budgets")
+    folder = files("holdoff_coordinator") / "lua"
+    return "".join((folder / f"{part}.lua").read_text() for part in [*before, name])
 
 
 def shard_key(app: str) -> str:
@@ -66,6 +82,8 @@ def boottime_us() -> int:
     return time.clock_gettime_ns(clock) // 1000
 
 
+ERRORS_READ = 1000
+"""Errors of an app looked through for an explanation."""
 CHANGES_READ = 200
 """Changes of an app read at once."""
 
@@ -110,17 +128,7 @@ class Scripts:
         self._jump_us = 0
         self._jumped_at_us = 0
         self._cleared: dict[str, int] = {}
-        folder = files("holdoff_coordinator") / "lua"
-        common = (folder / "common.lua").read_text()
-        self._scripts = {
-            name: redis.register_script(common + (folder / f"{name}.lua").read_text())
-            for name in _NAMES
-        }
-        common += (folder / "budgets.lua").read_text()
-        self._scripts |= {
-            name: redis.register_script(common + (folder / f"{name}.lua").read_text())
-            for name in _BUDGET_NAMES
-        }
+        self._scripts = {name: redis.register_script(source(name)) for name in SCRIPTS}
 
     async def run(self, name: str, app: str, *args: bytes | str | int) -> Reply:
         """Run a script on the shard of an app.
@@ -188,11 +196,15 @@ class Scripts:
             if found != now:
                 log.info("upgraded the records of an app", app=app, from_schema=found, schema=now)
 
-    async def position(self, app: str) -> tuple[Position, int]:
-        """Return the place after an app's latest change, and when its quarantine ends in µs."""
-        fields = self.redis.hmget(shard_key(app), "epoch", "changes", "quarantine_until_us")
-        epoch, number, quarantine_until_us = await _answer(fields)
-        return Position((epoch or b"").decode(), int(number or 0)), int(quarantine_until_us or 0)
+    async def position(self, app: str) -> tuple[Position, int, int]:
+        """Return the place after an app's latest change, and what concerns all of its tokens.
+
+        That is when its quarantine ends in µs, and how often a back-off changed.
+        """
+        names = ("epoch", "changes", "quarantine_until_us", "back_off_moves")
+        epoch, *numbers = await _answer(self.redis.hmget(shard_key(app), *names))
+        number, quarantine_until_us, back_off_moves = (int(value or 0) for value in numbers)
+        return Position((epoch or b"").decode(), number), quarantine_until_us, back_off_moves
 
     async def changes(self, app: str, after: int) -> list[tuple[int, dict[str, bytes]]] | None:
         """Return an app's changes after one number, with theirs; None if some are gone."""
@@ -206,14 +218,14 @@ class Scripts:
         return found if found and found[0][0] == after + 1 else None
 
     async def busy_apps(self) -> list[str]:
-        """List the apps with a token that is not idle.
+        """List the apps with a token that is not idle, or a back-off.
 
         This asks for one number an app; apps are API keys, of which there are few.
         """
         apps = await self.apps()
         async with self.redis.pipeline(transaction=False) as pipeline:
             for app in apps:
-                pipeline.zcard(f"{shard_key(app)}:due")
+                pipeline.exists(f"{shard_key(app)}:due", f"{shard_key(app)}:backoffs")
             counts = await _answer(pipeline.execute())
         return [app for app, count in zip(apps, counts, strict=True) if count]
 
@@ -232,10 +244,33 @@ class Scripts:
         found = await _answer(self.redis.zrangebylex(key, first, "+", start=0, num=limit))
         return [token.decode() for token in found]
 
+    async def moved(self, app: str, after: int | None) -> tuple[int, list[str], bool]:
+        """Return the number of an app's latest move, and what moved after another number.
+
+        That is the ids of budgets, and whether a back-off did.
+        """
+        key = shard_key(app)
+        number = int(await _answer(self.redis.hget(key, "moves")) or 0)
+        if after is None or number == after:
+            return number, [], False
+        first = f"({after}" if number > after else "-inf"  # a store that began anew
+        found = await _answer(self.redis.zrange(f"{key}:moved", first, "+inf", byscore=True))
+        things = [thing.decode().split(" ") for thing in found]
+        return (
+            number,
+            [name for kind, name in things if kind == "budget"],
+            any(kind == "back-off" for kind, _ in things),
+        )
+
     async def budgets(self, app: str) -> list[str]:
         """List the ids of an app's budgets with an event in their window."""
         found = await _answer(self.redis.zrange(f"{shard_key(app)}:budgets", 0, -1))
         return [budget.decode() for budget in found]
+
+    async def errors(self, app: str) -> list[tuple[bytes, bytes]]:
+        """Return an app's latest errors, the newest first: when in µs, and the event as JSON."""
+        entries = await _answer(self.redis.xrevrange(f"{shard_key(app)}:errors", count=ERRORS_READ))
+        return [(fields[b"at_us"], fields[b"event"]) for _, fields in entries]
 
     async def policy(self, app: str, token: str) -> str | None:
         """Return the name of a token's policy; None if there is no such token."""

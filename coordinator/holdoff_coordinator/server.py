@@ -10,17 +10,20 @@ import grpc
 import structlog
 from redis import Redis as SyncRedis
 
+from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.followers import Followers
 from holdoff_coordinator.hub import Hub
 from holdoff_coordinator.leases import Leases
+from holdoff_coordinator.places import Places
 from holdoff_coordinator.policies import Policies
 from holdoff_coordinator.scripts import Scripts, boottime_us
-from holdoff_coordinator.service import SERVICES, add_services
+from holdoff_coordinator.service import SERVICES, Handlers, add_services
 from holdoff_coordinator.store import StoreError
 from holdoff_coordinator.sweeper import Sweeper
 from holdoff_coordinator.tokens import Tokens
-from holdoff_coordinator.watches import Watches
+from holdoff_coordinator.watches import BudgetWatches, Watches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -83,16 +86,20 @@ class Coordinator:
         self._lock_client = SyncRedis.from_url(store_url, socket_timeout=5)
         self._sweeper = Sweeper(self.scripts, self._lock_client)
         self._server = grpc.aio.server(options=_OPTIONS)
-        leases = Leases(self.scripts, self.hub)
         known = Policies(policies)
-        self._health = add_services(
-            self._server,
-            leases,
-            Watches(self.scripts, self.hub),
-            Tokens(self.scripts, known),
-            Budgets(self.scripts, known),
-            known,
+        places = Places(self.scripts, known)
+        self._followers = Followers(self.scripts, self.hub, places)
+        handlers = Handlers(
+            leases=Leases(self.scripts, self.hub, places),
+            followers=self._followers,
+            watches=Watches(self.scripts, self.hub),
+            tokens=Tokens(self.scripts, known),
+            budgets=Budgets(self.scripts, places),
+            back_offs=BackOffs(self.scripts, places),
+            budget_watches=BudgetWatches(self.scripts, self.hub),
+            policies=known,
         )
+        self._health = add_services(self._server, handlers)
         self._duties: list[asyncio.Task[None]] = []
         self.address = listen
 
@@ -114,6 +121,7 @@ class Coordinator:
         await self._server.start()
         for duty in (
             self.hub.tick_forever,
+            self._followers.tick_forever,
             functools.partial(self.hub.listen_forever, self._redis),
             self._sweeper.sweep_forever,
         ):

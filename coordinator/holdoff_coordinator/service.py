@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
@@ -26,20 +27,22 @@ from holdoff.v1 import (
     token_service_pb2,
     token_service_pb2_grpc,
 )
+from holdoff_coordinator.caller import Caller
 from holdoff_coordinator.failures import Failure, invalid
 from holdoff_coordinator.hub import Waiter
-from holdoff_coordinator.leases import Caller
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from google.rpc import status_pb2
 
+    from holdoff_coordinator.backoffs import BackOffs
     from holdoff_coordinator.budgets import Budgets
+    from holdoff_coordinator.followers import Followers
     from holdoff_coordinator.leases import Leases
     from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.tokens import Tokens
-    from holdoff_coordinator.watches import Watches
+    from holdoff_coordinator.watches import BudgetWatches, Watches
 
 log = structlog.get_logger()
 
@@ -54,6 +57,21 @@ SERVICES = tuple(
     )
 )
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What answers the calls."""
+
+    leases: Leases
+    followers: Followers
+    watches: Watches
+    tokens: Tokens
+    budgets: Budgets
+    back_offs: BackOffs
+    budget_watches: BudgetWatches
+    policies: Policies
+
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
@@ -84,9 +102,10 @@ async def _answer(
 class LeaseService(lease_service_pb2_grpc.LeaseServiceServicer):
     """`holdoff.v1.LeaseService`."""
 
-    def __init__(self, leases: Leases, watches: Watches) -> None:
-        self._leases = leases
-        self._watches = watches
+    def __init__(self, handlers: Handlers) -> None:
+        self._leases = handlers.leases
+        self._followers = handlers.followers
+        self._watches = handlers.watches
 
     async def AcquireLease(  # noqa: N802
         self, request: lease_service_pb2.AcquireLeaseRequest, context: Context
@@ -117,6 +136,16 @@ class LeaseService(lease_service_pb2_grpc.LeaseServiceServicer):
                     yield lease_service_pb2.StreamAcquireLeaseResponse(event=event)
         finally:
             listening.cancel()
+
+    async def FollowLease(  # noqa: N802
+        self, request: lease_service_pb2.FollowLeaseRequest, context: Context
+    ) -> AsyncIterator[lease_service_pb2.FollowLeaseResponse]:
+        """Tell the holder what to do."""
+        try:
+            async for response in self._followers.follow(request, _caller(context)):
+                yield response
+        except Failure as failure:
+            await _abort(context, failure.to_status())
 
     async def RenewLease(  # noqa: N802
         self, request: lease_service_pb2.RenewLeaseRequest, context: Context
@@ -212,8 +241,10 @@ class TokenService(token_service_pb2_grpc.TokenServiceServicer):
 class BudgetService(budget_service_pb2_grpc.BudgetServiceServicer):
     """`holdoff.v1.BudgetService`."""
 
-    def __init__(self, budgets: Budgets) -> None:
-        self._budgets = budgets
+    def __init__(self, handlers: Handlers) -> None:
+        self._budgets = handlers.budgets
+        self._back_offs = handlers.back_offs
+        self._watches = handlers.budget_watches
 
     async def RecordEvents(  # noqa: N802
         self, request: budget_service_pb2.RecordEventsRequest, context: Context
@@ -251,6 +282,28 @@ class BudgetService(budget_service_pb2_grpc.BudgetServiceServicer):
         """Show many."""
         return await _answer(self._budgets.list, request, context)
 
+    async def ListBackOffs(  # noqa: N802
+        self, request: budget_service_pb2.ListBackOffsRequest, context: Context
+    ) -> budget_service_pb2.ListBackOffsResponse:
+        """Show who must be quiet."""
+        return await _answer(self._back_offs.list_all, request, context)
+
+    async def WatchBudgets(  # noqa: N802
+        self, request: budget_service_pb2.WatchBudgetsRequest, context: Context
+    ) -> AsyncIterator[budget_service_pb2.WatchBudgetsResponse]:
+        """Tell every change."""
+        try:
+            async for response in self._watches.watch(request, _caller(context)):
+                yield response
+        except Failure as failure:
+            await _abort(context, failure.to_status())
+
+    async def Explain(  # noqa: N802
+        self, request: budget_service_pb2.ExplainRequest, context: Context
+    ) -> budget_service_pb2.ExplainResponse:
+        """Say what stands in the way."""
+        return await _answer(self._back_offs.explain, request, context)
+
 
 class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
     """`holdoff.v1.PolicyService`."""
@@ -274,15 +327,28 @@ class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
 class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
     """`holdoff.v1.AdminService`."""
 
-    def __init__(self, leases: Leases, budgets: Budgets) -> None:
-        self._leases = leases
-        self._budgets = budgets
+    def __init__(self, handlers: Handlers) -> None:
+        self._leases = handlers.leases
+        self._budgets = handlers.budgets
+        self._back_offs = handlers.back_offs
 
     async def ResetBudget(  # noqa: N802
         self, request: admin_service_pb2.ResetBudgetRequest, context: Context
     ) -> admin_service_pb2.ResetBudgetResponse:
         """Forget what was counted."""
         return await _answer(self._budgets.reset, request, context)
+
+    async def SetBackOff(  # noqa: N802
+        self, request: admin_service_pb2.SetBackOffRequest, context: Context
+    ) -> admin_service_pb2.SetBackOffResponse:
+        """Make quiet."""
+        return await _answer(self._back_offs.set, request, context)
+
+    async def ClearBackOff(  # noqa: N802
+        self, request: admin_service_pb2.ClearBackOffRequest, context: Context
+    ) -> admin_service_pb2.ClearBackOffResponse:
+        """Let go on."""
+        return await _answer(self._back_offs.clear, request, context)
 
     async def BreakLease(  # noqa: N802
         self, request: admin_service_pb2.BreakLeaseRequest, context: Context
@@ -291,20 +357,15 @@ class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
         return await _answer(self._leases.break_, request, context)
 
 
-def add_services(  # noqa: PLR0913, PLR0917 - one a service
-    server: grpc.aio.Server,
-    leases: Leases,
-    watches: Watches,
-    tokens: Tokens,
-    budgets: Budgets,
-    policies: Policies,
-) -> health.aio.HealthServicer:
+def add_services(server: grpc.aio.Server, handlers: Handlers) -> health.aio.HealthServicer:
     """Register everything on a server; return the health servicer."""
-    lease_service_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(leases, watches), server)
-    token_service_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(tokens), server)
-    budget_service_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetService(budgets), server)
-    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(policies), server)
-    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(leases, budgets), server)
+    lease_service_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(handlers), server)
+    token_service_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(handlers.tokens), server)
+    budget_service_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetService(handlers), server)
+    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(
+        PolicyService(handlers.policies), server
+    )
+    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(handlers), server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     _add_reflection(server, (*SERVICES, health.SERVICE_NAME))

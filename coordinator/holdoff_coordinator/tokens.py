@@ -10,13 +10,14 @@ from holdoff._text import quoted
 from holdoff.names import TokenName
 from holdoff.v1 import token_pb2, token_service_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import invalid
-from holdoff_coordinator.leases import READ_BATCH, failure_of, token_not_found
+from holdoff_coordinator.failures import invalid, token_not_found
+from holdoff_coordinator.leases import failure_of
 from holdoff_coordinator.policies import RefreshAt, rules
 from holdoff_coordinator.records import token_message
+from holdoff_coordinator.scripts import READ_BATCH
 
 if TYPE_CHECKING:
-    from holdoff_coordinator.leases import Caller
+    from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.scripts import Scripts
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from holdoff._text import quoted
 from holdoff.durations import format_duration
-from holdoff.names import AppName, BudgetName, LeaseName, TokenName
+from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
 from holdoff_coordinator.failures import Failure, invalid
 
 if TYPE_CHECKING:
     from google.protobuf import duration_pb2, timestamp_pb2
 
-    from holdoff.v1 import lease_pb2
+    from holdoff.v1 import budget_pb2, lease_pb2
 
 LEAST_TTL_US = 1_000_000
 MOST_TTL_US = 24 * 3600 * 1_000_000
@@ -41,6 +41,14 @@ def budget_name(field: str, text: str) -> BudgetName:
     """Parse a budget's name."""
     try:
         return BudgetName.parse(text)
+    except ValueError as error:
+        raise invalid(field, str(error)) from None
+
+
+def back_off_name(field: str, text: str) -> BackOffName:
+    """Parse a back-off's name."""
+    try:
+        return BackOffName.parse(text)
     except ValueError as error:
         raise invalid(field, str(error)) from None
 
@@ -195,6 +203,12 @@ def holder(value: lease_pb2.Holder) -> lease_pb2.Holder:
             )
         printable(f"holder.labels.{key}", text, _MOST_LABEL_CHARACTERS)
     return value
+
+
+def place(field: str, scope: budget_pb2.Scope) -> None:
+    """Check the division and the endpoint of a scope."""
+    printable(f"{field}.division", scope.division, 100)
+    printable(f"{field}.endpoint", scope.endpoint, 2000)
 
 
 def secret(text: str) -> str:

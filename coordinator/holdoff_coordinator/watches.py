@@ -11,24 +11,32 @@ import re
 import time
 from typing import TYPE_CHECKING
 
-from holdoff.names import TokenName
-from holdoff.v1 import lease_pb2, lease_service_pb2
+from holdoff.names import BudgetName, TokenName
+from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import Failure, invalid
-from holdoff_coordinator.leases import READ_BATCH, token_not_found
-from holdoff_coordinator.records import change_message, status_message
-from holdoff_coordinator.scripts import Position
+from holdoff_coordinator.failures import Failure, invalid, token_not_found
+from holdoff_coordinator.places import ScopeFilter
+from holdoff_coordinator.records import (
+    back_off_message,
+    budget_message,
+    change_message,
+    record,
+    status_message,
+)
+from holdoff_coordinator.scripts import READ_BATCH, Position
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator
 
     from holdoff.names import AppName
+    from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.hub import Hub
-    from holdoff_coordinator.leases import Caller
     from holdoff_coordinator.scripts import Scripts
 
 LOOK_SECONDS = 0.25
 """How often a watcher looks for changes."""
+BUDGET_LOOK_SECONDS = 1.0
+"""How soon a budget that is not open is looked at again at the earliest."""
 
 _RESUME = re.compile(r"([a-z0-9-]{1,63}):([0-9a-f]{0,32}):([0-9]{1,15})")
 
@@ -79,13 +87,15 @@ class Watches:
     ) -> AsyncIterator[lease_service_pb2.WatchLeasesResponse]:
         """Yield what there is about one app now, and move on in it."""
         only = parent.token if isinstance(parent, TokenName) else None
-        latest, quarantine_until_us = await self._scripts.position(app.name)
+        latest, quarantine_until_us, back_off_moves = await self._scripts.position(app.name)
         changes = None
-        if app.at == latest and not app.quarantine_moved(quarantine_until_us):
+        moved = app.moved_as_a_whole(quarantine_until_us, back_off_moves)
+        if app.at == latest and not moved:
             return
         if app.at and app.at.epoch == latest.epoch and app.at.number < latest.number:
             changes = await self._scripts.changes(app.name, app.at.number)
         if changes is None:
+            app.back_off_moves = back_off_moves
             async for snapshot in self._snapshot(app, only, quarantine_until_us):
                 yield lease_service_pb2.WatchLeasesResponse(snapshot=snapshot)
             return
@@ -131,6 +141,129 @@ class Watches:
             last_id = tokens[-1]
 
 
+class BudgetWatches:
+    """Watch the budgets and back-offs of everything, or of an app."""
+
+    def __init__(self, scripts: Scripts, hub: Hub) -> None:
+        self._scripts = scripts
+        self._hub = hub
+
+    async def watch(
+        self, request: budget_service_pb2.WatchBudgetsRequest, _: Caller
+    ) -> AsyncIterator[budget_service_pb2.WatchBudgetsResponse]:
+        """Say how budgets and back-offs stand, then what changed; it ends with a `Failure` only.
+
+        Raises:
+            Failure: INVALID_FIELD, DRAINING or STORE_UNAVAILABLE.
+        """
+        parent = validation.app_parent(request.parent)
+        wanted = ScopeFilter(request.scope)
+        watched: dict[str, _Budgets] = {}
+        told_all = False
+        while not self._hub.draining:
+            for app in [parent.app] if parent else await self._scripts.apps():
+                budgets = watched.setdefault(app, _Budgets(app))
+                async for response in self._next(budgets, wanted):
+                    yield response
+            if not told_all:
+                told_all = True
+                yield budget_service_pb2.WatchBudgetsResponse(snapshot_end=True)
+            await asyncio.sleep(LOOK_SECONDS)
+        raise Failure(
+            "DRAINING",
+            "this coordinator is shutting down; watch at another one",
+            retry_after_seconds=0.2,
+        )
+
+    async def _next(
+        self, app: _Budgets, wanted: ScopeFilter
+    ) -> AsyncIterator[budget_service_pb2.WatchBudgetsResponse]:
+        """Yield what of an app is not as it was told."""
+        number, ids, moved = await self._scripts.moved(app.name, app.at)
+        now = time.monotonic()
+        # What stood at the end of a window, or of a quiet, moves by itself.
+        due = [budget for budget, at in app.look_at.items() if at <= now]
+        if app.at is None:
+            ids = await self._scripts.budgets(app.name)
+        app.at = number
+        for start in range(0, len(found := sorted({*ids, *due})), READ_BATCH):
+            batch = found[start : start + READ_BATCH]
+            reply = await self._scripts.run("read_budgets", app.name, *batch)
+            budgets = [budget_message(app.name, one, reply.now_us) for one in reply.values[0]]
+            told = [one for one in budgets if wanted.matches(one.scope) and app.is_news(one)]
+            gone = app.gone(batch, {BudgetName.parse(one.name).budget for one in budgets})
+            if told or gone:
+                yield budget_service_pb2.WatchBudgetsResponse(budgets=[*told, *gone])
+        if moved or app.back_offs is None or due:
+            reply = await self._scripts.run("read_back_offs", app.name, "", "", "")
+            back_offs = [
+                back_off_message(app.name, record(flat), reply.now_us) for flat in reply.values[0]
+            ]
+            news = app.back_off_news([one for one in back_offs if wanted.matches(one.scope)])
+            if news:
+                yield budget_service_pb2.WatchBudgetsResponse(back_offs=news)
+
+
+class _Budgets:
+    """What a watcher of budgets knows of an app."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.at: int | None = None
+        """The number of the latest move that was told; None before the first look."""
+        self.look_at: dict[str, float] = {}
+        """When to look at a budget that is not open again, by our monotonic clock."""
+        self.back_offs: dict[str, budget_pb2.BackOff] | None = None
+        self._told: dict[str, bytes] = {}
+
+    def is_news(self, budget: budget_pb2.Budget) -> bool:
+        """Take in a budget; tell whether the watcher has to hear of it."""
+        budget_id = BudgetName.parse(budget.name).budget
+        if budget.state == budget_pb2.BUDGET_STATE_OPEN:
+            self.look_at.pop(budget_id, None)
+        else:
+            room_in = budget.room_in.ToMicroseconds() / 1e6
+            self.look_at[budget_id] = time.monotonic() + max(room_in, BUDGET_LOOK_SECONDS)
+        facts = budget_pb2.Budget()
+        facts.CopyFrom(budget)
+        facts.ClearField("room_in")
+        told, self._told[budget_id] = self._told.get(budget_id), facts.SerializeToString()
+        return told != self._told[budget_id]
+
+    def gone(self, asked: Iterable[str], found: set[str]) -> list[budget_pb2.Budget]:
+        """Return those that were told of, and have nothing left in their window."""
+        ended = []
+        for budget_id in asked:
+            if budget_id not in found and (told := self._told.pop(budget_id, None)) is not None:
+                self.look_at.pop(budget_id, None)
+                last = budget_pb2.Budget.FromString(told)
+                last.state, last.used, last.reserved = budget_pb2.BUDGET_STATE_OPEN, 0, 0
+                last.room = last.most - last.margin
+                last.ClearField("room_time")
+                ended.append(last)
+        return ended
+
+    def back_off_news(self, back_offs: Iterable[budget_pb2.BackOff]) -> list[budget_pb2.BackOff]:
+        """Take in all back-offs; return those that are not as they were told, over ones too."""
+        before, self.back_offs = self.back_offs or {}, {one.name: one for one in back_offs}
+        news = [
+            one
+            for name, one in self.back_offs.items()
+            if name not in before or _stand(before[name]) != _stand(one)
+        ]
+        for name in before.keys() - self.back_offs.keys():
+            last = before[name]
+            last.state = budget_pb2.BACK_OFF_STATE_UNSPECIFIED
+            last.ClearField("remaining")
+            news.append(last)
+        return news
+
+
+def _stand(back_off: budget_pb2.BackOff) -> tuple[object, ...]:
+    """What of a back-off has to change for a watcher to hear of it."""
+    return back_off.state, back_off.end_time.ToMicroseconds(), back_off.probe.SerializeToString()
+
+
 class _App:
     """How far a watcher has come in an app."""
 
@@ -142,15 +275,22 @@ class _App:
         """Up to which change a snapshot showed a token, where that is later than `at`."""
         self.quarantine_until_us: int | None = None
         """As the latest snapshot showed it; None when there was none."""
+        self.back_off_moves = 0
+        """How often a back-off had changed when the latest snapshot began."""
         self.quarantine_ends: float | None = None
         """The same by our monotonic clock, if it was still to come."""
 
-    def quarantine_moved(self, until_us: int) -> bool:
-        """Tell whether a quarantine began or ended, which is no change of any token."""
+    def moved_as_a_whole(self, quarantine_until_us: int, back_off_moves: int) -> bool:
+        """Tell whether a quarantine or a back-off began or ended: no change of any one token."""
         if self.quarantine_until_us is None:
-            self.quarantine_until_us = until_us
+            self.quarantine_until_us = quarantine_until_us
+            self.back_off_moves = back_off_moves
         over = self.quarantine_ends is not None and time.monotonic() > self.quarantine_ends
-        return over or until_us != self.quarantine_until_us
+        return (
+            over
+            or quarantine_until_us != self.quarantine_until_us
+            or back_off_moves != self.back_off_moves
+        )
 
     def move(self, number: int) -> None:
         """Go on to a change."""

@@ -2,7 +2,8 @@
 -- live waiter, or says what the request waits for. Also the poll of a waiter.
 -- ARGV 5.. token id, request hash, fingerprint of caller and parameters,
 --         '1' to queue or '0', TTL µs, holder, hash of the lease's secret,
---         time since the waiter was heard in µs, highest fencing token it knows
+--         time since the waiter was heard in µs, highest fencing token it knows,
+--         places of its calls as JSON, hash of the job's name or ''
 local id, hash, fingerprint = ARGV[5], ARGV[6], ARGV[7]
 local may_queue, ttl, heard_age = ARGV[8] == '1', number(ARGV[9]), number(ARGV[12])
 
@@ -21,7 +22,9 @@ if known > now + 366 * 24 * 3600 * SECOND then return reply('FENCING_TOKEN_TOO_L
 local facts = {
   fingerprint = fingerprint, token = id, state = 'waiting',
   holder = ARGV[10], queued_us = number(request.queued_us or us(now)),
+  places = ARGV[14], job = ARGV[15],
 }
+local subject = back_offs_of(facts)
 if may_queue and not request.state then
   if redis.call('ZCARD', queue_key(id)) >= QUEUE_LIMIT then return reply('QUEUE_FULL') end
   put(request_key(hash), request, facts)
@@ -32,7 +35,8 @@ end
 if request.state then hear(hash, request, heard_age) end
 
 if known > number(token.fencing) then put(token_key(id), token, {fencing = known}) end
-local stand = standing(token, lease, queue_of(id), hash)
+local queue = queue_of(id, obstacle(token, lease) == '')
+local stand = standing(token, lease, queue, hash, wait_of(hash, subject, false))
 if stand[1] ~= '' or heard_age > LIVE_FOR then
   return reply('WAITING', stand, token.lease and flat_lease(id, token.lease) or {}, token.lease or '')
 end
@@ -51,5 +55,6 @@ put(lease_key(id, lease_id), lease, {
   created_us = now, expires_us = now + OFFER_FOR,
 })
 put(token_key(id), token, {fencing = fencing, lease = lease_id})
+go(hash, subject)
 mirror(id, token, lease)
 return reply('OFFER', lease_id, flat_lease(id, lease_id))

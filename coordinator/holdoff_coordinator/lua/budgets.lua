@@ -1,5 +1,5 @@
--- Stands between common.lua and the scripts about budgets: what was counted,
--- what is reserved, and how much room is left.
+-- Stands between leases.lua and the scripts about budgets: what was counted, what is
+-- reserved, how much room is left, and what follows for the scope.
 --
 -- A budget is given as {id, limit, kind, most, margin, window_us, grain_us,
 -- statuses, token, division, endpoint}, which the coordinator works out from
@@ -13,6 +13,8 @@ local LOG_MOST = 2000 -- entries of their own a budget
 local BUDGETS_MOST = 10000 -- of an app: scopes with an event in their window
 local IDS_MOST = 500000 -- of an app, some 50 MB
 local OLDEST_US = 24 * 3600 * SECOND -- a report may be this old
+local TOUCHED_US = 7 * OLDEST_US
+local TOUCHED_MOST = 200 -- places a job
 
 local BUDGETS = SHARD .. ':budgets' -- ids, by when nothing is left in the window
 local IDS = SHARD .. ':events' -- ids that were counted, by how long they are kept
@@ -21,14 +23,7 @@ local RESERVATIONS = SHARD .. ':reservations' -- ids, by when they expire
 local function budget_key(id) return SHARD .. ':budget:' .. id end
 local function log_key(id) return SHARD .. ':log:' .. id end
 local function weights_key(id) return SHARD .. ':weights:' .. id end
-local function reservation_key(id) return SHARD .. ':reservation:' .. id end
 local function reserved_key(id) return SHARD .. ':reserved:' .. id end -- `held`, by expiry
-
--- Lets a key live so much longer at least: what another script needs it for stays.
-local function keep(key, span_us)
-  local ms = math.ceil(span_us / 1000)
-  if redis.call('PTTL', key) < ms then redis.call('PEXPIRE', key, us(ms)) end
-end
 
 -- Lets a budget live so much longer at least. Its keys go together: a sum must
 -- not outlive what it is the sum of.
@@ -74,6 +69,7 @@ end
 local function save(id, budget, changes)
   for _, field in ipairs(SPEC) do changes[field] = budget[field] end
   put(budget_key(id), budget, changes)
+  moved('budget ' .. id)
 end
 
 local function room(budget)
@@ -109,6 +105,31 @@ local function room_at(id, budget, count)
   return now + number(budget.window_us) -- more than the budget ever allows
 end
 
+local cause -- who made the event that is counted now: {job, host, user, status}
+
+-- Makes the scope of a budget quiet once no room is left short of the margin,
+-- whatever is reserved: until so many events have left that there is room for one.
+local function check_spent(id, budget)
+  local over = number(budget.used) - (number(budget.most) - number(budget.margin)) + 1
+  if over <= 0 then return end
+  local until_us = now
+  for _, entry in ipairs(redis.call('ZRANGE', log_key(id), 0, -1)) do
+    over = over - number(redis.call('HGET', weights_key(id), entry) or '1')
+    until_us = number(redis.call('ZSCORE', log_key(id), entry)) + number(budget.window_us) + 1
+    if over <= 0 then break end
+  end
+  local one = back_off_record(id)
+  local facts = {
+    token = budget.token, division = budget.division, endpoint = budget.endpoint,
+    cause = 'SPENT', kind = budget.kind, limit = budget.limit, reason = '',
+    since_us = one.state == 'QUIET' and number(one.since_us) or now, until_us = until_us,
+    -- Of calls and token requests it is known when there is room: nobody has to try.
+    probes = budget.kind == 'ERROR' and '1' or '',
+  }
+  for field, value in pairs(cause or {}) do facts[field] = value end
+  be_quiet(id, facts)
+end
+
 -- Returns the entry that has the event, or nil if it left the window before.
 local function log_event(spec, event, at, count)
   local id = spec.id
@@ -124,6 +145,7 @@ local function log_event(spec, event, at, count)
   redis.call('ZADD', log_key(id), us(stamped), entry)
   save(id, budget, {used = number(budget.used) + count, last_us = math.max(number(budget.last_us), at)})
   use_budget(id, stamped + spec.window_us + 1)
+  check_spent(id, budget)
   return entry
 end
 
@@ -187,6 +209,7 @@ local function release_room(reservation, specs, count)
     local budget = load_budget(spec.id)
     if redis.call('ZREM', reserved_key(spec.id), held(reservation, count)) == 1 then
       put(budget_key(spec.id), budget, {reserved = number(budget.reserved) - count})
+      moved('budget ' .. spec.id)
     end
   end
 end
@@ -210,13 +233,44 @@ local function expire_reservations()
   end
 end
 
-local function flat(record)
-  local list = {}
-  for field, value in pairs(record) do
-    list[#list + 1] = field
-    list[#list + 1] = value
+-- Remembers for a week where a job, or the holder of a lease, erred.
+local function touch(who, place)
+  local key = touched_key(who)
+  redis.call('ZADD', key, us(now), cjson.encode(place))
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', us(now - TOUCHED_US))
+  redis.call('ZREMRANGEBYRANK', key, 0, -TOUCHED_MOST - 1)
+  keep(key, TOUCHED_US)
+end
+
+-- The provider blocks or throttles. What is met during a block, or by a call that was
+-- sent before it ended, prolongs it at most to the instant that is named; what is met
+-- after it is another one, and longer.
+local function block(event, at)
+  local told = event.block
+  local one = back_off_record(told.id)
+  local ended = number(one.until_us)
+  local sent = told.sent_age_us >= 0 and math.min(at, now - told.sent_age_us) or at
+  local named = told.retry_after_us >= 0 and at + math.min(told.retry_after_us, told.most_us)
+  local facts = {
+    token = told.token, division = told.division, endpoint = told.endpoint,
+    cause = 'BLOCKED', kind = '', reason = told.reason, probes = '1', forget_us = told.forget_us,
+  }
+  for field, value in pairs(cause) do facts[field] = value end
+  if one.until_us and sent < ended then
+    if not named or named <= ended then return end
+    facts.since_us, facts.until_us, facts.repeats = number(one.since_us), named, number(one.repeats)
+  else
+    facts.repeats = one.until_us and at - ended <= told.forget_us and number(one.repeats) + 1 or 1
+    facts.since_us = at
+    facts.until_us = named or at + math.floor(math.min(told.most_us, told.first_us * told.factor ^ (facts.repeats - 1)))
   end
-  return list
+  if facts.until_us > now then
+    be_quiet(told.id, facts)
+  else -- it is over already, and is remembered
+    facts.state = 'OVER'
+    put(back_off_key(told.id), one, facts)
+    keep(back_off_key(told.id), 2 * told.forget_us)
+  end
 end
 
 -- A budget for people: its record, and when there is room for so many more.

@@ -11,6 +11,8 @@ if not reservation.state or reservation.caller ~= ARGV[6] then return reply('RES
 local specs, count = cjson.decode(reservation.budgets), number(reservation.count)
 local at = math.max(now - number(ARGV[8]), number(reservation.reserved_us))
 
+back_offs() -- while its probe is still one
+
 local function counts(spec)
   if spec.kind ~= 'ERROR' or status == '0' then return true end
   for _, one in ipairs(spec.statuses) do
@@ -25,11 +27,15 @@ end
 if not made and reservation.state == 'reserved' then
   put(reservation_key(id), reservation, {state = 'cancelled'})
 elseif made and (reservation.state == 'reserved' or reservation.state == 'cancelled') then
-  local counted = {}
+  local counted, erred = {}, false
   for _, spec in ipairs(specs) do
-    if counts(spec) then counted[#counted + 1] = spec end
+    if counts(spec) then
+      counted[#counted + 1] = spec
+      erred = erred or spec.kind == 'ERROR'
+    end
   end
   count_once(id, at, count, counted)
+  if erred then probes_err(reservation.token, cjson.decode(reservation.place), now) end
   put(reservation_key(id), reservation, {state = 'committed'})
 elseif made and reservation.state == 'expired' and not reservation.late_us then
   local entries, counted = cjson.decode(reservation.entries), number(reservation.counted_us)
@@ -38,4 +44,5 @@ elseif made and reservation.state == 'expired' and not reservation.late_us then
   end
   put(reservation_key(id), reservation, {late_us = now})
 end
+probe_ended('reservation:' .. id, reservation.state == 'committed')
 return reply('OK', reservation.state, reservation.expires_us)

@@ -7,7 +7,8 @@ for i = 5, #ARGV do
   local id = ARGV[i]
   local token, lease = settle(id)
   if token then
-    local stand = standing(token, lease, queue_of(id), '')
+    local wait = wait_of('', subject_to(id, {{'', ''}}), false)
+    local stand = standing(token, lease, queue_of(id, false), '', wait)
     found[#found + 1] = {
       id, redis.call('HGETALL', token_key(id)), token.lease or '',
       token.lease and flat_lease(id, token.lease) or {}, stand[3], stand[1],

@@ -1,11 +1,20 @@
 -- Takes room from budgets before a call; what is refused leaves no trace.
 -- ARGV 5.. reservation id, fingerprint of caller and parameters, TTL µs, how
---         much, budgets as JSON, hash of the caller
+--         much, budgets as JSON, hash of the caller, token id, place as JSON
+-- A spent budget is no back-off here: the room itself decides. Blocks and operators'
+-- are kept, and the first reservation after them is the probe.
 local id, count = ARGV[5], number(ARGV[8])
 expire_reservations()
 local reservation = load(reservation_key(id))
 if reservation.fingerprint and reservation.fingerprint ~= ARGV[6] then return reply('RESERVATION_ID_REUSED') end
 if reservation.state then return reply('OK', reservation.state, reservation.expires_us) end
+
+local place, quiet, caller = cjson.decode(ARGV[12]), {}, 'reservation:' .. id
+for _, one in ipairs(subject_to(ARGV[11], {place})) do
+  if one.cause ~= 'SPENT' then quiet[#quiet + 1] = one end
+end
+local wait = wait_of(caller, quiet, false)
+if wait then return reply('BACKING_OFF', us(wait.start), shown_back_off(wait.back_off)) end
 
 local specs, budgets, spent = cjson.decode(ARGV[9]), {}, {}
 if not may_count() then return reply('TOO_MANY_EVENTS') end
@@ -26,8 +35,9 @@ for i, spec in ipairs(specs) do
 end
 put(reservation_key(id), reservation, {
   fingerprint = ARGV[6], caller = ARGV[10], state = 'reserved', count = count, budgets = ARGV[9],
-  reserved_us = now, expires_us = expires,
+  reserved_us = now, expires_us = expires, token = ARGV[11], place = ARGV[12],
 })
+go(caller, quiet)
 redis.call('ZADD', RESERVATIONS, us(expires), id)
 for _, key in ipairs({reservation_key(id), RESERVATIONS}) do keep(key, ttl + longest + OLDEST_US) end
 return reply('OK', 'reserved', us(expires))

@@ -9,4 +9,9 @@ redis.call('DEL', log_key(id), weights_key(id))
 put(budget_key(id), budget, {used = 0, reset_us = now, reset_by = ARGV[6], reset_reason = ARGV[7]})
 -- A late commit must find that its event was forgotten, as long as it may come.
 keep_budget(id, 2 * OLDEST_US + number(budget.window_us))
+moved('budget ' .. id)
+if back_offs()[id] then
+  put(back_off_key(id), found[id], {until_us = now})
+  reopen(found[id])
+end
 return reply('OK', shown_budget(id, budget, 1))

@@ -13,7 +13,7 @@ for i = 5, #ARGV, 3 do
     id = ARGV[i]
     token, lease = settle(id)
     local lease_id = token and token.lease or ''
-    queue = queue_of(id)
+    queue = queue_of(id, token and obstacle(token, lease) == '')
     group = {id, lease_id, lease_id ~= '' and flat_lease(id, lease_id) or {}}
     groups[#groups + 1] = group
   end

@@ -359,6 +359,7 @@ class Event(_message.Message):
     RETRY_AFTER_FIELD_NUMBER: _builtins.int
     SENT_AGE_FIELD_NUMBER: _builtins.int
     THROTTLE_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """A UUID version 4 that names this event: reported again, it counts once."""
     kind: Global___EventKind.ValueType
@@ -370,6 +371,10 @@ class Event(_message.Message):
     throttle: _builtins.str
     """Of a block: the name of the policy's throttle that it was recognised by;
     empty means the policy's block.
+    """
+    lease: _builtins.str
+    """The lease under which it happened, so that its holder is told when the
+    scope must be quiet: `apps/{app}/tokens/{token}/leases/{lease}`.
     """
     @_builtins.property
     def scope(self) -> Global___Scope:
@@ -408,10 +413,11 @@ class Event(_message.Message):
         retry_after: _duration_pb2.Duration | None = ...,
         sent_age: _duration_pb2.Duration | None = ...,
         throttle: _builtins.str = ...,
+        lease: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "holder", b"holder", "retry_after", b"retry_after", "scope", b"scope", "sent_age", b"sent_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "count", b"count", "holder", b"holder", "id", b"id", "kind", b"kind", "retry_after", b"retry_after", "scope", b"scope", "sent_age", b"sent_age", "status", b"status", "throttle", b"throttle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "count", b"count", "holder", b"holder", "id", b"id", "kind", b"kind", "lease", b"lease", "retry_after", b"retry_after", "scope", b"scope", "sent_age", b"sent_age", "status", b"status", "throttle", b"throttle"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,281 @@
+"""Handlers of back-offs: list, set, clear, and explain what stands in the way of a scope."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import structlog
+
+from holdoff.durations import format_duration
+from holdoff.names import AppName, TokenName
+from holdoff.policies import normal_endpoint
+from holdoff.v1 import admin_service_pb2, budget_pb2, budget_service_pb2, lease_pb2
+from holdoff_coordinator import validation
+from holdoff_coordinator.failures import Failure, token_not_found
+from holdoff_coordinator.places import job_hash, scope_id
+from holdoff_coordinator.records import (
+    back_off_message,
+    back_off_sentence,
+    budget_message,
+    duration,
+    holder_words,
+    record,
+    scope_words,
+    status_message,
+    timestamp,
+)
+from holdoff_coordinator.scripts import READ_BATCH
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from holdoff_coordinator.caller import Caller
+    from holdoff_coordinator.places import Places
+    from holdoff_coordinator.scripts import Scripts
+
+log = structlog.get_logger()
+
+LEAST_LENGTH_US = 1_000_000
+MOST_LENGTH_US = 31 * 24 * 3600 * 1_000_000
+MOST_BACK_OFFS = 1000
+MOST_EXPLAINED = 20
+"""Budgets, and errors, in an explanation."""
+
+
+class BackOffs:
+    """List, set, clear and explain."""
+
+    def __init__(self, scripts: Scripts, places: Places) -> None:
+        self._scripts = scripts
+        self._places = places
+
+    async def list_all(
+        self, request: budget_service_pb2.ListBackOffsRequest, _: Caller
+    ) -> budget_service_pb2.ListBackOffsResponse:
+        """List the back-offs that are not over, those that end last first."""
+        parent = validation.app_parent(request.parent)
+        found: list[budget_pb2.BackOff] = []
+        for app in [parent.app] if parent else await self._scripts.apps():
+            found += await self._read(app, "", "", "")
+        return budget_service_pb2.ListBackOffsResponse(back_offs=found)
+
+    async def set(
+        self, request: admin_service_pb2.SetBackOffRequest, caller: Caller
+    ) -> admin_service_pb2.SetBackOffResponse:
+        """Make a scope quiet."""
+        app, place = await self._scope("scope", request.scope)
+        length_us = validation.microseconds(
+            "length", request.length, MOST_LENGTH_US, least_us=LEAST_LENGTH_US
+        )
+        reason, holder = validation.reason(request.reason), validation.holder(request.holder)
+        facts = {
+            **place,
+            "reason": reason,
+            **{field: getattr(holder, field) for field in ("user", "host", "job")},
+        }
+        back_off_id = scope_id("operator", place)
+        reply = await self._scripts.run(
+            "set_back_off", app, back_off_id, length_us, json.dumps(facts)
+        )
+        back_off = back_off_message(app, record(reply.values[0]), reply.now_us)
+        log.warning(
+            "back-off set",
+            back_off=back_off.name,
+            scope=scope_words(back_off.scope),
+            seconds=length_us / 1e6,
+            why=reason,
+            user=holder.user,
+            host=holder.host,
+            peer=caller.peer,
+        )
+        return admin_service_pb2.SetBackOffResponse(back_off=back_off)
+
+    async def clear(
+        self, request: admin_service_pb2.ClearBackOffRequest, caller: Caller
+    ) -> admin_service_pb2.ClearBackOffResponse:
+        """End a back-off."""
+        name = validation.back_off_name("name", request.name)
+        reason, holder = validation.reason(request.reason), validation.holder(request.holder)
+        who = f"{holder.user}@{holder.host}" if holder.user or holder.host else caller.identity
+        reply = await self._scripts.run("clear_back_off", name.app, name.back_off, reason, who)
+        if reply.status != "OK":
+            raise Failure(
+                "BACK_OFF_NOT_FOUND", f"there is no {name}, or it is over", resource=str(name)
+            )
+        log.warning("back-off cleared", back_off=str(name), why=reason, who=who, peer=caller.peer)
+        return admin_service_pb2.ClearBackOffResponse(
+            back_off=back_off_message(name.app, record(reply.values[0]), reply.now_us)
+        )
+
+    async def explain(
+        self, request: budget_service_pb2.ExplainRequest, _: Caller
+    ) -> budget_service_pb2.ExplainResponse:
+        """Say what stands in the way of a scope, and who caused it."""
+        app, values = await self._scope("scope", request.scope)
+        validation.printable("job", request.job, 100)
+        token = TokenName(app, values["token"]) if values["token"] else None
+        pairs = [(values["division"], values["endpoint"])]
+        obstacles = await self._token_obstacles(token) if token else []
+        back_offs = await self._read(
+            app, values["token"] or " ", json.dumps(pairs), job_hash(request.job)
+        )
+        obstacles += [_back_off_obstacle(one) for one in back_offs]
+        obstacles.sort(key=lambda one: -one.remaining.ToMicroseconds())
+        longest = max((one.remaining.ToMicroseconds() for one in obstacles), default=0)
+        return budget_service_pb2.ExplainResponse(
+            may_go=not obstacles,
+            go_in=duration(longest) if obstacles else None,
+            obstacles=obstacles,
+            budgets=await self._budgets(app, values),
+            errors=await self._errors(app, values),
+            message=_words(request.scope, obstacles, longest),
+        )
+
+    async def _scope(self, field: str, scope: budget_pb2.Scope) -> tuple[str, dict[str, str]]:
+        """Check a scope of an app or a token; return its app and its values, normal."""
+        if scope.token:
+            place = await self._places.find(field, scope, {})
+            return place.token.app, {
+                "token": place.token.token,
+                "division": place.division,
+                "endpoint": place.endpoint,
+            }
+        app = validation.app_name(f"{field}.app", scope.app).app
+        validation.place(field, scope)
+        if app not in await self._scripts.apps():
+            raise Failure(
+                "TOKEN_NOT_FOUND",
+                f"apps/{app} has no token; make one with: holdoff token create apps/{app}/tokens/…",
+                resource=str(AppName(app)),
+            )
+        return app, {
+            "token": "",
+            "division": scope.division,
+            "endpoint": normal_endpoint(scope.endpoint),
+        }
+
+    async def _read(self, app: str, token: str, places: str, job: str) -> list[budget_pb2.BackOff]:
+        reply = await self._scripts.run("read_back_offs", app, token, places, job)
+        found = [back_off_message(app, record(flat), reply.now_us) for flat in reply.values[0]]
+        return sorted(found, key=lambda one: (-one.end_time.ToMicroseconds(), one.name))
+
+    async def _token_obstacles(self, token: TokenName) -> list[budget_service_pb2.Obstacle]:
+        """What stands in the way of a token, apart from back-offs."""
+        reply = await self._scripts.run("read", token.app, token.token)
+        if not reply.values[0]:
+            raise token_not_found(token)
+        [entry] = reply.values[0]
+        status, now_us = status_message(token, entry, reply.now_us), reply.now_us
+        obstacles = []
+        _, quarantine_until_us, _ = await self._scripts.position(token.app)
+        if quarantine_until_us > now_us:
+            obstacles.append(
+                budget_service_pb2.Obstacle(
+                    reason=lease_pb2.WAIT_REASON_QUARANTINED,
+                    message="quarantined: the store may have forgotten something",
+                    end_time=timestamp({"until": b"%d" % quarantine_until_us}, "until"),
+                    remaining=duration(quarantine_until_us - now_us),
+                )
+            )
+        if status.HasField("lease"):
+            lease = status.lease
+            obstacles.append(
+                budget_service_pb2.Obstacle(
+                    reason=lease_pb2.WAIT_REASON_HELD,
+                    message=f"held by {holder_words(lease.holder)}",
+                    start_time=(
+                        lease.accept_time if lease.HasField("accept_time") else lease.create_time
+                    ),
+                    caused_by=lease.holder,
+                    lease=lease,
+                )
+            )
+        elif status.wait_reason == lease_pb2.WAIT_REASON_HELD:
+            obstacles.append(
+                budget_service_pb2.Obstacle(
+                    reason=lease_pb2.WAIT_REASON_HELD,
+                    message="its lock is held by a python-redis-lock user",
+                )
+            )
+        if status.HasField("cooldown"):
+            flat = record(entry[1])
+            obstacles.append(
+                budget_service_pb2.Obstacle(
+                    reason=lease_pb2.WAIT_REASON_COOLING,
+                    message="cooling down after the last refresh",
+                    start_time=timestamp(flat, "last_refresh_us"),
+                    end_time=status.not_before_time,
+                    remaining=status.cooldown,
+                )
+            )
+        if status.queue_length:
+            obstacles.append(
+                budget_service_pb2.Obstacle(
+                    reason=lease_pb2.WAIT_REASON_QUEUED,
+                    message=f"{status.queue_length} wait already: holdoff token queue {token}",
+                )
+            )
+        return obstacles
+
+    async def _budgets(self, app: str, values: dict[str, str]) -> list[budget_pb2.Budget]:
+        ids = await self._scripts.budgets(app)
+        found: list[budget_pb2.Budget] = []
+        for start in range(0, len(ids), READ_BATCH):
+            reply = await self._scripts.run("read_budgets", app, *ids[start : start + READ_BATCH])
+            found += [
+                budget_message(app, entry, reply.now_us)
+                for entry in reply.values[0]
+                if _concerns(record(entry[1]), values)
+            ]
+        return sorted(found, key=lambda one: (one.room, one.name))[:MOST_EXPLAINED]
+
+    async def _errors(self, app: str, values: dict[str, str]) -> list[budget_pb2.RecentError]:
+        found: list[budget_pb2.RecentError] = []
+        for at_us, event in await self._scripts.errors(app):
+            facts = json.loads(event)
+            if len(found) < MOST_EXPLAINED and all(
+                value in ("", facts[field]) for field, value in values.items()
+            ):
+                found.append(
+                    budget_pb2.RecentError(
+                        time=timestamp({"at": at_us}, "at"),
+                        scope=budget_pb2.Scope(
+                            app=f"apps/{app}",
+                            token=str(TokenName(app, facts["token"])),
+                            division=facts["division"],
+                            endpoint=facts["endpoint"],
+                        ),
+                        status=facts["status"],
+                        count=facts["count"],
+                        holder=lease_pb2.Holder(job=facts["job"], host=facts["host"]),
+                    )
+                )
+        return found
+
+
+def _concerns(flat: dict[str, bytes], values: dict[str, str]) -> bool:
+    """Whether a budget may count calls of a scope: no value of theirs is another one."""
+    return all(not value or flat[field].decode() in ("", value) for field, value in values.items())
+
+
+def _back_off_obstacle(back_off: budget_pb2.BackOff) -> budget_service_pb2.Obstacle:
+    return budget_service_pb2.Obstacle(
+        reason=lease_pb2.WAIT_REASON_BACKING_OFF,
+        message=back_off_sentence(back_off),
+        start_time=back_off.start_time,
+        end_time=back_off.end_time,
+        remaining=back_off.remaining if back_off.HasField("remaining") else None,
+        caused_by=back_off.caused_by,
+        back_off=back_off,
+    )
+
+
+def _words(
+    scope: budget_pb2.Scope, obstacles: Iterable[budget_service_pb2.Obstacle], longest_us: int
+) -> str:
+    where, reasons = scope_words(scope), [one.message for one in obstacles]
+    if not reasons:
+        return f"{where} may go on now"
+    when = f", for {format_duration(longest_us / 1e6)} at least" if longest_us else ""
+    return f"{where} must wait{when}: {reasons[0]}"

@@ -1,0 +1,298 @@
+-- Stands between common.lua and leases.lua: who must be quiet, and who goes first
+-- afterwards.
+--
+-- A back-off is a pause on a scope: a set of values of token, division and
+-- endpoint, where '' means any. It is QUIET until an instant that can move; then
+-- PROBING until one caller, who goes first, succeeded; then REOPENING, while the
+-- others follow, a step apart, in the order in which they came. A spent budget of
+-- calls is arithmetic: that one is over when there is room.
+--
+-- Callers are requests for a lease, by their hash, and reservations.
+
+local BACK_OFFS_MOST = 1000 -- of an app; beyond, whole tokens are quiet
+local PROBE_FOR = 60 * SECOND -- a probe that went on so long without an error succeeded
+local STEP_MOST, STEP_LEAST, SPREAD = SECOND / 5, SECOND * 0.06, 5 * SECOND
+local FORGET_US = 24 * 3600 * SECOND -- a back-off that nobody probed is over then
+local MOVES_KEPT = 20000 -- more than an app has budgets and back-offs
+
+local BACK_OFFS = SHARD .. ':backoffs' -- ids of those that are not over, by their end
+local MOVED = SHARD .. ':moved' -- what changed, by the number of its latest change
+
+local function back_off_key(id) return SHARD .. ':backoff:' .. id end
+local function turns_key(id) return SHARD .. ':turns:' .. id end -- callers, in order
+local function callers_key(id) return SHARD .. ':callers:' .. id end -- by when they asked
+local function touched_key(job) return SHARD .. ':touched:' .. job end -- places of a week
+local function reservation_key(id) return SHARD .. ':reservation:' .. id end
+
+-- Lets a key live so much longer at least: what another script needs it for stays.
+local function keep(key, span_us)
+  local ms = math.ceil(span_us / 1000)
+  if redis.call('PTTL', key) < ms then redis.call('PEXPIRE', key, us(ms)) end
+end
+
+-- Tells those who watch budgets that one, or a back-off, is not what it was.
+local function moved(what)
+  redis.call('ZADD', MOVED, us(redis.call('HINCRBY', SHARD, 'moves', 1)), what)
+  redis.call('ZREMRANGEBYRANK', MOVED, 0, -MOVES_KEPT - 1)
+  keep(MOVED, 2 * FORGET_US)
+end
+
+-- Makes replicas ask for all who hold or wait: what they may do has changed.
+local function announce() redis.call('PUBLISH', SHARD .. ':wake', '*') end
+
+local function back_off_changed(one, changes)
+  put(back_off_key(one.id), one, changes)
+  redis.call('HINCRBY', SHARD, 'back_off_moves', 1)
+  moved('back-off ' .. one.id)
+  announce()
+end
+
+local found -- the back-offs of this app, by id, once somebody asked
+local by_scope -- the same by scope, in lists
+
+local function end_back_off(one)
+  redis.call('ZREM', BACK_OFFS, one.id)
+  redis.call('DEL', turns_key(one.id), callers_key(one.id))
+  redis.call('HDEL', back_off_key(one.id), 'probe', 'reopened_us')
+  back_off_changed(one, {state = 'OVER', ended_us = now})
+  found[one.id] = nil
+end
+
+-- Lets those who kept a back-off follow, a step apart.
+local function reopen(one)
+  if one.probe then redis.call('ZREM', turns_key(one.id), one.probe) end
+  redis.call('HDEL', back_off_key(one.id), 'probe')
+  one.probe = nil
+  local callers = redis.call('ZCARD', turns_key(one.id))
+  if callers == 0 then return end_back_off(one) end
+  local step = math.floor(math.max(STEP_LEAST, math.min(STEP_MOST, SPREAD / callers)))
+  back_off_changed(one, {state = 'REOPENING', reopened_us = now, step_us = step})
+end
+
+local function drop_probe(one)
+  redis.call('HDEL', back_off_key(one.id), 'probe')
+  redis.call('ZREM', turns_key(one.id), one.probe)
+  one.probe = nil
+  back_off_changed(one, {probe_dropped_us = now})
+end
+
+-- Whether an error was met since the probe began.
+local function probe_erred(one) return number(one.erred_us) >= number(one.probe_us) end
+
+local function probe_lives(one)
+  local reservation = one.probe:match('^reservation:(.*)')
+  local state, expires
+  if reservation then
+    state, expires = unpack(redis.call('HMGET', reservation_key(reservation), 'state', 'expires_us'))
+    return state == 'reserved' and number(expires) > now
+  end
+  local id, lease = unpack(redis.call('HMGET', request_key(one.probe), 'token', 'lease'))
+  if not lease then return false end
+  state, expires = unpack(redis.call('HMGET', lease_key(id, lease), 'state', 'expires_us'))
+  return (state == 'ACTIVE' or state == 'OFFERED') and number(expires) > now
+end
+
+-- Brings a back-off up to this instant.
+local function settle_back_off(one)
+  if now < number(one.until_us) then return end
+  if one.probes ~= '1' then return end_back_off(one) end
+  if one.state == 'QUIET' then back_off_changed(one, {state = 'PROBING'}) end
+  if one.state == 'PROBING' then
+    if one.probe and not probe_lives(one) then drop_probe(one) end
+    if one.probe then
+      local clean_since = math.max(number(one.probe_us), number(one.erred_us))
+      if now - clean_since >= PROBE_FOR then reopen(one) end
+    elseif now - number(one.until_us) > FORGET_US then
+      end_back_off(one)
+    end
+  end
+  if one.state == 'REOPENING' then
+    local steps = redis.call('ZCARD', turns_key(one.id)) + 1
+    if now >= number(one.reopened_us) + steps * number(one.step_us) then end_back_off(one) end
+  end
+end
+
+-- The back-offs of this app that are not over.
+local function back_offs()
+  if found then return found end
+  found = {}
+  for _, id in ipairs(redis.call('ZRANGE', BACK_OFFS, 0, -1)) do
+    local one = load(back_off_key(id))
+    one.id = id
+    if one.until_us then
+      found[id] = one
+      settle_back_off(one)
+    else
+      redis.call('ZREM', BACK_OFFS, id)
+    end
+  end
+  return found
+end
+
+-- The record of a back-off, also of one that is over.
+local function back_off_record(id)
+  local one = back_offs()[id] or load(back_off_key(id))
+  one.id = id
+  return one
+end
+
+-- Makes a scope quiet until an instant. `facts` has token, division, endpoint, cause
+-- and what else is worth knowing.
+local function be_quiet(id, facts)
+  if not redis.call('ZSCORE', BACK_OFFS, id) and redis.call('ZCARD', BACK_OFFS) >= BACK_OFFS_MOST then
+    id, facts.division, facts.endpoint = 'many-' .. redis.sha1hex(facts.token), '', ''
+    facts.reason = 'too many scopes are quiet'
+    facts.until_us = math.max(facts.until_us, number(redis.call('HGET', back_off_key(id), 'until_us')))
+  end
+  local one = back_off_record(id)
+  if one.state == 'QUIET' and us(facts.until_us) == one.until_us then return end
+  redis.call('HDEL', back_off_key(id), 'probe', 'reopened_us', 'erred_us')
+  one.probe, one.reopened_us, one.erred_us = nil, nil, nil
+  facts.state = 'QUIET'
+  found[id], by_scope = one, nil
+  redis.call('ZADD', BACK_OFFS, us(facts.until_us), id)
+  back_off_changed(one, facts)
+  local kept = facts.until_us - now + 2 * math.max(FORGET_US, number(one.forget_us))
+  for _, key in ipairs({BACK_OFFS, back_off_key(id)}) do keep(key, kept) end
+end
+
+-- Callers -------------------------------------------------------------------
+
+local function scope_key(token, division, endpoint)
+  return token .. '\n' .. division .. '\n' .. endpoint
+end
+
+-- The back-offs that calls of a token at these places, {division, endpoint} each, are
+-- subject to: those whose pairs they contain.
+local function subject_to(token, places)
+  if not next(back_offs()) then return {} end
+  if not by_scope then
+    by_scope = {}
+    for _, one in pairs(found) do
+      local key = scope_key(one.token, one.division, one.endpoint)
+      by_scope[key] = by_scope[key] or {}
+      table.insert(by_scope[key], one)
+    end
+  end
+  local list, seen = {}, {}
+  for _, place in ipairs(places) do
+    for _, key in ipairs({
+      scope_key('', '', ''), scope_key('', place[1], ''), scope_key('', '', place[2]), scope_key('', place[1], place[2]),
+      scope_key(token, '', ''), scope_key(token, place[1], ''), scope_key(token, '', place[2]), scope_key(token, place[1], place[2]),
+    }) do
+      if not seen[key] then
+        seen[key] = true
+        for _, one in ipairs(by_scope[key] or {}) do
+          if found[one.id] then list[#list + 1] = one end
+        end
+      end
+    end
+  end
+  table.sort(list, function(one, other) return one.id < other.id end)
+  return list
+end
+
+-- The places of a job's calls: those it declared, and for what it left open those
+-- where jobs of its name erred within a week.
+local function places_of(declared, job)
+  local places = {{'', ''}}
+  if not next(back_offs()) then return places end
+  local touched
+  for _, place in ipairs(declared and declared ~= '' and cjson.decode(declared) or {{'', ''}}) do
+    places[#places + 1] = place
+    if job and job ~= '' and (place[1] == '' or place[2] == '') then
+      touched = touched or redis.call('ZRANGE', touched_key(job), 0, -1)
+      for _, member in ipairs(touched) do
+        local one = cjson.decode(member)
+        if (place[1] == '' or place[1] == one[1]) and (place[2] == '' or place[2] == one[2]) then
+          places[#places + 1] = one
+        end
+      end
+    end
+  end
+  return places
+end
+
+-- Whether nobody who still asks came before a caller.
+local function is_next(one, caller)
+  for _, other in ipairs(redis.call('ZRANGE', turns_key(one.id), 0, -1)) do
+    if other == caller then return true end
+    if now - number(redis.call('ZSCORE', callers_key(one.id), other) or nil) <= LIVE_FOR then return false end
+  end
+  return true
+end
+
+-- What a caller who is subject to these back-offs waits for: {start, back-off, '1' if
+-- it may go at the start without being told}; nil if it may go now. Where `asks` is
+-- not false it has a place among those who follow later.
+local function wait_of(caller, subject, asks)
+  local wait
+  local function waits(start, one, timed)
+    if not wait or start > wait.start then wait = {start = start, back_off = one, timed = timed} end
+  end
+  for _, one in ipairs(subject) do
+    if asks and one.probes == '1' and one.probe ~= caller then
+      if not redis.call('ZSCORE', turns_key(one.id), caller) then
+        redis.call('ZADD', turns_key(one.id), redis.call('HINCRBY', SHARD, 'sequence', 1), caller)
+      end
+      redis.call('ZADD', callers_key(one.id), us(now), caller)
+      for _, key in ipairs({turns_key(one.id), callers_key(one.id)}) do
+        keep(key, math.max(0, number(one.until_us) - now) + FORGET_US)
+      end
+    end
+    if one.state == 'QUIET' then
+      waits(number(one.until_us), one, true)
+    elseif one.state == 'PROBING' and one.probe ~= caller then
+      if one.probe or not is_next(one, caller) then waits(now, one, false) end
+    elseif one.state == 'REOPENING' then
+      local rank = redis.call('ZRANK', turns_key(one.id), caller) or redis.call('ZCARD', turns_key(one.id))
+      local start = number(one.reopened_us) + (rank + 1) * number(one.step_us)
+      if now < start then waits(start, one, true) end
+    end
+  end
+  return wait
+end
+
+-- Lets a caller go: it is the probe of every back-off that has none.
+local function go(caller, subject)
+  for _, one in ipairs(subject) do
+    if one.state == 'PROBING' and not one.probe then
+      back_off_changed(one, {probe = caller, probe_us = now})
+    end
+  end
+end
+
+-- A caller has ended, or must be quiet for another reason: it probes no more.
+local function probe_ended(caller, well)
+  for _, one in pairs(back_offs()) do
+    if one.probe == caller then
+      if well and not probe_erred(one) then reopen(one) else drop_probe(one) end
+    end
+  end
+end
+
+-- An error counts against those who probe its place.
+local function probes_err(token, place, at)
+  for _, one in ipairs(subject_to(token, {place})) do
+    if one.probe and at >= number(one.probe_us) then put(back_off_key(one.id), one, {erred_us = at}) end
+  end
+end
+
+local function flat(record)
+  local list = {}
+  for field, value in pairs(record) do
+    list[#list + 1] = field
+    list[#list + 1] = value
+  end
+  return list
+end
+
+-- A back-off for people: its record, and of a probe that is a lease the holder.
+local function shown_back_off(one)
+  local shown = flat(one)
+  if one.probe and not one.probe:find(':') then
+    shown[#shown + 1] = 'probe_holder'
+    shown[#shown + 1] = redis.call('HGET', request_key(one.probe), 'holder') or ''
+  end
+  return shown
+end

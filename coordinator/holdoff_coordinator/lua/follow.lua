@@ -1,0 +1,44 @@
+-- Says what holders must do.
+-- ARGV 5.. token id, lease id, hash of its secret
+-- Answers one {token id, lease id, status, …} a lease. After LEASE_OVER and
+-- LEASE_BROKEN: its state, and why it was broken. After OK: '' or the earliest start
+-- in µs, '1' if it may go on then without being told, the places that it named, and
+-- the back-offs that it is subject to.
+local answers = {}
+for i = 5, #ARGV, 3 do
+  local id, lease_id = ARGV[i], ARGV[i + 1]
+  local lease = load(lease_key(id, lease_id))
+  local answer = {id, lease_id}
+  if not lease.state then
+    answer[3] = 'LEASE_NOT_FOUND'
+  elseif lease.secret_hash ~= ARGV[i + 2] then
+    answer[3] = 'WRONG_SECRET'
+  elseif lease.state ~= 'ACTIVE' and lease.state ~= 'OFFERED' then
+    answer[3], answer[4], answer[5] = 'LEASE_OVER', lease.state, lease.break_reason or ''
+  elseif lease.break_reason then
+    answer[3], answer[4], answer[5] = 'LEASE_BROKEN', lease.state, lease.break_reason
+  else
+    local request, subject = load(request_key(lease.request)), {}
+    local places = places_of(request.places, request.job)
+    for _, member in ipairs(redis.call('ZRANGE', touched_key(id .. ':' .. lease_id), 0, -1)) do
+      places[#places + 1] = cjson.decode(member)
+    end
+    for _, one in ipairs(subject_to(id, places)) do
+      -- Who runs has refreshed already.
+      if one.kind ~= 'TOKEN_REQUEST' then subject[#subject + 1] = one end
+    end
+    local wait = lease.state == 'ACTIVE' and wait_of(lease.request, subject, true)
+    if wait then
+      for _, one in ipairs(subject) do
+        if one.probe == lease.request then drop_probe(one) end
+      end
+    elseif lease.state == 'ACTIVE' then
+      go(lease.request, subject)
+    end
+    answer[3], answer[4], answer[5] = 'OK', wait and us(wait.start) or '', wait and wait.timed and '1' or '0'
+    answer[6] = request.places or ''
+    for _, one in ipairs(subject) do answer[#answer + 1] = shown_back_off(one) end
+  end
+  answers[#answers + 1] = answer
+end
+return reply('OK', answers)

@@ -1,0 +1,346 @@
+-- Stands between backoffs.lua and the other scripts: the queue of a token, and the
+-- life of a lease.
+
+local PLACE_KEPT_FOR = 60 * SECOND -- and keeps its place this long
+local OFFER_FOR = 3 * SECOND
+local LOOK_AGAIN = 1 * SECOND -- at every busy token, at the latest
+local QUEUE_LIMIT = 1000 -- places a token; a walk of them takes some ms
+local LAPSES_ALLOWED = 3 -- offers a waiter may miss before it goes to the end
+local RECORD_KEPT_MS = 3600 * 1000 -- ended requests, and offers nobody accepted
+local HOLDS_KEPT = 100 -- ended leases a token
+local CHANGES_KEPT = 10000 -- of an app, for those who watch; some 5 MB
+local WAITER_KEPT_MS = 7 * 24 * 3600 * 1000 -- places, through long outages
+local SIGNAL_KEPT_MS = 1000 -- python-redis-lock's own default
+local COOLDOWN_LOCK = 'holdoff-cooldown' -- the lock's value while cooling
+
+-- What stands between a token and its next lease, apart from the queue.
+local function obstacle(token, lease)
+  if now < quarantined_until() then return 'QUARANTINED' end
+  if token.foreign or lease then return 'HELD' end
+  if now < number(token.not_before_us) then return 'COOLING' end
+  return ''
+end
+
+-- The same for those who look at a token: what belongs to the app or to the whole
+-- token makes all of its calls quiet.
+local function shown_obstacle(id, token, lease)
+  local reason = obstacle(token, lease)
+  if reason == '' and wait_of('', subject_to(id, {{'', ''}}), false) then return 'BACKING_OFF' end
+  return reason
+end
+
+-- Tells those who watch what happened, and how the token stands now; `lease` is
+-- the live one, or the one that just ended. Changes are numbered without a gap,
+-- so that a reader knows whether it missed one.
+local function tell(kind, id, token, lease_id, lease)
+  local key, change = SHARD .. ':changes', us(redis.call('HINCRBY', SHARD, 'changes', 1))
+  local entry = {
+    key, 'MAXLEN', '~', CHANGES_KEPT, change .. '-0',
+    'kind', kind, 'token', id, 'at_us', us(now),
+    'reason', shown_obstacle(id, token, token.lease and lease),
+    'not_before_us', token.not_before_us or '0',
+    'queue_length', us(redis.call('ZCARD', queue_key(id))),
+    'lease', lease_id or '',
+  }
+  for field, value in pairs(lease or {}) do
+    if field ~= 'secret_hash' and field ~= 'request' then
+      entry[#entry + 1] = 'lease.' .. field
+      entry[#entry + 1] = value
+    end
+  end
+  if redis.pcall('XADD', unpack(entry)).err then
+    redis.call('DEL', key) -- it is not ours, or of another life of the store
+    redis.call('XADD', unpack(entry))
+  end
+end
+
+local function tell_queue_moved(id)
+  local token = load(token_key(id))
+  tell('QUEUE_MOVED', id, token, token.lease, token.lease and load(lease_key(id, token.lease)))
+end
+
+-- Queue ---------------------------------------------------------------------
+
+-- Walks the places that are kept, in order, dropping those that are not;
+-- `visit(hash, request, live)` ends the walk by returning true.
+local function walk_queue(id, visit)
+  local dropped = false
+  for _, hash in ipairs(redis.call('ZRANGE', queue_key(id), 0, -1)) do
+    local request = load(request_key(hash))
+    if not request.state or number(shard.service_us) - number(request.heard_service_us) > PLACE_KEPT_FOR then
+      redis.call('ZREM', queue_key(id), hash)
+      redis.call('DEL', request_key(hash))
+      dropped = true
+    elseif visit(hash, request, now - number(request.heard_us) <= LIVE_FOR) then
+      break
+    end
+  end
+  if dropped then tell_queue_moved(id) end
+end
+
+local function back_offs_of(request)
+  return subject_to(request.token, places_of(request.places, request.job))
+end
+
+-- The queue of a token at this instant: its length, and by request hash the
+-- place, how many go before it, whether nobody live does, whether somebody silent
+-- does, and what it must be quiet for. One who must be quiet is passed over. `free`
+-- says whether the token could be given away now: only then does the first who must
+-- be quiet for a back-off ask for its turn there.
+local function queue_of(id, free)
+  local queue = {length = 0, ahead = 0, first = true, ahead_returning = false}
+  local asked = {}
+  walk_queue(id, function(hash, request, live)
+    queue.length = queue.length + 1
+    local subject = back_offs_of(request)
+    local asks = free and live and queue.first
+    for _, one in ipairs(subject) do
+      asks = asks and not asked[one.id]
+    end
+    local wait = wait_of(hash, subject, asks)
+    for _, one in ipairs(subject) do
+      asked[one.id] = asked[one.id] or live
+    end
+    queue[hash] = {
+      place = queue.length, ahead = queue.ahead, first = queue.first,
+      ahead_returning = queue.ahead_returning, wait = wait,
+    }
+    if not wait then
+      queue.ahead = queue.ahead + 1
+      if live then queue.first = false else queue.ahead_returning = true end
+    end
+  end)
+  return queue
+end
+
+-- The first live waiter that need not be quiet.
+local function next_waiter(id)
+  local first
+  walk_queue(id, function(hash, request, live)
+    if live and not wait_of(hash, back_offs_of(request), false) then first = hash end
+    return first
+  end)
+  return first
+end
+
+local function hear(hash, request, age)
+  put(request_key(hash), request, {
+    heard_us = math.max(number(request.heard_us), now - age),
+    heard_service_us = math.max(number(request.heard_service_us), number(shard.service_us) - age),
+  })
+  redis.call('PEXPIRE', request_key(hash), WAITER_KEPT_MS)
+  redis.call('PEXPIRE', queue_key(request.token), WAITER_KEPT_MS)
+end
+
+local function wake_next(id)
+  local hash = next_waiter(id)
+  if hash then redis.call('PUBLISH', SHARD .. ':wake', hash) end
+end
+
+-- Lease ---------------------------------------------------------------------
+
+-- `refreshed` is the last instant at which the token may have been refreshed.
+local function cool_down(id, token, refreshed, interval)
+  put(token_key(id), token, {
+    last_refresh_us = math.max(number(token.last_refresh_us), refreshed),
+    not_before_us = math.max(number(token.not_before_us), refreshed + interval),
+  })
+  if now < number(token.not_before_us) then put(token_key(id), token, {cooling = '1'}) end
+end
+
+local function forget_lease(id, token)
+  redis.call('HDEL', token_key(id), 'lease')
+  token.lease = nil
+end
+
+-- Ends a lease that was accepted, and keeps it in the token's history.
+local function finish(id, token, lease, state, ended, refreshed)
+  probe_ended(lease.request, state == 'RELEASED') -- while its probe is still one
+  local lease_id = token.lease
+  cool_down(id, token, refreshed, math.max(number(lease.interval_us), number(token.interval_us)))
+  put(lease_key(id, lease_id), lease, {
+    state = state, ended_us = ended, not_before_us = token.not_before_us,
+  })
+  if redis.call('LPUSH', history_key(id), lease_id) > HOLDS_KEPT then
+    redis.call('DEL', lease_key(id, redis.call('RPOP', history_key(id))))
+  end
+  redis.call('HSET', request_key(lease.request), 'state', 'ended')
+  redis.call('PEXPIRE', request_key(lease.request), RECORD_KEPT_MS)
+  forget_lease(id, token)
+  tell(state, id, token, lease_id, lease)
+end
+
+-- Takes back an offer that was not accepted: no cooldown, and the waiter keeps
+-- its place, but is silent until it is heard again. One whose offers lapsed
+-- again and again goes to the end.
+local function withdraw_offer(id, token, lease, lapsed)
+  probe_ended(lease.request, false)
+  local lease_id = token.lease
+  put(lease_key(id, lease_id), lease, {state = 'WITHDRAWN', ended_us = now})
+  redis.call('PEXPIRE', lease_key(id, lease_id), RECORD_KEPT_MS)
+  local key = request_key(lease.request)
+  if redis.call('ZSCORE', queue_key(id), lease.request) then
+    redis.call('HDEL', key, 'lease')
+    redis.call('HSET', key, 'state', 'waiting', 'heard_us', '0')
+    if lapsed and redis.call('HINCRBY', key, 'lapses', 1) % LAPSES_ALLOWED == 0 then
+      redis.call('ZADD', queue_key(id), redis.call('HINCRBY', SHARD, 'sequence', 1), lease.request)
+    end
+  else
+    redis.call('DEL', key)
+  end
+  forget_lease(id, token)
+  tell('WITHDRAWN', id, token, lease_id, lease)
+end
+
+local function break_lease(id, token, lease, why)
+  if not lease.break_reason then
+    put(lease_key(id, token.lease), lease, {break_reason = why})
+    tell('BREAKING', id, token, token.lease, lease)
+    announce()
+  end
+end
+
+-- Makes python-redis-lock's key say what our record says, pushes its signal
+-- when the lock is free and no waiter of ours is next, and notes when this
+-- token has to be looked at again: as long as anything about it is not idle.
+local function mirror(id, token, lease)
+  local value, until_us, look_us
+  if token.foreign then
+    look_us = now + SECOND
+  elseif lease and token.lease then
+    value, until_us = token.lease, number(lease.expires_us)
+    look_us = until_us
+    if lease.state == 'ACTIVE' then
+      -- Should it expire unseen, the lock must outlast the cooldown that follows.
+      until_us = until_us + math.max(number(lease.interval_us), number(token.interval_us))
+    end
+  elseif now < number(token.not_before_us) then
+    value, until_us = COOLDOWN_LOCK, number(token.not_before_us)
+    look_us = until_us
+  end
+
+  if value then
+    if redis.call('GET', lock_key(id)) ~= value or number(token.mirror_until_us) ~= until_us then
+      redis.call('SET', lock_key(id), value, 'PX', us(math.ceil((until_us - now) / 1000)))
+      put(token_key(id), token, {mirror = value, mirror_until_us = until_us})
+    end
+  elseif token.mirror and not token.foreign then
+    redis.call('DEL', lock_key(id))
+    if next_waiter(id) then
+      look_us = now + SECOND -- should that waiter not take it
+    else
+      redis.call('HDEL', token_key(id), 'mirror', 'mirror_until_us')
+      token.mirror = nil
+      redis.call('DEL', signal_key(id))
+      redis.call('LPUSH', signal_key(id), 1)
+      redis.call('PEXPIRE', signal_key(id), SIGNAL_KEPT_MS)
+    end
+  end
+
+  if not look_us and redis.call('EXISTS', queue_key(id)) == 1 then
+    next_waiter(id) -- drops the places that are not kept any more
+    look_us = now + SECOND
+  end
+  if look_us then
+    redis.call('ZADD', DUE, us(math.min(look_us, now + LOOK_AGAIN)), id)
+  else
+    redis.call('ZREM', DUE, id)
+  end
+end
+
+-- Brings a token up to this instant: ends what has run out and sees foreign
+-- locks. Returns the token and its live lease, or nothing if there is no such
+-- token.
+local function settle(id)
+  local token = load(token_key(id))
+  if not token.policy then return end
+  local lease = token.lease and load(lease_key(id, token.lease))
+  local before = token.lease
+  if lease and now >= number(lease.expires_us) then
+    if lease.state == 'OFFERED' then
+      withdraw_offer(id, token, lease, true)
+    else
+      local expired = number(lease.expires_us)
+      finish(id, token, lease, lease.break_reason and 'BROKEN' or 'EXPIRED', expired, expired)
+    end
+  end
+  if token.cooling and now >= number(token.not_before_us) then
+    redis.call('HDEL', token_key(id), 'cooling')
+    token.cooling = nil
+    tell('COOLING_ENDED', id, token, token.lease, token.lease and lease)
+  end
+  local owner = redis.call('GET', lock_key(id))
+  local foreign = owner and owner ~= COOLDOWN_LOCK and owner ~= token.mirror and owner ~= before
+  if foreign then
+    local seen = token.foreign
+    put(token_key(id), token, {foreign = owner})
+    if token.lease and lease.state == 'OFFERED' then
+      withdraw_offer(id, token, lease)
+    elseif token.lease then
+      break_lease(id, token, lease, 'its lock was taken by a python-redis-lock user')
+    end
+    if not seen then tell('LOCK_TAKEN', id, token, token.lease, token.lease and lease) end
+  elseif token.foreign then
+    -- It ended some time before this look: count the latest possible instant.
+    redis.call('HDEL', token_key(id), 'foreign')
+    token.foreign = nil
+    cool_down(id, token, now, number(token.interval_us))
+    tell('LOCK_FREED', id, token, token.lease, token.lease and lease)
+    before = before or 'foreign'
+  end
+  if not token.lease then lease = nil end
+  mirror(id, token, lease)
+  if before and before ~= token.lease then wake_next(id) end
+  return token, lease
+end
+
+-- What a request waits for: {reason, place, queue length, earliest start in µs, 1 if
+-- it may have the lease then without being told, the back-off in its way or ''}. The
+-- reason is '' when it may have the lease at this instant. A request without a place,
+-- for which `wait` says what it must be quiet for, comes after all others.
+local function standing(token, lease, queue, hash, wait)
+  local spot = queue[hash] or {
+    place = 0, ahead = queue.ahead, first = queue.first, ahead_returning = queue.ahead_returning, wait = wait,
+  }
+  local first = spot.first
+  local ahead_returning = spot.ahead_returning and now < number(shard.recovery_until_us)
+
+  local interval = number(token.interval_us)
+  local reason, start = obstacle(token, lease), math.max(number(token.not_before_us), now)
+  if reason == 'QUARANTINED' then
+    start = math.max(start, quarantined_until())
+  elseif token.foreign then
+    start = start + interval
+  elseif lease and lease.state == 'ACTIVE' then
+    local refreshed = now
+    if lease.refresh_at == 'START' and token.refresh_at == 'START' and not lease.break_reason then
+      refreshed = number(lease.started_us or lease.accepted_us)
+    end
+    start = math.max(start, refreshed + math.max(interval, number(lease.interval_us)))
+  elseif reason == '' and (not first or ahead_returning) then
+    reason = 'QUEUED'
+    if ahead_returning then start = math.max(start, number(shard.recovery_until_us)) end
+  end
+  -- Everybody ahead refreshes too, each an interval apart.
+  if spot.place > 0 then start = start + spot.ahead * interval end
+  if spot.wait then
+    if reason == '' or reason == 'QUEUED' then reason, first = 'BACKING_OFF', spot.wait.timed end
+    start = math.max(start, spot.wait.start)
+  end
+  local shown = spot.wait and reason == 'BACKING_OFF' and shown_back_off(spot.wait.back_off) or {}
+  return {reason, us(spot.place), us(queue.length), us(start), first and '1' or '0', shown}
+end
+
+local function flat_lease(id, lease_id) return redis.call('HGETALL', lease_key(id, lease_id)) end
+
+-- The lease a holder speaks of, after the token was settled: id, token, live
+-- lease or nil, record. Returns an error reply as its second value.
+local function owned_lease(id, lease_id, secret_hash)
+  local token, live = settle(id)
+  if not token then return nil, reply('TOKEN_NOT_FOUND') end
+  if token.lease ~= lease_id then live = nil end
+  local record = live or load(lease_key(id, lease_id))
+  if not record.state then return nil, reply('LEASE_NOT_FOUND') end
+  if secret_hash and record.secret_hash ~= secret_hash then return nil, reply('WRONG_SECRET') end
+  return token, live, record
+end

@@ -1,0 +1,336 @@
+"""Promise 7: when a scope must be quiet everybody is told, one goes first, the rest follow."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from holdoff._core import duration
+from holdoff.policies import Block, Policy, Seconds, presets
+from holdoff.v1 import (
+    admin_service_pb2,
+    budget_pb2,
+    budget_service_pb2,
+    lease_pb2,
+    lease_service_pb2,
+)
+from tests.harness import Follower, Replica, Waiter, ask, refusal, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.conftest import Server
+
+CRM, SALES = ("535193", "crm/accounts"), ("535193", "salesorder/orders")
+QUIET, PROBING = budget_pb2.BACK_OFF_STATE_QUIET, budget_pb2.BACK_OFF_STATE_PROBING
+BACKING_OFF = lease_pb2.WAIT_REASON_BACKING_OFF
+
+
+def quick() -> Policy:
+    """Exact Online in a world where an hour takes a second."""
+    exact = presets()["exact-online"]
+    errors = msgspec.structs.replace(exact.limit[0], window=Seconds(1.0))
+    block = Block(first=Seconds(0.6), factor=2, most=Seconds(3), forget_after=Seconds(60))
+    return msgspec.structs.replace(exact, name="quick", limit=(errors,), block=block)
+
+
+@pytest.fixture(scope="module")
+def replicas(valkey: Server) -> Iterator[list[Replica]]:
+    """Two replicas that know the quick policy."""
+    policies = {**presets(), "quick": quick()}
+    with (
+        Replica(valkey.url, policies=policies) as first,
+        Replica(valkey.url, policies=policies) as second,
+    ):
+        yield [first, second]
+
+
+class App:
+    """An app of its own for a test: its tokens, and what happens at its provider."""
+
+    def __init__(self, replicas: list[Replica], stack: contextlib.ExitStack) -> None:
+        self.replicas = replicas
+        self.name = f"apps/back-off-{uuid.uuid4().hex[:12]}"
+        self._stack = stack
+
+    def token(self, name: str = "t") -> str:
+        """Make a token that may be refreshed again at once."""
+        token = f"{self.name}/tokens/{name}"
+        return self.replicas[0].create_token(0.001, name=token, token={"policy": "quick"})
+
+    def report(
+        self, token: str, place: tuple[str, str] = CRM, *, many: int = 1, **fields: Any
+    ) -> None:
+        """Report errors, or whatever the fields say."""
+        fields = {"kind": budget_pb2.EVENT_KIND_ERROR, "status": 400, **fields}
+        scope = budget_pb2.Scope(token=token, division=place[0], endpoint=place[1])
+        for name in ("age", "sent_age", "retry_after"):
+            if name in fields:
+                fields[name] = duration(fields[name])
+        events = [
+            budget_pb2.Event(id=str(uuid.uuid4()), scope=scope, **fields) for _ in range(many)
+        ]
+        self.replicas[1].budgets.RecordEvents(budget_service_pb2.RecordEventsRequest(events=events))
+
+    def block(self, token: str, **fields: Any) -> None:
+        """Report that the provider blocks."""
+        self.report(token, kind=budget_pb2.EVENT_KIND_BLOCK, **{"status": 403, **fields})
+
+    def back_offs(self) -> list[budget_pb2.BackOff]:
+        """List the back-offs."""
+        request = budget_service_pb2.ListBackOffsRequest(parent=self.name)
+        return list(self.replicas[0].budgets.ListBackOffs(request).back_offs)
+
+    def only(self) -> budget_pb2.BackOff:
+        """Return the only back-off."""
+        [one] = self.back_offs()
+        return one
+
+    def wait(self, token: str, replica: int = 0, **options: Any) -> Waiter:
+        """Wait for a lease."""
+        waiter = Waiter(self.replicas[replica], ask(token, **options))
+        self._stack.callback(waiter.vanish)
+        return waiter
+
+    def follow(self, offer: lease_service_pb2.LeaseOffer, replica: int = 0) -> Follower:
+        """Follow a lease."""
+        follower = Follower(self.replicas[replica], offer)
+        self._stack.callback(follower.close)
+        return follower
+
+    def explain(self, job: str = "", **scope: str) -> budget_service_pb2.ExplainResponse:
+        """Ask what stands in the way."""
+        request = budget_service_pb2.ExplainRequest(scope=budget_pb2.Scope(**scope), job=job)
+        return self.replicas[0].budgets.Explain(request)
+
+
+@pytest.fixture
+def app(replicas: list[Replica]) -> Iterator[App]:
+    """Give an app, and let go of its streams in the end."""
+    with contextlib.ExitStack() as stack:
+        yield App(replicas, stack)
+
+
+def test_a_spent_scope_is_waited_for_and_others_pass(app: App) -> None:
+    """Who declared the spent endpoint waits for it, keeps its place, and is passed over.
+
+    Fails when the queue's head stands for the whole queue, or the grant does not look at budgets.
+    """
+    token = app.token()
+    app.report(token, CRM, many=8)
+    asked = time.monotonic()
+    waits = app.wait(token, scopes=[CRM])
+    assert waits.waiting().reason == BACKING_OFF
+    assert waits.waiting().place == 1
+    assert 0.5 < waits.waiting().earliest_start_in.ToMicroseconds() / 1e6 <= 1.0
+    assert waits.waiting().blocking_back_off == app.only().name
+    passes = app.wait(token, replica=1, scopes=[SALES])
+    offer = passes.offer(5)
+    assert time.monotonic() - asked < 0.9
+    app.replicas[1].renew(offer)
+    app.replicas[1].release(offer)
+    assert waits.offer(5)
+    assert time.monotonic() - asked > 0.5
+
+
+def test_what_is_not_declared_is_what_the_job_touched(app: App) -> None:
+    """A job that names nothing waits for the endpoints that its name erred at, and for no others.
+
+    Fails when the name of the job is not remembered with its errors.
+    """
+    token = app.token()
+    app.report(token, CRM, many=8, holder=lease_pb2.Holder(job="buggy"))
+    replica = app.replicas[0]
+    assert refusal(lambda: replica.acquire(token, job="buggy")) == "BACKING_OFF"
+    assert replica.acquire(token, job="healthy").HasField("offer")
+
+
+def test_a_block_quiets_all_holders_and_they_follow_one_by_one(app: App) -> None:
+    """All are told within a second; one goes on, and when it is done the rest, 50 ms apart.
+
+    Fails when an announcement is not heard, two probe at once, or the rest go on at once.
+    """
+    tokens = [app.token(f"t{number}") for number in range(8)]
+    offers = [app.replicas[number % 2].hold(token, ttl=30) for number, token in enumerate(tokens)]
+    followers = [app.follow(offer, number % 2) for number, offer in enumerate(offers)]
+    assert all(one.runs for one in followers)
+    reported = time.monotonic()
+    app.block(tokens[0])
+    wait_until(lambda: not any(one.runs for one in followers), 3)
+    assert max(one.told[-1][0] for one in followers) - reported < 1.0
+    assert followers[0].last.back_offs[0].cause == budget_pb2.BACK_OFF_CAUSE_BLOCKED
+
+    wait_until(lambda: any(one.runs for one in followers), 3)
+    assert time.monotonic() - reported > 0.55
+    [probe] = [one for one in followers if one.runs]
+    wait_until(lambda: app.only().state == PROBING)
+    assert not [one for one in followers if one.runs and one is not probe]
+    ended = time.monotonic()
+    app.replicas[0].release(probe.offer)
+    rest = [one for one in followers if one is not probe]
+    wait_until(lambda: all(one.runs for one in rest), 5)
+    times = sorted(one.went_on_at(ended) or 0 for one in rest)
+    assert min(later - sooner for sooner, later in itertools.pairwise(times)) > 0.05
+    wait_until(lambda: not app.back_offs())
+
+
+def test_a_probe_that_errs_or_dies_is_replaced(app: App) -> None:
+    """An error under a probe sends the next one; so does its end without a word.
+
+    Fails when any end of a probe lets everybody go on.
+    """
+    token, other, third = (app.token(name) for name in ("t", "u", "v"))
+    app.block(token)
+    waiters = [app.wait(one) for one in (token, other, third)]
+    wait_until(lambda: any(one.last and one.last.HasField("offer") for one in waiters))
+    [first] = [one for one in waiters if one.last and one.last.HasField("offer")]
+    offer = first.offer()
+    app.replicas[0].renew(offer)
+    app.report(offer.lease.name.partition("/leases/")[0])
+    app.replicas[0].release(offer)
+    rest = [one for one in waiters if one is not first]
+    wait_until(lambda: any(one.last and one.last.HasField("offer") for one in rest))
+    [second] = [one for one in rest if one.last and one.last.HasField("offer")]
+    app.replicas[0].renew(second.offer())
+    [last] = [one for one in rest if one is not second]
+    assert last.last is not None
+    assert last.last.waiting.reason == BACKING_OFF
+    wait_until(lambda: last.last is not None and last.last.HasField("offer"), 6)  # it ran out
+
+
+def test_blocks_double_only_when_met_after_the_last_one_ended(app: App) -> None:
+    """What is met during a block, or was sent before it ended, prolongs it only as named.
+
+    Fails when every report doubles, or a report names an end beyond the policy's most.
+    """
+    token = app.token()
+    app.block(token)
+    first = app.only()
+    app.block(token)
+    app.block(token, retry_after=0.1)
+    assert (app.only().end_time, app.only().repeats) == (first.end_time, 1)
+    app.block(token, retry_after=1.0)
+    longer = app.only()
+    assert longer.end_time.ToMicroseconds() > first.end_time.ToMicroseconds()
+    assert longer.repeats == 1
+    app.block(token, retry_after=365 * 24 * 3600.0)
+    end = app.only().end_time.ToMicroseconds() - first.start_time.ToMicroseconds()
+    assert end <= 3.2e6
+    clear(app, app.only().name)
+    app.block(token, sent_age=0.5)
+    assert not app.back_offs()
+    app.block(token)
+    assert app.only().repeats == 2
+    length = app.only().end_time.ToMicroseconds() - app.only().start_time.ToMicroseconds()
+    assert length == 1_200_000
+
+
+def clear(app: App, name: str) -> budget_pb2.BackOff:
+    """End a back-off."""
+    request = admin_service_pb2.ClearBackOffRequest(name=name, reason="test")
+    return app.replicas[0].admin.ClearBackOff(request).back_off
+
+
+def test_reservations_keep_blocks_and_the_first_is_the_probe(app: App) -> None:
+    """Nothing is reserved while blocked; then one at a time until one succeeded.
+
+    Fails when a reservation does not look at back-offs.
+    """
+    token = app.token()
+    app.block(token)
+
+    def reserve() -> budget_pb2.Reservation:
+        request = budget_service_pb2.ReserveRequest(
+            reservation_id=str(uuid.uuid4()),
+            scope=budget_pb2.Scope(token=token, endpoint=SALES[1], division=SALES[0]),
+            kind=budget_pb2.EVENT_KIND_CALL,
+            ttl=duration(5),
+        )
+        return app.replicas[0].budgets.Reserve(request).reservation
+
+    def commit(reservation: budget_pb2.Reservation, status: int) -> None:
+        request = budget_service_pb2.CommitRequest(
+            reservation_id=reservation.id, app=app.name, status=status
+        )
+        app.replicas[1].budgets.Commit(request)
+
+    assert refusal(reserve) == "BACKING_OFF"
+    wait_until(lambda: app.only().state == PROBING)
+    first = reserve()
+    assert refusal(reserve) == "BACKING_OFF"
+    commit(first, 404)
+    second = reserve()
+    assert refusal(reserve) == "BACKING_OFF"
+    commit(second, 200)
+    assert not app.back_offs()
+    assert reserve().state
+
+
+def test_an_operator_quiets_and_frees_a_scope(app: App) -> None:
+    """Set for an app, it holds for all tokens; cleared, they go on; who and why is told.
+
+    Fails when the scope of an app does not hold for its tokens.
+    """
+    token = app.token()
+    offer = app.replicas[0].hold(token, ttl=30)
+    follower = app.follow(offer)
+    request = admin_service_pb2.SetBackOffRequest(
+        scope=budget_pb2.Scope(app=app.name),
+        length=duration(3600),
+        reason="the provider is down",
+        holder=lease_pb2.Holder(user="ann", host="web1"),
+    )
+    set_ = app.replicas[1].admin.SetBackOff(request).back_off
+    wait_until(lambda: not follower.runs, 1)
+    [told] = follower.last.back_offs
+    assert told.name == set_.name
+    assert (told.caused_by.user, told.caused_by.host) == ("ann", "web1")
+    assert "ann made" in told.reason
+    assert "the provider is down" in told.reason
+    explained = app.explain(token=token)
+    assert not explained.may_go
+    assert [one.reason for one in explained.obstacles] == [
+        BACKING_OFF,
+        lease_pb2.WAIT_REASON_HELD,
+    ]
+    assert explained.obstacles[0].caused_by.user == "ann"
+    clear(app, set_.name)
+    wait_until(lambda: follower.runs, 2)
+    wait_until(lambda: not app.back_offs())
+    assert refusal(clear, app, set_.name) == "BACK_OFF_NOT_FOUND"
+
+
+def test_a_break_is_told_at_once(app: App) -> None:
+    """The holder need not wait for its next renewal. Fails when nobody is told of breaks."""
+    offer = app.replicas[0].hold(app.token(), ttl=60)
+    follower = app.follow(offer, 1)
+    request = admin_service_pb2.BreakLeaseRequest(name=offer.lease.name, reason="runs wild")
+    app.replicas[0].admin.BreakLease(request)
+    wait_until(lambda: follower.ended, 1)
+    assert refusal(lambda: (_ for _ in ()).throw(follower.ended)) == "LEASE_BROKEN"  # type: ignore[arg-type]
+
+
+def test_an_offer_and_a_notice_say_how_much_room_is_left(app: App) -> None:
+    """So that a wrapper can stop by its own count. Fails when rooms forget what was used."""
+    token = app.token()
+    app.report(token, CRM, many=3)
+    offer = app.replicas[0].hold(token, ttl=30, scopes=[CRM, SALES, ("7", "")])
+    rooms = {(one.scope.division, one.scope.endpoint): one.room for one in offer.rooms}
+    assert rooms == {CRM: 5, SALES: 8}
+    assert offer.policy.name == "quick"
+    assert app.follow(offer).last.rooms == offer.rooms
+
+
+def test_a_holder_is_told_of_places_where_it_erred(app: App) -> None:
+    """Also when it declared none and has no job name. Fails when events forget their lease."""
+    token = app.token()
+    offer = app.replicas[0].hold(token, ttl=30)
+    follower = app.follow(offer)
+    app.report(token, CRM, many=8, lease=offer.lease.name)
+    wait_until(lambda: not follower.runs, 1)
