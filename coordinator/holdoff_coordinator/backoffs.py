@@ -121,15 +121,22 @@ class BackOffs:
             app, values["token"] or " ", json.dumps(pairs), job_hash(request.job)
         )
         obstacles += [_back_off_obstacle(one) for one in back_offs]
+        names = {one.name for one in back_offs}
+        narrower = [
+            one
+            for one in await self._read(app, "", "", "")
+            if one.name not in names and _concerns(one.scope, request.scope.token, values)
+        ]
         obstacles.sort(key=lambda one: -one.remaining.ToMicroseconds())
         longest = max((one.remaining.ToMicroseconds() for one in obstacles), default=0)
         return budget_service_pb2.ExplainResponse(
             may_go=not obstacles,
             go_in=duration(longest) if obstacles else None,
             obstacles=obstacles,
-            budgets=await self._budgets(app, values),
+            budgets=await self._budgets(app, request.scope.token, values),
             errors=await self._errors(app, values),
             message=_words(request.scope, obstacles, longest),
+            narrower=narrower,
         )
 
     async def _scope(self, field: str, scope: budget_pb2.Scope) -> tuple[str, dict[str, str]]:
@@ -218,16 +225,15 @@ class BackOffs:
             )
         return obstacles
 
-    async def _budgets(self, app: str, values: dict[str, str]) -> list[budget_pb2.Budget]:
+    async def _budgets(
+        self, app: str, token: str, values: dict[str, str]
+    ) -> list[budget_pb2.Budget]:
         ids = await self._scripts.budgets(app)
         found: list[budget_pb2.Budget] = []
         for start in range(0, len(ids), READ_BATCH):
             reply = await self._scripts.run("read_budgets", app, *ids[start : start + READ_BATCH])
-            found += [
-                budget_message(app, entry, reply.now_us)
-                for entry in reply.values[0]
-                if _concerns(record(entry[1]), values)
-            ]
+            found += [budget_message(app, entry, reply.now_us) for entry in reply.values[0]]
+        found = [one for one in found if _concerns(one.scope, token, values)]
         return sorted(found, key=lambda one: (one.room, one.name))[:MOST_EXPLAINED]
 
     async def _errors(self, app: str, values: dict[str, str]) -> list[budget_pb2.RecentError]:
@@ -254,9 +260,16 @@ class BackOffs:
         return found
 
 
-def _concerns(flat: dict[str, bytes], values: dict[str, str]) -> bool:
-    """Whether a budget may count calls of a scope: no value of theirs is another one."""
-    return all(not value or flat[field].decode() in ("", value) for field, value in values.items())
+def _concerns(scope: budget_pb2.Scope, token: str, values: dict[str, str]) -> bool:
+    """Whether calls of what is asked for may fall into a scope: no value is another one."""
+    return all(
+        "" in pair or pair[0] == pair[1]
+        for pair in (
+            (scope.token, token),
+            (scope.division, values["division"]),
+            (scope.endpoint, values["endpoint"]),
+        )
+    )
 
 
 def _back_off_obstacle(back_off: budget_pb2.BackOff) -> budget_service_pb2.Obstacle:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import msgspec
 import pytest
 
@@ -304,6 +306,69 @@ def test_an_operator_quiets_and_frees_a_scope(app: App) -> None:
     wait_until(lambda: follower.runs, 2)
     wait_until(lambda: not app.back_offs())
     assert refusal(clear, app, set_.name) == "BACK_OFF_NOT_FOUND"
+
+
+def test_an_explanation_names_who_erred_and_narrower_scopes(app: App) -> None:
+    """A spent endpoint stands in the way of calls there; of the token it is shown beside.
+
+    Fails when the errors of a scope are not those that people are shown.
+    """
+    token = app.token()
+    app.report(token, CRM, many=8, holder=lease_pb2.Holder(job="buggy", host="web3"))
+    for explained in (
+        app.explain(token=token, division=CRM[0], endpoint=CRM[1]),
+        app.explain(token=token, job="buggy"),
+    ):
+        [obstacle] = explained.obstacles
+        assert obstacle.back_off.cause == budget_pb2.BACK_OFF_CAUSE_SPENT
+        assert obstacle.caused_by.job == "buggy"
+        assert explained.go_in.ToMicroseconds() > 0
+        assert not explained.may_go
+    explained = app.explain(token=token)
+    assert explained.may_go
+    assert [one.scope.endpoint for one in explained.narrower] == [CRM[1]]
+    assert explained.budgets[0].state == budget_pb2.BUDGET_STATE_SPENT
+    assert len(explained.errors) == 8
+    latest = explained.errors[0]
+    assert (latest.holder.job, latest.holder.host, latest.status) == ("buggy", "web3", 400)
+    assert not app.explain(token=app.token("other")).narrower
+
+
+def test_watchers_of_budgets_see_every_state(app: App) -> None:
+    """First how things stand, then what changes, the end of a window and of a back-off too.
+
+    Fails when what time alone changes is not told.
+    """
+    token = app.token()
+    app.report(token, CRM, many=3)
+    request = budget_service_pb2.WatchBudgetsRequest(parent=app.name)
+    stream = app.replicas[1].budgets.WatchBudgets(request)
+    seen: list[str] = []
+
+    def listen() -> None:
+        with contextlib.suppress(grpc.RpcError):
+            for response in stream:
+                seen.extend(
+                    f"{budget_pb2.BudgetState.Name(one.state)[13:]} {one.used}"
+                    for one in response.budgets
+                )
+                seen.extend(
+                    f"back-off {budget_pb2.BackOffState.Name(one.state)[15:]}"
+                    for one in response.back_offs
+                )
+                seen.extend(["all told"] * response.snapshot_end)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    wait_until(lambda: seen == ["OPEN 3", "all told"])
+    app.report(token, CRM, many=5)
+    wait_until(lambda: {"SPENT 8", "back-off QUIET"} <= set(seen))
+    wait_until(lambda: "back-off PROBING" in seen)
+    wait_until(lambda: "OPEN 0" in seen)
+    clear(app, app.only().name)
+    wait_until(lambda: "back-off UNSPECIFIED" in seen)
+    stream.cancel()
+    thread.join()
 
 
 def test_a_break_is_told_at_once(app: App) -> None:

@@ -15,6 +15,7 @@ local IDS_MOST = 500000 -- of an app, some 50 MB
 local OLDEST_US = 24 * 3600 * SECOND -- a report may be this old
 local TOUCHED_US = 7 * OLDEST_US
 local TOUCHED_MOST = 200 -- places a job
+local TOUCHERS_MOST = 10000 -- jobs and leases an app; the oldest are forgotten
 
 local BUDGETS = SHARD .. ':budgets' -- ids, by when nothing is left in the window
 local IDS = SHARD .. ':events' -- ids that were counted, by how long they are kept
@@ -240,6 +241,12 @@ local function touch(who, place)
   redis.call('ZREMRANGEBYSCORE', key, '-inf', us(now - TOUCHED_US))
   redis.call('ZREMRANGEBYRANK', key, 0, -TOUCHED_MOST - 1)
   keep(key, TOUCHED_US)
+  local touchers = SHARD .. ':touchers'
+  redis.call('ZADD', touchers, us(now), who)
+  keep(touchers, TOUCHED_US)
+  while redis.call('ZCARD', touchers) > TOUCHERS_MOST do
+    redis.call('DEL', touched_key(redis.call('ZPOPMIN', touchers)[1]))
+  end
 end
 
 -- The provider blocks or throttles. What is met during a block, or by a call that was

@@ -522,6 +522,7 @@ class ExplainResponse(_message.Message):
     BUDGETS_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    NARROWER_FIELD_NUMBER: _builtins.int
     may_go: _builtins.bool
     """Nothing stands in the way."""
     message: _builtins.str
@@ -542,6 +543,12 @@ class ExplainResponse(_message.Message):
     def errors(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.RecentError]:
         """The latest errors of the scope, the newest first; at most 20."""
 
+    @_builtins.property
+    def narrower(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.BackOff]:
+        """Back-offs of narrower scopes than the one asked for: they stand in nobody's
+        way but that of calls that go there.
+        """
+
     def __init__(
         self,
         *,
@@ -551,10 +558,11 @@ class ExplainResponse(_message.Message):
         budgets: _abc.Iterable[_budget_pb2.Budget] | None = ...,
         errors: _abc.Iterable[_budget_pb2.RecentError] | None = ...,
         message: _builtins.str = ...,
+        narrower: _abc.Iterable[_budget_pb2.BackOff] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["go_in", b"go_in"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "errors", b"errors", "go_in", b"go_in", "may_go", b"may_go", "message", b"message", "obstacles", b"obstacles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "errors", b"errors", "go_in", b"go_in", "may_go", b"may_go", "message", b"message", "narrower", b"narrower", "obstacles", b"obstacles"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
