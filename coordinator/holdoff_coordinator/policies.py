@@ -141,8 +141,30 @@ def policy_message(policy: Policy) -> policy_pb2.Policy:
             )
             for limit in policy.limit
         ],
-        block=None if policy.block is None else _block_message(policy.block),
+        block=_block_message(policy.block),
         endpoint_path=policy.endpoint.path if policy.endpoint else "",
+        throttles=[
+            policy_pb2.Throttle(
+                name=throttle.name,
+                statuses=throttle.statuses,
+                body=throttle.body,
+                header=throttle.header,
+                scope=throttle.scope,
+                until=throttle.until,
+                length=_duration(throttle.length),
+            )
+            for throttle in policy.throttle
+        ],
+        output=(
+            policy_pb2.OutputPolicy(
+                errors=policy.output.errors,
+                places=policy.output.places,
+                codes=policy.output.codes,
+            )
+            if policy.output
+            else None
+        ),
+        when_quiet=policy_pb2.WhenQuiet.Value(f"WHEN_QUIET_{policy.when_quiet.upper()}"),
     )
 
 

@@ -30,12 +30,12 @@ Holdoff = Callable[..., Result]
 
 
 class Policies(policy_service_pb2_grpc.PolicyServiceServicer):
-    """Knows a preset and a policy of the operator, which has neither limits nor blocks."""
+    """Knows a preset and a policy of the operator, which has no limits and sees no errors."""
 
     def __init__(self) -> None:
         exact = presets()["exact-online"]
         mine = msgspec.structs.replace(
-            exact, name="mine", title="", limit=(), block=None, endpoint=None
+            exact, name="mine", title="", limit=(), throttle=(), output=None, endpoint=None
         )
         self.policies = {one.name: policy_message(one) for one in (exact, mine)}
 
@@ -91,7 +91,10 @@ def test_show_tells_the_rules(holdoff: Holdoff) -> None:
         "200 token requests in 1d for each app + token",
         "1h of the app, then times 2 up to",
         "(?P<endpoint>",
-        "refresh tokens        reusable",
+        "refresh tokens           reusable",
+        "429: the app + division, for 1m or as a header says",
+        "while quiet a run        is paused",
+        "error in output",
         "preset",
     ):
         assert words in shown
@@ -99,7 +102,7 @@ def test_show_tells_the_rules(holdoff: Holdoff) -> None:
     assert document["limits"][0]["most"] == "10"
     mine = holdoff("policy", "show", "mine").stdout
     assert "a file of the operator" in mine
-    for words in ("limit", "block", "endpoint path", "provider"):
+    for words in ("limit", "throttle", "in output", "endpoint path", "provider"):
         assert words not in mine
 
 

@@ -31,7 +31,6 @@ def test_exact_online() -> None:
     }
     assert limits == expected
     assert policy.limit[0].statuses == (400, 401, 403, 404)
-    assert policy.block is not None
     assert float(policy.block.first) == 3600
     assert policy.block.factor == 2
 
@@ -87,6 +86,14 @@ def test_a_normal_form_stays(text: str) -> None:
         ("(?P<endpoint>.+)", "(?P<endpoint>.+", 16, "not a regular expression"),
         ("(?P<endpoint>.+)", ".+", 16, "needs a group"),
         ('["app", "token"]', '["token"]', 32, 'must name "app"'),
+        ("statuses = [429] ", "", 55, "fits everything"),
+        ('name = "ip-blocked"', 'name = "too-many-calls"', 1, "two throttles have the same name"),
+        ("(?P<url>", "(?P<where>", 73, "`places` needs groups"),
+        ("(?P<status>", "(?P<number>", 69, "unknown group: 'number'"),
+        (r"\((?P<status>", r"((?P<status>", 69, "`errors` is not a regular expression"),
+        ("errors = [", "failures = [", 69, "unknown field `failures`"),
+        ("itgenexl150 = 429", "itgenexl150 = 1", 78, "Expected `int` >= 100"),
+        ("[output]", 'when_quiet = "sleep"\n[output]', 68, "unknown field `when_quiet`"),
     ],
 )
 def test_mistakes(tmp_path: Path, right: str, wrong: str, line: int, says: str) -> None:

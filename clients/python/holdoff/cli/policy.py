@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -21,9 +20,7 @@ from holdoff.cli.output import (
     resource,
 )
 from holdoff.policies import PolicyError, presets, read_policy
-
-if TYPE_CHECKING:
-    from holdoff.v1 import policy_pb2
+from holdoff.v1 import policy_pb2
 
 
 @click.group(epilog=example("holdoff policy list"))
@@ -70,7 +67,11 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
             ("used ones work for", duration_text(refresh, "grace")),
             ("idle life", duration_text(refresh, "idle_life")),
             *((f"limit {limit.name}", _limit_text(limit)) for limit in found.limits),
-            ("block", _block_text(block) if found.HasField("block") else NOTHING),
+            ("block", _block_text(block)),
+            *((f"throttle {one.name}", _throttle_text(one)) for one in found.throttles),
+            ("while quiet a run", f"is {_WHEN_QUIET[found.when_quiet]}"),
+            *(("error in output", pattern) for pattern in found.output.errors),
+            *(("place in output", pattern) for pattern in found.output.places),
             ("endpoint path", found.endpoint_path or NOTHING),
         ]
     )
@@ -106,6 +107,14 @@ def check_policies(files: tuple[Path, ...]) -> None:
         raise click.exceptions.Exit(exits.USAGE)
 
 
+_WHEN_QUIET = {
+    policy_pb2.WHEN_QUIET_UNSPECIFIED: "paused",
+    policy_pb2.WHEN_QUIET_PAUSE: "paused",
+    policy_pb2.WHEN_QUIET_FINISH: "let finish",
+    policy_pb2.WHEN_QUIET_TERMINATE: "ended",
+}
+
+
 def _row(policy: policy_pb2.Policy) -> tuple[str, ...]:
     return (
         policy.name,
@@ -135,3 +144,13 @@ def _block_text(block: policy_pb2.BlockPolicy) -> str:
         f"{duration_text(block, 'first')} of the {' + '.join(block.scope)}, then times "
         f"{block.factor:g} up to {duration_text(block, 'most')}"
     )
+
+
+def _throttle_text(throttle: policy_pb2.Throttle) -> str:
+    signs = [
+        *map(str, throttle.statuses),
+        *([f"body with {throttle.body}"] if throttle.body else ()),
+        *([f"header with {throttle.header}"] if throttle.header else ()),
+    ]
+    length = duration_text(throttle, "length") if throttle.HasField("length") else "as a block"
+    return f"{', '.join(signs)}: the {' + '.join(throttle.scope)}, for {length} or as a header says"

@@ -96,8 +96,7 @@ class Limit(_Table, frozen=True, kw_only=True):
     """So many are kept in hand; the budget is low from there on."""
 
     def __post_init__(self) -> None:
-        if "app" not in self.scope or len(set(self.scope)) != len(self.scope):
-            raise ValueError('`scope` must name "app", and no field twice')
+        _check_scope(self.scope)
         if bool(self.statuses) != (self.event == "errors"):
             raise ValueError('`statuses` belongs to event = "errors", and only to it')
         if self.margin >= self.most:
@@ -108,19 +107,73 @@ class Block(_Table, frozen=True, kw_only=True):
     """How long a block lasts where the provider does not say."""
 
     scope: tuple[ScopeField, ...] = ("app",)
-    first: Seconds
-    factor: Annotated[float, msgspec.Meta(ge=1)] = 1.0
+    first: Seconds = Seconds(60)
+    """Ours, as all that is not given: `domain.md` has no such numbers for most providers."""
+    factor: Annotated[float, msgspec.Meta(ge=1)] = 2.0
     """By how much a block is longer than the one before."""
-    most: Seconds
+    most: Seconds = Seconds(3600)
     """No block is taken to be longer, whatever the provider's answer says."""
-    forget_after: Seconds
+    forget_after: Seconds = Seconds(86400)
     """After so long without a block the next one is a first one."""
 
     def __post_init__(self) -> None:
-        if "app" not in self.scope:
-            raise ValueError('`scope` must name "app"')
+        _check_scope(self.scope)
         if self.most < self.first:
             raise ValueError("`most` must not be less than `first`")
+
+
+class Throttle(_Table, frozen=True, kw_only=True):
+    """How an answer that blocks or throttles is recognised: all that is given must fit."""
+
+    name: Id
+    statuses: tuple[Annotated[int, msgspec.Meta(ge=100, le=599)], ...] = ()
+    """Some providers throttle with 200."""
+    body: str = ""
+    """A regular expression that is found in the body, of which the first 64 KiB are looked at."""
+    header: str = ""
+    """A regular expression that is found in a line `Name: value` of the headers, without case."""
+    scope: tuple[ScopeField, ...] = ("app",)
+    """Who must be quiet."""
+    until: tuple[str, ...] = ("Retry-After",)
+    """Headers that say when it ends, the first that is there counts.
+
+    Seconds, an HTTP date (RFC 9110, section 10.2.3), or seconds or milliseconds since 1970.
+    """
+    length: Seconds | None = None
+    """How long it lasts where no header says; else what the block says, longer each time."""
+
+    def __post_init__(self) -> None:
+        _check_scope(self.scope)
+        if not (self.statuses or self.body or self.header):
+            raise ValueError("a throttle needs `statuses`, `body` or `header`: it fits everything")
+        for field in ("body", "header"):
+            _groups_of(field, getattr(self, field))
+
+
+class Output(_Table, frozen=True, kw_only=True):
+    """How errors are recognised in what a job prints: regular expressions, line by line.
+
+    Of a line the first 4,000 characters are looked at.
+    """
+
+    errors: tuple[str, ...]
+    """A line with an error. A group `status` has its HTTP status, a group `code` one of `codes`."""
+    places: tuple[str, ...] = ()
+    """A line near it that says where: groups `url`, `division` or `endpoint`."""
+    codes: dict[str, Annotated[int, msgspec.Meta(ge=100, le=599)]] = {}
+    """HTTP statuses of codes."""
+
+    def __post_init__(self) -> None:
+        where = {"url", "division", "endpoint"}
+        for pattern in self.errors:
+            if re.search(r"\\[AZ]", pattern):
+                raise ValueError(r"`errors` is searched in many lines: write ^ and $ for \A and \Z")
+            if extra := _groups_of("errors", pattern) - where - {"status", "code"}:
+                raise ValueError(f"`errors` has an unknown group: {quoted(min(extra))}")
+        for pattern in self.places:
+            groups = _groups_of("places", pattern)
+            if not groups or groups - where:
+                raise ValueError("`places` needs groups (?P<url>…), (?P<division>…) or endpoint")
 
 
 class Policy(_Table, frozen=True, kw_only=True):
@@ -131,24 +184,33 @@ class Policy(_Table, frozen=True, kw_only=True):
     refresh: Refresh
     endpoint: Endpoint | None = None
     limit: tuple[Limit, ...] = ()
-    block: Block | None = None
+    block: Block = msgspec.field(default_factory=Block)
+    throttle: tuple[Throttle, ...] = ()
+    output: Output | None = None
+    when_quiet: Literal["pause", "finish", "terminate"] = "pause"
+    """What `holdoff run` does with a command while a scope of its job must be quiet."""
 
     def __post_init__(self) -> None:
-        names = [limit.name for limit in self.limit]
-        if len(set(names)) != len(names):
-            raise ValueError("two limits have the same name")
+        for what, named in (("limits", self.limit), ("throttles", self.throttle)):
+            if len({one.name for one in named}) != len(named):
+                raise ValueError(f"two {what} have the same name")
 
     def place(self, path: str) -> tuple[str, str]:
-        """Find a call's (division, endpoint) in its path or URL, each in its one normal form.
+        """Find a call's (division, endpoint) in its path or URL, each in its one normal form."""
+        return find_place(self.endpoint.path if self.endpoint else "", path)
 
-        The query goes, OData keys become `()`, and case does not count (`domain.md`, paths).
-        """
-        path = re.split(r"[?#]", path[:MOST_PATH_CHARACTERS], maxsplit=1)[0]
-        division, endpoint = "", path
-        if self.endpoint and (match := re.search(self.endpoint.path, path)):
-            found = match.groupdict()
-            division, endpoint = found.get("division") or "", found["endpoint"] or ""
-        return division, normal_endpoint(endpoint)
+
+def find_place(pattern: str, path: str) -> tuple[str, str]:
+    """Find a call's (division, endpoint) by the pattern of a policy, each in its one normal form.
+
+    The query goes, OData keys become `()`, and case does not count (`domain.md`, paths).
+    """
+    path = re.split(r"[?#]", path[:MOST_PATH_CHARACTERS], maxsplit=1)[0]
+    division, endpoint = "", path
+    if pattern and (match := re.search(pattern, path)):
+        found = match.groupdict()
+        division, endpoint = found.get("division") or "", found["endpoint"] or ""
+    return division, normal_endpoint(endpoint)
 
 
 def normal_endpoint(text: str) -> str:
@@ -195,6 +257,19 @@ def presets() -> dict[str, Policy]:
         if entry.name.endswith(".toml")
     ]
     return {policy.name: policy for policy in sorted(found, key=lambda policy: policy.name)}
+
+
+def _check_scope(scope: tuple[ScopeField, ...]) -> None:
+    if "app" not in scope or len(set(scope)) != len(scope):
+        raise ValueError('`scope` must name "app", and no field twice')
+
+
+def _groups_of(field: str, pattern: str) -> set[str]:
+    """Return the names of the groups of a regular expression."""
+    try:
+        return set(re.compile(pattern).groupindex)
+    except re.error as error:
+        raise ValueError(f"`{field}` is not a regular expression: {error}") from None
 
 
 def _convert(kind: type, value: Any) -> Any:
