@@ -8,15 +8,13 @@ a test finds what is left of it.
 import contextlib
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import pytest
 
 from holdoff import _guard, _process
 from holdoff._process import CannotRunError, Guard, GuardError, boottime_ns, which
+from tests.e2e.processes import Terminal, eventually, python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux promises")
 
@@ -65,6 +64,8 @@ with Guard.start(isolate=options["isolate"]) as guard:
         if options.get("never_launch"):
             report(signalled=guard.signal(15))
             threading.Event().wait(60)
+        if "pause_at_once" in options:
+            guard.pause()
         if "end_at_once" in options:
             guard.end(options["end_at_once"])
         guard.launch(
@@ -72,12 +73,20 @@ with Guard.start(isolate=options["isolate"]) as guard:
             {**os.environ, "MARK": options["mark"], "FILLER": "x" * options.get("filler", 0)},
             fence_boottime_ns=first, grace_seconds=options.get("grace", 1),
         )
+        if options.get("launched"):
+            report(launched=True)
         if options.get("abandon"):
             sys.exit(3)
         if "signal_at_once" in options:
             guard.signal(options["signal_at_once"])
         if "renew" in options:
             renew()
+        if "orders" in options:
+            def obey():
+                while True:
+                    for order in open(options["orders"]):
+                        getattr(guard, order.split()[0])(*order.split()[1:])
+            threading.Thread(target=obey, daemon=True).start()
         if "end" in options:
             later(options["end"], lambda: guard.end("lease lost"))
         outcome = guard.wait(lambda event: report(
@@ -138,20 +147,6 @@ both_modes = pytest.mark.parametrize(
 )
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
-    """Wait until the condition holds, and give what it gave."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
-    return result
-
-
-def python(program: str, *arguments: object) -> list[str]:
-    """A command that runs a Python program."""
-    return [sys.executable, "-I", "-S", "-c", program, *map(str, arguments)]
-
-
 @dataclass
 class Run:
     """A driver with its command."""
@@ -174,8 +169,15 @@ class Run:
     def start(self, argv: list[str], *, popen: Any = None, **options: object) -> None:
         """Start the driver, in a session of its own without a terminal."""
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, **(popen or {})}
-        command = self.command(argv, **options)
+        orders = self.folder / "orders"
+        os.mkfifo(orders)
+        command = self.command(argv, orders=str(orders), **options)
         self.process = subprocess.Popen(command, start_new_session=True, **streams)
+
+    def order(self, order: str) -> None:
+        """Have the driver call a method of its guard."""
+        with (self.folder / "orders").open("w") as orders:
+            orders.write(f"{order}\n")
 
     def finish(self) -> dict[str, Any]:
         """Wait for the driver, and give the outcome it reported."""
@@ -623,6 +625,275 @@ def test_plan(grace: float) -> None:
         assert kill_at - term_at <= grace * SECOND
 
 
+# Pausing ------------------------------------------------------------------------------------
+
+# Counts in a file; so does a grandchild that left the session and its parent.
+COUNTERS = """
+import os, sys, time
+def count(name):
+    number = 0
+    while True:
+        number += 1
+        with open(sys.argv[1] + name, "w") as file:
+            file.write(str(number))
+        time.sleep(0.01)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        count("2")
+    os._exit(0)
+count("")
+"""
+
+
+def counts(run: Run) -> list[str]:
+    """How far the COUNTERS are."""
+    return [path.read_text() for path in run.folder.glob("note*")]
+
+
+def all_stopped(run: Run) -> bool:
+    """Whether nobody of the command's runs."""
+    stats = [stat for pid in run.alive() if (stat := _read(pid, "stat"))]
+    return {stat.rpartition(b")")[2].split()[0] for stat in stats} == {b"T"}
+
+
+def start_counters(run: Run, **options: object) -> None:
+    """Start both COUNTERS and pause them."""
+    run.start(python(COUNTERS, run.note), **options)
+    eventually(lambda: len(run.alive()) == 2 and all(counts(run)) and len(counts(run)) == 2)
+    run.order("pause")
+    eventually(lambda: all_stopped(run))
+
+
+@both_modes
+def test_pause_and_resume(run: Run, isolate: str) -> None:
+    """The whole tree stands still and goes on, also who left group and session.
+
+    Fails when only the command's group is stopped, or when it is not continued.
+    """
+    start_counters(run, isolate=isolate)
+    before = counts(run)
+    time.sleep(0.3)  # what must not happen can only be watched
+    assert counts(run) == before
+    run.order("resume")
+    eventually(lambda: all(now != then for now, then in zip(counts(run), before, strict=True)))
+    run.order("pause")
+    eventually(lambda: all_stopped(run))
+
+
+@both_modes
+def test_paused_forks_do_not_escape(run: Run, isolate: str) -> None:
+    """A child that is born while the process table is read, in a session of its own, stops too.
+
+    Fails when STOP is sent in one round only (most times).
+    """
+    spawner = (
+        "import os, sys, time\n"
+        "for number in range(1000):\n"
+        "    if os.fork() == 0:\n"
+        "        os.setsid()\n"
+        "        while True: time.sleep(0.01)\n"
+        "    if number == 30: open(sys.argv[1], 'w').close()\n"
+        "    time.sleep(0.0005)\n"
+    )
+    run.start(python(spawner, run.note), isolate=isolate, grace=0)
+    eventually(run.note.exists)
+    run.order("pause")
+    eventually(lambda: all_stopped(run))
+
+
+@both_modes
+def test_cont_does_not_end_a_pause(run: Run, isolate: str) -> None:
+    """A CONT to the command itself has no lasting effect.
+
+    Fails when who was continued is not stopped again at once.
+    """
+    start_counters(run, isolate=isolate)
+    before = counts(run)
+    time.sleep(2.7)  # rounds of STOP are seldom by then
+    assert counts(run) == before
+    (command,) = [pid for pid in run.alive() if os.getpgid(pid) == pid]
+    os.kill(command, signal.SIGCONT)
+    eventually(lambda: counts(run) != before or all_stopped(run))
+    eventually(lambda: all_stopped(run), 1.5)
+    run.process.send_signal(signal.SIGUSR1)  # waits for the end of the pause
+    time.sleep(0.1)
+    assert run.process.poll() is None
+    run.order("resume")
+    assert run.finish()["signal"] == signal.SIGUSR1
+
+
+@both_modes
+def test_cont_to_the_wrapper_is_held_back(run: Run, isolate: str) -> None:
+    """The command hears of one CONT: that of `resume`.
+
+    Fails when the guard passes CONT on in a pause.
+    """
+    run.start(python(LISTENER, run.note), isolate=isolate, grace=0)
+    eventually(run.note.exists)
+    run.order("pause")
+    eventually(lambda: all_stopped(run))
+    for _ in range(10):
+        run.process.send_signal(signal.SIGCONT)
+        time.sleep(0.03)  # what must not happen can only be watched
+    run.order("resume")
+    eventually(run.heard)
+    run.process.send_signal(signal.SIGUSR1)
+    eventually(lambda: signal.SIGUSR1 in run.heard())
+    assert run.heard() == [signal.SIGCONT, signal.SIGUSR1]
+
+
+@both_modes
+def test_wrapper_killed_while_paused(run: Run, isolate: str) -> None:
+    """Nothing stays stopped for ever: the tree goes with its wrapper."""
+    start_counters(run, isolate=isolate, grace=0.2)
+    run.process.kill()
+    eventually(lambda: not run.alive(), 5)
+
+
+@both_modes
+def test_guard_killed_while_paused(run: Run, isolate: str) -> None:
+    """The tree goes with its guard."""
+    start_counters(run, isolate=isolate)
+    os.kill(run.reported("guard"), signal.SIGKILL)
+    assert run.finish()["ended_by"] == "guard lost"
+    assert not run.alive()
+
+
+@both_modes
+def test_end_while_paused(run: Run, isolate: str) -> None:
+    """A paused command acts on TERM, and stays awake to do so.
+
+    Fails when CONT is not sent, or when a pause stops who is being ended.
+    """
+    tidy = (
+        "import os, signal, sys, time\n"
+        "def tidy(*_): time.sleep(0.3); sys.exit(7)\n"
+        "signal.signal(signal.SIGTERM, tidy)\n"
+        "open(sys.argv[1], 'w').close()\n"
+        "while True: signal.pause()"
+    )
+    run.start(python(tidy, run.note), isolate=isolate, grace=10)
+    eventually(run.note.exists)
+    run.order("pause")
+    eventually(lambda: all_stopped(run))
+    run.order("end budget")
+    run.order("pause")
+    outcome = run.finish()
+    assert (outcome["exit_code"], outcome["ended_by"]) == (7, "budget")
+
+
+@both_modes
+def test_signals_after_the_end_of_a_pause(run: Run, isolate: str) -> None:
+    """A command that was paused and is being ended gets signals again (a second Ctrl-C).
+
+    Fails when an end leaves the guard paused.
+    """
+    run.start(python(LISTENER, run.note), isolate=isolate, grace=2)
+    eventually(run.note.exists)
+    run.order("pause")
+    eventually(lambda: all_stopped(run))
+    run.order("end budget")
+    eventually(lambda: signal.SIGTERM in run.heard())
+    run.process.send_signal(signal.SIGINT)
+    eventually(lambda: signal.SIGINT in run.heard())
+
+
+@both_modes
+def test_fence_while_paused(run: Run, isolate: str) -> None:
+    """A pause moves no fence."""
+    start_counters(run, isolate=isolate, fence=3, grace=0.5)
+    outcome = run.finish()
+    assert outcome["ended_by"] == "fence"
+    assert outcome["at"] < run.reported("fence")
+    assert not run.alive()
+
+
+@both_modes
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_paused(run: Run, isolate: str, signum: int) -> None:
+    """A signal by which people end jobs ends a paused one.
+
+    Fails when it is only passed on: it would be heeded after the pause.
+    """
+    start_counters(run, isolate=isolate)
+    run.process.send_signal(signum)
+    outcome = run.finish()
+    assert (outcome["signal"], outcome["ended_by"]) == (signum, "interrupted while paused")
+
+
+def test_paused_before_the_launch(run: Run) -> None:
+    """A command that is launched in a pause starts when that is over.
+
+    Fails when it is launched at once.
+    """
+    run.start(["sh", "-c", f"touch {run.note}; exit 5"], pause_at_once=True)
+    run.reported("guard")
+    time.sleep(0.3)  # what must not happen can only be watched
+    assert not run.note.exists()
+    run.order("resume")
+    assert run.finish()["exit_code"] == 5
+
+
+@pytest.mark.parametrize("how", ["end", "fence", "interrupt", "kill"])
+def test_paused_before_the_launch_and_ended(run: Run, how: str) -> None:
+    """A launch that is held back can be ended at once, and then starts nothing.
+
+    Fails when it takes the grace, or starts the command.
+    """
+    options = {"pause_at_once": True, "launched": True, "grace": 30}
+    run.start(["touch", str(run.note)], fence=1 if how == "fence" else 90, **options)
+    guard = run.reported("guard")
+    run.reported("launched")
+    if how == "end":
+        run.order("end budget")
+    elif how == "interrupt":
+        run.process.send_signal(signal.SIGTERM)
+    elif how == "kill":
+        run.process.kill()
+    if how != "kill":
+        reasons = {"end": "budget", "interrupt": "interrupted while paused"}
+        assert run.finish()["ended_by"] == reasons.get(how, how)
+        assert run.outcome["status"] is None
+    eventually(lambda: not _read(guard, "cmdline"))
+    assert not run.note.exists()
+
+
+def test_terminal_of_a_paused_command(run: Run, shell: Terminal) -> None:
+    """Ctrl-Z gives the shell back in a pause, `fg` does not end it, and Ctrl-C ends the job.
+
+    Fails when the wrapper does not take the terminal back for the pause.
+    """
+    orders = run.folder / "orders"
+    os.mkfifo(orders)
+    shell.type(prepare(run, READER, orders=str(orders)) + "; echo code $?\n")
+    shell.expect("front")
+    wrapper = run.reported("wrapper")
+
+    def pause() -> None:
+        run.order("pause")
+        eventually(lambda: all_stopped(run))
+        eventually(lambda: _in_front(wrapper))
+
+    pause()
+    shell.type("\x1a")
+    shell.expect("Stopped")
+    shell.type("fg\n")
+    shell.expect("run")
+    assert all_stopped(run)
+    run.order("resume")
+    shell.type("hello\n")
+    shell.expect("got hello")
+    pause()
+    shell.type("\x03")
+    shell.expect("interrupted")
+
+
+def _in_front(pid: int) -> bool:
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return fields[5] == fields[2]  # the foreground group of its terminal, and its own
+
+
 # Isolation and start ------------------------------------------------------------------------
 
 
@@ -669,39 +940,6 @@ def test_only_from_the_main_thread() -> None:
 
 
 # Terminals ----------------------------------------------------------------------------------
-
-
-class Terminal:
-    """A pseudo-terminal with a program on it, as a user would see it."""
-
-    def __init__(self, command: list[str]) -> None:
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.execvp(command[0], command)  # noqa: S606
-        self.screen = ""
-
-    def type(self, text: str) -> None:
-        """Press these keys."""
-        os.write(self._fd, text.encode())
-
-    def expect(self, text: str, seconds: float = 10) -> None:
-        """Wait until the text appears after what was expected before."""
-        deadline = time.monotonic() + seconds
-        while text not in self.screen:
-            assert time.monotonic() < deadline, f"{text!r} not in {self.screen!r}"
-            if select.select([self._fd], [], [], 0.1)[0]:
-                try:
-                    self.screen += os.read(self._fd, 4096).decode(errors="replace")
-                except OSError:
-                    assert text in self.screen, f"{text!r} not in {self.screen!r}"
-        self.screen = self.screen.partition(text)[2]
-
-    def close(self) -> None:
-        """Hang up."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        os.close(self._fd)
-        os.waitpid(self.pid, 0)
 
 
 @pytest.fixture

@@ -9,7 +9,14 @@ from typing import assert_type
 
 import holdoff
 from holdoff._client import BudgetGuard
-from holdoff.v1 import budget_pb2, lease_pb2, lease_service_pb2, token_pb2
+from holdoff.v1 import (
+    budget_pb2,
+    budget_service_pb2,
+    lease_pb2,
+    lease_service_pb2,
+    policy_pb2,
+    token_pb2,
+)
 
 TOKEN = "apps/exact-nl/tokens/finance"
 
@@ -33,6 +40,11 @@ def away(error: holdoff.Unavailable) -> None:
     assert_type(error.retry_after_seconds, float | None)
 
 
+def heard(notice: lease_service_pb2.FollowLeaseResponse) -> None:
+    """What a holder may be told."""
+    assert_type(notice.instruction, lease_service_pb2.HolderInstruction.ValueType)
+
+
 def hold() -> None:
     """A job under a lease."""
     deadlines_ns: list[int] = []
@@ -45,15 +57,21 @@ def hold() -> None:
             grace_seconds=10,
             job="nightly",
             labels={"run": "4711"},
+            scopes=[("535193", "crm/Accounts")],
             on_waiting=said,
             on_unreachable=away,
             on_renewed=deadlines_ns.append,
             on_lost=gone,
+            on_notice=heard,
         ) as lease:
             assert_type(lease, holdoff.HeldLease)
             assert_type(lease.fencing_token, int)
             assert_type(lease.deadline_ns, int)
             assert_type(lease.remaining_seconds, float)
+            assert_type(lease.policy, policy_pb2.Policy)
+            assert_type(lease.rooms, list[lease_service_pb2.ScopeRoom])
+            assert_type(lease.notice, lease_service_pb2.FollowLeaseResponse | None)
+            assert_type(lease.wait_while_quiet(60), bool)
             lease.command_started()
             refresh_and_work()
             lease.check()
@@ -72,15 +90,21 @@ async def hold_in_a_loop() -> None:
             grace_seconds=10,
             job="nightly",
             labels={"run": "4711"},
+            scopes=[("535193", "crm/Accounts")],
             on_waiting=said,
             on_unreachable=away,
             on_renewed=deadlines_ns.append,
             on_lost=gone,
+            on_notice=heard,
         ) as lease:
             assert_type(lease, holdoff.aio.HeldLease)
             assert_type(lease.fencing_token, int)
             assert_type(lease.deadline_ns, int)
             assert_type(lease.remaining_seconds, float)
+            assert_type(lease.policy, policy_pb2.Policy)
+            assert_type(lease.rooms, list[lease_service_pb2.ScopeRoom])
+            assert_type(lease.notice, lease_service_pb2.FollowLeaseResponse | None)
+            assert_type(await lease.wait_while_quiet(60), bool)
             lease.command_started()
             refresh_and_work()
             lease.check()
@@ -98,6 +122,13 @@ def ask(client: holdoff.Client) -> None:
     assert_type(client.update_token(TOKEN, refresh_at="start"), token_pb2.Token)
     assert_type(client.get_token(TOKEN), token_pb2.Token)
     assert_type(client.list_tokens(), Iterator[token_pb2.Token])
+    assert_type(client.list_back_offs("apps/exact-nl"), list[budget_pb2.BackOff])
+    assert_type(client.set_back_off(TOKEN, 60, "x", division="1"), budget_pb2.BackOff)
+    assert_type(client.clear_back_off("apps/exact-nl/backOffs/b", "x"), budget_pb2.BackOff)
+    assert_type(client.explain(TOKEN, job="nightly"), budget_service_pb2.ExplainResponse)
+    with contextlib.closing(client.watch_budgets("apps/exact-nl", token=TOKEN)) as changes:
+        for change in changes:
+            assert_type(change, budget_service_pb2.WatchBudgetsResponse)
     with contextlib.closing(client.watch_leases(TOKEN, resume_token="")) as responses:
         for response in responses:
             assert_type(response, lease_service_pb2.WatchLeasesResponse)
@@ -115,6 +146,13 @@ async def ask_in_a_loop(client: holdoff.aio.Client) -> None:
     assert_type(await client.update_token(TOKEN, refresh_at="start"), token_pb2.Token)
     assert_type(await client.get_token(TOKEN), token_pb2.Token)
     assert_type(client.list_tokens(), AsyncIterator[token_pb2.Token])
+    assert_type(await client.list_back_offs("apps/exact-nl"), list[budget_pb2.BackOff])
+    assert_type(await client.set_back_off(TOKEN, 60, "x", division="1"), budget_pb2.BackOff)
+    assert_type(await client.clear_back_off("apps/exact-nl/backOffs/b", "x"), budget_pb2.BackOff)
+    assert_type(await client.explain(TOKEN, job="nightly"), budget_service_pb2.ExplainResponse)
+    async with contextlib.aclosing(client.watch_budgets("apps/exact-nl", token=TOKEN)) as changes:
+        async for change in changes:
+            assert_type(change, budget_service_pb2.WatchBudgetsResponse)
     async with contextlib.aclosing(client.watch_leases(TOKEN, resume_token="")) as responses:
         async for response in responses:
             assert_type(response, lease_service_pb2.WatchLeasesResponse)
@@ -130,6 +168,10 @@ def count(client: holdoff.Client) -> None:
         budget_pb2.EventOutcome.ValueType,
     )
     assert_type(client.record_events([budget_pb2.Event()]), list[budget_pb2.EventOutcome.ValueType])
+    assert_type(
+        client.record_block(TOKEN, status=429, retry_after_seconds=30, throttle="minute"),
+        budget_pb2.EventOutcome.ValueType,
+    )
     reservation = client.reserve(TOKEN, kind="token_request", wait_seconds=60)
     assert_type(reservation, budget_pb2.Reservation)
     assert_type(client.commit(TOKEN, reservation.id, status=200), budget_pb2.Reservation)
@@ -155,6 +197,10 @@ async def count_in_a_loop(client: holdoff.aio.Client) -> None:
     assert_type(await client.get_budget("apps/exact-nl/budgets/errors-1"), budget_pb2.Budget)
     assert_type(
         await client.record_error(TOKEN, endpoint="crm/Accounts", status=400),
+        budget_pb2.EventOutcome.ValueType,
+    )
+    assert_type(
+        await client.record_block(TOKEN, status=429, sent_age_seconds=2),
         budget_pb2.EventOutcome.ValueType,
     )
     reservation = await client.reserve(TOKEN, kind="token_request", wait_seconds=60)

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -33,6 +33,9 @@ from holdoff.v1 import (
     budget_service_pb2,
     budget_service_pb2_grpc,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FINANCE = "apps/exact-nl/tokens/finance"
 NAME = "apps/exact-nl/budgets/errors-k7q2m3ab5cdefghi"
@@ -137,11 +140,23 @@ Holdoff = Callable[..., Result]
 
 
 @pytest.fixture
-def holdoff(endpoint: str) -> Holdoff:
+def state_home(tmp_path: Path) -> Path:
+    """Where reports are kept, and nothing else."""
+    return tmp_path
+
+
+@pytest.fixture
+def holdoff(endpoint: str, state_home: Path) -> Holdoff:
     """Run the command line against it."""
 
     def run(*args: str, **env: str) -> Result:
-        variables = {"HOLDOFF_OUTPUT": None, "TZ": "UTC", "HOLDOFF_ENDPOINT": endpoint, **env}
+        variables = {
+            "HOLDOFF_OUTPUT": None,
+            "TZ": "UTC",
+            "HOLDOFF_ENDPOINT": endpoint,
+            "XDG_STATE_HOME": str(state_home),
+            **env,
+        }
         return CliRunner(env=variables).invoke(main, args, prog_name="holdoff")
 
     return run
@@ -260,22 +275,66 @@ def test_record_says_how_it_was_taken(holdoff: Holdoff, coordinator: Coordinator
     document = json.loads(holdoff(*command, "-o", "json").stdout)
     assert document["outcome"] == "EVENT_OUTCOME_NOT_LIMITED"
     assert document["id"] == coordinator.requests[-1].events[0].id
+    assert document["spooled"] is False
     coordinator.outcome = 9  # type: ignore[assignment] # of a newer coordinator
     assert "unknown" in holdoff(*command).stdout
 
 
-def test_record_can_be_repeated(holdoff: Holdoff, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nobody could be told, the id with which to tell it again is printed.
+@pytest.mark.parametrize("no_spool", [True, False])
+def test_record_can_be_repeated(
+    holdoff: Holdoff, state_home: Path, monkeypatch: pytest.MonkeyPatch, no_spool: bool
+) -> None:
+    """Where nobody could be told, nor it be kept, the id with which to tell it again is printed.
 
     Fails when a repetition would count twice.
     """
     monkeypatch.setattr(_core, "REPORT_SECONDS", 0.1)
+    if not no_spool:
+        (state_home / "holdoff").write_text("where the folder should be")
     command = ["budget", "record", FINANCE, "--endpoint", "x"]
+    command += ["--no-spool"] if no_spool else []
     result = holdoff(*command, HOLDOFF_ENDPOINT="127.0.0.1:1")
     assert result.exit_code == exits.UNREACHABLE
-    first, _, event_id = result.stderr.splitlines()[0].rpartition(" ")
-    assert first == "to report it again, and count it once: --id"
+    *before, first, _, _ = result.stderr.splitlines()
+    assert [line.partition(f"{state_home}")[0] for line in before] == (
+        [] if no_spool else ["holdoff: the report could not be kept: "]
+    )
+    words, _, event_id = first.rpartition(" ")
+    assert words == "to report it again, and count it once: --id"
     assert uuid.UUID(event_id).version == 4
+    assert no_spool is (list(state_home.iterdir()) == [])
+
+
+def test_record_is_kept_while_the_coordinator_is_away(
+    holdoff: Holdoff, coordinator: Coordinator, state_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It exits with 0 and says who sends it: the next record does, with its id and true age.
+
+    Fails when it is sent as if it had just happened, with another id, or by nobody.
+    """
+    monkeypatch.setattr(_core, "REPORT_SECONDS", 0.3)
+    event_id = str(uuid.uuid4())
+    options = ["--division", "1", "--endpoint", "x", "--status", "400", "--job", "nightly"]
+    command = ["budget", "record", FINANCE, *options, "--id", event_id, "-o", "json"]
+    kept = holdoff(*command, HOLDOFF_ENDPOINT="127.0.0.1:1")
+    assert kept.exit_code == 0, kept.stderr
+    assert json.loads(kept.stdout) == {
+        "id": event_id,
+        "outcome": "EVENT_OUTCOME_UNSPECIFIED",
+        "spooled": True,
+    }
+    assert "holdoff spool flush" in kept.stderr
+    [path] = state_home.rglob("*.jsonl")
+    assert float(json.loads(path.read_text())["event"]["age"].rstrip("s")) >= 0.3
+    text = holdoff("budget", "record", FINANCE, "--endpoint", "x", HOLDOFF_ENDPOINT="127.0.0.1:1")
+    assert (text.exit_code, text.stdout) == (0, "")
+    assert holdoff("budget", "record", FINANCE, "--endpoint", "y").stdout == "counted\n"
+    events = {event.id: event for one in coordinator.requests for event in one.events}
+    assert len(events) == 3
+    assert events[event_id].age.ToMilliseconds() >= 300
+    assert events[event_id].holder.job == "nightly"
+    assert events[event_id].scope.division == "1"
+    assert not [path for path in state_home.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(

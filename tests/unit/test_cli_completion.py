@@ -18,6 +18,9 @@ import grpc
 import pytest
 
 from holdoff.v1 import (
+    budget_pb2,
+    budget_service_pb2,
+    budget_service_pb2_grpc,
     lease_pb2,
     token_pb2,
     token_service_pb2,
@@ -41,12 +44,27 @@ class Tokens(token_service_pb2_grpc.TokenServiceServicer):
         return token_service_pb2.ListTokensResponse(tokens=[token])
 
 
+class BackOffs(budget_service_pb2_grpc.BudgetServiceServicer):
+    """Knows one back-off."""
+
+    def ListBackOffs(
+        self, request: budget_service_pb2.ListBackOffsRequest, context: grpc.ServicerContext
+    ) -> budget_service_pb2.ListBackOffsResponse:
+        del request, context
+        back_off = budget_pb2.BackOff(name="apps/exact-nl/backOffs/block-1")
+        return budget_service_pb2.ListBackOffsResponse(back_offs=[back_off])
+
+
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """Where a coordinator with one token listens."""
     server = grpc.server(ThreadPoolExecutor(2))
     token_service_pb2_grpc.add_TokenServiceServicer_to_server(
         Tokens(),  # type: ignore[abstract] # nothing else is asked
+        server,
+    )
+    budget_service_pb2_grpc.add_BudgetServiceServicer_to_server(
+        BackOffs(),  # type: ignore[abstract] # nothing else is asked
         server,
     )
     port = server.add_insecure_port("127.0.0.1:0")
@@ -134,6 +152,7 @@ def test_tab_completes(
             ("holdoff token hist", "ory"),
             ("holdoff run --lab", "el"),
             ("holdoff token show apps/exact-nl/tokens/f", "inance"),
+            ("holdoff backoff clear apps/exact-nl/backOffs/b", "lock-1"),
             ("holdoff-coordinator ser", "ve"),
         ):
             terminal.type(f"{KILL_LINE}{typed}\t")

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdoff import _core, errors
-from holdoff._core import SECOND, Acquisition, Renewals, Timing, Watching
-from holdoff.v1 import lease_pb2, lease_service_pb2
+from holdoff import _calls, _core, errors
+from holdoff._core import (
+    SECOND,
+    Acquisition,
+    BudgetWatching,
+    Listening,
+    Renewals,
+    Timing,
+    Watching,
+)
+from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 
 ttls = st.floats(1.0, 86_400.0)
 
@@ -201,3 +211,88 @@ def test_a_watch_never_gives_up_but_on_a_final_error() -> None:
     assert one.failed(errors.Unavailable("x")) < 0.2
     with pytest.raises(errors.TokenNotFound):
         one.failed(errors.TokenNotFound("x"))
+
+
+def test_listening_never_gives_up_but_on_a_final_error() -> None:
+    """It connects again while nobody answers, at once when something had come.
+
+    Fails when `received` does not reset the retries.
+    """
+    one = Listening[int]()
+    for _ in range(20):
+        assert one.failed(errors.Unavailable("x")) <= 1.0
+    assert one.received(7) == 7
+    assert one.failed(errors.Unavailable("x")) <= 0.1
+    for error in (errors.LeaseBroken("x"), errors.UnexpectedError("unimplemented")):
+        with pytest.raises(type(error)):
+            one.failed(error)
+
+
+def budget(name: str, used: int = 1) -> budget_pb2.Budget:
+    """Give a budget."""
+    return budget_pb2.Budget(name=name, limit="errors", used=used, most=10, margin=2, room=8 - used)
+
+
+def back_off(name: str, state: int = budget_pb2.BACK_OFF_STATE_QUIET) -> budget_pb2.BackOff:
+    """Give a back-off."""
+    return budget_pb2.BackOff(name=name, state=state)  # type: ignore[arg-type]
+
+
+def test_what_went_away_between_two_connections_is_told() -> None:
+    """The end of a new snapshot brings what is over, once: budgets empty, back-offs stateless.
+
+    Fails when a budget of a snapshot's earlier part counts as gone, or when what was over before
+    is told again.
+    """
+    one = BudgetWatching("apps/a", budget_pb2.Scope(division="1"))
+    response = budget_service_pb2.WatchBudgetsResponse
+    assert one.request().parent == "apps/a"
+    assert one.request().scope.division == "1"
+    one.received(response(budgets=[budget("b1"), budget("b2"), budget("b3")]))
+    one.received(response(back_offs=[back_off("o1"), back_off("o2")], snapshot_end=True))
+    one.received(response(budgets=[budget("b3", used=0)], back_offs=[back_off("o2", 0)]))
+
+    one.request()
+    part = one.received(response(budgets=[budget("b1", used=2)]))
+    assert [found.name for found in part.budgets] == ["b1"]
+    end = one.received(response(snapshot_end=True))
+    assert [(found.name, found.used, found.room) for found in end.budgets] == [("b2", 0, 8)]
+    assert [(found.name, found.state) for found in end.back_offs] == [("o1", 0)]
+
+    one.request()
+    end = one.received(response(snapshot_end=True))
+    assert [found.name for found in end.budgets] == ["b1"]
+    assert not end.back_offs
+
+
+def test_many_events_are_sent_in_their_order() -> None:
+    """A request takes a hundred.
+
+    Fails when they are sent as one.
+    """
+    events = [budget_pb2.Event(id=str(number)) for number in range(250)]
+    parts = [call.request.events for call in _calls.record_events(events)]  # type: ignore[attr-defined]
+    assert [len(part) for part in parts] == [100, 100, 50]
+    assert [event.id for part in parts for event in part] == [event.id for event in events]
+    assert _calls.record_events([]) == []
+
+
+def test_a_block_says_what_is_known_of_it() -> None:
+    """What the provider did not say is absent, and not 0, which would mean something.
+
+    Fails when a block without a Retry-After asks for one of no length.
+    """
+    where = _calls.scope("apps/a/tokens/t", "1", "crm/Accounts")
+    known: dict[str, Any] = {"status": 429, "job": "j", "age_seconds": 1.0, "event_id": None}
+    bare = _calls.block_event(
+        where, retry_after_seconds=None, throttle="", sent_age_seconds=None, **known
+    )
+    assert (bare.kind, bare.status) == (budget_pb2.EVENT_KIND_BLOCK, 429)
+    assert not bare.HasField("retry_after")
+    assert not bare.HasField("sent_age")
+    full = _calls.block_event(
+        where, retry_after_seconds=0, throttle="minute", sent_age_seconds=2.5, **known
+    )
+    assert full.HasField("retry_after")
+    assert (full.throttle, full.sent_age.ToMilliseconds()) == ("minute", 2500)
+    assert full.id != bare.id

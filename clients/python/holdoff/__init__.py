@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from holdoff import aio, errors
-    from holdoff._client import BudgetGuard, Client, HeldLease
+    from holdoff._client import BudgetGuard, Client
+    from holdoff._lease import HeldLease
     from holdoff.errors import (
         AlreadyExists,
         BudgetSpent,
@@ -46,6 +47,9 @@ __all__ = [
 ]
 
 
+_MODULES = {"BudgetGuard": "_client", "Client": "_client", "HeldLease": "_lease"}
+
+
 # Only where nobody checks types: a checker that saw it would take any name for known.
 if not TYPE_CHECKING:
 
@@ -55,6 +59,6 @@ if not TYPE_CHECKING:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if name in {"aio", "errors"}:
             return import_module(f"{__name__}.{name}")
-        module = "_client" if name in {"BudgetGuard", "Client", "HeldLease"} else "errors"
+        module = _MODULES.get(name, "errors")
         value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
         return value

@@ -40,6 +40,8 @@ _ADMIN = "/holdoff.v1.AdminService"
 _ACCEPTANCE_SECONDS = 1.0
 _RELEASE_SECONDS = 3.0
 _BUDGET_SECONDS = 3.0
+_MOST_EVENTS = 100
+"""So many may be in one request."""
 
 CallKind = Literal["call", "token_request"]
 """What room is reserved for: a call of the API, or one of the token endpoint."""
@@ -179,14 +181,17 @@ def break_lease(name: str, reason: str) -> Call[Any, lease_pb2.Lease]:
 
 def record_events(
     events: Sequence[budget_pb2.Event],
-) -> Call[Any, list[budget_pb2.EventOutcome.ValueType]]:
-    """Report what happened."""
-    return Call(
-        f"{_BUDGETS}/RecordEvents",
-        budget_service_pb2.RecordEventsRequest(events=events),
-        budget_service_pb2.RecordEventsResponse,
-        lambda response: list(response.outcomes),
-    )
+) -> list[Call[Any, list[budget_pb2.EventOutcome.ValueType]]]:
+    """Report what happened, in as many calls as it takes, to be made in their order."""
+    return [
+        Call(
+            f"{_BUDGETS}/RecordEvents",
+            budget_service_pb2.RecordEventsRequest(events=events[first : first + _MOST_EVENTS]),
+            budget_service_pb2.RecordEventsResponse,
+            lambda response: list(response.outcomes),
+        )
+        for first in range(0, len(events), _MOST_EVENTS)
+    ]
 
 
 def scope(token: str, division: str, endpoint: str) -> budget_pb2.Scope:
@@ -194,14 +199,22 @@ def scope(token: str, division: str, endpoint: str) -> budget_pb2.Scope:
     return budget_pb2.Scope(token=token, division=division, endpoint=endpoint)
 
 
+def scope_of(token_or_app: str, division: str, endpoint: str) -> budget_pb2.Scope:
+    """Say for whom something stands: a token, or a whole app."""
+    app, tokens, _ = token_or_app.partition("/tokens/")
+    return budget_pb2.Scope(
+        app=app, token=token_or_app if tokens else "", division=division, endpoint=endpoint
+    )
+
+
 def error_event(  # noqa: PLR0913 - each is part of the event
     where: budget_pb2.Scope,
     *,
-    status: int,
-    count: int,
-    job: str,
-    age_seconds: float,
-    event_id: str | None,
+    status: int = 0,
+    count: int = 1,
+    job: str = "",
+    age_seconds: float = 0.0,
+    event_id: str | None = None,
 ) -> budget_pb2.Event:
     """Describe an answer that is an error, by default with an id of its own.
 
@@ -216,6 +229,31 @@ def error_event(  # noqa: PLR0913 - each is part of the event
         status=status,
         age=duration(age_seconds),
         holder=here(job),
+    )
+
+
+def block_event(  # noqa: PLR0913 - each is part of the event
+    where: budget_pb2.Scope,
+    *,
+    status: int = 0,
+    retry_after_seconds: float | None = None,
+    throttle: str = "",
+    job: str = "",
+    age_seconds: float = 0.0,
+    sent_age_seconds: float | None = None,
+    event_id: str | None = None,
+) -> budget_pb2.Event:
+    """Describe an answer that blocks or throttles, by default with an id of its own."""
+    return budget_pb2.Event(
+        id=event_id or str(uuid.uuid4()),
+        kind=budget_pb2.EVENT_KIND_BLOCK,
+        scope=where,
+        status=status,
+        age=duration(age_seconds),
+        holder=here(job),
+        retry_after=None if retry_after_seconds is None else duration(retry_after_seconds),
+        sent_age=None if sent_age_seconds is None else duration(sent_age_seconds),
+        throttle=throttle,
     )
 
 
@@ -329,6 +367,57 @@ def reset_budget(name: str, reason: str) -> Call[Any, budget_pb2.Budget]:
         admin_service_pb2.ResetBudgetResponse,
         lambda response: response.budget,
     )
+
+
+def list_back_offs(parent: str) -> Call[Any, list[budget_pb2.BackOff]]:
+    """Read the back-offs that are not over."""
+    return Call(
+        f"{_BUDGETS}/ListBackOffs",
+        budget_service_pb2.ListBackOffsRequest(parent=parent),
+        budget_service_pb2.ListBackOffsResponse,
+        lambda response: list(response.back_offs),
+    )
+
+
+def set_back_off(
+    where: budget_pb2.Scope, length_seconds: float, reason: str
+) -> Call[Any, budget_pb2.BackOff]:
+    """Make everybody in a scope quiet."""
+    return Call(
+        f"{_ADMIN}/SetBackOff",
+        admin_service_pb2.SetBackOffRequest(
+            scope=where, length=duration(length_seconds), reason=reason, holder=here()
+        ),
+        admin_service_pb2.SetBackOffResponse,
+        lambda response: response.back_off,
+    )
+
+
+def clear_back_off(name: str, reason: str) -> Call[Any, budget_pb2.BackOff]:
+    """End a back-off."""
+    return Call(
+        f"{_ADMIN}/ClearBackOff",
+        admin_service_pb2.ClearBackOffRequest(name=name, reason=reason, holder=here()),
+        admin_service_pb2.ClearBackOffResponse,
+        lambda response: response.back_off,
+    )
+
+
+def explain(where: budget_pb2.Scope, job: str) -> Call[Any, budget_service_pb2.ExplainResponse]:
+    """Ask whether something may go on now."""
+    return Call(
+        f"{_BUDGETS}/Explain",
+        budget_service_pb2.ExplainRequest(scope=where, job=job),
+        budget_service_pb2.ExplainResponse,
+        lambda response: response,
+    )
+
+
+def follow_lease(
+    offer: lease_service_pb2.LeaseOffer,
+) -> lease_service_pb2.FollowLeaseRequest:
+    """Ask to be told what the holder of a lease must do."""
+    return lease_service_pb2.FollowLeaseRequest(name=offer.lease.name, secret=offer.secret)
 
 
 def create_token(

@@ -13,7 +13,7 @@ import socket
 import uuid
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from google.protobuf import duration_pb2
 
@@ -21,7 +21,10 @@ from holdoff.errors import BudgetSpent, HoldoffError, LeaseLost, Unavailable, fr
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
+
+ResponseT = TypeVar("ResponseT")
+KnownT = TypeVar("KnownT", budget_pb2.Budget, budget_pb2.BackOff)
 
 CHANNEL_OPTIONS = (
     ("grpc.enable_retries", 0),  # what may be repeated is decided here
@@ -246,6 +249,8 @@ class Acquisition:
     holder: lease_pb2.Holder
     last_fencing_token: int
     began_ns: int
+    scopes: Sequence[tuple[str, str]] = ()
+    """Where the job will call: pairs of a division and an endpoint."""
     request_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     _failures: int = 0
 
@@ -259,6 +264,10 @@ class Acquisition:
             ttl=duration(self.ttl_seconds),
             holder=self.holder,
             last_fencing_token=self.last_fencing_token,
+            scopes=[
+                budget_pb2.Scope(division=division, endpoint=endpoint)
+                for division, endpoint in self.scopes
+            ],
         )
 
     def wait_left_seconds(self, now_ns: int) -> float | None:
@@ -318,24 +327,15 @@ class Acquisition:
 
 
 @dataclass(slots=True)
-class Watching:
-    """One watch, over as many connections as it takes: no change is missed between them."""
+class Listening(Generic[ResponseT]):
+    """One stream of responses, over as many connections as it takes."""
 
-    parent: str
-    resume_token: str = ""
-    """Where to go on: the last one that came, which the middle of a snapshot does not have."""
-    _failures: int = 0
+    _failures: int = field(init=False, default=0)
 
-    def request(self) -> lease_service_pb2.WatchLeasesRequest:
-        """What to send on a new connection."""
-        return lease_service_pb2.WatchLeasesRequest(
-            parent=self.parent, resume_token=self.resume_token
-        )
-
-    def received(self, response: lease_service_pb2.WatchLeasesResponse) -> None:
-        """Take in a message."""
+    def received(self, response: ResponseT) -> ResponseT:
+        """Take in a message; return what to hand on."""
         self._failures = 0
-        self.resume_token = response.resume_token or self.resume_token
+        return response
 
     def failed(self, error: HoldoffError) -> float:
         """Return after how many seconds to connect again; there is no limit.
@@ -348,6 +348,94 @@ class Watching:
         delay = error.retry_after_seconds or retry_delay_seconds(self._failures)
         self._failures += 1
         return delay
+
+
+@dataclass(slots=True)
+class Watching(Listening[lease_service_pb2.WatchLeasesResponse]):
+    """A watch of leases: no change is missed between its connections."""
+
+    parent: str
+    resume_token: str = ""
+    """Where to go on: the last one that came, which the middle of a snapshot does not have."""
+
+    def request(self) -> lease_service_pb2.WatchLeasesRequest:
+        """What to send on a new connection."""
+        return lease_service_pb2.WatchLeasesRequest(
+            parent=self.parent, resume_token=self.resume_token
+        )
+
+    def received(
+        self, response: lease_service_pb2.WatchLeasesResponse
+    ) -> lease_service_pb2.WatchLeasesResponse:
+        """Take in a message; return it."""
+        self._failures = 0
+        self.resume_token = response.resume_token or self.resume_token
+        return response
+
+
+@dataclass(slots=True)
+class BudgetWatching(Listening[budget_service_pb2.WatchBudgetsResponse]):
+    """A watch of budgets and back-offs.
+
+    A new connection begins with all that stands, and cannot say what went away in between: that
+    is added here.
+    """
+
+    parent: str
+    scope: budget_pb2.Scope
+    _budgets: dict[str, budget_pb2.Budget] = field(init=False, default_factory=dict)
+    _back_offs: dict[str, budget_pb2.BackOff] = field(init=False, default_factory=dict)
+    _unseen: set[str] = field(init=False, default_factory=set)
+    """Names of what stood on the last connection, and has not come on this one."""
+
+    def request(self) -> budget_service_pb2.WatchBudgetsRequest:
+        """What to send on a new connection."""
+        self._unseen = {*self._budgets, *self._back_offs}
+        return budget_service_pb2.WatchBudgetsRequest(parent=self.parent, scope=self.scope)
+
+    def received(
+        self, response: budget_service_pb2.WatchBudgetsResponse
+    ) -> budget_service_pb2.WatchBudgetsResponse:
+        """Take in a message; return it, at the end of a snapshot with what is over."""
+        self._failures = 0
+        for budget in response.budgets:
+            self._note(self._budgets, budget, stands=bool(budget.used or budget.reserved))
+        for back_off in response.back_offs:
+            self._note(self._back_offs, back_off, stands=bool(back_off.state))
+        if response.snapshot_end:
+            for name in sorted(self._unseen & self._budgets.keys()):
+                response.budgets.append(_emptied(self._budgets.pop(name)))
+            for name in sorted(self._unseen & self._back_offs.keys()):
+                response.back_offs.append(_over(self._back_offs.pop(name)))
+            self._unseen.clear()
+        return response
+
+    def _note(self, known: dict[str, KnownT], one: KnownT, *, stands: bool) -> None:
+        self._unseen.discard(one.name)
+        if stands:
+            known[one.name] = one
+        else:
+            known.pop(one.name, None)
+
+
+def _emptied(budget: budget_pb2.Budget) -> budget_pb2.Budget:
+    """A budget with nothing left in its window."""
+    return budget_pb2.Budget(
+        name=budget.name,
+        limit=budget.limit,
+        kind=budget.kind,
+        scope=budget.scope,
+        state=budget_pb2.BUDGET_STATE_OPEN,
+        most=budget.most,
+        margin=budget.margin,
+        room=budget.most - budget.margin,
+        window=budget.window,
+    )
+
+
+def _over(back_off: budget_pb2.BackOff) -> budget_pb2.BackOff:
+    """A back-off that is over."""
+    return budget_pb2.BackOff(name=back_off.name, scope=back_off.scope, cause=back_off.cause)
 
 
 @dataclass(frozen=True, slots=True)

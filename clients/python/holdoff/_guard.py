@@ -33,10 +33,16 @@ What nobody can promise:
   may escape some rounds;
 * work that was handed to another daemon (systemd-run, at, docker) is no descendant.
 
+The tree can be paused: STOP to all below I, in rounds for who was forked meanwhile, and at once
+when somebody else continues what I is the parent of. Until W resumes it, a CONT that W passes on is
+held back, a command that was not launched yet is not started, and the deadline goes on. Being ended
+ends the pause, so nothing stays stopped for ever; a signal by which people end jobs ends it too.
+
 Messages are JSON, one a line. W to G: on one pipe the launch, once; on another one ``extend``,
-``end``, ``signal`` and ``foreground``, each so short that the kernel writes it atomically. G to W:
-``ready`` or ``failed``, ``started``, ``stopped``, ``ending``, ``outcome``. Strings for exec are
-bytes read as Latin-1, since the encoding of the file system may differ between W and G.
+``end``, ``pause``, ``resume``, ``signal`` and ``foreground``, each so short that the kernel writes
+it atomically. G to W: ``ready`` or ``failed``, ``started``, ``stopped``, ``paused``, ``ending``,
+``outcome``. Strings for exec are bytes read as Latin-1, since the encoding of the file system may
+differ between W and G.
 
 This file is started by its path, with ``-I -S`` for speed and isolation, so it imports nothing
 but the standard library and ``_platform`` from its own folder.
@@ -65,6 +71,7 @@ else:
 WRAPPER_GONE = "wrapper gone"
 FENCE = "fence"
 INIT_LOST = "guard lost"
+INTERRUPTED = "interrupted while paused"
 
 _NS = 10**9
 # KILL comes this long before the fence, so that all is over when the fence is reached.
@@ -74,6 +81,12 @@ _KILL_ROUND_NS = _NS // 100
 _KILL_ROUND_SLOW_NS = _NS
 # Who has survived KILL for this long is reported instead of waited for.
 _GIVE_UP_NS = 5 * _NS
+# The wait after the first round of STOP; it doubles from round to round, up to the longest.
+_STOP_ROUND_NS = _NS // 100
+_LONGEST_STOP_ROUND_NS = 5 * _NS
+
+# By these people and service managers end a job. A stopped process would act on none of them.
+_INTERRUPTIONS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 
 # Sent by the kernel when W dies. A real-time signal means nothing to anybody else.
 _PARENT_DEATH_SIGNAL = signal.SIGRTMIN if _platform.LINUX else signal.SIGUSR2
@@ -195,6 +208,10 @@ class _Init:
             self._launch(order["launch"])
         elif "signal" in order:
             self._signal_command(order["signal"])
+        elif "resume" in order:
+            if order["resume"] and self._command is not None:
+                _give_terminal_to(self._command)
+            _send(self._reports_fd, {"resumed": True})
         elif "foreground" in order and self._command is not None:
             _give_terminal_to(self._command)
             self._signal_command(signal.SIGCONT)
@@ -254,14 +271,16 @@ class _Init:
         """Reaps and reports. Returns whether there is, or may yet be, something to wait for."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             except ChildProcessError:
                 return self._command is None
             if pid == 0:
                 return True
-            if pid != self._command:
+            if os.WIFCONTINUED(status):
+                _send(self._reports_fd, {"continued": True})
+            elif pid != self._command:
                 continue
-            if os.WIFSTOPPED(status):
+            elif os.WIFSTOPPED(status):
                 _send(self._reports_fd, {"stopped": os.WSTOPSIG(status)})
             else:
                 _send(self._reports_fd, {"exited": os.waitstatus_to_exitcode(status)})
@@ -299,6 +318,11 @@ class _Guard:
         self._isolate = isolate
         self._timer = _platform.BootTimer()
         self._launched = False
+        self._held_launch: dict[str, Any] | None = None
+        """What is to be launched when the pause is over."""
+        self._paused = False
+        self._stop_round_ns = 0
+        self._next_stop_at: int | None = None
         self._fence_ns: int | None = None
         self._grace_ns = 0
         self._term_at: int | None = None
@@ -406,10 +430,15 @@ class _Guard:
         if not children_left:
             self._report_outcome(0)
             return True
-        if self._next_round_at is not None:
-            if now >= self._next_round_at:
-                self._kill(now)
-        elif wrapper_gone:
+        if self._next_round_at is None:
+            self._watch(now, wrapper_gone=wrapper_gone)
+        elif now >= self._next_round_at:
+            self._kill(now)
+        return False
+
+    def _watch(self, now: int, *, wrapper_gone: bool) -> None:
+        """Ends the tree when there is a reason to; keeps it stopped while it is paused."""
+        if wrapper_gone:
             self._end(WRAPPER_GONE, now)
         elif self._term_at is not None and now >= self._term_at:
             self._end(FENCE, now)
@@ -417,21 +446,25 @@ class _Guard:
             self._end(None, now)
         elif self._init_gone:
             self._end(INIT_LOST, now)
-        return False
+        elif self._next_stop_at is not None and now >= self._next_stop_at:
+            self._stop(now)
 
     def _receive(self, now: int) -> None:
         control = self._control.read()
         # Read after the other pipe, so that no message that followed the launch comes before it;
-        # but an end that came in time stops it.
+        # but an end or a pause that came in time stops it.
         messages = self._launch.read() + control
-        messages.sort(key=lambda message: "end" not in message)
+        messages.sort(key=lambda message: "end" not in message and "pause" not in message)
         for message in messages:
             self._obey(message, now)
 
     def _next_alarm(self) -> int | None:
         if not self._launched:
             return None
-        return self._term_at if self._next_round_at is None else self._next_round_at
+        if self._next_round_at is not None:
+            return self._next_round_at
+        alarms = (self._term_at, self._next_stop_at)
+        return min((at for at in alarms if at is not None), default=None)
 
     def _obey(self, message: dict[str, Any], now: int) -> None:
         if "launch" in message:
@@ -443,7 +476,16 @@ class _Guard:
                 self._end(message["end"], now)
             else:
                 self._ended_by = message["end"]
-        else:
+        elif "pause" in message:
+            self._pause(wanted=message["pause"], now=now)
+        elif self._held_launch is not None and "resume" in message and not self._paused:
+            self._start_command({**self._held_launch, "foreground": message["resume"]})
+            self._held_launch = None
+        elif not self._paused:
+            _send(self._orders_fd, message)
+        elif message.get("signal") in _INTERRUPTIONS:
+            self._end(INTERRUPTED, now, message["signal"])
+        elif message.get("signal", signal.SIGCONT) != signal.SIGCONT:
             _send(self._orders_fd, message)
 
     def _accept(self, launch: dict[str, Any], now: int) -> None:
@@ -454,7 +496,13 @@ class _Guard:
             self._ended_by = self._ended_by or FENCE
         if self._ended_by is not None:
             os.kill(self._init, signal.SIGKILL)  # before it has started anything
-            return
+        elif self._paused:
+            self._held_launch = launch
+            _send(self._events_fd, {"paused": True})
+        else:
+            self._start_command(launch)
+
+    def _start_command(self, launch: dict[str, Any]) -> None:
         _send(self._orders_fd, {"launch": launch})
         # From here on G never blocks on I.
         os.set_blocking(self._orders_fd, False)
@@ -473,7 +521,13 @@ class _Guard:
             self._cannot_run = report["cannot_run"]
         else:
             self._started = self._started or "started" in report
-            _send(self._events_fd, report)
+            if "continued" not in report and "resumed" not in report:
+                _send(self._events_fd, report)
+            if self._paused and "stopped" not in report:
+                self._stop_round_ns = _STOP_ROUND_NS
+                self._next_stop_at = _platform.boottime_ns()
+            elif "resumed" in report:
+                _platform.signal_descendants(self._init, [signal.SIGCONT])
 
     def _reap(self) -> bool:
         """Reaps I and the orphans that came to G. Returns whether a child is left."""
@@ -487,14 +541,35 @@ class _Guard:
             # I by itself ends last, so if any other child is left, it was killed.
             self._init_gone = self._init_gone or pid == self._init
 
+    # Pausing -------------------------------------------------------------------------------
+
+    def _pause(self, *, wanted: bool, now: int) -> None:
+        if wanted == self._paused or self._next_round_at is not None:
+            return
+        self._paused = wanted
+        self._stop_round_ns, self._next_stop_at = _STOP_ROUND_NS, None
+        # Before it has started, I waits for it and heeds nothing; it is stopped right after that.
+        if wanted and self._started:
+            self._stop(now)
+        # W then takes the terminal, or lends it and says `resume`.
+        if self._launched:
+            _send(self._events_fd, {"paused": wanted})
+
+    def _stop(self, now: int) -> None:
+        """One round of STOP, and another one later for who was forked meanwhile."""
+        _platform.signal_descendants(self._init, [signal.SIGSTOP])
+        self._next_stop_at = now + self._stop_round_ns
+        self._stop_round_ns = min(2 * self._stop_round_ns, _LONGEST_STOP_ROUND_NS)
+
     # Ending --------------------------------------------------------------------------------
 
-    def _end(self, reason: str | None, now: int) -> None:
+    def _end(self, reason: str | None, now: int, signum: int = signal.SIGTERM) -> None:
         """Sends TERM, and CONT since a stopped process acts on nothing; KILL comes later.
 
         Args:
             reason: Why; None when the command ended by itself and this is for its leftovers.
             now: The time now, in nanoseconds of ``boottime_ns``.
+            signum: What to send instead of TERM.
         """
         if self._next_round_at is not None:
             return
@@ -504,7 +579,10 @@ class _Guard:
         kill_at = now + self._grace_ns
         self._kill_at = kill_at if self._kill_at is None else min(kill_at, self._kill_at)
         self._next_round_at = self._kill_at
-        _platform.signal_descendants(os.getpid(), [signal.SIGTERM, signal.SIGCONT])
+        self._paused = False
+        if self._held_launch is not None:
+            os.kill(self._init, signal.SIGKILL)  # before it has started anything
+        _platform.signal_descendants(os.getpid(), [signum, signal.SIGCONT])
 
     def _kill(self, now: int) -> None:
         """One round of KILL, I included: its children come to G, or its namespace ends."""

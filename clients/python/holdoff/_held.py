@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from holdoff import _calls
-from holdoff._core import SECOND
+from holdoff._core import LONGEST_SLEEP_SECONDS, SECOND
 from holdoff._platform import boottime_ns
+from holdoff.errors import LeaseEnded
+from holdoff.v1 import lease_service_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,9 +18,18 @@ if TYPE_CHECKING:
 
     from holdoff._core import Renewal, Renewals
     from holdoff.errors import HoldoffError, LeaseLost
-    from holdoff.v1 import lease_pb2, lease_service_pb2
+    from holdoff.v1 import lease_pb2
 
 log = logging.getLogger("holdoff")
+
+
+@dataclass(frozen=True, slots=True)
+class Callbacks:
+    """What the holder wants to be told."""
+
+    on_renewed: Callable[[int], None] | None = None
+    on_lost: Callable[[LeaseLost], None] | None = None
+    on_notice: Callable[[lease_service_pb2.FollowLeaseResponse], None] | None = None
 
 
 class Held:
@@ -27,17 +39,23 @@ class Held:
         self,
         offer: lease_service_pb2.LeaseOffer,
         renewals: Renewals,
-        on_renewed: Callable[[int], None] | None,
-        on_lost: Callable[[LeaseLost], None] | None,
+        callbacks: Callbacks,
     ) -> None:
         self.name = offer.lease.name
         """`apps/{app}/tokens/{token}/leases/{lease}`."""
         self.fencing_token = offer.lease.fencing_token
         """A number that rises with every lease of the token."""
+        self.policy = offer.policy
+        """What the provider asks; empty from a coordinator that does not say it."""
+        self.notice: lease_service_pb2.FollowLeaseResponse | None = None
+        """The latest word of what a holder must do; None where there is none."""
+        self.rooms = list(offer.rooms)
+        """How many errors each of the scopes named to `acquire` has room for, as last heard."""
         self._offer = offer
         self._renewals = renewals
-        self._on_renewed = on_renewed
-        self._on_lost = on_lost
+        self._stopped = False
+        """Our own release has begun."""
+        self._callbacks = callbacks
 
     @property
     def deadline_ns(self) -> int:
@@ -70,8 +88,55 @@ class Held:
         self._renewals.failed(error, boottime_ns())
         log.info("renewal of %s failed, trying again: %s", self.name, error)
 
-    def _lose(self, error: LeaseLost) -> None:
+    def _tell_renewed(self) -> None:
+        if self._callbacks.on_renewed and self._renewals.lost is None:
+            self._callbacks.on_renewed(self.deadline_ns)
+
+    def _noticed(self, notice: lease_service_pb2.FollowLeaseResponse) -> None:
+        """Keep what a holder must do from now on."""
+        self.notice = notice
+        if notice.rooms:
+            self.rooms = list(notice.rooms)
+
+    def _pass_on(self, notice: lease_service_pb2.FollowLeaseResponse) -> None:
+        if self._callbacks.on_notice:
+            try:
+                self._callbacks.on_notice(notice)
+            except Exception:
+                log.exception("on_notice of %s raised, and is called again", self.name)
+
+    def _unfollowed(self, error: Exception) -> None:
+        """Take in that nothing more will be heard; renewals alone tell of a loss from here."""
+        self.notice = None
+        log.info("%s is not followed: %s", self.name, error)
+
+    def _must_be_quiet(self) -> bool:
+        """Whether the last word was to be quiet.
+
+        Raises:
+            LeaseLost: The lease was lost, or given back.
+        """
+        self.check()
+        if self._stopped:
+            raise LeaseEnded("the lease was given back")
+        run = lease_service_pb2.HOLDER_INSTRUCTION_RUN
+        return self.notice is not None and self.notice.instruction != run
+
+    def _lose(self, error: LeaseLost) -> bool:
+        """Take in that the lease is gone; return whether that was not known yet."""
+        if self._renewals.lost is not None:
+            return False
         self._renewals.lost = error
         log.warning("lease %s is lost: %s", self.name, error)
-        if self._on_lost:
-            self._on_lost(error)
+        return True
+
+    def _tell_lost(self, error: LeaseLost) -> None:
+        if self._callbacks.on_lost and not self._stopped:
+            self._callbacks.on_lost(error)
+
+
+def pause_seconds(give_up_ns: int | None) -> float:
+    """How long to sleep before looking again; 0 or less when it is time to give up."""
+    if give_up_ns is None:
+        return LONGEST_SLEEP_SECONDS
+    return min((give_up_ns - boottime_ns()) / SECOND, LONGEST_SLEEP_SECONDS)

@@ -11,6 +11,7 @@ but a descendant that left both is not found. Windows waits for Job Objects.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -39,6 +40,11 @@ _libc = None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
 
 class UnsupportedPlatformError(RuntimeError):
     """Commands cannot be run under a guard here."""
+
+
+# A pipe's share of the memory that a user's pipes may have (64 MiB): room for large reads, also
+# with a hundred wrappers.
+PIPE_BYTES = 256 * 1024
 
 
 def require_supported() -> None:
@@ -204,6 +210,48 @@ def signal_descendants(
             except (ProcessLookupError, PermissionError):
                 continue  # gone, or no longer ours (a set-id program): the caller counts
     return found
+
+
+def open_wide_pipe() -> tuple[int, int]:
+    """A pipe with room for ``PIPE_BYTES``, where that may be had: its reading and writing end."""
+    reading, writing = os.pipe()
+    if LINUX:
+        import fcntl  # noqa: PLC0415 - not for the guard
+
+        with contextlib.suppress(OSError):  # the user's share may be used up: it works as it is
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return reading, writing
+
+
+def open_raw_terminal(like: int) -> tuple[int, int]:
+    """A pseudo-terminal that hands on what is written to it as it is.
+
+    Args:
+        like: A terminal whose settings (the speed, say) and window size it takes over.
+
+    Returns:
+        The end to read from, and the end that is a terminal.
+    """
+    import termios  # noqa: PLC0415 - not for the guard, and not on Windows
+    import tty  # noqa: PLC0415
+
+    reading, terminal = os.openpty()
+    termios.tcsetattr(terminal, termios.TCSANOW, termios.tcgetattr(like))
+    tty.setraw(terminal, termios.TCSANOW)
+    copy_window_size(like, reading)
+    return reading, terminal
+
+
+def copy_window_size(source: int, target: int) -> bool:
+    """Gives a terminal the window size of another one. Returns whether it had another size."""
+    import fcntl  # noqa: PLC0415 - not for the guard, and not on Windows
+    import termios  # noqa: PLC0415
+
+    size, before = (fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)) for fd in (source, target))
+    if size == before:
+        return False
+    fcntl.ioctl(target, termios.TIOCSWINSZ, size)
+    return True
 
 
 def _process_table() -> Iterable[tuple[int, int, int]]:

@@ -96,6 +96,18 @@ class CannotRunError(HoldoffError):
         self.exit_code = exit_code
 
 
+def require_supported() -> None:
+    """Refuses a platform without a guard.
+
+    Raises:
+        GuardError: This is one.
+    """
+    try:
+        _platform.require_supported()
+    except _platform.UnsupportedPlatformError as error:
+        raise GuardError(str(error)) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Stdio:
     """The three descriptors that a command gets: the one seam for its input and output."""
@@ -130,7 +142,8 @@ class Outcome:
     signal: int | None = None
     cannot_run: CannotRunError | None = None
     ended_by: str | None = None
-    """Why the guard ended it: ``fence``, ``guard lost``, or the reason passed to ``end``."""
+    """Why the guard ended it: ``fence``, ``guard lost``, ``interrupted while paused``, or the
+    reason passed to ``end``."""
     survivors: int = 0
     """How many processes survived KILL: in uninterruptible sleep, or no longer ours."""
 
@@ -231,9 +244,9 @@ class _Terminal:
 class Guard:
     """A guard process, waiting for or watching over one command. See ``start``.
 
-    There can be one at a time in a process, and it makes the process a child subreaper. ``extend``
-    and ``end`` may be called from any thread, ``signal`` from the main thread or a signal handler,
-    all else from the main thread.
+    There can be one at a time in a process, and it makes the process a child subreaper. ``extend``,
+    ``end``, ``pause`` and ``resume`` may be called from any thread, ``signal`` from the main thread
+    or a signal handler, all else from the main thread.
     """
 
     isolated: bool
@@ -246,6 +259,7 @@ class Guard:
     _mask: frozenset[int]
     _terminal: _Terminal
     _launched: bool = False
+    _paused: bool = False
     _resumed: bool = False
     _outcome: Outcome | None = None
 
@@ -263,16 +277,13 @@ class Guard:
             GuardError: It does not start, ``always`` is not possible, or this is a platform
                 without a guard.
         """
-        try:
-            _platform.require_supported()
-        except _platform.UnsupportedPlatformError as error:
-            raise GuardError(str(error)) from error
+        require_supported()
         if threading.current_thread() is not threading.main_thread():
             # The guard's parent-death signal fires when the thread that forked it ends.
             raise GuardError("a guard must be started from the main thread")
         if not sys.executable:
             raise GuardError("the Python interpreter that runs the guard is not known")
-        _occupy_standard_descriptors()
+        occupy_standard_descriptors()
         stdio = stdio or Stdio()
         spare = frozenset(_platform.children(os.getpid()))
         _platform.become_subreaper()
@@ -311,8 +322,9 @@ class Guard:
             _spare=spare,
             _mask=frozenset(mask),
             # In a pipeline somebody else in our group may be reading the terminal (`… | less`):
-            # there the command gets it when it asks, by stopping with SIGTTIN or SIGTTOU.
-            _terminal=_Terminal(wanted=not (_is_pipe(stdio.stdin) or _is_pipe(stdio.stdout))),
+            # there the command gets it when it asks, by stopping with SIGTTIN or SIGTTOU. Our own
+            # descriptors tell, whatever the command gets.
+            _terminal=_Terminal(wanted=not (is_pipe(0) or is_pipe(1))),
         )
         try:
             guard.isolated = guard._await_ready()
@@ -400,6 +412,33 @@ class Guard:
         """
         self._send({"end": reason[:200]})
 
+    def pause(self) -> None:
+        """Stops the command and all that it started, until ``resume``; before ``launch`` it waits.
+
+        It returns at once; who runs is stopped milliseconds later. The fence stays where it is:
+        extend it, or the tree is ended there. Meanwhile
+
+        * SIGCONT to the wrapper (a shell's ``fg``) continues nothing, and of other signals those
+          that end a job (HUP, INT, QUIT, TERM) do so, as ``end`` does; the rest wait for
+          ``resume``;
+        * the wrapper takes the terminal back, so that Ctrl-C and Ctrl-Z reach it;
+        * what the command reads or is sent waits: connections may run into time-outs.
+
+        A process that was stopped otherwise before goes on with ``resume`` as well.
+        """
+        self._paused = True
+        self._send({"pause": True})
+
+    def resume(self) -> None:
+        """Continues what ``pause`` stopped, or starts what it kept from starting."""
+        self._paused = False
+        self._send({"pause": False})
+
+    def window_changed(self) -> None:
+        """Tells the command that its terminal has another size. From any thread."""
+        with contextlib.suppress(OSError):  # by `close`: there is nobody left to tell
+            self._send({"signal": int(signal.SIGWINCH)})
+
     def signal(self, signum: int) -> bool:
         """Passes a signal on to the command's process group.
 
@@ -408,10 +447,10 @@ class Guard:
         """
         if signum == signal.SIGCONT:
             self._resume()
+        elif signum == signal.SIGTSTP and (self._paused or not self._launched):
+            _stop_own_group(signum)
         elif self._launched:
             self._send({"signal": int(signum)})
-        elif signum == signal.SIGTSTP:
-            _stop_own_group(signum)
         else:
             return False
         return True
@@ -443,13 +482,18 @@ class Guard:
             elif "stopped" in message:
                 on_event(Event("stopped", signal=message["stopped"]))
                 self._suspend(message["stopped"])
+            elif message["paused"]:
+                self._terminal.take_back()
+            else:
+                # Nobody goes on before the terminal is lent, lest it stops by asking for it.
+                self._send({"resume": self._terminal.lend()})
         self._terminal.take_back()
         return self._outcome
 
     def close(self) -> None:
         """Lets go of the guard; a command that still runs is ended as if the wrapper had died.
 
-        Nothing may call ``extend`` or ``end`` from then on.
+        Nothing may call ``extend``, ``end``, ``pause`` or ``resume`` from then on.
         """
         for fd in (self._launch_fd, self._control_fd):
             if fd >= 0:
@@ -493,7 +537,7 @@ class Guard:
 
     def _resume(self) -> None:
         """Continues the command, with the terminal if that is ours to lend."""
-        if not self._launched:
+        if not self._launched or self._paused:
             return
         self._resumed = True
         if self._terminal.lend():
@@ -551,12 +595,13 @@ def _stop_own_group(signum: int) -> None:
     signal.signal(signum, handler)
 
 
-def _is_pipe(fd: int) -> bool:
+def is_pipe(fd: int) -> bool:
+    """Whether this is a pipe, or a socket, which a reader may leave."""
     mode = os.fstat(fd).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
-def _occupy_standard_descriptors() -> None:
+def occupy_standard_descriptors() -> None:
     """Opens /dev/null for those of 0, 1 and 2 that are closed: no pipe may become one."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stdin, stdout, stderr
         pass

@@ -15,20 +15,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
-import grpc
-
 from holdoff import _calls
+from holdoff._aio_connection import Connection
+from holdoff._aio_lease import Conversation, HeldLease
 from holdoff._core import (
-    CHANNEL_OPTIONS,
     DEFAULT_TTL_SECONDS,
-    HEARTBEAT_SECONDS,
-    WITHDRAWAL_SECONDS,
     Acquisition,
-    Patience,
+    BudgetWatching,
     Renewals,
     Reserving,
     Timing,
@@ -38,16 +34,15 @@ from holdoff._core import (
     report_patience,
     withdrawal_patience,
 )
-from holdoff._endpoint import endpoint_of, target
 from holdoff._guarding import Guarding
-from holdoff._held import Held
+from holdoff._held import Callbacks
 from holdoff._platform import boottime_ns
-from holdoff.errors import HoldoffError, LeaseLost, OfferExpired, Unavailable, from_rpc_error
+from holdoff.errors import HoldoffError, LeaseLost, OfferExpired, Unavailable
 from holdoff.v1 import (
     budget_pb2,
+    budget_service_pb2,
     lease_pb2,
     lease_service_pb2,
-    lease_service_pb2_grpc,
     policy_pb2,
     token_pb2,
 )
@@ -67,14 +62,11 @@ if TYPE_CHECKING:
 
 __all__ = ["BudgetGuard", "Client", "HeldLease"]
 
-log = logging.getLogger("holdoff")
-
-ItemT = TypeVar("ItemT")
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
 
 
-class Client:
+class Client(Connection):
     """A connection to a coordinator; use it as an async context manager, or call `close`.
 
     It belongs to the event loop in which it is made.
@@ -90,27 +82,8 @@ class Client:
     """
 
     def __init__(self, endpoint: str | None = None, *, timeout_seconds: float = 10.0) -> None:
-        # gRPC would take any loop that it finds, and hang in the one that runs later.
-        asyncio.get_running_loop()
-        self.endpoint = endpoint_of(endpoint)
-        self._timeout_seconds = timeout_seconds
-        self._channel = grpc.aio.insecure_channel(target(self.endpoint), options=CHANNEL_OPTIONS)
-        self._leases = lease_service_pb2_grpc.LeaseServiceStub(self._channel)
+        super().__init__(endpoint, timeout_seconds=timeout_seconds)
         self._fencing_tokens: dict[str, int] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Close the connection. Leases that are still held run out by themselves."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._channel.close()
 
     async def acquire(  # noqa: PLR0913 - each is part of the question
         self,
@@ -122,10 +95,12 @@ class Client:
         job: str = "",
         labels: Mapping[str, str] | None = None,
         last_fencing_token: int = 0,
+        scopes: Sequence[tuple[str, str]] = (),
         on_waiting: Callable[[lease_pb2.WaitStatus], None] | None = None,
         on_unreachable: Callable[[Unavailable], None] | None = None,
         on_renewed: Callable[[int], None] | None = None,
         on_lost: Callable[[LeaseLost], None] | None = None,
+        on_notice: Callable[[lease_service_pb2.FollowLeaseResponse], None] | None = None,
     ) -> HeldLease:
         """Wait for a lease on a token, accept it and keep it renewed.
 
@@ -141,11 +116,17 @@ class Client:
             labels: What else is worth knowing, for listings. At most 16; keys of lower case
                 letters, digits and `._/-`, values of at most 200 characters.
             last_fencing_token: The highest fencing token seen for this token, if it was kept.
+            scopes: Where the job will call, as pairs of a division and an endpoint, such as
+                `[("535193", "crm/Accounts")]`: the lease waits until these need not be quiet, and
+                others go first meanwhile. An empty text is one that is not known: it stands for
+                those where jobs of the same name erred in the last week. At most 100.
             on_waiting: Called with what the request waits for, whenever that changes.
             on_unreachable: Called whenever the coordinator cannot be reached; the wait goes on.
             on_renewed: Called with the new deadline, in ns of CLOCK_BOOTTIME. Runs in the event
                 loop, so it must be quick.
             on_lost: Called once if the lease is lost. Runs in the event loop.
+            on_notice: Called with what a holder must do, go on or be quiet, whenever that changes
+                and from time to time. Runs in the event loop, so it must be quick.
 
         Raises:
             NotGranted: No lease within the wait.
@@ -162,10 +143,12 @@ class Client:
             holder=here(job, labels),
             last_fencing_token=max(last_fencing_token, self._fencing_tokens.get(token, 0)),
             began_ns=boottime_ns(),
+            scopes=scopes,
         )
+        callbacks = Callbacks(on_renewed, on_lost, on_notice)
         while True:
             try:
-                async with _Conversation(self, acquisition) as conversation:
+                async with Conversation(self, acquisition) as conversation:
                     while True:
                         event = await conversation.receive()
                         if isinstance(event, lease_pb2.WaitStatus):
@@ -174,7 +157,7 @@ class Client:
                         elif sent_ns := await self._accept(event):
                             self._fencing_tokens[token] = event.lease.fencing_token
                             renewals = Renewals(timing, sent_ns)
-                            return HeldLease(self, event, renewals, on_renewed, on_lost)
+                            return HeldLease(self, event, renewals, callbacks)
             except HoldoffError as error:
                 pause = acquisition.failed(error, boottime_ns())
                 if on_unreachable and isinstance(error, Unavailable):
@@ -246,7 +229,7 @@ class Client:
         """Return all policies that the coordinator knows, by name."""
         return await self._call(_calls.list_policies())
 
-    async def watch_leases(
+    def watch_leases(
         self,
         parent: str = "",
         *,
@@ -269,23 +252,9 @@ class Client:
             InvalidRequest: An argument is wrong.
         """
         watching = Watching(parent, resume_token)
-        while True:
-            stream = self._leases.WatchLeases(watching.request())
-            try:
-                while isinstance(
-                    response := await self._answer(stream.read()),
-                    lease_service_pb2.WatchLeasesResponse,
-                ):
-                    watching.received(response)
-                    yield response
-                raise Unavailable("the coordinator ended the watch")
-            except HoldoffError as error:
-                pause = watching.failed(error)
-                if on_unreachable and isinstance(error, Unavailable):
-                    on_unreachable(error)
-            finally:
-                stream.cancel()
-            await asyncio.sleep(pause)
+        return self._listen(
+            watching, lambda: self._leases.WatchLeases(watching.request()), on_unreachable
+        )
 
     async def break_lease(self, name: str, reason: str) -> lease_pb2.Lease:
         """Forbid the renewal of a lease; the cooldown counts from when it ended.
@@ -368,7 +337,7 @@ class Client:
         again after that.
 
         Args:
-            events: At most 100, each with an id of its own.
+            events: Each with an id of its own. They are sent in their order, 100 at a time.
 
         Returns:
             How each was taken, in their order.
@@ -377,13 +346,13 @@ class Client:
             Unavailable: The coordinator could not be told.
             TokenNotFound: There is no such token.
             EventTooOld: An event happened more than a day ago.
-            InvalidRequest: An event is wrong; none of them counts.
+            InvalidRequest: An event is wrong; none of its hundred counts, nor any after them.
             TooManyBudgets: The app has too many different scopes.
             TooManyEvents: The app has too many events.
         """
-        _, outcomes = await self._insist(
-            _calls.record_events(events), report_patience(boottime_ns())
-        )
+        outcomes: list[budget_pb2.EventOutcome.ValueType] = []
+        for call in _calls.record_events(events):
+            outcomes += (await self._insist(call, report_patience(boottime_ns())))[1]
         return outcomes
 
     async def record_error(  # noqa: PLR0913 - each is part of the event
@@ -435,6 +404,63 @@ class Client:
         [outcome] = await self.record_events([event])
         return outcome
 
+    async def record_block(  # noqa: PLR0913 - each is part of the event
+        self,
+        token: str,
+        *,
+        division: str = "",
+        endpoint: str = "",
+        status: int = 0,
+        retry_after_seconds: float | None = None,
+        throttle: str = "",
+        job: str = "",
+        age_seconds: float = 0.0,
+        sent_age_seconds: float | None = None,
+        event_id: str | None = None,
+    ) -> budget_pb2.EventOutcome.ValueType:
+        """Tell that the provider refused a call because it blocks, or throttles, for a while.
+
+        Everybody in the scope is quiet from then on. Tried for some seconds while the coordinator
+        is away.
+
+        Args:
+            token: `apps/{app}/tokens/{token}`; its policy says who must be quiet, and for how
+                long at most.
+            division: The provider's name of a company; found in the endpoint if that has it.
+            endpoint: The path or URL of the call.
+            status: HTTP status of the answer; 0 when it is not known.
+            retry_after_seconds: How long it lasts, as the provider said; None where it said
+                nothing, which means what the policy says.
+            throttle: The policy's name of the throttle that it was recognised by; empty for its
+                block.
+            job: Name of the job, shown with the back-off.
+            age_seconds: How long ago: at most a day.
+            sent_age_seconds: How long ago the refused call was sent, if that is known: one that
+                was sent before the last block ended does not make a new one.
+            event_id: A UUID version 4, for a report that may be repeated; by default a new one.
+
+        Returns:
+            Whether it was taken, was known before, or is not limited.
+
+        Raises:
+            Unavailable: The coordinator could not be told.
+            TokenNotFound: There is no such token.
+            EventTooOld: It happened more than a day ago.
+            InvalidRequest: An argument is wrong.
+        """
+        event = _calls.block_event(
+            _calls.scope(token, division, endpoint),
+            status=status,
+            retry_after_seconds=retry_after_seconds,
+            throttle=throttle,
+            job=job,
+            age_seconds=age_seconds,
+            sent_age_seconds=sent_age_seconds,
+            event_id=event_id,
+        )
+        [outcome] = await self.record_events([event])
+        return outcome
+
     async def get_budget(self, name: str) -> budget_pb2.Budget:
         """Return a budget: how much of a limit is used in one scope.
 
@@ -479,6 +505,100 @@ class Client:
             BudgetNotFound: There is no such budget, or nothing is left in its window.
         """
         return await self._call(_calls.reset_budget(name, reason))
+
+    def watch_budgets(
+        self,
+        parent: str = "",
+        *,
+        token: str = "",
+        division: str = "",
+        endpoint: str = "",
+        on_unreachable: Callable[[Unavailable], None] | None = None,
+    ) -> AsyncGenerator[budget_service_pb2.WatchBudgetsResponse, None]:
+        """Yield how budgets and back-offs stand, then each that changed, for ever.
+
+        What comes replaces what was known of it: a budget with nothing used or reserved is not in
+        use any more, a back-off without a state is over. It reconnects by itself; then all that
+        stands comes again, and what went away meanwhile with it. Close the iterator,
+        with `contextlib.aclosing`, or cancel its task, to end the watch.
+
+        Args:
+            parent: Only those of this app, `apps/{app}`; empty for everything.
+            token: Only those whose scope has this token.
+            division: Only those whose scope has this division.
+            endpoint: Only those whose scope has this endpoint.
+            on_unreachable: Called whenever the coordinator cannot be reached; the watch goes on.
+
+        Raises:
+            InvalidRequest: An argument is wrong.
+        """
+        watching = BudgetWatching(parent, _calls.scope(token, division, endpoint))
+        return self._listen(
+            watching, lambda: self._budgets.WatchBudgets(watching.request()), on_unreachable
+        )
+
+    async def list_back_offs(self, parent: str = "") -> list[budget_pb2.BackOff]:
+        """Return the back-offs that are not over, of everything or an app; the longest first."""
+        return await self._call(_calls.list_back_offs(parent))
+
+    async def set_back_off(
+        self,
+        token_or_app: str,
+        length_seconds: float,
+        reason: str,
+        *,
+        division: str = "",
+        endpoint: str = "",
+    ) -> budget_pb2.BackOff:
+        """Make everybody in a scope quiet for a while; this user is recorded with it.
+
+        A second time with the same scope replaces the first one.
+
+        Args:
+            token_or_app: `apps/{app}`, or `apps/{app}/tokens/{token}`.
+            length_seconds: For how long: 1 s to 31 d.
+            reason: Why; whoever waits is told. At most 200 characters.
+            division: Only in this division.
+            endpoint: Only for calls of this endpoint: a path or URL.
+
+        Raises:
+            TokenNotFound: There is no such token.
+            InvalidRequest: An argument is wrong.
+        """
+        where = _calls.scope_of(token_or_app, division, endpoint)
+        return await self._call(_calls.set_back_off(where, length_seconds, reason))
+
+    async def clear_back_off(self, name: str, reason: str) -> budget_pb2.BackOff:
+        """End a back-off; those who kept it go on one after the other.
+
+        Args:
+            name: `apps/{app}/backOffs/{back_off}`.
+            reason: Why; it is kept, with this user. At most 200 characters.
+
+        Raises:
+            BackOffNotFound: There is no such back-off, or it is over.
+        """
+        return await self._call(_calls.clear_back_off(name, reason))
+
+    async def explain(
+        self, token_or_app: str, *, division: str = "", endpoint: str = "", job: str = ""
+    ) -> budget_service_pb2.ExplainResponse:
+        """Return whether a job may go on now: if not, every reason, until when, and who caused it.
+
+        Args:
+            token_or_app: `apps/{app}/tokens/{token}`, or `apps/{app}` for a whole app.
+            division: Where it calls.
+            endpoint: What it calls: a path or URL.
+            job: Its name; without an endpoint, those where jobs of this name erred in the last
+                week are looked at too.
+
+        Raises:
+            TokenNotFound: There is no such token.
+            InvalidRequest: An argument is wrong.
+        """
+        return await self._call(
+            _calls.explain(_calls.scope_of(token_or_app, division, endpoint), job)
+        )
 
     async def reserve(  # noqa: PLR0913 - each is part of the question
         self,
@@ -619,240 +739,6 @@ class Client:
             wait_seconds=wait_seconds,
         )
         return BudgetGuard(self, token, reserve)
-
-    async def _items(
-        self, call: _calls.Call[Any, _calls.Page[ItemT]] | None
-    ) -> AsyncIterator[ItemT]:
-        while call:
-            page = await self._call(call)
-            for item in page.items:
-                yield item
-            call = page.following
-
-    async def _insist(
-        self, call: _calls.Call[Any, ResultT], patience: Patience
-    ) -> tuple[int, ResultT]:
-        """Repeat a call while it is unavailable; return when it was sent, and its answer."""
-        while True:
-            sent_ns = boottime_ns()
-            try:
-                return sent_ns, await self._call(call)
-            except HoldoffError as error:
-                await asyncio.sleep(patience.failed(error, boottime_ns()))
-
-    async def _call(self, call: _calls.Call[Any, ResultT]) -> ResultT:
-        method = self._channel.unary_unary(
-            call.method,
-            request_serializer=type(call.request).SerializeToString,
-            response_deserializer=call.response.FromString,
-        )
-        timeout_seconds = call.timeout_seconds or self._timeout_seconds
-        return call.read(await self._answer(method(call.request, timeout=timeout_seconds)))
-
-    async def _answer(self, answer: Awaitable[ResultT]) -> ResultT:
-        """Wait for gRPC, and turn its errors into ours."""
-        try:
-            return await answer
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.endpoint) from None
-        except asyncio.CancelledError:
-            # It is what gRPC raises, too, when the channel was closed under a call.
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            raise HoldoffError("the client was closed during a call") from None
-
-    def _start(self, coroutine: Coroutine[Any, Any, ResultT]) -> asyncio.Task[ResultT]:
-        """Run a task that `close` ends."""
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _unhindered(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Do what the cancellation of our caller must not cut short."""
-        await asyncio.shield(self._start(coroutine))
-
-
-class _Conversation:
-    """One stream of an acquisition. Leaving it without a lease gives up the place."""
-
-    def __init__(self, client: Client, acquisition: Acquisition) -> None:
-        self._client = client
-        self._acquisition = acquisition
-        self._outbox: asyncio.Queue[lease_service_pb2.StreamAcquireLeaseRequest | None] = (
-            asyncio.Queue()
-        )
-        self._reading: asyncio.Task[Any] | None = None
-
-    async def __aenter__(self) -> Self:
-        now_ns = boottime_ns()
-        first = self._acquisition.request(now_ns)
-        self._outbox.put_nowait(lease_service_pb2.StreamAcquireLeaseRequest(acquire=first))
-        self._stream = self._client._leases.StreamAcquireLease(  # noqa: SLF001
-            self._requests(), timeout=self._acquisition.stream_timeout_seconds(now_ns)
-        )
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            if error is not None and not isinstance(error, HoldoffError):
-                await self._client._unhindered(self._withdraw())  # noqa: SLF001
-        finally:
-            if self._reading:
-                self._reading.cancel()
-            self._outbox.put_nowait(None)
-            self._stream.cancel()
-
-    async def _withdraw(self) -> None:
-        """Give up the place, and give the coordinator a moment to hear of it."""
-        withdrawal = lease_service_pb2.Withdrawal()
-        self._outbox.put_nowait(lease_service_pb2.StreamAcquireLeaseRequest(withdraw=withdrawal))
-        with contextlib.suppress(TimeoutError, HoldoffError):
-            async with asyncio.timeout(WITHDRAWAL_SECONDS):
-                while True:
-                    await self.receive()
-
-    async def _requests(self) -> AsyncIterator[lease_service_pb2.StreamAcquireLeaseRequest]:
-        heartbeat = lease_service_pb2.StreamAcquireLeaseRequest(
-            heartbeat=lease_service_pb2.Heartbeat()
-        )
-        while True:
-            message: lease_service_pb2.StreamAcquireLeaseRequest | None = heartbeat
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HEARTBEAT_SECONDS):
-                    message = await self._outbox.get()
-            if message is None:
-                return
-            yield message
-
-    async def receive(self) -> lease_pb2.WaitStatus | lease_service_pb2.LeaseOffer:
-        """Return the next event.
-
-        Raises:
-            HoldoffError: The request failed, or the conversation did.
-        """
-        # In a task of its own: a read that is cancelled cancels its stream, which is then of no
-        # use for a withdrawal.
-        if self._reading is None:
-            answer = self._client._answer(self._stream.read())  # noqa: SLF001
-            self._reading = asyncio.create_task(answer)
-        await asyncio.wait([self._reading])
-        reading, self._reading = self._reading, None
-        response = reading.result()
-        if response is grpc.aio.EOF:
-            raise Unavailable("the coordinator ended the conversation")
-        return self._acquisition.received(response.event)
-
-
-class HeldLease(Held):
-    """A lease that this process holds, renewed in the background until it is released.
-
-    Use it as an async context manager: leaving it releases the lease, and raises LeaseLost if it
-    was lost in the meantime.
-    """
-
-    def __init__(
-        self,
-        client: Client,
-        offer: lease_service_pb2.LeaseOffer,
-        renewals: Renewals,
-        on_renewed: Callable[[int], None] | None,
-        on_lost: Callable[[LeaseLost], None] | None,
-    ) -> None:
-        super().__init__(offer, renewals, on_renewed, on_lost)
-        self._client = client
-        self._changed = asyncio.Event()
-        self._task = client._start(self._renew_on())  # noqa: SLF001
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is None:
-            await self.release()
-            return
-        with contextlib.suppress(HoldoffError):
-            await self.release()
-
-    def command_started(self) -> None:
-        """Tell the coordinator, soon, that the command under the lease has started.
-
-        Where the policy's `refresh_at` is START, that instant counts as the refresh.
-        """
-        super().command_started()
-        self._changed.set()
-
-    async def release(
-        self, *, last_refresh_age_seconds: float | None = None, saw_every_refresh: bool = False
-    ) -> None:
-        """End the lease.
-
-        Args:
-            last_refresh_age_seconds: Time since the last refresh under this lease.
-            saw_every_refresh: The caller saw *every* refresh that was made under this lease;
-                without it the end of the lease counts as the last one.
-
-        Raises:
-            LeaseLost: The lease was lost before.
-            Unavailable: The coordinator could not be told; the lease runs out by itself.
-        """
-        await self._stop()
-        call = _calls.release_lease(
-            self._offer, last_refresh_age_seconds, saw_every_refresh=saw_every_refresh
-        )
-        try:
-            # Also when it was broken: that confirms that nothing runs under it any more.
-            await self._client._insist(call, self._renewals.release_patience(boottime_ns()))  # noqa: SLF001
-        except HoldoffError:
-            if self._renewals.lost is None:
-                raise
-        if self._renewals.lost is not None:
-            raise self._renewals.lost
-
-    async def _stop(self) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
-
-    async def _renew_on(self) -> None:
-        try:
-            while True:
-                await self._sleep_until_due()
-                await self._renew()
-        except LeaseLost as error:
-            self._lose(error)
-        except Exception as error:  # what a callback raised, or a channel closed under us
-            log.exception("renewals of %s ended", self.name)
-            self._lose(LeaseLost(f"its renewals ended: {error}"))
-
-    async def _sleep_until_due(self) -> None:
-        """Sleep until the next renewal."""
-        while (pause_seconds := self._renewals.pause_seconds(boottime_ns())) > 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_seconds):
-                    await self._changed.wait()
-            self._changed.clear()
-
-    async def _renew(self) -> None:
-        renewal = self._renewals.begin(boottime_ns())
-        try:
-            await self._client._call(self._renewal_call(renewal))  # noqa: SLF001
-        except HoldoffError as error:
-            self._not_renewed(error)
-            return
-        self._renewals.succeeded(renewal)
-        if self._on_renewed:
-            self._on_renewed(self.deadline_ns)
 
 
 class BudgetGuard(Guarding):

@@ -1,7 +1,7 @@
 -- Says what holders must do.
 -- ARGV 5.. token id, lease id, hash of its secret
--- Answers one {token id, lease id, status, …} a lease. After LEASE_OVER and
--- LEASE_BROKEN: its state, and why it was broken. After OK: '' or the earliest start
+-- Answers one {token id, lease id, status, …} a lease. After LEASE_OVER: its state,
+-- and why it was broken; after LEASE_BROKEN: why. After OK: '' or the earliest start
 -- in µs, '1' if it may go on then without being told, the places that it named, and
 -- the back-offs that it is subject to.
 local answers = {}
@@ -16,7 +16,7 @@ for i = 5, #ARGV, 3 do
   elseif lease.state ~= 'ACTIVE' and lease.state ~= 'OFFERED' then
     answer[3], answer[4], answer[5] = 'LEASE_OVER', lease.state, lease.break_reason or ''
   elseif lease.break_reason then
-    answer[3], answer[4], answer[5] = 'LEASE_BROKEN', lease.state, lease.break_reason
+    answer[3], answer[4] = 'LEASE_BROKEN', lease.break_reason
   else
     local request, subject = load(request_key(lease.request)), {}
     local places = places_of(request.places, request.job)

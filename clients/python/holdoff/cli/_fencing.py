@@ -7,17 +7,18 @@ data. Losing this memory does no harm, so that no error here is ever raised.
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
+from holdoff._state import state_folder
 from holdoff.names import TokenName
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def _path(token: str) -> Path:
     name = TokenName.parse(token)
-    state_home = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if not state_home.is_absolute():  # as the XDG specification asks
-        state_home = Path.home() / ".local" / "state"
-    return state_home / "holdoff" / "fencing" / f"{name.app}.{name.token}"
+    return state_folder() / "fencing" / f"{name.app}.{name.token}"
 
 
 def last_fencing_token(token: str) -> int:

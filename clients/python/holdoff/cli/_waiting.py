@@ -12,12 +12,12 @@ import click
 
 from holdoff._text import printable
 from holdoff.durations import format_duration
+from holdoff.v1 import lease_pb2
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from holdoff import Unavailable
-    from holdoff.v1 import lease_pb2
 
 
 def say(message: str) -> None:
@@ -59,12 +59,18 @@ class WaitDisplay:
         """Show what the coordinator said."""
         place = f"place {status.place} of {status.queue_length}: " if status.place else ""
         self._what = f"{place}{status.message}"
-        start_in = status.earliest_start_in.ToMicroseconds() / 1e6
-        self._start_at = time.monotonic() + start_in
-        self._tell(
-            (status.reason, status.place, status.blocking_lease.name),
-            f"{self._what}; earliest start in {format_duration(round(start_in, 1))}",
+        if status.reason == lease_pb2.WAIT_REASON_BACKING_OFF:
+            self._what += f" (more: holdoff explain {self._token})"
+        self._start_at, start = None, ""
+        if status.HasField("earliest_start_in"):
+            start_in = status.earliest_start_in.ToMicroseconds() / 1e6
+            self._start_at = time.monotonic() + start_in
+            start = f"; earliest start in {format_duration(round(start_in, 1))}"
+        change = (
+            *(status.reason, status.place),
+            *(status.blocking_lease.name, status.blocking_back_off),
         )
+        self._tell(change, f"{self._what}{start}")
 
     def unreachable(self, error: Unavailable) -> None:
         """Show that there is nobody to ask."""

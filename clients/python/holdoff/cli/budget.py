@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
-import uuid
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import Literal
 
 import click
 
-from holdoff import Client, Unavailable
+from holdoff import Client, Unavailable, _calls
+from holdoff._platform import boottime_ns
+from holdoff._reporting import flush_leftovers
+from holdoff._spool import Spool, SpoolError
 from holdoff.cli import exits
+from holdoff.cli._budget_board import BudgetBoard, documents
+from holdoff.cli._budgets import BUDGET_HEADINGS, budget_row
 from holdoff.cli._help import example
+from holdoff.cli._live import live_output_option, show_lines, show_table, wants_lines
+from holdoff.cli._waiting import say
 from holdoff.cli.output import (
     NOTHING,
     duration_text,
@@ -25,9 +32,6 @@ from holdoff.cli.output import (
 from holdoff.cli.params import EventId, Name
 from holdoff.names import AppName, BudgetName, TokenName
 from holdoff.v1 import budget_pb2
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _MOST_COUNT = 10_000
 
@@ -79,10 +83,7 @@ def list_budgets(  # noqa: PLR0913 - one for each option
     if output == "json":
         emit_json({"budgets": [resource(budget) for budget in budgets]})
     elif budgets:
-        emit_table(
-            ("LIMIT", "STATE", "USED", "ROOM", "ROOM IN", "DIVISION", "ENDPOINT", "TOKEN", "NAME"),
-            (_row(budget) for budget in budgets),
-        )
+        emit_table(BUDGET_HEADINGS, (budget_row(budget) for budget in budgets))
     else:
         wanted = " ".join(filter(None, (state, "budgets")))
         click.echo(f"no {wanted} in use{f' of {parent}' if parent else ''}", err=True)
@@ -98,6 +99,50 @@ def show_budget(endpoint: str, name: str, output: str) -> None:
     """Show the budget NAME: what is used of which limit, for whom, and when there is room."""
     with Client(endpoint) as client:
         _emit(client.get_budget(name), output)
+
+
+@budget.command(
+    "watch",
+    epilog=example(
+        "holdoff budget watch",
+        "holdoff budget watch apps/exact-nl --division 535193",
+        "holdoff budget watch apps/exact-nl --output json",
+    ),
+)
+@click.argument("parent", type=Name(AppName, TokenName), required=False)
+@click.option("--division", default="", help="Only of this division.")
+@click.option("--endpoint", "path", default="", metavar="PATH", help="Only of this endpoint.")
+@live_output_option
+@click.pass_obj
+def watch_budgets(
+    endpoint: str, parent: str | None, *, division: str, path: str, output: str
+) -> None:
+    """Watch back-offs and budgets in use: all of them or those of PARENT.
+
+    PARENT is an app (apps/APP) or a token (apps/APP/tokens/TOKEN). On a terminal a live table
+    shows who must be quiet, and under it the budgets, the tightest first. Ctrl-C ends it.
+
+    Else each line is a JSON document with a `kind`: a `budget` or a `back_off` as it stands from
+    now on, which replaces what was known of its name, or `snapshot_end`, once all that stood has
+    come. A budget with nothing `used` or `reserved` is not in use any more, and a back-off whose
+    `state` is unspecified is over.
+
+    While the coordinator cannot be reached, watching goes on trying.
+    """
+    app, tokens, _ = (parent or "").partition("/tokens/")
+    with Client(endpoint) as client:
+        watch = partial(
+            client.watch_budgets,
+            app,
+            token=parent if parent and tokens else "",
+            division=division,
+            endpoint=path,
+        )
+        if wants_lines(output):
+            show_lines(watch, documents)
+        else:
+            board = BudgetBoard(f" of {parent}" if parent else "")
+            show_table(client.endpoint, watch, board)
 
 
 @budget.command(
@@ -163,6 +208,9 @@ def reset_budget(endpoint: str, name: str, reason: str, yes: bool, output: str) 
     type=EventId(),
     help="What names the event, so that it counts once when it is reported again.  [default: new]",
 )
+@click.option(
+    "--no-spool", is_flag=True, help="Fail when the coordinator is away, and keep nothing."
+)
 @output_option
 @click.pass_obj
 def record_error(  # noqa: PLR0913 - one for each option
@@ -175,31 +223,59 @@ def record_error(  # noqa: PLR0913 - one for each option
     count: int,
     job: str,
     event_id: str | None,
+    no_spool: bool,
     output: str,
 ) -> None:
     """Count an error that the provider answered to a job with the token TOKEN.
 
     A division that stands in the path is found there.
+
+    While the coordinator is away the report is kept on disk, and the exit code is 0. The next
+    `holdoff run` or `holdoff budget record` on this host sends it, or `holdoff spool flush`.
     """
-    event_id = event_id or str(uuid.uuid4())
+    began_ns = boottime_ns()
+    event = _calls.error_event(
+        _calls.scope(token, division, path),
+        status=status,
+        count=count,
+        job=job,
+        age_seconds=0.0,
+        event_id=event_id,
+    )
     with Client(endpoint) as client:
         try:
-            outcome = client.record_error(
-                token,
-                division=division,
-                endpoint=path,
-                status=status,
-                count=count,
-                job=job,
-                event_id=event_id,
-            )
-        except Unavailable:
-            click.echo(f"to report it again, and count it once: --id {event_id}", err=True)
-            raise
+            [outcome] = client.record_events([event])
+        except Unavailable as error:
+            event.age.FromNanoseconds(boottime_ns() - began_ns)
+            if no_spool or not _kept(event, error):
+                click.echo(f"to report it again, and count it once: --id {event.id}", err=True)
+                raise
+            outcome = budget_pb2.EVENT_OUTCOME_UNSPECIFIED
+        else:
+            flush_leftovers(Spool(), client.record_events, warn=say)
+    kept = outcome == budget_pb2.EVENT_OUTCOME_UNSPECIFIED
     if output == "json":
-        emit_json({"id": event_id, "outcome": budget_pb2.EventOutcome.Name(outcome)})
-        return
-    click.echo(_OUTCOMES.get(outcome, f"taken in a way unknown to this client ({outcome})"))
+        name = budget_pb2.EventOutcome.Name(outcome)
+        emit_json({"id": event.id, "outcome": name, "spooled": kept})
+    elif not kept:
+        click.echo(_OUTCOMES.get(outcome, f"taken in a way unknown to this client ({outcome})"))
+
+
+def _kept(event: budget_pb2.Event, away: Unavailable) -> bool:
+    """Keep a report for later, and say so; return whether that went well."""
+    spool = Spool()
+    try:
+        spool.append(event)
+    except SpoolError as error:
+        say(f"the report could not be kept: {error}")
+        return False
+    finally:
+        spool.close()
+    say(
+        f"{away}; the report is kept: the next `holdoff run` or `holdoff budget record` on this "
+        "host sends it, or: holdoff spool flush"
+    )
+    return True
 
 
 _OUTCOMES = {
@@ -207,26 +283,6 @@ _OUTCOMES = {
     budget_pb2.EVENT_OUTCOME_KNOWN: "counted before",
     budget_pb2.EVENT_OUTCOME_NOT_LIMITED: "not counted: no limit of the token's policy is about it",
 }
-
-
-def _row(budget: budget_pb2.Budget) -> Sequence[str]:
-    scope = budget.scope
-    return (
-        budget.limit,
-        enum_text(budget, "state"),
-        _used_text(budget),
-        str(budget.room),
-        duration_text(budget, "room_in"),
-        scope.division or NOTHING,
-        scope.endpoint or NOTHING,
-        scope.token.rpartition("/")[2] or NOTHING,
-        budget.name,
-    )
-
-
-def _used_text(budget: budget_pb2.Budget) -> str:
-    reserved = f"+{budget.reserved}" if budget.reserved else ""
-    return f"{budget.used}{reserved}/{budget.most}"
 
 
 def _emit(budget: budget_pb2.Budget, output: str) -> None:

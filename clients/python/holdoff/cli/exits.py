@@ -33,9 +33,9 @@ TABLE: Final = (
     (str(INTERNAL), "a fault of Holdoff itself"),
     (
         str(NOT_GRANTED),
-        "no lease within the wait: held, cooling, queued or quarantined; a budget without room",
+        "no lease within the wait: held, cooling, backing off, queued, quarantined; a spent budget",
     ),
-    (str(REFUSED), "refused, or an unknown token, lease, budget or policy"),
+    (str(REFUSED), "refused, or an unknown token, lease, budget, back-off or policy"),
     (str(LEASE_LOST), "the lease was lost"),
     (str(CANNOT_EXECUTE), "the command cannot be executed"),
     (str(COMMAND_NOT_FOUND), "the command was not found"),
@@ -95,7 +95,8 @@ def remedy_of(error: Exception, endpoint: str) -> str:
     name = re.search(r"apps/([a-z0-9-]+)(?:/tokens/[a-z0-9-]+)?", str(error))
     app = name[1] if name else "APP"
     token = name[0] if name and "/tokens/" in name[0] else "TOKEN"
-    return remedy.format(token=token, app=app, endpoint=endpoint)
+    about = name[0] if name else "TOKEN"
+    return remedy.format(token=token, app=app, about=about, endpoint=endpoint)
 
 
 _REMEDIES: Final = {
@@ -107,6 +108,7 @@ _REMEDIES: Final = {
     "helps",
     "BUDGET_SPENT": "until when: holdoff budget list apps/{app} --state spent; others wait for it "
     "too",
+    "BACKING_OFF": "why, and until when: holdoff explain {about}; to wait for it: --wait 2h",
     "TOO_MANY_BUDGETS": "what is counted: holdoff budget list apps/{app}",
     "TOO_MANY_EVENTS": "what is counted: holdoff budget list apps/{app}; the oldest leave by "
     "themselves",
@@ -117,6 +119,7 @@ _REMEDIES: Final = {
     "TOKEN_NOT_FOUND": "those that there are: holdoff token list apps/{app}",
     "LEASE_NOT_FOUND": "the live ones: holdoff lease list",
     "BUDGET_NOT_FOUND": "those in use: holdoff budget list apps/{app}",
+    "BACK_OFF_NOT_FOUND": "those that are not over: holdoff backoff list apps/{app}",
     "RESERVATION_NOT_FOUND": "it is committed under the app, and by the caller, that reserved; it "
     "is forgotten a day after its window",
     "EVENT_TOO_OLD": "it has left every window by now: leave it out, or correct its age",

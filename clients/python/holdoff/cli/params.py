@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem
 from holdoff import Client
 from holdoff._text import printable, quoted
 from holdoff.durations import parse_duration
-from holdoff.names import AppName, BudgetName, LeaseName, TokenName
+from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
 from holdoff.v1 import budget_pb2, lease_pb2
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from holdoff.v1 import token_pb2
 
-    _Found = lease_pb2.Lease | token_pb2.Token | budget_pb2.Budget
+    _Found = lease_pb2.Lease | token_pb2.Token | budget_pb2.Budget | budget_pb2.BackOff
 
 _COMPLETION_SECONDS = 1.0
 
@@ -188,7 +188,9 @@ class Name(click.ParamType[str]):
 
     name = "name"
 
-    def __init__(self, *kinds: type[AppName | TokenName | LeaseName | BudgetName]) -> None:
+    def __init__(
+        self, *kinds: type[AppName | TokenName | LeaseName | BudgetName | BackOffName]
+    ) -> None:
         self._kinds = {kind.PATTERN.count("/"): kind for kind in kinds}
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
@@ -220,6 +222,8 @@ class Name(click.ParamType[str]):
                 listing = client.list_leases(parent)
             elif BudgetName in self._kinds.values():
                 listing = client.list_budgets(parent)
+            elif BackOffName in self._kinds.values():
+                listing = iter(client.list_back_offs(parent))
             for found in takewhile(lambda _: time.monotonic() < deadline_seconds, listing):
                 segments = found.name.split("/")
                 for slashes in self._kinds:
@@ -233,7 +237,7 @@ class Name(click.ParamType[str]):
 
 
 def _description(found: _Found) -> str:
-    """What a shell shows beside a name: a token's state, a lease's holder, a budget's scope."""
+    """What a shell shows beside a name, such as the state of a token or the holder of a lease."""
     # Not at the top: it brings rich along, which `holdoff run` seldom needs.
     from holdoff.cli.output import enum_text, holder_text, state_text  # noqa: PLC0415
 
@@ -243,6 +247,8 @@ def _description(found: _Found) -> str:
         case budget_pb2.Budget(scope=scope):
             place = " ".join(filter(None, (scope.division, scope.endpoint)))
             text = ": ".join(filter(None, (enum_text(found, "state"), place)))
+        case budget_pb2.BackOff():
+            text = ": ".join(filter(None, (enum_text(found, "state"), found.reason)))
         case _:
             text = state_text(found)
     return printable(text)

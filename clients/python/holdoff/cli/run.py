@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
+import threading
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,8 +19,12 @@ from click.shell_completion import CompletionItem
 
 from holdoff import Client, HeldLease, HoldoffError, LeaseLost, Unavailable
 from holdoff._core import DEFAULT_TTL_SECONDS, Timing
+from holdoff._output import LogTail, Passage
 from holdoff._process import CannotRunError, Guard, GuardError, Outcome, caught_signals, which
+from holdoff._reporting import Reporter, flush_leftovers
+from holdoff._spool import Spool
 from holdoff.cli import exits
+from holdoff.cli._conduct import ENDED_BY, Conduct
 from holdoff.cli._fencing import last_fencing_token, remember_fencing_token
 from holdoff.cli._help import example
 from holdoff.cli._waiting import WaitDisplay, say
@@ -26,12 +32,18 @@ from holdoff.cli.params import MOST_LABELS, Duration, Label, Name
 from holdoff.names import TokenName
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from holdoff._process import Event, Isolate
+    from holdoff.cli._conduct import WhenQuiet
 
 LEAST_TTL_SECONDS = 1
 MOST_TTL_SECONDS = 24 * 3600
+REST_SECONDS = 5.0
+"""How long the rest of the output is waited for before the lease is given back."""
+REPORT_SECONDS = 5.0
+"""How long reports are tried before it; then they wait on disk."""
+_LOOK_SECONDS = 0.02
 
 # What does not end a process that has not asked for it.
 _HARMLESS_SIGNALS = {signal.SIGWINCH, signal.SIGURG, signal.SIGCONT, signal.SIGTSTP}
@@ -58,6 +70,7 @@ class Account:
         "exited",
         "signaled",
         "lease_lost",
+        "backed_off",
         "not_granted",
         "unreachable",
         "refused",
@@ -73,7 +86,9 @@ class Account:
     """Name of the lease; absent when the command ran without one, or did not run."""
     fencing_token: int | None = None
     reason: str = ""
-    """Why there was no lease, or why it was lost."""
+    """Why there was no lease, why it was lost, or why the command had to be quiet."""
+    errors_seen: int = 0
+    """Errors and blocks seen in what the command wrote."""
     requested_at: str = ""
     started_at: str | None = None
     ended_at: str | None = None
@@ -132,6 +147,36 @@ def _labels(
     help=f"Something else to know about this run, for people and programs; up to {MOST_LABELS}.",
 )
 @click.option(
+    "--division",
+    "divisions",
+    multiple=True,
+    metavar="DIVISION",
+    help="A division that the command will call: it waits while that must be quiet.",
+)
+@click.option(
+    "--endpoint",
+    "endpoints",
+    multiple=True,
+    metavar="PATH",
+    help="An endpoint that it will call, in each of the divisions if some are given.",
+)
+@click.option(
+    "--log-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Look for errors in this file that the command writes, and not in its output.",
+)
+@click.option(
+    "--read-output/--no-read-output",
+    default=True,
+    show_default=True,
+    help="Look for errors in the command's output, which passes through unchanged.",
+)
+@click.option(
+    "--when-quiet",
+    type=click.Choice(["pause", "finish", "terminate"]),
+    help="What to do while a scope of the command must be quiet. [default: as the policy says]",
+)
+@click.option(
     "--isolate",
     type=click.Choice(["auto", "always", "never"]),
     default="auto",
@@ -159,7 +204,7 @@ def _labels(
 )
 @click.pass_obj
 def run(  # noqa: PLR0913, PLR0917 - one argument an option
-    endpoint: str,
+    coordinator: str,
     token: str,
     wait: float | None,
     no_wait: bool,
@@ -167,6 +212,11 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     grace: float | None,
     job: str,
     labels: Mapping[str, str],
+    divisions: Sequence[str],
+    endpoints: Sequence[str],
+    log_file: Path | None,
+    read_output: bool,
+    when_quiet: WhenQuiet | None,
     isolate: Isolate,
     if_unreachable: str,
     result_file: Path | None,
@@ -177,23 +227,26 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     COMMAND starts when it is its turn and the token's cooldown has passed. Its input, output,
     signals and exit code pass through. If the lease is lost, all that it started is ended before
     anybody else can be granted a lease, and the exit code is 79.
+
+    Errors of the provider in its output, or in its log, are counted against the budgets of the
+    token. While one of these is spent, or the provider blocks, the command is paused, or ended
+    with exit code 75.
     """
     if no_wait and wait is not None:
         raise click.UsageError("--wait and --no-wait exclude each other")
-    if not LEAST_TTL_SECONDS <= ttl <= MOST_TTL_SECONDS:
-        raise click.BadParameter("must be from 1s to 24h", param_hint="--ttl")
-    try:
-        timing = Timing.of(ttl, grace)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--grace") from None
+    timing = _timing(ttl, grace)
     if result_file and not result_file.absolute().parent.is_dir():
         raise click.BadParameter("its folder does not exist", param_hint="--result-file")
     account = Account(token=token, job=job, labels=labels, requested_at=_now())
     try:
         path = which(command[0])
-        with Client(endpoint) as client, Guard.start(isolate=isolate) as guard:
-            one = _Run(client, guard, timing, account)
-            one.run(path, command, 0.0 if no_wait else wait, break_glass=if_unreachable == "run")
+        with Client(coordinator) as client:
+            one = _Run(client, timing, account, scopes_of(divisions, endpoints), when_quiet)
+            with one.started(isolate, log_file, read_output=read_output):
+                wait = 0.0 if no_wait else wait
+                one.run(path, command, wait, break_glass=if_unreachable == "run")
+    except ValueError as error:  # of the log file
+        raise click.BadParameter(str(error), param_hint="--log-file") from None
     except CannotRunError as error:
         account.outcome, account.reason = "cannot_run", str(error)
         account.exit_code = error.exit_code
@@ -209,10 +262,19 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     except HoldoffError as error:
         account.exit_code = exits.code_of(error) or exits.INTERNAL
         account.outcome, account.reason = _OUTCOMES.get(account.exit_code, "failed"), str(error)
-        exits.complain(str(error), exits.remedy_of(error, endpoint))
+        exits.complain(str(error), exits.remedy_of(error, coordinator))
     if result_file:
         account.write(result_file)
     raise click.exceptions.Exit(account.exit_code)
+
+
+def _timing(ttl: float, grace: float | None) -> Timing:
+    if not LEAST_TTL_SECONDS <= ttl <= MOST_TTL_SECONDS:
+        raise click.BadParameter("must be from 1s to 24h", param_hint="--ttl")
+    try:
+        return Timing.of(ttl, grace)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--grace") from None
 
 
 _OUTCOMES: dict[int, Literal["unreachable", "not_granted", "refused", "lease_lost"]] = {
@@ -223,15 +285,63 @@ _OUTCOMES: dict[int, Literal["unreachable", "not_granted", "refused", "lease_los
 }
 
 
-class _Run:
-    """One run: wait, launch, watch, release."""
+def scopes_of(divisions: Sequence[str], endpoints: Sequence[str]) -> list[tuple[str, str]]:
+    """Every endpoint in every division; an empty text where one of them is not known."""
+    if not divisions and not endpoints:
+        return []
+    return list(itertools.product(divisions or [""], endpoints or [""]))
 
-    def __init__(self, client: Client, guard: Guard, timing: Timing, account: Account) -> None:
+
+class _Run:
+    """One run: wait, launch, watch, report, release."""
+
+    def __init__(
+        self,
+        client: Client,
+        timing: Timing,
+        account: Account,
+        scopes: Sequence[tuple[str, str]],
+        when_quiet: WhenQuiet | None,
+    ) -> None:
         self._client = client
-        self._guard = guard
         self._timing = timing
         self._account = account
+        self._scopes = scopes
         self._lease: HeldLease | None = None
+        self._reporter = Reporter(client.record_events, Spool(), warn=say)
+        self._conduct = Conduct(self._reporter, account.token, account.job, when_quiet)
+        self._passage: Passage | None = None
+        self._log: LogTail | None = None
+
+    @contextlib.contextmanager
+    def started(
+        self, isolate: Isolate, log_file: Path | None, *, read_output: bool
+    ) -> Iterator[None]:
+        """Start the guard, and what looks for errors.
+
+        Of log file and output one is read: Data Hub writes the same errors to both.
+
+        Raises:
+            GuardError: There is no guard.
+            ValueError: The log file is none.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._reporter.close, REPORT_SECONDS)
+            if log_file:
+                self._log = LogTail(log_file, self._conduct.on_data, say)
+            elif read_output:
+                self._passage = stack.enter_context(Passage(self._conduct.on_data, say))
+            stdio = self._passage.stdio if self._passage else None
+            self._guard = stack.enter_context(Guard.start(stdio, isolate=isolate))
+            if self._passage:
+                self._passage.start(self._guard)
+            flush = threading.Thread(target=self._flush_leftovers, name="flush", daemon=True)
+            flush.start()
+            yield
+
+    def _flush_leftovers(self) -> None:
+        """Report what earlier runs on this host could not."""
+        flush_leftovers(Spool(), self._client.record_events, warn=say)
 
     def run(
         self, path: str, command: Sequence[str], wait: float | None, *, break_glass: bool
@@ -259,8 +369,24 @@ class _Run:
                 self._launch(path, command)
                 stack.pop_all()
             outcome = self._guard.wait(self._on_event)
-        self._account.ended_at = _now()
+            self._account.ended_at = _now()
+            self._see_the_rest()
         self._settle(outcome)
+
+    def _see_the_rest(self) -> None:
+        """See and report the last errors before the lease is given back, whose end is judged."""
+        if self._log:
+            self._log.finish()
+        if self._passage:
+            # Who reads our output may block as long as it wants, and the lease must not.
+            rest = threading.Thread(target=self._passage.finish, name="rest", daemon=True)
+            rest.start()
+            rest.join(REST_SECONDS)
+        self._conduct.finish()
+        self._account.errors_seen = self._conduct.errors
+        give_up = time.monotonic() + REPORT_SECONDS
+        while self._reporter.idle_since is None and time.monotonic() < give_up:
+            time.sleep(_LOOK_SECONDS)
 
     def _acquire(self, wait: float | None) -> HeldLease:
         token = self._account.token
@@ -273,10 +399,12 @@ class _Run:
                 job=self._account.job,
                 labels=self._account.labels,
                 last_fencing_token=last_fencing_token(token),
+                scopes=self._scopes,
                 on_waiting=display.waiting,
                 on_unreachable=display.unreachable,
                 on_renewed=self._guard.extend,
                 on_lost=self._on_lost,
+                on_notice=self._conduct.on_notice,
             )
         remember_fencing_token(token, lease.fencing_token)
         self._account.lease = lease.name
@@ -289,6 +417,9 @@ class _Run:
         if self._lease:
             env["HOLDOFF_LEASE"] = self._lease.name
             env["HOLDOFF_FENCING_TOKEN"] = str(self._lease.fencing_token)
+        self._conduct.begin(self._guard, self._lease)
+        if self._log:
+            self._log.start()
         self._guard.launch(
             path,
             command,
@@ -332,6 +463,9 @@ class _Run:
                 say(f"the lease could not be given back and runs out by itself: {error}")
         if outcome.cannot_run:
             raise outcome.cannot_run
+        if outcome.ended_by == ENDED_BY:
+            account.outcome, account.exit_code = "backed_off", exits.NOT_GRANTED
+            account.reason = self._conduct.reason
         if outcome.ended_by == "fence":
             raise LeaseLost("no renewal came through before the deadline")
 

@@ -1,0 +1,125 @@
+"""The connection of the client for asyncio: `holdoff._connection`, in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+
+import grpc
+
+from holdoff._core import CHANNEL_OPTIONS
+from holdoff._endpoint import endpoint_of, target
+from holdoff._platform import boottime_ns
+from holdoff.errors import HoldoffError, Unavailable, from_rpc_error
+from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+
+    from holdoff import _calls
+    from holdoff._core import Listening, Patience
+
+ItemT = TypeVar("ItemT")
+ResponseT = TypeVar("ResponseT")
+ResultT = TypeVar("ResultT")
+
+
+class Connection:
+    """A way to a coordinator, by which any call of the API is made."""
+
+    def __init__(self, endpoint: str | None = None, *, timeout_seconds: float = 10.0) -> None:
+        # gRPC would take any loop that it finds, and hang in the one that runs later.
+        asyncio.get_running_loop()
+        self.endpoint = endpoint_of(endpoint)
+        self._timeout_seconds = timeout_seconds
+        self._channel = grpc.aio.insecure_channel(target(self.endpoint), options=CHANNEL_OPTIONS)
+        self._leases = lease_service_pb2_grpc.LeaseServiceStub(self._channel)
+        self._budgets = budget_service_pb2_grpc.BudgetServiceStub(self._channel)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection. Leases that are still held run out by themselves."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._channel.close()
+
+    async def _items(
+        self, call: _calls.Call[Any, _calls.Page[ItemT]] | None
+    ) -> AsyncIterator[ItemT]:
+        while call:
+            page = await self._call(call)
+            for item in page.items:
+                yield item
+            call = page.following
+
+    async def _insist(
+        self, call: _calls.Call[Any, ResultT], patience: Patience
+    ) -> tuple[int, ResultT]:
+        """Repeat a call while it is unavailable; return when it was sent, and its answer."""
+        while True:
+            sent_ns = boottime_ns()
+            try:
+                return sent_ns, await self._call(call)
+            except HoldoffError as error:
+                await asyncio.sleep(patience.failed(error, boottime_ns()))
+
+    async def _call(self, call: _calls.Call[Any, ResultT]) -> ResultT:
+        method = self._channel.unary_unary(
+            call.method,
+            request_serializer=type(call.request).SerializeToString,
+            response_deserializer=call.response.FromString,
+        )
+        timeout_seconds = call.timeout_seconds or self._timeout_seconds
+        return call.read(await self._answer(method(call.request, timeout=timeout_seconds)))
+
+    async def _answer(self, answer: Awaitable[ResultT]) -> ResultT:
+        """Wait for gRPC, and turn its errors into ours."""
+        try:
+            return await answer
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.endpoint) from None
+        except asyncio.CancelledError:
+            # It is what gRPC raises, too, when the channel was closed under a call.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise HoldoffError("the client was closed during a call") from None
+
+    def _start(self, coroutine: Coroutine[Any, Any, ResultT]) -> asyncio.Task[ResultT]:
+        """Run a task that `close` ends."""
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _unhindered(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """Do what the cancellation of our caller must not cut short."""
+        await asyncio.shield(self._start(coroutine))
+
+    async def _listen(
+        self,
+        listening: Listening[ResponseT],
+        connect: Callable[[], grpc.aio.UnaryStreamCall[Any, ResponseT]],
+        on_unreachable: Callable[[Unavailable], None] | None = None,
+    ) -> AsyncGenerator[ResponseT, None]:
+        """Yield what a stream sends, over as many connections as it takes."""
+        while True:
+            stream = connect()
+            try:
+                while (response := await self._answer(stream.read())) is not grpc.aio.EOF:
+                    yield listening.received(cast("ResponseT", response))
+                raise Unavailable("the coordinator ended the stream")
+            except HoldoffError as error:
+                pause_seconds = listening.failed(error)
+                if on_unreachable and isinstance(error, Unavailable):
+                    on_unreachable(error)
+            finally:
+                stream.cancel()
+            await asyncio.sleep(pause_seconds)

@@ -1,0 +1,157 @@
+"""The synchronous connection: calls that are carried out, repeated and listened to.
+
+`holdoff._aio_connection` is the same with an event loop in the place of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
+
+import grpc
+
+from holdoff._core import CHANNEL_OPTIONS
+from holdoff._endpoint import endpoint_of, target
+from holdoff._platform import boottime_ns
+from holdoff.errors import HoldoffError, Unavailable, from_rpc_error
+from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+    from holdoff import _calls
+    from holdoff._core import Listening, Patience
+
+ItemT = TypeVar("ItemT")
+ResponseT = TypeVar("ResponseT")
+ResultT = TypeVar("ResultT")
+SentT_co = TypeVar("SentT_co", covariant=True)
+
+
+class _Stream(Protocol[SentT_co]):
+    """What gRPC gives for a call with many answers."""
+
+    def __iter__(self) -> Iterator[SentT_co]: ...
+
+    def cancel(self) -> bool: ...
+
+
+class Connection:
+    """A way to a coordinator, by which any call of the API is made."""
+
+    def __init__(self, endpoint: str | None = None, *, timeout_seconds: float = 10.0) -> None:
+        self.endpoint = endpoint_of(endpoint)
+        self._timeout_seconds = timeout_seconds
+        self._channel = grpc.insecure_channel(target(self.endpoint), options=CHANNEL_OPTIONS)
+        self._leases = lease_service_pb2_grpc.LeaseServiceStub(self._channel)
+        self._budgets = budget_service_pb2_grpc.BudgetServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. Leases that are still held run out by themselves."""
+        self._channel.close()
+
+    def _items(self, call: _calls.Call[Any, _calls.Page[ItemT]] | None) -> Iterator[ItemT]:
+        while call:
+            page = self._call(call)
+            yield from page.items
+            call = page.following
+
+    def _insist(self, call: _calls.Call[Any, ResultT], patience: Patience) -> tuple[int, ResultT]:
+        """Repeat a call while it is unavailable; return when it was sent, and its answer."""
+        while True:
+            sent_ns = boottime_ns()
+            try:
+                return sent_ns, self._call(call)
+            except HoldoffError as error:
+                time.sleep(patience.failed(error, boottime_ns()))
+
+    def _call(self, call: _calls.Call[Any, ResultT]) -> ResultT:
+        method = self._channel.unary_unary(
+            call.method,
+            request_serializer=type(call.request).SerializeToString,
+            response_deserializer=call.response.FromString,
+        )
+        with translated(self.endpoint):
+            response = method(call.request, timeout=call.timeout_seconds or self._timeout_seconds)
+        return call.read(response)
+
+    def _listen(
+        self,
+        listening: Listening[ResponseT],
+        connect: Callable[[], _Stream[ResponseT]],
+        on_unreachable: Callable[[Unavailable], None] | None,
+    ) -> Generator[ResponseT, None, None]:
+        """Yield what a stream sends, for ever."""
+        return iter(Subscription(self.endpoint, listening, connect, on_unreachable))
+
+
+@contextlib.contextmanager
+def translated(endpoint: str) -> Iterator[None]:
+    """Turn gRPC's errors into ours."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, endpoint) from None
+
+
+class Subscription(Generic[ResponseT]):
+    """What a stream sends, over as many connections as it takes.
+
+    Args:
+        endpoint: Where the coordinator is.
+        listening: Decides when to connect again.
+        connect: Makes a connection.
+        on_unreachable: Called whenever the coordinator cannot be reached.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        listening: Listening[ResponseT],
+        connect: Callable[[], _Stream[ResponseT]],
+        on_unreachable: Callable[[Unavailable], None] | None = None,
+    ) -> None:
+        self._endpoint = endpoint
+        self._listening = listening
+        self._connect = connect
+        self._on_unreachable = on_unreachable
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._stream: _Stream[ResponseT] | None = None
+
+    def __iter__(self) -> Generator[ResponseT, None, None]:
+        while stream := self._open():
+            try:
+                with translated(self._endpoint):
+                    for response in stream:
+                        yield self._listening.received(response)
+                raise Unavailable("the coordinator ended the stream")
+            except HoldoffError as error:
+                if self._closed.is_set():
+                    return
+                pause_seconds = self._listening.failed(error)
+                if self._on_unreachable and isinstance(error, Unavailable):
+                    self._on_unreachable(error)
+            finally:
+                stream.cancel()
+            self._closed.wait(pause_seconds)
+
+    def _open(self) -> _Stream[ResponseT] | None:
+        with self._lock:
+            self._stream = None if self._closed.is_set() else self._connect()
+            return self._stream
+
+    def close(self) -> None:
+        """End it at once, from any thread."""
+        with self._lock:
+            self._closed.set()
+            if self._stream:
+                self._stream.cancel()

@@ -1,0 +1,251 @@
+"""Reports events for a run that must not wait for the coordinator, nor fail with it.
+
+What is reported is on disk (`holdoff._spool`) before it is sent, and leaves the disk when the
+coordinator has counted it: exactly once, whatever crashes in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from holdoff._core import retry_delay_seconds
+from holdoff._spool import Moment, Spool, SpoolError
+from holdoff.errors import EventTooOld, HoldoffError, InvalidRequest, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from holdoff._spool import Waiting, Warn
+    from holdoff.v1 import budget_pb2
+
+    Send = Callable[[Sequence[budget_pb2.Event]], object]
+    """Reports events of one app, at most 100, and raises a `HoldoffError` if that fails:
+    `Client.record_events` is one."""
+
+log = logging.getLogger("holdoff")
+
+_MOST_EVENTS = 100
+"""So many may be in one request."""
+_MOST_AGE_NS = 24 * 3600 * 10**9
+"""What is older is not counted any more."""
+_LATER_SECONDS = 30.0
+"""When to ask again after an answer that says neither when, nor that it is final."""
+
+
+class _Delivery:
+    """Sends what waits in spools, and counts how it went."""
+
+    def __init__(
+        self,
+        send: Send,
+        warn: Warn,
+        *,
+        keep_unknown: bool = False,
+        on_progress: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        self.sent = 0
+        self.dropped = 0
+        self._send = send
+        self._warn = warn
+        self._keep_unknown = keep_unknown
+        self._on_progress = on_progress
+        self._warned: set[type[HoldoffError]] = set()
+
+    def deliver(self, spool: Spool) -> HoldoffError | None:
+        """Send what waits; return why some of it still waits, if it does."""
+        # A batch is of one token, so that of an unknown token all of it is wrong.
+        tokens: dict[str, list[str]] = {}
+        for one in spool.waiting():
+            tokens.setdefault(one.event.scope.token, []).append(one.event.id)
+        kept: HoldoffError | None = None
+        for ids in tokens.values():
+            try:
+                for first in range(0, len(ids), _MOST_EVENTS):
+                    self._deliver_batch(spool, ids[first : first + _MOST_EVENTS])
+            except Unavailable as error:
+                return error
+            except HoldoffError as error:
+                kept = error
+        return kept
+
+    def _deliver_batch(self, spool: Spool, ids: Sequence[str]) -> None:
+        """Send some of one token.
+
+        Raises:
+            HoldoffError: They wait on.
+        """
+        now = Moment.now()
+        batch = spool.begin(ids)
+        young = [one for one in batch if one.age_ns(now) <= _MOST_AGE_NS]
+        if len(young) < len(batch):
+            old = [one for one in batch if one not in young]
+            self._drop(spool, old, EventTooOld("it happened more than a day ago"))
+        if not young:
+            return
+        sent = [one.event.id for one in young]
+        try:
+            self._send([one.due(now) for one in young])
+        except ValueError as error:
+            raise Unavailable(f"the connection was closed: {error}") from error
+        except (InvalidRequest, NotFound) as error:
+            unknown = isinstance(error, NotFound)
+            if unknown and self._keep_unknown:
+                raise
+            if unknown or len(young) == 1:
+                self._drop(spool, young, error)
+                return
+            middle = len(sent) // 2
+            self._deliver_batch(spool, sent[:middle])
+            self._deliver_batch(spool, sent[middle:])
+            return
+        spool.done(sent)
+        self.sent += len(sent)
+        self._on_progress(len(sent))
+
+    def _drop(self, spool: Spool, refused: Sequence[Waiting], error: HoldoffError) -> None:
+        if type(error) not in self._warned:
+            self._warned.add(type(error))
+            scope = refused[0].event.scope
+            place = " ".join(filter(None, (scope.token, scope.division, scope.endpoint)))
+            self._warn(f"a report about {place} is dropped, as all that are like it: {error}")
+        spool.done([one.event.id for one in refused])
+        self.dropped += len(refused)
+        self._on_progress(len(refused))
+
+
+class Reporter:
+    """Reports what a run sees, in a thread of its own that starts with the first report.
+
+    Nothing of it ever raises into the run.
+
+    Args:
+        send: Reports events of one app, such as `Client.record_events`.
+        spool: Where they wait; the reporter is its only user, and closes it.
+        warn: Called with one line about what is lost, or may be. Any thread may call it.
+    """
+
+    def __init__(self, send: Send, spool: Spool, warn: Warn = log.warning) -> None:
+        self._spool = spool
+        self._warn = warn
+        self._delivery = _Delivery(send, warn)
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._lost = 0
+        self._warned = False
+        self._news = threading.Event()
+        self._closing = threading.Event()
+        self._over = threading.Event()
+        self.idle_since: float | None = time.monotonic()
+        """Since when all that was reported is counted; None while some of it waits."""
+
+    def report(self, *events: budget_pb2.Event) -> None:
+        """Take events, each with an id of its own: they are on disk when this returns.
+
+        Where the disk does not take them they are sent all the same, if this process lives.
+        """
+        self.idle_since = None
+        try:
+            self._spool.append(*events)
+        except SpoolError as error:
+            lost = self._spool.hold(*events)
+            with self._lock:
+                self._lost += lost
+                warned, self._warned = self._warned, True
+            if not warned:
+                self._warn(f"reports are sent, but would be lost with this process: {error}")
+        with self._lock:
+            if self._thread is None and not self._closing.is_set():
+                self._thread = threading.Thread(
+                    target=self._work, name="holdoff-reports", daemon=True
+                )
+                self._thread.start()
+        self._news.set()
+
+    def close(self, timeout_seconds: float) -> int:
+        """Try for so long to send the rest, and leave what remains on disk; return how many.
+
+        They are sent by the next `holdoff run` on this host, or by `holdoff spool flush`.
+        """
+        self._closing.set()
+        self._news.set()
+        with self._lock:
+            thread = self._thread
+        if thread:
+            thread.join(timeout_seconds)
+        self._over.set()
+        left, unwritten = self._spool.close()
+        with self._lock:
+            lost = self._lost + unwritten
+        if left:
+            self._warn(
+                f"{left} reports could not be sent and are kept: the next `holdoff run` on this "
+                "host sends them, or: holdoff spool flush"
+            )
+        if lost:
+            self._warn(f"{lost} reports could neither be sent nor kept, and are lost")
+        return left
+
+    def _work(self) -> None:
+        failures = 0
+        while not self._over.is_set():
+            error = self._delivery.deliver(self._spool)
+            if error is None:
+                failures = 0
+                if self._closing.is_set() and not self._spool.waiting():
+                    return
+                if not self._spool.waiting():
+                    self.idle_since = time.monotonic()
+                self._news.wait()
+                self._news.clear()
+                continue
+            away = isinstance(error, Unavailable)
+            if self._closing.is_set() and not away:
+                return  # it has answered, and will not change its mind so soon
+            pause_seconds = error.retry_after_seconds
+            if pause_seconds is None:
+                pause_seconds = retry_delay_seconds(failures) if away else _LATER_SECONDS
+            failures += 1
+            # A close ends the first pause early, and its end the last one.
+            (self._over if self._closing.is_set() else self._closing).wait(pause_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """What became of the reports that others left behind."""
+
+    sent: int
+    dropped: int
+    error: HoldoffError | None
+    """Why some still wait; None when none does."""
+
+
+def flush_leftovers(
+    spool: Spool,
+    send: Send,
+    *,
+    warn: Warn = log.warning,
+    on_progress: Callable[[int], object] = lambda _: None,
+) -> Flushed:
+    """Send what was left behind by writers that are gone.
+
+    Several processes may do so at the same time. Reports of a token that this coordinator does
+    not know stay, since another one may, until they are a day old.
+
+    Args:
+        spool: Its folder is looked through.
+        send: Reports events of one app, such as `Client.record_events`.
+        warn: Called with one line about what is skipped or dropped.
+        on_progress: Called with how many more are over and done with.
+    """
+    delivery = _Delivery(send, warn, keep_unknown=True, on_progress=on_progress)
+    kept: HoldoffError | None = None
+    for leftover in spool.leftovers(warn):
+        error = delivery.deliver(leftover)
+        kept = error or kept
+        if isinstance(error, Unavailable):
+            break
+    return Flushed(delivery.sent, delivery.dropped, kept)

@@ -1,0 +1,237 @@
+"""What a run does about errors: it reports those that it sees, and is quiet when it must be."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from holdoff import _calls
+from holdoff._recognise import OutputRecogniser, SeenBlock
+from holdoff.cli._waiting import say
+from holdoff.durations import format_duration
+from holdoff.policies import find_place
+from holdoff.v1 import budget_pb2, lease_service_pb2, policy_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from holdoff import HeldLease
+    from holdoff._output import Source
+    from holdoff._process import Guard
+    from holdoff._recognise import Seen
+    from holdoff._reporting import Reporter
+
+WhenQuiet = Literal["finish", "pause", "terminate"]
+
+ENDED_BY = "backing off"
+"""Why the guard ended a command that had to be quiet."""
+
+_TICK_SECONDS = 0.2
+_PLACE_FOLLOWS_SECONDS = 1.0
+"""So soon after an error's line the line with its place must come."""
+_TOLD_WITHIN_SECONDS = 2.0
+"""So soon after it knows of our errors the coordinator says if we must be quiet."""
+
+_WORDS: Mapping[policy_pb2.WhenQuiet.ValueType, WhenQuiet] = {
+    policy_pb2.WHEN_QUIET_FINISH: "finish",
+    policy_pb2.WHEN_QUIET_PAUSE: "pause",
+    policy_pb2.WHEN_QUIET_TERMINATE: "terminate",
+}
+
+
+@dataclass(slots=True)
+class Rooms:
+    """How many errors may still happen at each place, by our own count. Pure.
+
+    The coordinator counts those of everybody. This one needs no round trip, and no coordinator.
+    """
+
+    policy: policy_pb2.Policy
+    _left: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def refill(self, rooms: Iterable[lease_service_pb2.ScopeRoom]) -> None:
+        """Take in what the coordinator says, who knew of our errors; forget the rest."""
+        self._left = {(one.scope.division, one.scope.endpoint): one.room for one in rooms}
+
+    def take(self, place: tuple[str, str], status: int, count: int) -> bool:
+        """Count errors at a place; tell whether no more may follow."""
+        limits = [
+            limit
+            for limit in self.policy.limits
+            if limit.kind == budget_pb2.EVENT_KIND_ERROR
+            if not status or status in limit.statuses
+        ]
+        if not limits:
+            return False
+        most = min(limit.most - limit.margin for limit in limits)
+        self._left[place] = self._left.get(place, most) - count
+        return self._left[place] <= 0
+
+
+class Conduct:
+    """Watches one command: what it writes, and what the coordinator says about its scopes."""
+
+    def __init__(
+        self, reporter: Reporter, token: str, job: str, when_quiet: WhenQuiet | None
+    ) -> None:
+        self._reporter = reporter
+        self._token = token
+        self._job = job
+        self._when_quiet = when_quiet
+        self._guard: Guard | None = None
+        self._lease = ""
+        self._lock = threading.RLock()
+        self._recognisers: dict[Source, OutputRecogniser] = {}
+        self._seen_at: dict[Source, float] = {}
+        self._rooms = Rooms(policy_pb2.Policy())
+        self._notice: lease_service_pb2.FollowLeaseResponse | None = None
+        self._own_count_at: float | None = None
+        """When our own count found no room; None while it finds some."""
+        self._quiet_since: float | None = None
+        self._began = time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._tick, name="holdoff-conduct", daemon=True)
+        self.errors = 0
+        """How many errors were seen."""
+        self.reason = ""
+        """Why the command had to be quiet, the last time it had to."""
+
+    def begin(self, guard: Guard, lease: HeldLease | None) -> None:
+        """The command is about to start, under a lease or without one."""
+        policy = lease.policy if lease else policy_pb2.Policy()
+        with self._lock:
+            self._guard, self._rooms = guard, Rooms(policy)
+            if lease:
+                self._lease = lease.name
+                self._rooms.refill(lease.rooms)
+            self._began = time.monotonic()
+            self._when_quiet = self._when_quiet or _WORDS.get(policy.when_quiet, "pause")
+            self._judge()
+        self._thread.start()
+
+    def on_data(self, source: Source, data: bytes) -> None:
+        """Look for errors in what the command wrote."""
+        with self._lock:
+            recogniser = self._recognisers.get(source)
+            if recogniser is None:
+                recogniser = OutputRecogniser(self._rooms.policy)
+                self._recognisers[source] = recogniser
+            self._seen_at[source] = time.monotonic()
+            self._report(recogniser.feed(data))
+
+    def on_notice(self, notice: lease_service_pb2.FollowLeaseResponse) -> None:
+        """Do what the coordinator says."""
+        with self._lock:
+            self._notice = notice
+            if notice.rooms:
+                self._rooms.refill(notice.rooms)
+            self._judge()
+
+    def finish(self) -> None:
+        """The command has ended, and all that it wrote was seen."""
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        with self._lock:
+            for recogniser in self._recognisers.values():
+                self._report(recogniser.finish())
+
+    def _report(self, seen: Iterable[Seen]) -> None:
+        events: list[budget_pb2.Event] = []
+        for one in seen:
+            where = _calls.scope(self._token, one.division, one.endpoint)
+            if isinstance(one, SeenBlock):
+                event = _calls.block_event(
+                    where,
+                    status=one.status,
+                    retry_after_seconds=one.retry_after_seconds,
+                    throttle=one.throttle,
+                    job=self._job,
+                )
+                self.errors += 1
+                spent = True
+            else:
+                event = _calls.error_event(where, status=one.status, count=one.count, job=self._job)
+                self.errors += one.count
+                division, endpoint = find_place(self._rooms.policy.endpoint_path, one.endpoint)
+                place = (one.division or division, endpoint)
+                spent = self._rooms.take(place, one.status, one.count)
+            event.lease = self._lease
+            events.append(event)
+            if spent and self._own_count_at is None:
+                self._own_count_at = time.monotonic()
+        if events:
+            self._judge()  # first: the report may take the time of an fsync
+            self._reporter.report(*events)
+
+    def _tick(self) -> None:
+        while not self._over.wait(_TICK_SECONDS):
+            with self._lock:
+                for source, recogniser in self._recognisers.items():
+                    late = time.monotonic() - self._seen_at[source] > _PLACE_FOLLOWS_SECONDS
+                    if recogniser.pending and late:
+                        self._report(recogniser.flush())
+                self._judge()
+
+    def _judge(self) -> None:
+        """Decide whether the command may run, from all that is known."""
+        if self._guard is None:
+            return
+        now = time.monotonic()
+        self._trust_coordinator(now)
+        told = self._notice is not None and (
+            self._notice.instruction == lease_service_pb2.HOLDER_INSTRUCTION_BE_QUIET
+        )
+        must_be_quiet = told or self._own_count_at is not None
+        if must_be_quiet and self._quiet_since is None:
+            self._quiet_since = now
+            self._be_quiet(self._guard, now)
+        elif not must_be_quiet and self._quiet_since is not None:
+            self._quiet_since = None
+            if self._when_quiet == "pause":
+                say("the command goes on")
+                self._guard.resume()
+        if self._quiet_since is not None and self._when_quiet == "pause":
+            left = self._token_left_seconds(self._quiet_since)
+            if left is not None and now - self._quiet_since >= left:
+                self._when_quiet = "terminate"
+                say("its access token has run out meanwhile: ending the command")
+                self._guard.end(ENDED_BY)
+
+    def _trust_coordinator(self, now: float) -> None:
+        """Give up our own count once the coordinator knows of our errors and says nothing."""
+        idle_since = self._reporter.idle_since
+        if self._own_count_at is None or idle_since is None:
+            return
+        if now - max(self._own_count_at, idle_since) >= _TOLD_WITHIN_SECONDS:
+            self._own_count_at = None
+            self._rooms.refill(())
+
+    def _be_quiet(self, guard: Guard, now: float) -> None:
+        self.reason = self._words()
+        match self._when_quiet:
+            case "finish":
+                say(f"{self.reason}; the command is let finish")
+            case "terminate":
+                say(f"{self.reason}: ending the command")
+                guard.end(ENDED_BY)
+            case _:
+                left = self._token_left_seconds(now)
+                most = "" if left is None else f", for {format_duration(round(left))} at most"
+                say(f"{self.reason}: the command is paused{most}")
+                guard.pause()
+
+    def _words(self) -> str:
+        if self._notice is not None and self._notice.back_offs:
+            return self._notice.back_offs[0].reason
+        return "the command has made as many errors as there is room for"
+
+    def _token_left_seconds(self, now: float) -> float | None:
+        """How long the access token lives on, if it was got at the start and whenever it ran out.
+
+        None where the policy does not say how long one lives.
+        """
+        life = self._rooms.policy.refresh.access_token_life.ToMicroseconds() / 1e6
+        return life - (now - self._began) % life if life else None

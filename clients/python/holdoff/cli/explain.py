@@ -1,0 +1,112 @@
+"""`holdoff explain`: may a job go on now, and if not, why not and until when."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from holdoff import Client
+from holdoff._text import printable
+from holdoff.cli._budgets import (
+    BACK_OFF_HEADINGS,
+    BUDGET_HEADINGS,
+    ERROR_HEADINGS,
+    back_off_row,
+    back_off_state_text,
+    budget_row,
+    error_row,
+    optional_holder_text,
+)
+from holdoff.cli._help import example
+from holdoff.cli.output import (
+    NOTHING,
+    duration_text,
+    emit_json,
+    emit_record,
+    emit_table,
+    enum_text,
+    output_option,
+    resource,
+    time_text,
+)
+from holdoff.cli.params import Name
+from holdoff.names import AppName, TokenName
+
+if TYPE_CHECKING:
+    from holdoff.v1 import budget_service_pb2
+
+
+@click.command(
+    epilog=example(
+        "holdoff explain apps/exact-nl/tokens/finance",
+        "holdoff explain apps/exact-nl/tokens/finance --division 535193 --endpoint crm/Accounts",
+        "holdoff explain apps/exact-nl/tokens/finance --job nightly",
+    )
+)
+@click.argument("scope", type=Name(TokenName, AppName), metavar="TOKEN_OR_APP")
+@click.option("--division", default="", help="Where the job calls.")
+@click.option(
+    "--endpoint", "path", default="", metavar="PATH", help="What it calls: a path or URL."
+)
+@click.option(
+    "--job",
+    default="",
+    help="Its name: without --endpoint, the places where jobs of this name erred in the last week "
+    "are looked at too.",
+)
+@output_option
+@click.pass_obj
+def explain(  # noqa: PLR0913 - one for each option
+    endpoint: str, scope: str, *, division: str, path: str, job: str, output: str
+) -> None:
+    """Say whether a job may go on now, and if not, every reason.
+
+    TOKEN_OR_APP is apps/APP/tokens/TOKEN, or apps/APP. The first line says yes or no. Then comes
+    all that stands in the way, what ends last first: since when, until when, and who caused it;
+    then what is quiet of narrower scopes, the budgets with the least room, and the latest errors.
+
+    The exit code is 0 whatever the answer; with --output json it is `may_go`.
+    """
+    with Client(endpoint) as client:
+        answer = client.explain(scope, division=division, endpoint=path, job=job)
+    if output == "json":
+        emit_json(resource(answer))
+        return
+    click.secho(_headline(answer), bold=True, fg="green" if answer.may_go else "red")
+    for obstacle in answer.obstacles:
+        click.echo()
+        emit_record(_fields(obstacle))
+    if answer.narrower:
+        click.echo("\nQuiet too, for calls that go there:\n")
+        emit_table(BACK_OFF_HEADINGS, (back_off_row(one) for one in answer.narrower))
+    if answer.budgets:
+        click.echo()
+        emit_table(BUDGET_HEADINGS, (budget_row(budget) for budget in answer.budgets))
+    if answer.errors:
+        click.echo()
+        emit_table(ERROR_HEADINGS, (error_row(error) for error in answer.errors))
+
+
+def _headline(answer: budget_service_pb2.ExplainResponse) -> str:
+    yes_or_no = "yes" if answer.may_go else "no"
+    return ": ".join(filter(None, (yes_or_no, printable(answer.message))))
+
+
+def _fields(obstacle: budget_service_pb2.Obstacle) -> list[tuple[str, str]]:
+    back_off = obstacle.back_off
+    state = NOTHING
+    if obstacle.HasField("back_off"):
+        state = f"{back_off_state_text(back_off)}, {enum_text(back_off, 'cause')}"
+    return [
+        ("reason", enum_text(obstacle, "reason")),
+        ("what", obstacle.message or NOTHING),
+        ("left", duration_text(obstacle, "remaining")),
+        ("until", time_text(obstacle, "end_time")),
+        ("since", time_text(obstacle, "start_time")),
+        ("by", optional_holder_text(obstacle.caused_by)),
+        ("state", state),
+        ("goes first", optional_holder_text(back_off.probe)),
+        ("back-off", back_off.name or NOTHING),
+        ("lease", obstacle.lease.name or NOTHING),
+    ]

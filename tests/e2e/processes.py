@@ -1,0 +1,69 @@
+"""Programs to run, and terminals to run them on, as a user would."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import sys
+import termios
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
+    """Wait until the condition holds, and give what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+    return result
+
+
+def python(program: str, *arguments: object) -> list[str]:
+    """A command that runs a Python program."""
+    return [sys.executable, "-I", "-S", "-c", program, *map(str, arguments)]
+
+
+class Terminal:
+    """A pseudo-terminal with a program on it, as a user would see it."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.execvp(command[0], command)  # noqa: S606
+        self.screen = ""
+
+    def type(self, text: str) -> None:
+        """Press these keys."""
+        os.write(self._fd, text.encode())
+
+    def expect(self, text: str, seconds: float = 10) -> None:
+        """Wait until the text appears after what was expected before."""
+        deadline = time.monotonic() + seconds
+        while text not in self.screen:
+            assert time.monotonic() < deadline, f"{text!r} not in {self.screen!r}"
+            if select.select([self._fd], [], [], 0.1)[0]:
+                try:
+                    self.screen += os.read(self._fd, 4096).decode(errors="replace")
+                except OSError:
+                    assert text in self.screen, f"{text!r} not in {self.screen!r}"
+        self.screen = self.screen.partition(text)[2]
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Drag the window to another size."""
+        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+
+    def close(self) -> None:
+        """Hang up."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        os.close(self._fd)
+        os.waitpid(self.pid, 0)
