@@ -24,6 +24,7 @@ from holdoff_coordinator.records import (
     scope_words,
     status_message,
     timestamp,
+    user_and_host,
 )
 from holdoff_coordinator.scripts import READ_BATCH
 
@@ -97,7 +98,7 @@ class BackOffs:
         """End a back-off."""
         name = validation.back_off_name("name", request.name)
         reason, holder = validation.reason(request.reason), validation.holder(request.holder)
-        who = f"{holder.user}@{holder.host}" if holder.user or holder.host else caller.identity
+        who = user_and_host(holder) or caller.identity
         reply = await self._scripts.run("clear_back_off", name.app, name.back_off, reason, who)
         if reply.status != "OK":
             raise Failure(
@@ -116,7 +117,7 @@ class BackOffs:
         validation.printable("job", request.job, 100)
         token = TokenName(app, values["token"]) if values["token"] else None
         pairs = [(values["division"], values["endpoint"])]
-        obstacles = await self._token_obstacles(token) if token else []
+        obstacles, start_in_us = await self._token_obstacles(token) if token else ([], 0)
         back_offs = await self._read(
             app, values["token"] or " ", json.dumps(pairs), job_hash(request.job)
         )
@@ -128,14 +129,14 @@ class BackOffs:
             if one.name not in names and _concerns(one.scope, request.scope.token, values)
         ]
         obstacles.sort(key=lambda one: -one.remaining.ToMicroseconds())
-        longest = max((one.remaining.ToMicroseconds() for one in obstacles), default=0)
+        longest = max([start_in_us, *(one.remaining.ToMicroseconds() for one in obstacles)])
         return budget_service_pb2.ExplainResponse(
-            may_go=not obstacles,
+            must_wait=bool(obstacles),
             go_in=duration(longest) if obstacles else None,
             obstacles=obstacles,
             budgets=await self._budgets(app, request.scope.token, values),
             errors=await self._errors(app, values),
-            message=_words(request.scope, obstacles, longest),
+            message=_words(_scope_of(app, values), obstacles, longest),
             narrower=narrower,
         )
 
@@ -167,8 +168,10 @@ class BackOffs:
         found = [back_off_message(app, record(flat), reply.now_us) for flat in reply.values[0]]
         return sorted(found, key=lambda one: (-one.end_time.ToMicroseconds(), one.name))
 
-    async def _token_obstacles(self, token: TokenName) -> list[budget_service_pb2.Obstacle]:
-        """What stands in the way of a token, apart from back-offs."""
+    async def _token_obstacles(
+        self, token: TokenName
+    ) -> tuple[list[budget_service_pb2.Obstacle], int]:
+        """What stands in the way of a token, apart from back-offs; the earliest start in µs."""
         reply = await self._scripts.run("read", token.app, token.token)
         if not reply.values[0]:
             raise token_not_found(token)
@@ -220,10 +223,10 @@ class BackOffs:
             obstacles.append(
                 budget_service_pb2.Obstacle(
                     reason=lease_pb2.WAIT_REASON_QUEUED,
-                    message=f"{status.queue_length} wait already: holdoff token queue {token}",
+                    message=f"{_waiters(status.queue_length)} for it: holdoff token queue {token}",
                 )
             )
-        return obstacles
+        return obstacles, int(entry[6]) - now_us
 
     async def _budgets(
         self, app: str, token: str, values: dict[str, str]
@@ -258,6 +261,19 @@ class BackOffs:
                     )
                 )
         return found
+
+
+def _waiters(count: int) -> str:
+    return "1 waits" if count == 1 else f"{count} wait"
+
+
+def _scope_of(app: str, values: dict[str, str]) -> budget_pb2.Scope:
+    return budget_pb2.Scope(
+        app=str(AppName(app)),
+        token=str(TokenName(app, values["token"])) if values["token"] else "",
+        division=values["division"],
+        endpoint=values["endpoint"],
+    )
 
 
 def _concerns(scope: budget_pb2.Scope, token: str, values: dict[str, str]) -> bool:

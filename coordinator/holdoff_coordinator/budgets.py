@@ -23,6 +23,8 @@ from holdoff_coordinator.records import (
     budget_message,
     record,
     reservation_message,
+    scope_words,
+    user_and_host,
 )
 from holdoff_coordinator.scripts import READ_BATCH
 
@@ -214,12 +216,11 @@ class Budgets:
         """Make a budget forget what it counted."""
         name = validation.budget_name("name", request.name)
         reason = validation.reason(request.reason)
-        reply = await self._scripts.run(
-            "reset_budget", name.app, name.budget, caller.identity, reason
-        )
+        who = user_and_host(validation.holder(request.holder)) or caller.identity
+        reply = await self._scripts.run("reset_budget", name.app, name.budget, who, reason)
         if reply.status != "OK":
             raise _not_found(name)
-        log.warning("budget reset", budget=request.name, why=reason, peer=caller.peer)
+        log.warning("budget reset", budget=request.name, why=reason, who=who, peer=caller.peer)
         return admin_service_pb2.ResetBudgetResponse(
             budget=budget_message(name.app, reply.values[0], reply.now_us)
         )
@@ -334,12 +335,10 @@ def _spent(app: str, reply: Reply) -> Failure:
     """Say which budget stands in the way for longest."""
     budgets = [budget_message(app, entry, reply.now_us) for entry in reply.values[0]]
     last = max(budgets, key=lambda budget: budget.room_time.ToMicroseconds())
-    scope = " ".join(filter(None, (last.scope.division, last.scope.endpoint)))
     return Failure(
         "BUDGET_SPENT",
-        f"the budget {last.limit} of {last.scope.token or last.scope.app} {scope}".rstrip()
-        + f" has no room: {last.used} used and {last.reserved} reserved of {last.most}, "
-        f"{last.margin} in hand",
+        f"the budget {last.limit!r} of {scope_words(last.scope)} has no room: {last.used} used and "
+        f"{last.reserved} reserved of {last.most}, {last.margin} in hand",
         resource=last.name,
         retry_after_seconds=last.room_in.ToMicroseconds() / 1e6,
     )

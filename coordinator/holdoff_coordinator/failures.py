@@ -105,10 +105,7 @@ class Failure(Exception):  # noqa: N818 - the word of the domain; "Error" would 
         elif self.resource:
             details.append(
                 error_details_pb2.ResourceInfo(
-                    resource_type="holdoff/lease"
-                    if "/leases/" in self.resource
-                    else "holdoff/token",
-                    resource_name=self.resource,
+                    resource_type=_resource_type(self.resource), resource_name=self.resource
                 )
             )
         status = status_pb2.Status(code=code, message=self.message)
@@ -117,6 +114,12 @@ class Failure(Exception):  # noqa: N818 - the word of the domain; "Error" would 
             packed.Pack(detail)
             status.details.append(packed)
         return status
+
+
+def _resource_type(name: str) -> str:
+    """Say what a resource is by its name: `apps/{app}/budgets/{budget}` is a budget."""
+    collection = name.split("/")[-2] if "/" in name else ""
+    return f"holdoff/{collection.removesuffix('s')}"
 
 
 def token_not_found(name: TokenName) -> Failure:

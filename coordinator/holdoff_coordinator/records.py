@@ -96,7 +96,7 @@ def lease_message(token: TokenName, lease_id: str, lease: Record, now_us: int) -
 
 def token_message(token: TokenName, found: Sequence[Any], now_us: int) -> token_pb2.Token:
     """A token as the API shows it, from an entry of `read.lua`."""
-    _, flat, lease_id, _, queue_length, reason = found
+    _, flat, lease_id, _, queue_length, reason, _ = found
     rec = record(flat)
     own_refresh_at = rec["own_refresh_at"].decode()
     own_interval = rec["own_interval_us"]
@@ -126,7 +126,7 @@ def token_message(token: TokenName, found: Sequence[Any], now_us: int) -> token_
 
 def status_message(token: TokenName, found: Sequence[Any], now_us: int) -> lease_pb2.TokenStatus:
     """How a token stands, from an entry of `read.lua`."""
-    _, flat, lease_id, lease, queue_length, reason = found
+    _, flat, lease_id, lease, queue_length, reason, _ = found
     return _status(token, record(flat), lease_id, record(lease), queue_length, reason, now_us)
 
 
@@ -213,6 +213,7 @@ def budget_message(app: str, found: Sequence[Any], now_us: int) -> budget_pb2.Bu
         last_event_time=timestamp(flat, "last_us"),
         reset_time=timestamp(flat, "reset_us"),
         reset_reason=flat.get("reset_reason", b"").decode(),
+        reset_by=flat.get("reset_by", b"").decode(),
     )
 
 
@@ -233,7 +234,7 @@ def back_off_message(app: str, back_off: Record, now_us: int) -> budget_pb2.Back
         start_time=timestamp(back_off, "since_us"),
         end_time=timestamp(back_off, "until_us"),
         remaining=duration(until_us - now_us) if state != "OVER" and until_us > now_us else None,
-        reason=_back_off_words(app, back_off),
+        reason=_back_off_words(app, back_off) + _cleared_words(back_off),
         caused_by=lease_pb2.Holder(
             job=back_off.get("job", b"").decode(),
             host=back_off.get("host", b"").decode(),
@@ -244,6 +245,11 @@ def back_off_message(app: str, back_off: Record, now_us: int) -> budget_pb2.Back
         budget=str(BudgetName(app, budget_id)) if cause == "SPENT" else "",
         probe=lease_pb2.Holder.FromString(probe) if probe else None,
     )
+
+
+def user_and_host(holder: lease_pb2.Holder) -> str:
+    """Who an operator is, as far as it is told: user@host."""
+    return "@".join(filter(None, (holder.user, holder.host)))
 
 
 def back_off_sentence(back_off: budget_pb2.BackOff) -> str:
@@ -271,7 +277,7 @@ def _back_off_words(app: str, back_off: Mapping[str, bytes]) -> str:
         case b"SPENT" if reason:
             return f"{reason}: {where} is quiet"
         case b"SPENT":
-            return f"the budget {back_off['limit'].decode()} of {where} is spent"
+            return f"the budget {back_off['limit'].decode()!r} of {where} is spent"
         case b"BLOCKED":
             status = back_off.get("status", b"0").decode()
             how = f" with HTTP {status}" if status != "0" else ""
@@ -280,6 +286,12 @@ def _back_off_words(app: str, back_off: Mapping[str, bytes]) -> str:
         case _:
             who = back_off.get("user", b"").decode() or "somebody"
             return f"{who} made {where} quiet: {reason}"
+
+
+def _cleared_words(back_off: Record) -> str:
+    if "cleared_by" not in back_off:
+        return ""
+    return f"; {back_off['cleared_by'].decode()} ended it: {back_off['clear_reason'].decode()}"
 
 
 def scope_words(scope: budget_pb2.Scope) -> str:

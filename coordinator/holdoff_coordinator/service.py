@@ -372,13 +372,22 @@ def add_services(server: grpc.aio.Server, handlers: Handlers) -> health.aio.Heal
     return health_servicer
 
 
+class _Reflection(ReflectionServicer):  # type: ignore[misc]
+    """Answers for a method with its service: the descriptor pool does not find it (grpc #34743)."""
+
+    def _file_containing_symbol(self, request: Any, fully_qualified_name: str) -> Any:
+        service = fully_qualified_name.rpartition(".")[0]
+        name = service if service in SERVICES else fully_qualified_name
+        return super()._file_containing_symbol(request, name)
+
+
 def _add_reflection(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
     """Register reflection under both names; grpcio-reflection ships v1alpha only.
 
     The messages of v1 and v1alpha are the same on the wire.
     """
     names = (*services, reflection.SERVICE_NAME, REFLECTION_V1)
-    servicer = ReflectionServicer(names)
+    servicer = _Reflection(names)
     for service in (reflection.SERVICE_NAME, REFLECTION_V1):
         method = grpc.stream_stream_rpc_method_handler(
             servicer.ServerReflectionInfo,

@@ -296,7 +296,7 @@ def test_an_operator_quiets_and_frees_a_scope(app: App) -> None:
     assert "ann made" in told.reason
     assert "the provider is down" in told.reason
     explained = app.explain(token=token)
-    assert not explained.may_go
+    assert explained.must_wait
     assert [one.reason for one in explained.obstacles] == [
         BACKING_OFF,
         lease_pb2.WAIT_REASON_HELD,
@@ -323,9 +323,9 @@ def test_an_explanation_names_who_erred_and_narrower_scopes(app: App) -> None:
         assert obstacle.back_off.cause == budget_pb2.BACK_OFF_CAUSE_SPENT
         assert obstacle.caused_by.job == "buggy"
         assert explained.go_in.ToMicroseconds() > 0
-        assert not explained.may_go
+        assert explained.must_wait
     explained = app.explain(token=token)
-    assert explained.may_go
+    assert not explained.must_wait
     assert [one.scope.endpoint for one in explained.narrower] == [CRM[1]]
     assert explained.budgets[0].state == budget_pb2.BUDGET_STATE_SPENT
     assert len(explained.errors) == 8

@@ -85,6 +85,7 @@ def a_budget(**changes: Any) -> budget_pb2.Budget:
 
 
 NO = budget_service_pb2.ExplainResponse(
+    must_wait=True,
     go_in=Duration(seconds=3000),
     message=f"{FINANCE} must wait, for 50m at least: the provider blocks it",
     obstacles=[
@@ -114,7 +115,7 @@ NO = budget_service_pb2.ExplainResponse(
         )
     ],
 )
-YES = budget_service_pb2.ExplainResponse(may_go=True, message=f"{FINANCE} may go on now")
+YES = budget_service_pb2.ExplainResponse(message=f"{FINANCE} may go on now")
 
 
 @dataclass
@@ -380,10 +381,10 @@ def test_yes_is_said(holdoff: Holdoff, coordinator: Coordinator) -> None:
     result = holdoff("explain", APP)
     assert (result.exit_code, result.stdout) == (0, f"yes: {YES.message}\n")
     assert coordinator.requests[0].scope == budget_pb2.Scope(app=APP)
-    assert json.loads(holdoff("explain", APP, "-o", "json").stdout)["may_go"] is True
+    assert json.loads(holdoff("explain", APP, "-o", "json").stdout)["must_wait"] is False
     coordinator.answer = NO
     document = json.loads(holdoff("explain", APP, "-o", "json").stdout)
-    assert (document["may_go"], document["go_in"]) == (False, "3000s")
+    assert (document["must_wait"], document["go_in"]) == (True, "3000s")
     assert document["obstacles"][0]["back_off"]["name"] == NAME
 
 

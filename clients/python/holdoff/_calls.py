@@ -363,7 +363,7 @@ def reset_budget(name: str, reason: str) -> Call[Any, budget_pb2.Budget]:
     """Make a budget forget what it counted."""
     return Call(
         f"{_ADMIN}/ResetBudget",
-        admin_service_pb2.ResetBudgetRequest(name=name, reason=reason),
+        admin_service_pb2.ResetBudgetRequest(name=name, reason=reason, holder=here()),
         admin_service_pb2.ResetBudgetResponse,
         lambda response: response.budget,
     )

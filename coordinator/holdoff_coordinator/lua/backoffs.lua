@@ -146,8 +146,10 @@ local function be_quiet(id, facts)
   end
   local one = back_off_record(id)
   if one.state == 'QUIET' and us(facts.until_us) == one.until_us then return end
-  redis.call('HDEL', back_off_key(id), 'probe', 'reopened_us', 'erred_us')
-  one.probe, one.reopened_us, one.erred_us = nil, nil, nil
+  for _, field in ipairs({'probe', 'reopened_us', 'erred_us', 'cleared_by', 'clear_reason'}) do
+    redis.call('HDEL', back_off_key(id), field)
+    one[field] = nil
+  end
   facts.state = 'QUIET'
   found[id], by_scope = one, nil
   redis.call('ZADD', BACK_OFFS, us(facts.until_us), id)

@@ -1,7 +1,7 @@
 -- Reads tokens as they are at this instant.
 -- ARGV 5.. token ids
--- Answers one {token id, token, lease id or '', lease, queue length, reason} a
--- token that exists, then the number of the app's latest change.
+-- Answers one {token id, token, lease id or '', lease, queue length, reason, earliest
+-- start} a token that exists, then the number of the app's latest change.
 local found = {}
 for i = 5, #ARGV do
   local id = ARGV[i]
@@ -11,7 +11,7 @@ for i = 5, #ARGV do
     local stand = standing(token, lease, queue_of(id, false), '', wait)
     found[#found + 1] = {
       id, redis.call('HGETALL', token_key(id)), token.lease or '',
-      token.lease and flat_lease(id, token.lease) or {}, stand[3], stand[1],
+      token.lease and flat_lease(id, token.lease) or {}, stand[3], stand[1], stand[4],
     }
   end
 end

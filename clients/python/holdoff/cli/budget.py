@@ -309,5 +309,6 @@ def _emit(budget: budget_pb2.Budget, output: str) -> None:
             ("last event", time_text(budget, "last_event_time")),
             ("last reset", time_text(budget, "reset_time")),
             ("reset because", budget.reset_reason or NOTHING),
+            ("reset by", budget.reset_by or NOTHING),
         ]
     )

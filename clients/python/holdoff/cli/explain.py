@@ -66,14 +66,14 @@ def explain(  # noqa: PLR0913 - one for each option
     all that stands in the way, what ends last first: since when, until when, and who caused it;
     then what is quiet of narrower scopes, the budgets with the least room, and the latest errors.
 
-    The exit code is 0 whatever the answer; with --output json it is `may_go`.
+    The exit code is 0 whatever the answer; with --output json it is `must_wait`.
     """
     with Client(endpoint) as client:
         answer = client.explain(scope, division=division, endpoint=path, job=job)
     if output == "json":
         emit_json(resource(answer))
         return
-    click.secho(_headline(answer), bold=True, fg="green" if answer.may_go else "red")
+    click.secho(_headline(answer), bold=True, fg="red" if answer.must_wait else "green")
     for obstacle in answer.obstacles:
         click.echo()
         emit_record(_fields(obstacle))
@@ -89,7 +89,7 @@ def explain(  # noqa: PLR0913 - one for each option
 
 
 def _headline(answer: budget_service_pb2.ExplainResponse) -> str:
-    yes_or_no = "yes" if answer.may_go else "no"
+    yes_or_no = "no" if answer.must_wait else "yes"
     return ": ".join(filter(None, (yes_or_no, printable(answer.message))))
 
 

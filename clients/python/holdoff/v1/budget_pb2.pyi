@@ -265,6 +265,7 @@ class Budget(_message.Message):
     LAST_EVENT_TIME_FIELD_NUMBER: _builtins.int
     RESET_TIME_FIELD_NUMBER: _builtins.int
     RESET_REASON_FIELD_NUMBER: _builtins.int
+    RESET_BY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name: `apps/{app}/budgets/{budget}`. The id is made from the
     limit and the scope; `scope` has them verbatim.
@@ -289,6 +290,8 @@ class Budget(_message.Message):
     """Room left: `most` less `margin`, `used` and `reserved`; never negative."""
     reset_reason: _builtins.str
     """Why, in the operator's words."""
+    reset_by: _builtins.str
+    """Who: user and host."""
     @_builtins.property
     def scope(self) -> Global___Scope:
         """For whom."""
@@ -334,10 +337,11 @@ class Budget(_message.Message):
         last_event_time: _timestamp_pb2.Timestamp | None = ...,
         reset_time: _timestamp_pb2.Timestamp | None = ...,
         reset_reason: _builtins.str = ...,
+        reset_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_event_time", b"last_event_time", "reset_time", b"reset_time", "room_in", b"room_in", "room_time", b"room_time", "scope", b"scope", "window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "last_event_time", b"last_event_time", "limit", b"limit", "margin", b"margin", "most", b"most", "name", b"name", "reserved", b"reserved", "reset_reason", b"reset_reason", "reset_time", b"reset_time", "room", b"room", "room_in", b"room_in", "room_time", b"room_time", "scope", b"scope", "state", b"state", "used", b"used", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "last_event_time", b"last_event_time", "limit", b"limit", "margin", b"margin", "most", b"most", "name", b"name", "reserved", b"reserved", "reset_by", b"reset_by", "reset_reason", b"reset_reason", "reset_time", b"reset_time", "room", b"room", "room_in", b"room_in", "room_time", b"room_time", "scope", b"scope", "state", b"state", "used", b"used", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -516,20 +516,22 @@ class ExplainResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    MAY_GO_FIELD_NUMBER: _builtins.int
+    MUST_WAIT_FIELD_NUMBER: _builtins.int
     GO_IN_FIELD_NUMBER: _builtins.int
     OBSTACLES_FIELD_NUMBER: _builtins.int
     BUDGETS_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     NARROWER_FIELD_NUMBER: _builtins.int
-    may_go: _builtins.bool
-    """Nothing stands in the way."""
+    must_wait: _builtins.bool
+    """Something stands in the way."""
     message: _builtins.str
     """One sentence for people."""
     @_builtins.property
     def go_in(self) -> _duration_pb2.Duration:
-        """When it may, if nothing else happens; absent while it may."""
+        """The earliest time until it may go on; a bound from below. Absent while
+        nothing stands in the way.
+        """
 
     @_builtins.property
     def obstacles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Obstacle]:
@@ -552,7 +554,7 @@ class ExplainResponse(_message.Message):
     def __init__(
         self,
         *,
-        may_go: _builtins.bool = ...,
+        must_wait: _builtins.bool = ...,
         go_in: _duration_pb2.Duration | None = ...,
         obstacles: _abc.Iterable[Global___Obstacle] | None = ...,
         budgets: _abc.Iterable[_budget_pb2.Budget] | None = ...,
@@ -562,7 +564,7 @@ class ExplainResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["go_in", b"go_in"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "errors", b"errors", "go_in", b"go_in", "may_go", b"may_go", "message", b"message", "narrower", b"narrower", "obstacles", b"obstacles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "errors", b"errors", "go_in", b"go_in", "message", b"message", "must_wait", b"must_wait", "narrower", b"narrower", "obstacles", b"obstacles"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
