@@ -243,6 +243,12 @@ def _entry(event: budget_pb2.Event, place: Place) -> dict[str, Any]:
         "shown": "",
         "cause": {"job": job, "host": host, "user": event.holder.user, "status": event.status},
     }
+    if event.kind in (budget_pb2.EVENT_KIND_ERROR, budget_pb2.EVENT_KIND_BLOCK):
+        entry["error"] = {
+            "token": place.token.token,
+            "place": place.pair,
+            "touched": [who for who in (job_hash(job), _lease_key(event, place.token)) if who],
+        }
     if event.kind == budget_pb2.EVENT_KIND_BLOCK:
         entry["block"] = {
             **place.block(event.throttle),
@@ -266,11 +272,6 @@ def _entry(event: budget_pb2.Event, place: Place) -> dict[str, Any]:
                 "host": host,
             }
         )
-        entry["error"] = {
-            "token": place.token.token,
-            "place": place.pair,
-            "touched": [who for who in (job_hash(job), _lease_key(event, place.token)) if who],
-        }
     return entry
 
 

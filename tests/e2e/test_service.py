@@ -159,6 +159,7 @@ def test_the_port_opens_only_when_the_store_is_ready(own_service: Service) -> No
     [
         (["list"], ["holdoff.v1.LeaseService", "grpc.reflection.v1.ServerReflection"]),
         (["describe", "holdoff.v1.LeaseService"], ["rpc StreamAcquireLease", "rpc ListLeases"]),
+        (["describe", "holdoff.v1.AdminService.SetBackOff"], ["rpc SetBackOff"]),
         (["holdoff.v1.LeaseService/ListLeases"], ["{"]),
         (["grpc.health.v1.Health/Check"], ["SERVING"]),
     ],

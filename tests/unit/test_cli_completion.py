@@ -183,6 +183,9 @@ def test_fish_completes_with_descriptions(environment: dict[str, str]) -> None:
 
     assert offered("holdoff wa") == {"watch": "Watch tokens and leases, live."}
     assert offered("holdoff token show apps/") == {FINANCE: "held"}
+    # The coordinator of this test knows no policies: the presets are there all the same.
+    assert set(offered("holdoff policy show z")) == {"zoho"}
+    assert set(offered("holdoff token create apps/a/tokens/t --policy x")) == {"xero"}
     assert "serve" in offered("holdoff-coordinator ser")
 
 

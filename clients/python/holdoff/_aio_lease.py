@@ -5,19 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
 from holdoff import _calls
-from holdoff._core import HEARTBEAT_SECONDS, SECOND, WITHDRAWAL_SECONDS, Listening
+from holdoff._core import (
+    HEARTBEAT_SECONDS,
+    SECOND,
+    WITHDRAWAL_SECONDS,
+    Listening,
+    report_patience,
+)
 from holdoff._held import Held, pause_seconds
 from holdoff._platform import boottime_ns
 from holdoff.errors import HoldoffError, LeaseLost, Unavailable
 from holdoff.v1 import lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
     from types import TracebackType
 
     from holdoff._aio_connection import Connection
@@ -202,6 +209,37 @@ class HeldLease(Held):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._heard.wait()
+        return True
+
+    async def answered(
+        self,
+        url: str,
+        status: int,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        body: bytes = b"",
+    ) -> bool:
+        """Report an answer of the provider if its policy counts it as an error, or it blocks.
+
+        The holder is told to be quiet when it must be, and so is everybody else.
+
+        Args:
+            url: What was called, with its query: that is cut off.
+            status: HTTP status of the answer.
+            headers: Its headers: some say how long a block lasts.
+            body: Its body: some providers block with status 200.
+
+        Returns:
+            Whether it was reported.
+
+        Raises:
+            Unavailable: The coordinator could not be told for some seconds.
+            TooManyBudgets: The app has too many different scopes.
+        """
+        event = self._event_of(url, status, headers, body)
+        if event is None:
+            return False
+        [report] = _calls.record_events([event])
+        await self._client._insist(report, report_patience(boottime_ns()))  # noqa: SLF001
         return True
 
     async def _stop(self) -> None:

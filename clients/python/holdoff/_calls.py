@@ -13,6 +13,7 @@ from google.protobuf import timestamp_pb2
 from google.protobuf.message import Message
 
 from holdoff._core import WITHDRAWAL_SECONDS, duration, here
+from holdoff._text import without_secrets
 from holdoff.v1 import (
     admin_service_pb2,
     budget_pb2,
@@ -196,14 +197,17 @@ def record_events(
 
 def scope(token: str, division: str, endpoint: str) -> budget_pb2.Scope:
     """Say where something happens; an empty text means any."""
-    return budget_pb2.Scope(token=token, division=division, endpoint=endpoint)
+    return budget_pb2.Scope(token=token, division=division, endpoint=without_secrets(endpoint))
 
 
 def scope_of(token_or_app: str, division: str, endpoint: str) -> budget_pb2.Scope:
     """Say for whom something stands: a token, or a whole app."""
     app, tokens, _ = token_or_app.partition("/tokens/")
     return budget_pb2.Scope(
-        app=app, token=token_or_app if tokens else "", division=division, endpoint=endpoint
+        app=app,
+        token=token_or_app if tokens else "",
+        division=division,
+        endpoint=without_secrets(endpoint),
     )
 
 

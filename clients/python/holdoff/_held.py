@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from holdoff import _calls
 from holdoff._core import LONGEST_SLEEP_SECONDS, SECOND
 from holdoff._platform import boottime_ns
+from holdoff._recognise import recognise_answer
 from holdoff.errors import LeaseEnded
 from holdoff.v1 import lease_service_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from holdoff._core import Renewal, Renewals
     from holdoff.errors import HoldoffError, LeaseLost
-    from holdoff.v1 import lease_pb2
+    from holdoff.v1 import budget_pb2, lease_pb2
 
 log = logging.getLogger("holdoff")
 
@@ -121,6 +123,28 @@ class Held:
             raise LeaseEnded("the lease was given back")
         run = lease_service_pb2.HOLDER_INSTRUCTION_RUN
         return self.notice is not None and self.notice.instruction != run
+
+    def _event_of(
+        self, url: str, status: int, headers: Mapping[str, str], body: bytes
+    ) -> budget_pb2.Event | None:
+        """Return what an answer of the provider is to the policy; None if it is nothing bad."""
+        token, job = self.name.partition("/leases/")[0], self._offer.lease.holder.job
+        where = _calls.scope(token, "", url)
+        block = recognise_answer(self.policy, status, headers, body, now_epoch_seconds=time.time())
+        if block:
+            event = _calls.block_event(
+                where,
+                status=status,
+                retry_after_seconds=block.retry_after_seconds,
+                throttle=block.throttle,
+                job=job,
+            )
+        elif any(status in limit.statuses for limit in self.policy.limits):
+            event = _calls.error_event(where, status=status, job=job)
+        else:
+            return None
+        event.lease = self.name
+        return event
 
     def _lose(self, error: LeaseLost) -> bool:
         """Take in that the lease is gone; return whether that was not known yet."""

@@ -15,7 +15,6 @@ import contextlib
 import functools
 import json
 import os
-import re
 import stat
 import sys
 import threading
@@ -29,6 +28,7 @@ from google.protobuf import json_format
 
 from holdoff._platform import boottime_ns
 from holdoff._state import state_folder
+from holdoff._text import without_secrets
 from holdoff.v1 import budget_pb2
 
 if sys.platform != "win32":
@@ -48,8 +48,6 @@ MOST_COUNT = 10_000
 _MOST_LINE = 256 * 1024
 _MOST_SECONDS = 10**9
 """Ages beyond this are nobody's."""
-_QUERY = re.compile(r"[?#]")
-_USER = re.compile(r"//[^/@]*@")
 _SUFFIX = ".jsonl"
 _DRAFT = ".draft"
 _DAMAGED = ".damaged"
@@ -100,14 +98,10 @@ class Waiting:
 
     @classmethod
     def since_now(cls, event: budget_pb2.Event) -> Waiting:
-        """Take an event that is to wait from now on, without what may be a secret in its URL.
-
-        The coordinator counts without the query too.
-        """
+        """Take an event that is to wait from now on, without what may be a secret in its URL."""
         own = budget_pb2.Event()
         own.CopyFrom(event)
-        path = _QUERY.split(event.scope.endpoint, maxsplit=1)[0]
-        own.scope.endpoint = _USER.sub("//", path)
+        own.scope.endpoint = without_secrets(event.scope.endpoint)
         return cls(own, Moment.now())
 
     def age_ns(self, now: Moment) -> int:

@@ -1,4 +1,6 @@
-"""Text from elsewhere, made safe to show on a terminal or in a log."""
+"""Text from elsewhere, made safe to show on a terminal or in a log, or to keep."""
+
+import re
 
 _LONGEST_QUOTE = 60
 
@@ -25,3 +27,9 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def without_secrets(url: str) -> str:
+    """Cut off what may be a secret in a path or URL: its query, fragment, user and password."""
+    path = re.split(r"[?#]", url, maxsplit=1)[0]
+    return re.sub(r"//[^/@]*@", "//", path)

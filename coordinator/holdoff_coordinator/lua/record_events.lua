@@ -1,7 +1,7 @@
 -- Counts events, each once, and makes quiet what has to be.
 -- ARGV 5   JSON: {id, age_us, count, budgets, shown, error, block, cause} an event.
---         `shown` is kept for people. `error` is {token, place, touched}: where it
---         happened, and for whom that is remembered. `block` is {id, token, division,
+--         `shown` is kept for people. `error` is {token, place, touched}: where an
+--         error or a block was met, and for whom that is remembered. `block` is {id, token, division,
 --         endpoint, reason, retry_after_us, sent_age_us, first_us, factor, most_us,
 --         forget_us}, -1 for what was not told. `cause` is {job, host, user, status}.
 -- Answers one word an event: COUNTED, KNOWN, TOO_MANY_EVENTS or TOO_MANY_BUDGETS.
