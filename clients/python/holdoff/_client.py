@@ -684,9 +684,10 @@ class Client(Connection):
                 response = requests.get(url, timeout=30)
                 guard.status = response.status_code
 
-        Without a status the call counts as answered with 200 where the body ends, and as failed
-        where it raises. `guard.cancel()` says that no call was made. As a decorator it gives the
-        function a guard of its own, as its first argument, for each time that it runs.
+        Without a status the call counts as answered with 200 where the body ends. Where it raises
+        nobody knows when the call arrived: it counts as failed when the reservation runs out.
+        `guard.cancel()` says that no call was made. As a decorator it gives the function a guard
+        of its own, as its first argument, for each time that it runs.
 
         Args:
             token: `apps/{app}/tokens/{token}`; its policy says what is limited.
@@ -738,6 +739,8 @@ class BudgetGuard(Guarding):
         traceback: TracebackType | None,
     ) -> None:
         call = self._settlement(error)
+        if call is None:
+            return
         try:
             self._client._insist(call, report_patience(boottime_ns()))  # noqa: SLF001
         except HoldoffError as lost:

@@ -47,17 +47,23 @@ class Guarding:
             self._entered = False
             raise
 
-    def _settlement(self, error: BaseException | None) -> _calls.Call[Any, budget_pb2.Reservation]:
-        """Return what to tell the coordinator about the call."""
+    def _settlement(
+        self, error: BaseException | None
+    ) -> _calls.Call[Any, budget_pb2.Reservation] | None:
+        """Return what to tell the coordinator about the call; None where nobody knows.
+
+        A body that raised, by a time-out say, does not know when its call arrived: what was
+        reserved runs out, and counts as an error at that moment, which is later than any.
+        """
         if self.reservation is None:
             raise RuntimeError("this guard was not entered")
         reservation_id = self.reservation.id
         self._entered, self.reservation = False, None
         if self._cancelled:
             return _calls.cancel(self._token, reservation_id)
-        status = self.status
-        if status is None:
-            status = _GOOD_STATUS if error is None else 0
+        if self.status is None and error is not None:
+            return None
+        status = _GOOD_STATUS if self.status is None else self.status
         return _calls.commit(self._token, reservation_id, status)
 
     def _unsettled(self, lost: HoldoffError, error: BaseException | None) -> None:

@@ -709,9 +709,10 @@ class Client(Connection):
                 async with session.get(url) as response:
                     guard.status = response.status
 
-        Without a status the call counts as answered with 200 where the body ends, and as failed
-        where it raises. `guard.cancel()` says that no call was made. As a decorator it gives the
-        function a guard of its own, as its first argument, for each time that it runs.
+        Without a status the call counts as answered with 200 where the body ends. Where it raises
+        nobody knows when the call arrived: it counts as failed when the reservation runs out.
+        `guard.cancel()` says that no call was made. As a decorator it gives the function a guard
+        of its own, as its first argument, for each time that it runs.
 
         Args:
             token: `apps/{app}/tokens/{token}`; its policy says what is limited.
@@ -763,6 +764,8 @@ class BudgetGuard(Guarding):
         traceback: TracebackType | None,
     ) -> None:
         call = self._settlement(error)
+        if call is None:
+            return
         patience = report_patience(boottime_ns())
         try:
             await self._client._unhindered(self._client._insist(call, patience))  # noqa: SLF001
