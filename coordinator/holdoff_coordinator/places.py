@@ -76,20 +76,15 @@ class Place:
     def block(self, throttle: str) -> dict[str, Any]:
         """Return who must be quiet, and how long, after a block met here.
 
-        Raises:
-            Failure: INVALID_FIELD.
+        A throttle that this policy does not know, since it has changed, is a block.
         """
         rules = self.policy.block
         scope, first, factor = rules.scope, rules.first, rules.factor
-        if throttle:
-            known = {one.name: one for one in self.policy.throttle}
-            if throttle not in known:
-                raise invalid(
-                    "events.throttle", f"is none of the policy {self.policy.name}; or leave it out"
-                )
-            scope = known[throttle].scope
-            if (length := known[throttle].length) is not None:
-                first, factor = length, 1.0
+        for one in self.policy.throttle:
+            if one.name == throttle:
+                scope = one.scope
+                if one.length is not None:
+                    first, factor = one.length, 1.0
         values = self._values(scope)
         return {
             "id": scope_id("block", values),

@@ -38,12 +38,15 @@ class Policies(policy_service_pb2_grpc.PolicyServiceServicer):
             exact, name="mine", title="", limit=(), throttle=(), output=None, endpoint=None
         )
         self.policies = {one.name: policy_message(one) for one in (exact, mine)}
+        self.newer = policy_message(msgspec.structs.replace(exact, name="newer"))
+        self.newer.when_quiet = 99  # type: ignore[assignment] # of a newer release
 
     def GetPolicy(
         self, request: policy_service_pb2.GetPolicyRequest, context: grpc.ServicerContext
     ) -> policy_service_pb2.GetPolicyResponse:
         del context
-        return policy_service_pb2.GetPolicyResponse(policy=self.policies[request.name])
+        policy = self.policies.get(request.name, self.newer)
+        return policy_service_pb2.GetPolicyResponse(policy=policy)
 
     def ListPolicies(
         self, request: policy_service_pb2.ListPoliciesRequest, context: grpc.ServicerContext
@@ -60,9 +63,9 @@ def holdoff() -> Iterator[Holdoff]:
     endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
 
-    def run(*args: str) -> Result:
+    def run(*args: str, **environment: str) -> Result:
         runner = CliRunner(env={"HOLDOFF_OUTPUT": None, "HOLDOFF_ENDPOINT": endpoint})
-        return runner.invoke(main, args, prog_name="holdoff")
+        return runner.invoke(main, args, prog_name="holdoff", env=environment)
 
     yield run
     server.stop(None).wait()
@@ -92,7 +95,10 @@ def test_show_tells_the_rules(holdoff: Holdoff) -> None:
         "1h of the app, then times 2 up to",
         "(?P<endpoint>",
         "refresh tokens           reusable",
-        "429: the app + division, for 1m or as a header says",
+        "429: the app + division, as Retry-After or X-RateLimit-Minutely-Reset or",
+        "X-RateLimit-Reset says, else for 1m",
+        "403, body with",
+        "itgeneor229 = 429, itgeneor429 = 429",
         "while quiet a run        is paused",
         "error in output",
         "preset",
@@ -100,10 +106,51 @@ def test_show_tells_the_rules(holdoff: Holdoff) -> None:
         assert words in shown
     document = json.loads(holdoff("policy", "show", "exact-online", "-o", "json").stdout)
     assert document["limits"][0]["most"] == "10"
+    assert document["throttles"][0]["scope"] == ["app", "division"]
+    assert document["output"]["codes"]["itgenexl150"] == 429
+    assert document["when_quiet"] == "WHEN_QUIET_PAUSE"
     mine = holdoff("policy", "show", "mine").stdout
     assert "a file of the operator" in mine
     for words in ("limit", "throttle", "in output", "endpoint path", "provider"):
         assert words not in mine
+
+
+def completed(holdoff: Holdoff, line: str, **environment: str) -> list[str]:
+    """Return what zsh is told when Tab is pressed after the line: names and descriptions."""
+    result = holdoff(
+        _HOLDOFF_COMPLETE="zsh_complete",
+        COMP_WORDS=f"holdoff {line}",
+        COMP_CWORD=str(len(line.split(" "))),
+        **environment,
+    )
+    return [one for one in result.stdout.splitlines() if one != "plain"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "policy show",
+        "token create apps/a/tokens/t --policy",
+        "token update apps/a/tokens/t --policy",
+    ],
+)
+def test_names_of_policies_are_completed(holdoff: Holdoff, command: str) -> None:
+    """Those that the coordinator knows; the presets where there is none.
+
+    Fails when a coordinator that is away leaves nothing to choose from.
+    """
+    assert completed(holdoff, f"{command} m") == ["mine", "_"]
+    title = presets()["exact-online"].title
+    nowhere = {"HOLDOFF_ENDPOINT": "127.0.0.1:1"}
+    assert completed(holdoff, f"{command} exact", **nowhere) == ["exact-online", title]
+    assert "xero" in completed(holdoff, f"{command} ", **nowhere)
+
+
+def test_what_a_newer_coordinator_says_is_shown(holdoff: Holdoff) -> None:
+    """Fails when a value that this release does not know ends the command."""
+    shown = holdoff("policy", "show", "newer")
+    assert shown.exit_code == 0
+    assert "unknown (99)" in shown.stdout
 
 
 def test_a_right_file_passes(holdoff: Holdoff, tmp_path: Path) -> None:

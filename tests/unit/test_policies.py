@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdoff.policies import PolicyError, normal_endpoint, presets, read_policy
+from holdoff.policies import (
+    Block,
+    PolicyError,
+    Seconds,
+    Throttle,
+    find_place,
+    normal_endpoint,
+    presets,
+    read_policy,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,41 +79,110 @@ def test_a_normal_form_stays(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "line", "says"),
+    ("right", "wrong", "at", "says"),
     [
-        ("most = 10 ", "most = 0 ", 21, "limit[0].most: Expected `int` >= 1"),
-        ('window = "1d"', 'window = "1x"', 31, "limit[1].window: '1x' is not a duration"),
-        ("statuses", "statusses", 24, "unknown field `statusses`"),
-        ("[block]", "[blok]", 48, "unknown field `blok`"),
-        ('name = "exact-online"', 'name = "Exact"', 3, "name: "),
-        ("margin = 2 ", "margin = 10 ", 25, "`margin` must be less than `most`"),
-        ("factor = 2", "factor = ", 51, "Invalid value"),
-        ('at = "end"', 'at = "END"', 9, "refresh.at: Invalid enum value 'END'"),
-        ('interval = "570s"', "interval = 570", 7, "write a duration such as"),
-        ('interval = "570s"', "", 6, "missing required field `interval`"),
-        ('name = "token-requests"', 'name = "errors"', 1, "same name"),
-        ("(?P<endpoint>.+)", "(?P<endpoint>.+", 16, "not a regular expression"),
-        ("(?P<endpoint>.+)", ".+", 16, "needs a group"),
-        ('["app", "token"]', '["token"]', 32, 'must name "app"'),
-        ("statuses = [429] ", "", 55, "fits everything"),
-        ('name = "ip-blocked"', 'name = "too-many-calls"', 1, "two throttles have the same name"),
-        ("(?P<url>", "(?P<where>", 73, "`places` needs groups"),
-        ("(?P<status>", "(?P<number>", 69, "unknown group: 'number'"),
-        (r"\((?P<status>", r"((?P<status>", 69, "`errors` is not a regular expression"),
-        ("errors = [", "failures = [", 69, "unknown field `failures`"),
-        ("itgenexl150 = 429", "itgenexl150 = 1", 78, "Expected `int` >= 100"),
-        ("[output]", 'when_quiet = "sleep"\n[output]', 68, "unknown field `when_quiet`"),
+        ("most = 10 ", "most = 0 ", "most = 0 ", "limit[0].most: Expected `int` >= 1"),
+        ('window = "1d"', 'window = "1x"', "1x", "limit[1].window: '1x' is not a duration"),
+        ("statuses", "statusses", "statusses", "unknown field `statusses`"),
+        ("[block]", "[blok]", "[blok]", "unknown field `blok`"),
+        ("[[limit]]", "[[limits]]", "[[limits]]", "unknown field `limits`"),
+        ('name = "exact-online"', 'name = "Exact"', '"Exact"', "name: "),
+        ("margin = 2 ", "margin = 10 ", "margin = 10 ", "`margin` must be less than `most`"),
+        ("factor = 2", "factor = ", "factor = ", "Invalid value"),
+        ('at = "end"', 'at = "END"', 'at = "END"', "refresh.at: Invalid enum value 'END'"),
+        ('interval = "570s"', "interval = 570", "interval = 570", "write a duration such as"),
+        ('interval = "570s"', "", "[refresh]", "missing required field `interval`"),
+        (
+            'name = "token-requests"',
+            'name = "errors"',
+            'name = "errors"\nevent = "token_requests"',
+            "limit[1].name: `limit[1].name`: two have the same name",
+        ),
+        ("(?P<endpoint>.+)", "(?P<endpoint>.+", "(?P<endpoint>.+", "not a regular expression"),
+        ("(?P<endpoint>.+)", ".+", "[^/]+)/.+", "needs a group"),
+        ('["app", "token"]', '["token"]', '["token"]', 'must name "app"'),
+        ('name = "exact-', 'when_quiet = "rest"\nname = "exact-', '"rest"', "when_quiet: Invalid"),
+        # Throttles.
+        ("statuses = [429] ", "", '[[throttle]]\nname = "too-many', "it fits everything"),
+        (
+            "statuses = [429]",
+            "statuses = [429, 42]",
+            "429, 42",
+            "throttle[0].statuses[1]: Expected",
+        ),
+        ("statuses = [403] ", "statuses = 403 ", "= 403 ", "throttle[1].statuses: Expected"),
+        ("blocked\\b'", "blocked('", "blocked('", "`body` is not a regular expression"),
+        ("body = ", "header = '.*'\nbody = ", "header = ", "`header` fits everything"),
+        ('"Retry-After",', '"Retry After",', "Retry After", "throttle[0].until[0]: Expected `str`"),
+        ('["app", "division"] #', '["division"] #', '["division"] #', 'must name "app"'),
+        ('length = "1m" ', 'length = "0s" ', '"0s"', "`length` must be more than 0s"),
+        ('name = "ip-blocked"', 'name = "key-blocked"', None, "throttle[2].name: "),
+        # Output.
+        ("errors = [\n", "failures = [\n", "failures = [", "unknown field `failures`"),
+        ("(?P<status>[", "(?P<number>[", "(?P<number>[", "`errors[0]` has an unknown group"),
+        ("(?P<code>itgen", "((?P<code>itgen", "((?P<code>", "`errors[1]` is not a regular"),
+        (
+            "  '(?i)[?&]_?",
+            "  'a{99999999999}', '(?i)[?&]_?",
+            "a{999",
+            "`places[2]` is not a regular",
+        ),
+        (
+            "  '(?i)[?&]_?",
+            "  '%s', '(?i)[?&]_?" % ("(" * 5000),
+            "((((",
+            "`places[2]` is not a regular",
+        ),
+        ("  '(?i)[?&]_?", "  '', '(?i)[?&]_?", "  '', ", "`places[2]` fits everything"),
+        ("(?P<url>", "(?P<status>", "(?P<status>https", "`places[0]` needs groups"),
+        ("  '(?i)[?&]_?", "  7, '(?i)[?&]_?", "  7, ", "output.places[2]: Expected `str`"),
+        ("itgenexl150 = 429", "itgenexl150 = 42", "150 = 42", "output.codes.itgenexl150: "),
+        ("itgenexl150 = 429", "'itgenexl150' = '429'", "150' = ", "must be an HTTP status"),
+        ("itgenexl150 = 429", "'a b' = 429", "[output.codes]", "letters, digits"),
     ],
 )
-def test_mistakes(tmp_path: Path, right: str, wrong: str, line: int, says: str) -> None:
-    """A mistake is told with the line it stands in, and what to write."""
+def test_mistakes(tmp_path: Path, right: str, wrong: str, at: str | None, says: str) -> None:
+    """A mistake is told with the line it stands in, and what to write.
+
+    Fails when an element of a list is told with the list's line, or the second of two names with
+    the file's first.
+    """
     assert right in EXACT
+    text = EXACT.replace(right, wrong, 1)
+    where = text.index(at) if at else text.rindex(wrong)
     file = tmp_path / "mine.toml"
-    file.write_text(EXACT.replace(right, wrong, 1))
+    file.write_text(text)
     with pytest.raises(PolicyError) as caught:
         read_policy(file)
-    assert str(caught.value).startswith(f"mine.toml:{line}: ")
+    line = text.count("\n", 0, where) + 1
+    assert str(caught.value).startswith(f"mine.toml:{line}: "), str(caught.value)
     assert says in str(caught.value)
+
+
+def test_an_output_without_errors_is_a_mistake(tmp_path: Path) -> None:
+    """It would recognise nothing."""
+    file = tmp_path / "mine.toml"
+    file.write_text('name = "mine"\n[refresh]\ninterval = "0s"\n[output]\nerrors = []\n')
+    with pytest.raises(PolicyError, match=r"mine\.toml:5: .*`errors` needs a regular"):
+        read_policy(file)
+
+
+def test_what_is_not_given(tmp_path: Path) -> None:
+    """The shortest policy has a block, a pause while quiet, and nothing to recognise."""
+    file = tmp_path / "mine.toml"
+    file.write_text('name = "mine"\n[refresh]\ninterval = "0s"\n[[throttle]]\nname="t"\nbody="x"\n')
+    policy = read_policy(file)
+    assert policy.block == Block(scope=("app",), first=Seconds(60), factor=2, most=Seconds(3600))
+    assert (policy.when_quiet, policy.output) == ("pause", None)
+    assert policy.throttle == (
+        Throttle(name="t", body="x", scope=("app",), until=("Retry-After",)),
+    )
+
+
+@pytest.mark.parametrize("pattern", ["", "(", "(?P<division>a)", "a{99999999999}"])
+def test_a_pattern_of_another_release_finds_no_division(pattern: str) -> None:
+    """Fails when one that does not compile, or lacks a group, raises."""
+    assert find_place(pattern, "/B/A(1)?x")[0] in ("", "a")
 
 
 def test_hostile_bytes(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import time
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +17,12 @@ from holdoff_coordinator.policies import policy_message
 
 EXACT = policy_message(presets()["exact-online"])
 BAD_REQUEST = "The remote server returned an error: (400) Bad Request."
-ACCOUNTS = "https://start.exactonline.nl/api/v1/535193/crm/Accounts?$select=ID"
+DUTCH = "De externe server heeft een fout geretourneerd: (401) Niet gemachtigd."
+XML = "https://start.exactonline.nl/Docs/XMLDownload.aspx"
+ACCOUNTS = "https://start.exactonline.nl/api/v1/535193/crm/Accounts"
+CAPACITY = (
+    "Er is geen capaciteit meer beschikbaar voor API-gebruik op partitie 'ACME (NL) (535193)'."
+)
 NOW = 1_800_000_000.0
 
 
@@ -27,27 +36,57 @@ def seen(text: str | bytes, policy: policy_pb2.Policy = EXACT) -> list[object]:
 @pytest.mark.parametrize(
     ("output", "found"),
     [
-        (f"{BAD_REQUEST}\n{ACCOUNTS}\n", [SeenError(400, "535193", ACCOUNTS)]),
+        (f"{BAD_REQUEST}\n{ACCOUNTS}?$select=ID\n", [SeenError(400, "535193", ACCOUNTS)]),
         (f"{BAD_REQUEST}\r\n\r\n{ACCOUNTS}\r\n", [SeenError(400, "535193", ACCOUNTS)]),
+        (f"{BAD_REQUEST} {ACCOUNTS}.", [SeenError(400, "535193", ACCOUNTS)]),
+        # One error each: a line with both; the code, then the message; the division in between.
+        (f"partitie 'ACME (77)'\nitgenoda494: {BAD_REQUEST}\nno url\n", [SeenError(400, "77", "")]),
+        (f"itgenclr083\n{BAD_REQUEST}\n{ACCOUNTS}\n", [SeenError(400, "535193", ACCOUNTS)]),
+        (f"itgenclr083 {ACCOUNTS}\n{BAD_REQUEST}\nx\n", [SeenError(400, "535193", ACCOUNTS)]),
+        (f"{BAD_REQUEST}\nitgenclr083\n{ACCOUNTS}\n", [SeenError(400, "535193", ACCOUNTS)]),
         (
-            f"partitie 'ACME (77)'\nitgenoda494: {BAD_REQUEST}\nno url\n",
-            [SeenError(400, "77", "")],
+            f"itgeneor429\n{CAPACITY}\n{BAD_REQUEST.replace('(400)', '(429)')}\n",
+            [SeenBlock(429, "535193", "", None, "too-many-calls")],
         ),
         (
-            f"itgenoda055 in partitie 'ACME (535193)'\n{BAD_REQUEST}\n{ACCOUNTS}\n",
-            [SeenError(400, "535193", ACCOUNTS)],
+            f"itgenclr083\n{DUTCH}\n{XML}?Topic=balances&Division=999999\n",
+            [SeenError(401, "999999", XML)],
         ),
+        # Two errors each.
+        (f"{BAD_REQUEST}\n{BAD_REQUEST}\n", [SeenError(400), SeenError(400)]),
+        ("itgenclr083\nitgenoda055\n", [SeenError(0), SeenError(408)]),
+        (
+            f"itgenclr083\n{ACCOUNTS}\n{BAD_REQUEST}\n",
+            [SeenError(0, "535193", ACCOUNTS), SeenError(400, "")],
+        ),
+        # The status of a code; of an unknown one it is not known.
         (f"itgenoda055\n{ACCOUNTS}\n", [SeenError(408, "535193", ACCOUNTS)]),
         (
-            f"itgenexl150 too many\n{ACCOUNTS}\n",
+            f"Itgenexl150 too many\n{ACCOUNTS}\n",
             [SeenBlock(429, "535193", ACCOUNTS, None, "too-many-calls")],
         ),
-        (f"{BAD_REQUEST}\n{BAD_REQUEST}\n", [SeenError(400), SeenError(400)]),
-        (f"{BAD_REQUEST}\n" + "line\n" * 9 + ACCOUNTS, [SeenError(400)]),
-        ("(400) Bad Request without more\n", []),
+        (f"itgenoda999: new\n{ACCOUNTS}\n", [SeenError(0, "535193", ACCOUNTS)]),
+        # A place too far away, or no place of a call.
+        (f"{BAD_REQUEST}\n" + "line\n" * 5 + ACCOUNTS, [SeenError(400)]),
+        (f"{BAD_REQUEST}\n" + "line\n\n" * 4 + ACCOUNTS, [SeenError(400, "535193", ACCOUNTS)]),
+        ("partitie 'A (7)'\n" + "line\n" * 26 + f"{BAD_REQUEST}\n", [SeenError(400)]),
+        ("partitie 'A (7)'\n" + "line\n\n" * 20 + f"{BAD_REQUEST}\n", [SeenError(400, "7")]),
+        (f"{BAD_REQUEST}\nsee https://forums.invantive.com/t/404\n", [SeenError(400)]),
+        # No errors of a call.
+        ("(400) Bad Request without more\nitgendhb005: no connection\nrow (400) read", []),
+        # Progress, colours, and bytes that are no text.
+        ("10 %\r" * 2000 + f"{BAD_REQUEST}\r{ACCOUNTS}\n", [SeenError(400, "535193", ACCOUNTS)]),
+        (
+            f"{BAD_REQUEST}\x1b[0m\n\x1b[1m{ACCOUNTS}\x1b[0m\n",
+            [SeenError(400, "535193", ACCOUNTS)],
+        ),
+        (
+            b"\xff\xfe\0\n\xc3" + f"{BAD_REQUEST}\0\n{ACCOUNTS}\0".encode() + b"\xff",
+            [SeenError(400, "535193", ACCOUNTS + "\ufffd")],
+        ),
     ],
 )
-def test_data_hub(output: str, found: list[object]) -> None:
+def test_data_hub(output: str | bytes, found: list[object]) -> None:
     """Code, status, URL and division of Data Hub's output (`domain.md`, "Data Hub").
 
     Fails when a code and its message count twice, or when the URL of the next line is not read.
@@ -67,13 +106,55 @@ def test_data_hub(output: str, found: list[object]) -> None:
         ("HOLDOFF-ERROR count=99999999999999", SeenError(count=10_000)),
         ("HOLDOFF-ERROR status=429", SeenBlock(429, throttle="too-many-calls")),
         ("HOLDOFF-BLOCKED status=403 retry_after=60", SeenBlock(403, retry_after_seconds=60)),
-        ("HOLDOFF-BLOCKED retry_after=soon throttle=x", SeenBlock(throttle="x")),
+        ("HOLDOFF-BLOCKED retry_after=soon throttle=x", SeenBlock()),
+        ("HOLDOFF-BLOCKED throttle=ip-blocked", SeenBlock(throttle="ip-blocked")),
+        ("HOLDOFF-BLOCKED retry_after=2.5", SeenBlock(retry_after_seconds=2.5)),
+        ("HOLDOFF-BLOCKED retry_after=1800000000", SeenBlock()),
+        ("HOLDOFF-ERROR status=999 count=0 status", SeenError()),
+        ("HOLDOFF-ERROR status=\u0664\u0660\u0660", SeenError()),
+        (f"HOLDOFF-ERROR division={'9' * 101}", SeenError(0, "9" * 100)),
+        ("HOLDOFF-ERROR division=5\0\u202e endpoint='a/B',", SeenError(0, "5", "a/B")),
     ],
 )
 def test_neutral_lines(line: str, found: object) -> None:
     """Any job can print them, whatever the policy; nonsense in them is still an error."""
     assert seen(line) == [found]
     assert seen(f"before\n{line}\nafter\n") == [found]
+    assert seen(f"{BAD_REQUEST}\n{line}\n{ACCOUNTS}\n") == [SeenError(400), found]
+
+
+@pytest.mark.parametrize("line", ["NO-HOLDOFF-ERROR", "HOLDOFF-ERRORS", "HOLDOFF-ERROR_x", "HOLD"])
+def test_what_only_looks_like_a_neutral_line(line: str) -> None:
+    """Fails when a part of a word counts."""
+    assert seen(f"{line} status=400\n") == []
+
+
+def test_no_secret_of_a_url_is_kept() -> None:
+    """What is seen goes to disk and to the coordinator: neither query nor password belongs there.
+
+    Fails when the URL is kept as it was printed.
+    """
+    secret = "https://me:hush@start.exactonline.nl/api/v1/1/a?access_token=hush#hush"
+    expected = SeenError(400, "1", "https://start.exactonline.nl/api/v1/1/a")
+    assert seen(f"{BAD_REQUEST}\n{secret}\n") == [expected]
+    assert "hush" not in repr(seen(f"HOLDOFF-ERROR endpoint={secret}"))
+
+
+@given(st.binary(max_size=200))
+def test_what_is_seen_can_be_reported(text: bytes) -> None:
+    """Whatever stands in a line, the coordinator takes what is seen in it.
+
+    Fails when a control character or a wild status is passed on: the report would be refused.
+    """
+    line = b"HOLDOFF-ERROR status=%b division=%b endpoint=%b count=%b" % (text, text, text, text)
+    for one in seen(line + b"\n" + BAD_REQUEST.encode() + b"\n" + ACCOUNTS.encode() + text):
+        assert isinstance(one, SeenError)
+        assert one.status in {0, *range(100, 600)}
+        assert 1 <= one.count <= 10_000
+        assert one.division.isprintable()
+        assert one.endpoint.isprintable()
+        assert len(one.division) <= 100
+        assert len(one.endpoint) <= 2000
 
 
 def test_neutral_lines_need_no_policy() -> None:
@@ -84,8 +165,9 @@ def test_neutral_lines_need_no_policy() -> None:
 LINES = st.lists(
     st.sampled_from(
         [
-            *(BAD_REQUEST, ACCOUNTS, "itgenexl150", "partitie 'ACME (77)'", "text", "", "x\r"),
-            *("HOLDOFF-ERROR status=404", "\0\ufffd", "z" * 70_000),
+            *(BAD_REQUEST, ACCOUNTS, "itgenexl150", "itgenclr083", "partitie 'ACME (77)'", "text"),
+            *("", "x\r", "HOLDOFF-ERROR status=404", "\0\ufffd", "z" * 70_000, "y" * 3_990),
+            *("text\n" * 24, "\n" * 70, BAD_REQUEST.rjust(4_000, "é"), BAD_REQUEST.rjust(4_040)),
         ]
     ),
     max_size=12,
@@ -108,13 +190,73 @@ def test_it_does_not_matter_how_output_is_cut(lines: list[str], cuts: list[int],
     assert pieces == [*whole.feed(data), *whole.finish()]
 
 
+def test_empty_lines_hide_no_division() -> None:
+    """Fails when the short cut for dull output counts them."""
+    recogniser = OutputRecogniser(EXACT)
+    assert recogniser.feed(b"partitie 'ACME (77)'\n" + b"\n" * 500) == []
+    assert recogniser.feed(f"{BAD_REQUEST}\n".encode()) == []
+    assert recogniser.finish() == [SeenError(400, "77")]
+
+
+@given(st.data())
+def test_the_short_cut_sees_the_same(data: st.DataObject) -> None:
+    """Lines are passed over by the letters that all of a pattern's matches have.
+
+    Fails when letters of an optional part, or of one of several branches alone, are looked for.
+    """
+    patterns = {
+        r"ab?c{0,2}d": "ad",
+        r"(?i)x(?:one|two)?y": "XY",
+        r"(?P<code>one|t(?:wo|hree))!": "three!",
+        r"(?:no){0}z+": "zz",
+        r"(?<=q)u(?=i)": "qui",
+        r"\d\d": "42",
+        r"(?i)FEHLER é": "fehler É",
+        r"(?x) a  b # c": "ab",
+    }
+    pattern = data.draw(st.sampled_from(sorted(patterns)))
+    policy = policy_pb2.Policy(output=policy_pb2.OutputPolicy(errors=[pattern]))
+    assert seen(f"-\n- {patterns[pattern]} -\n-\n", policy) == [SeenError()]
+    line = data.draw(st.from_regex(re.compile(pattern, re.ASCII), fullmatch=True))
+    hits = sum(bool(re.search(pattern, part)) for part in re.split(r"[\r\n]", line))
+    assert seen(line, policy) == [SeenError()] * hits
+
+
+def test_the_patterns_of_presets_have_letters_in_common() -> None:
+    """Output of which nothing is an error costs next to nothing.
+
+    Fails when Python reads patterns in another way, or a preset has one that fits any letters.
+    """
+    for preset in presets().values():
+        literals = OutputRecogniser(policy_message(preset))._literals
+        assert min(map(len, literals)) >= 5, preset.name
+
+
 def test_a_line_of_ten_megabytes_costs_little_and_hides_nothing() -> None:
     """Fails when the rest of a long line is kept, or what follows it is skipped too."""
     recogniser = OutputRecogniser(EXACT)
+    tracemalloc.start()
     for _ in range(160):
         assert recogniser.feed(b"\xff" * 65_536) == []
-        assert len(recogniser._rest) <= 65_536
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 100_000
     assert recogniser.feed(b"\nHOLDOFF-ERROR status=400\n") == [SeenError(400)]
+
+
+def test_a_slow_pattern_sees_little() -> None:
+    """It gets 4,000 characters of a line, and lines alone that have its letters.
+
+    The time of this one is the square of a line's length.
+    Fails when whole chunks are searched: that would take half a minute.
+    """
+    policy = policy_pb2.Policy(
+        output=policy_pb2.OutputPolicy(errors=[r"(?P<endpoint>\S+) failed with (?P<status>\d+)"])
+    )
+    started = time.monotonic()
+    assert seen(b"x" * 65_000 + b"\n" + b"x" * 65_000 + b" failed with 400\n", policy) == []
+    assert seen("crm/A failed with 400\n", policy) == [SeenError(400, "", "crm/A")]
+    assert time.monotonic() - started < 10
 
 
 def test_an_error_that_waits_for_its_place_can_be_flushed() -> None:
@@ -129,8 +271,17 @@ def test_an_error_that_waits_for_its_place_can_be_flushed() -> None:
 
 def test_expressions_of_another_release_are_skipped() -> None:
     """Fails when one that does not compile costs those that do."""
-    policy = policy_pb2.Policy(output=policy_pb2.OutputPolicy(errors=["(", "boom"]))
-    assert seen("boom\n", policy) == [SeenError()]
+    errors = ["(", "a{99999999999}", "(" * 5000, "boom"]
+    policy = policy_pb2.Policy(
+        output=policy_pb2.OutputPolicy(errors=errors, places=["*", r"(?P<url>/\S+)"]),
+        endpoint_path="[",
+        throttles=[
+            policy_pb2.Throttle(name="broken", body="("),
+            policy_pb2.Throttle(name="by something new"),
+        ],
+    )
+    assert seen("boom\n/x/y\n", policy) == [SeenError(0, "", "/x/y")]
+    assert recognise_answer(policy, 200, {}, b"(", now_epoch_seconds=NOW) is None
 
 
 @pytest.mark.parametrize(
@@ -147,6 +298,14 @@ def test_expressions_of_another_release_are_skipped() -> None:
             },
             60,
         ),
+        ({"Retry-After": "Friday, 15-Jan-27 08:01:00 GMT"}, 60),
+        ({"Retry-After": "Fri Jan 15 08:01:00 2027"}, 60),
+        ({"Retry-After": "soon", "X-RateLimit-Reset": "8"}, 8),
+        ({"Retry-After": "999999999"}, None),
+        ({"Retry-After": "Fri, 15 Jan 9999 08:01:00 GMT"}, None),
+        ({"Retry-After": "Fri, 15 Jan 2027 08:01:00 +9999999999"}, None),
+        ({"Retry-After": "Fri, 15 Jan 0001 00:00:00 +2359"}, None),
+        ({"Retry-After": "nan"}, None),
         ({}, None),
         ({"Retry-After": "-5"}, None),
         ({"Retry-After": "soon"}, None),
@@ -161,8 +320,59 @@ def test_the_end_of_a_block_is_read_from_headers(
 
     Fails when a number is always taken for seconds from now.
     """
+    expected = SeenBlock(429, retry_after_seconds=seconds, throttle="too-many-calls")
+    assert recognise_answer(EXACT, 429, headers, now_epoch_seconds=NOW) == expected
+    pairs = [*headers.items(), ("Retry-After", "99")][: len(headers) + ("Retry-After" in headers)]
+    assert recognise_answer(EXACT, 429, iter(pairs), now_epoch_seconds=NOW) == expected
+
+
+@given(st.text())
+def test_a_header_with_anything_in_it_breaks_nothing(text: str) -> None:
+    """Fails when a date that cannot be is not caught."""
+    headers = {"Retry-After": text, "Date": text}
     found = recognise_answer(EXACT, 429, headers, now_epoch_seconds=NOW)
-    assert found == SeenBlock(429, retry_after_seconds=seconds, throttle="too-many-calls")
+    assert found is not None
+    assert found.retry_after_seconds is None or 0 <= found.retry_after_seconds <= 366 * 86_400
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "headers", "body", "throttle"),
+    [
+        (
+            "exact-online",
+            403,
+            {},
+            b'{"error_description":"The API key is blocked."}',
+            "key-blocked",
+        ),
+        ("exact-online", 403, {}, b'{"message":"Forbidden: no access to division 7"}', None),
+        ("exact-online", 503, {}, b"<h1>Service Unavailable</h1>", "ip-blocked"),
+        ("exact-online", 408, {}, b"", None),
+        ("eve-esi", 420, {}, b"", "error-limited"),
+        ("salesforce", 403, {}, b'[{"errorCode":"REQUEST_LIMIT_EXCEEDED"}]', "too-many-calls"),
+        ("zoho", 200, {}, b'{"data":[' + b'{"id":1},' * 99 + b'{"t":"Access Denied"}]}', None),
+        ("xero", 429, {}, b"", "too-many-calls"),
+        ("bullhorn", 429, {}, b"", None),
+    ],
+)
+def test_presets_recognise_their_throttles(
+    name: str, status: int, headers: dict[str, str], body: bytes, throttle: str | None
+) -> None:
+    """By what their providers answer; the same words in data are none."""
+    policy = policy_message(presets()[name])
+    found = recognise_answer(policy, status, headers, body, now_epoch_seconds=NOW)
+    assert (found and found.throttle) == throttle
+
+
+def test_a_header_is_searched_without_case() -> None:
+    """Fails when the body is not looked at as well, or `REASON` is not `Reason`."""
+    throttle = policy_pb2.Throttle(name="early", header=r"^Reason: Too ?Early", body="denied")
+    policy = policy_pb2.Policy(throttles=[throttle])
+    headers = {"x": "y", "REASON": "tooEarly"}
+    found = recognise_answer(policy, 400, headers, b"denied", now_epoch_seconds=NOW)
+    assert found == SeenBlock(400, throttle="early")
+    assert recognise_answer(policy, 400, headers, b"", now_epoch_seconds=NOW) is None
+    assert recognise_answer(policy, 400, {}, b"denied", now_epoch_seconds=NOW) is None
 
 
 def test_some_throttle_with_200() -> None:

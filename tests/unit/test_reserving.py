@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import TYPE_CHECKING
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -11,6 +12,9 @@ from holdoff import errors
 from holdoff._core import SECOND, Reserving, report_patience
 from holdoff._guarding import Guarding
 from holdoff.v1 import budget_pb2, budget_service_pb2
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
 
 TOKEN = "apps/a/tokens/t"
 
@@ -95,7 +99,6 @@ def test_reports_are_tried_for_some_seconds() -> None:
     ("told", "error", "status"),
     [
         (None, None, 200),
-        (None, OSError(), 0),
         (404, None, 404),
         (404, OSError(), 404),
         (0, None, 0),
@@ -104,13 +107,24 @@ def test_reports_are_tried_for_some_seconds() -> None:
 def test_what_the_body_said_is_committed(
     told: int | None, error: Exception | None, status: int
 ) -> None:
-    """The status that was told; else 200 for a body that ended, and 0 for one that raised."""
+    """The status that was told; else 200 for a body that ended."""
     guard = entered()
     guard.status = told
-    request = guard._settlement(error).request
-    assert request == budget_service_pb2.CommitRequest(
+    assert settled(guard, error) == budget_service_pb2.CommitRequest(
         reservation_id="r", app="apps/a", status=status, age=Duration()
     )
+
+
+def test_what_nobody_knows_is_left_to_run_out() -> None:
+    """Fails when a call that raised is stamped with now: it may arrive later."""
+    assert entered()._settlement(TimeoutError()) is None
+
+
+def settled(guard: Guarding, error: Exception | None) -> Message:
+    """Return what the coordinator is told."""
+    call = guard._settlement(error)
+    assert call is not None
+    return call.request
 
 
 def test_a_call_that_was_not_made_is_cancelled() -> None:
@@ -118,12 +132,13 @@ def test_a_call_that_was_not_made_is_cancelled() -> None:
     guard = entered()
     guard.status = 200
     guard.cancel()
-    request = guard._settlement(OSError()).request
-    assert request == budget_service_pb2.CancelRequest(reservation_id="r", app="apps/a")
+    assert settled(guard, OSError()) == budget_service_pb2.CancelRequest(
+        reservation_id="r", app="apps/a"
+    )
     with guard._entering():
         guard.reservation = budget_pb2.Reservation(id="s")
     assert guard.status is None
-    request = guard._settlement(None).request
+    request = settled(guard, None)
     assert isinstance(request, budget_service_pb2.CommitRequest)
     assert request.status == 200
 

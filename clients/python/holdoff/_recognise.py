@@ -5,52 +5,62 @@ What counts as either is the policy's to say; besides, any job may print lines o
     HOLDOFF-ERROR division=535193 endpoint=crm/Accounts status=400 count=2
     HOLDOFF-BLOCKED status=429 retry_after=60
 
-in which every field may be left out, and values may stand in double quotes.
+in which every field may be left out, and values may stand in double quotes. They may follow a
+prefix, such as a logger's. A value that makes no sense is taken as not given.
 """
 
 from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
-from holdoff.policies import find_place
+from holdoff._text import without_secrets
+from holdoff.policies import MOST_PATH_CHARACTERS, find_place, try_compile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
     from holdoff.v1 import policy_pb2
 
 MOST_COUNT = 10_000
-MOST_LINE_BYTES = 64 * 1024
-"""Of a longer line the rest is skipped."""
 MOST_SEARCHED = 4_000
-"""Characters of a line in which is searched, so that no expression runs for long."""
+"""Characters of a line or a header in which is searched, so that no pattern runs for long."""
 MOST_BODY_BYTES = 64 * 1024
+MOST_DIVISION_CHARACTERS = 100
 LINES_AFTER = 5
-"""So many lines after an error's the line with its place may stand."""
+"""So many lines after an error's the line with its place may stand. Empty ones do not count."""
 LINES_BEFORE = 20
-"""So many lines before it a division may have been named."""
+"""So many lines before it a division may have been named, or a few more."""
 EPOCH_SECONDS, EPOCH_MILLISECONDS = 10**9, 10**12
 """Numbers from here on are times, not durations."""
 MOST_RETRY_SECONDS = 366 * 24 * 3600.0
 
-_NEUTRAL = re.compile(r"HOLDOFF-(ERROR|BLOCKED)\b(.*)")
+_MOST_LINE_BYTES = 4 * MOST_SEARCHED  # of UTF-8
+_RECENT_LINES = LINES_BEFORE + 1 + LINES_AFTER  # an error's own too, and those after it
+_STATUSES = range(100, 600)
+_WHAT = {"code", "status"}
+
+_NEUTRAL = re.compile(r"(?<![\w-])HOLDOFF-(ERROR|BLOCKED)(?![\w-])(.*)")
 _FIELD = re.compile(r"(\w+)=(?:\"([^\"]*)\"|(\S*))")
+_TERMINAL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 @dataclass(frozen=True, slots=True)
 class SeenError:
-    """An error that a job met."""
+    """An error that a job met, as the coordinator takes it."""
 
     status: int = 0
     """HTTP status; 0 when it is not known."""
     division: str = ""
     endpoint: str = ""
-    """URL or path, as it was printed."""
+    """URL or path as it was printed, but for what never counts and may be secret: the query, and
+    a password."""
     count: int = 1
 
 
@@ -70,153 +80,157 @@ class SeenBlock:
 Seen = SeenError | SeenBlock
 
 
-@dataclass(slots=True)
-class _Pending:
-    """An error whose place may still follow."""
-
-    status: int
-    coded: bool
-    division: str = ""
-    endpoint: str = ""
-    lines_left: int = LINES_AFTER
-
-
 class OutputRecogniser:
-    """Recognises errors in one stream of what a job prints.
+    r"""Recognises errors in one stream of what a job prints.
 
-    An error's line is followed, within five lines, by those with its URL and division; a division
-    may also stand in the twenty lines before. A line with a code and one with a status that
-    follow each other without a place between them are one error, as Data Hub prints it.
+    An error's line is followed, within five lines, by those with its URL and division. The first
+    endpoint ends the wait for them, as do the line of the next error and ``flush``; if no division
+    was named by then, the last one in the twenty lines before is taken. A line is one error at
+    most. A line with a code and one with a status are one error too, if neither has the other
+    and no endpoint stands on a line between them: so Data Hub prints it.
+
+    Lines end with ``\n``, ``\r\n`` or, as progress is shown, ``\r``.
     """
 
     def __init__(self, policy: policy_pb2.Policy) -> None:
         output = policy.output
-        self._errors = list(_compiled(output.errors))
-        self._places = list(_compiled(output.places))
-        self._codes = dict(output.codes)
+        self._errors = _compiled(output.errors)
+        self._places = _compiled(output.places)
+        self._codes = {code.casefold(): status for code, status in output.codes.items()}
         self._endpoint_path = policy.endpoint_path
+        self._throttle_names = {throttle.name for throttle in policy.throttles}
         self._throttles = {
             status: throttle.name
             for throttle in reversed(policy.throttles)
             if not throttle.body and not throttle.header
             for status in throttle.statuses
         }
-        # Found in a text of many lines wherever an error is found in one of them.
-        self._hints = [_NEUTRAL, *_compiled(output.errors, re.MULTILINE)]
+        literals = {"holdoff-"}.union(*(_literals_of(one.pattern) for one in self._errors))
+        self._literals = [one.encode() for one in literals]
         self._rest = b""
-        self._skipping = False
-        self._pending: _Pending | None = None
-        self._divisions: deque[str] = deque(maxlen=LINES_BEFORE)
+        self._recent: deque[bytes | str] = deque(maxlen=_RECENT_LINES)
+        """The last lines, or the divisions that were found in them."""
+        self._open: dict[str, str] | None = None
+        """What is known of the error whose place may still follow, by names of groups."""
+        self._lines_left = 0
 
     @property
     def pending(self) -> bool:
         """Whether an error waits for the line with its place."""
-        return self._pending is not None
+        return self._open is not None
 
     def feed(self, data: bytes) -> list[Seen]:
         """Take in what was printed, cut anywhere; return what is known of it."""
-        if self._skipping:
-            _, newline, data = data.partition(b"\n")
-            self._skipping = not newline
-        whole, newline, self._rest = (self._rest + data).rpartition(b"\n")
-        seen = self._lines(whole) if newline else []
-        if len(self._rest) > MOST_LINE_BYTES:
-            seen += self._line(self._rest)
-            self._rest, self._skipping = b"", True
-        return seen
-
-    def _lines(self, whole: bytes) -> list[Seen]:
-        """Take in whole lines. Those without anything of interest cost next to nothing."""
-        if self._pending is None:
-            text = whole.decode(errors="replace").replace("\r\n", "\n")
-            if not any(one.search(text) for one in self._hints):
-                for line in whole.rsplit(b"\n", LINES_BEFORE)[-LINES_BEFORE:]:
-                    self._remember(_readable(line))
-                return []
-        return [one for line in whole.split(b"\n") for one in self._line(line)]
-
-    def _remember(self, line: str) -> None:
-        """Remember the division that a line names, or that it names none."""
-        self._divisions.append(self._place(line).get("division", ""))
+        whole, newline, rest = data.replace(b"\r", b"\n").rpartition(b"\n")
+        if not newline:
+            self._rest = (self._rest + rest[:_MOST_LINE_BYTES])[:_MOST_LINE_BYTES]
+            return []
+        whole, self._rest = self._rest + whole, rest[:_MOST_LINE_BYTES]
+        return list(self._lines(whole))
 
     def flush(self) -> list[Seen]:
         """Give up waiting for a place."""
-        return [self._close()] if self._pending else []
+        return list(self._close())
 
     def finish(self) -> list[Seen]:
         """Take in that nothing more comes."""
         rest, self._rest = self._rest, b""
-        return [*(self._line(rest) if rest else ()), *self.flush()]
+        return [*self._lines(rest), *self._close()]
 
-    def _line(self, raw: bytes) -> Iterator[Seen]:
-        line = _readable(raw)
+    def _lines(self, whole: bytes) -> Iterator[Seen]:
+        """Take in whole lines. Those without anything of interest cost next to nothing."""
+        lower = whole.lower()
+        if self._open is None and not self._may_interest(lower):
+            # Seldom more are empty than not.
+            last = [line for line in whole.rsplit(b"\n", 3 * _RECENT_LINES)[1:] if line]
+            if len(last) < _RECENT_LINES:
+                last = [line for line in whole.split(b"\n") if line]
+            self._recent.extend(line[:_MOST_LINE_BYTES] for line in last[-_RECENT_LINES:])
+            return
+        for line, lower_line in zip(whole.split(b"\n"), lower.split(b"\n"), strict=True):
+            if not line:
+                continue
+            if self._open is not None or self._may_interest(lower_line):
+                yield from self._line(_readable(line))
+            self._recent.append(line[:_MOST_LINE_BYTES])
+
+    def _may_interest(self, lower: bytes) -> bool:
+        return any(literal in lower for literal in self._literals)
+
+    def _line(self, line: str) -> Iterator[Seen]:
         if match := _NEUTRAL.search(line):
-            yield from self.flush()
+            yield from self._close()
             yield self._neutral(match[1], match[2])
-        elif found := next(filter(None, (one.search(line) for one in self._errors)), None):
-            yield from self._error(line, found.groupdict())
-        elif pending := self._pending:
-            place = self._place(line)
-            pending.lines_left -= 1
-            pending.division = place.get("division") or pending.division
-            pending.endpoint = place.get("endpoint") or pending.endpoint
-            if pending.endpoint or not pending.lines_left:
-                yield self._close()
-        self._remember(line)
+            return
+        error, place = _search(self._errors, line), _search(self._places, line) or {}
+        if error is not None:
+            error = place | error
+            if self._open is not None and _complement(self._open, error):
+                self._open = error | self._open
+            else:
+                yield from self._close()
+                self._open = error
+            self._lines_left = LINES_AFTER
+            if "status" in self._open and self._endpoint():
+                yield from self._close()
+        elif self._open is not None:
+            self._open = place | self._open
+            self._lines_left -= 1
+            if self._endpoint() or not self._lines_left:
+                yield from self._close()
 
-    def _error(self, line: str, groups: Mapping[str, str | None]) -> Iterator[Seen]:
-        code, status = groups.get("code"), groups.get("status")
-        number = int(status) if status and status.isdecimal() else self._codes.get(code or "", 0)
-        pending, place = self._pending, self._place(line)
-        if pending and pending.coded and status and not pending.endpoint:
-            pending.status, pending.coded = number, False  # the message of the code before
-        else:
-            yield from self.flush()
-            pending = self._pending = _Pending(number, coded=code is not None and status is None)
-        pending.division = place.get("division") or pending.division
-        pending.endpoint = place.get("endpoint") or pending.endpoint
-        pending.lines_left = LINES_AFTER
-        if pending.endpoint and not pending.coded:
-            yield self._close()
+    def _endpoint(self) -> str:
+        found = self._open or {}
+        return found.get("endpoint") or found.get("url") or ""
 
-    def _place(self, line: str) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for pattern in (*self._errors, *self._places):
-            if match := pattern.search(line):
-                groups = match.groupdict()
-                if value := groups.get("endpoint") or groups.get("url"):
-                    found.setdefault("endpoint", value)
-                if value := groups.get("division"):
-                    found.setdefault("division", value)
-        return found
+    def _recent_division(self) -> str:
+        for index in reversed(range(len(self._recent))):
+            line = self._recent[index]
+            if isinstance(line, bytes):
+                found = _search([*self._errors, *self._places], _readable(line)) or {}
+                line = self._recent[index] = found.get("division", "")
+            if line:
+                return line
+        return ""
 
-    def _close(self) -> Seen:
-        pending, self._pending = self._pending, None
-        assert pending is not None  # noqa: S101 - callers looked
-        division = pending.division or find_place(self._endpoint_path, pending.endpoint)[0]
-        division = division or next(filter(None, reversed(self._divisions)), "")
-        return self._seen(pending.status, division, pending.endpoint, 1)
+    def _close(self) -> Iterator[Seen]:
+        if self._open is None:
+            return
+        found, endpoint, self._open = self._open, self._endpoint(), None
+        status = _status(found.get("status", ""))
+        if not status:
+            status = self._codes.get(found.get("code", "").casefold(), 0)
+        division = found.get("division") or find_place(self._endpoint_path, endpoint)[0]
+        yield self._seen(status, division or self._recent_division(), endpoint, 1)
 
     def _seen(self, status: int, division: str, endpoint: str, count: int) -> Seen:
+        division, endpoint = _clean_division(division), _clean_endpoint(endpoint)
         if throttle := self._throttles.get(status):
             return SeenBlock(status, division, endpoint, None, throttle)
         return SeenError(status, division, endpoint, count)
 
     def _neutral(self, kind: str, text: str) -> Seen:
         fields = {name: quoted or plain for name, quoted, plain in _FIELD.findall(text)}
-        status = _number(fields.get("status", ""), 599) or 0
+        status = _status(fields.get("status", ""))
         division, endpoint = fields.get("division", ""), fields.get("endpoint", "")
         if kind == "ERROR":
-            count = _number(fields.get("count", ""), MOST_COUNT) or 1
-            return self._seen(status, division, endpoint, count)
-        retry_after = _number(fields.get("retry_after", ""), int(MOST_RETRY_SECONDS))
-        return SeenBlock(status, division, endpoint, retry_after, fields.get("throttle", ""))
+            count = fields.get("count", "")
+            number = min(int(count), MOST_COUNT) if re.fullmatch(r"[0-9]{1,18}", count) else 1
+            return self._seen(status, division, endpoint, number or 1)
+        throttle = fields.get("throttle", "")
+        return SeenBlock(
+            status,
+            _clean_division(division),
+            _clean_endpoint(endpoint),
+            _seconds_until(fields.get("retry_after", ""), None),
+            throttle if throttle in self._throttle_names else "",
+        )
 
 
 def recognise_answer(
     policy: policy_pb2.Policy,
     status: int,
-    headers: Mapping[str, str],
+    headers: Mapping[str, str] | Iterable[tuple[str, str]],
     body: bytes = b"",
     *,
     now_epoch_seconds: float,
@@ -225,72 +239,134 @@ def recognise_answer(
 
     A time in a header counts from the answer's own `Date`, where it has one.
     """
+    pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
+    lines = [f"{name}: {value}"[:MOST_SEARCHED] for name, value in pairs]
+    text = body[:MOST_BODY_BYTES].decode(errors="replace")
     for throttle in policy.throttles:
+        if not (throttle.statuses or throttle.body or throttle.header):
+            continue  # of a newer release, which recognises it by something else
         if throttle.statuses and status not in throttle.statuses:
             continue
-        text = body[:MOST_BODY_BYTES].decode(errors="replace")
-        lines = [f"{name}: {value}" for name, value in headers.items()]
         if not _fits(throttle.body, [text]) or not _fits(throttle.header, lines, re.IGNORECASE):
             continue
-        values = {name.casefold(): value for name, value in headers.items()}
+        values = {name.casefold(): value for name, value in reversed(pairs)}
         now = _http_date(values.get("date", "")) or now_epoch_seconds
-        until = next(
-            (values[name.casefold()] for name in throttle.until if name.casefold() in values), ""
-        )
+        ends = (_seconds_until(values.get(name.casefold(), ""), now) for name in throttle.until)
         return SeenBlock(
-            status, retry_after_seconds=_seconds_until(until, now), throttle=throttle.name
+            status,
+            retry_after_seconds=next((end for end in ends if end is not None), None),
+            throttle=throttle.name,
         )
     return None
 
 
-def _seconds_until(text: str, now: float) -> float | None:
+def _seconds_until(text: str, now: float | None) -> float | None:
     """Read what a header says about the end: None if that makes no sense."""
     text = text.strip()
-    if re.fullmatch(r"\d{1,15}(\.\d{1,9})?", text):
-        number = float(text)
-        if number >= EPOCH_MILLISECONDS:
-            number = number / 1000 - now
-        elif number >= EPOCH_SECONDS:
-            number -= now
+    if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?", text):
+        end = float(text)
+        if end < EPOCH_SECONDS:
+            return end if end <= MOST_RETRY_SECONDS else None
+        if end >= EPOCH_MILLISECONDS:
+            end /= 1000
+    elif (date := _http_date(text)) is not None:
+        end = date
     else:
-        date = _http_date(text)
-        if date is None:
-            return None
-        number = date - now
-    return number if 0 <= number <= MOST_RETRY_SECONDS else None
+        return None
+    return end - now if now is not None and 0 <= end - now <= MOST_RETRY_SECONDS else None
 
 
 def _http_date(text: str) -> float | None:
     try:
-        date = parsedate_to_datetime(text)
-    except (ValueError, IndexError):
+        date = parsedate_to_datetime(text[:MOST_DIVISION_CHARACTERS])
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, IndexError, OverflowError, TypeError):
         return None
-    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
 def _fits(pattern: str, texts: Iterable[str], flags: int = 0) -> bool:
     """Whether a pattern is found in any of these; none fits, a broken one does not."""
     if not pattern:
         return True
-    return any(one.search(text) for one in _compiled([pattern], flags) for text in texts)
+    compiled = try_compile(pattern, flags)
+    return compiled is not None and any(compiled.search(text) for text in texts)
 
 
-def _compiled(patterns: Iterable[str], flags: int = 0) -> Iterator[re.Pattern[str]]:
+def _compiled(patterns: Iterable[str]) -> list[re.Pattern[str]]:
     """Compile what compiles: a newer coordinator may know what we do not."""
-    for pattern in patterns:
-        try:
-            yield re.compile(pattern, flags)
-        except re.error:
-            continue
+    return [one for one in map(try_compile, patterns) if one]
 
 
-def _readable(raw: bytes) -> str:
-    """A line as the expressions see it."""
-    return raw[: 4 * MOST_SEARCHED].decode(errors="replace")[:MOST_SEARCHED].rstrip("\r")
+def _search(patterns: Iterable[re.Pattern[str]], line: str) -> dict[str, str] | None:
+    """Return the groups of all patterns that are found, the first one's first; None if none is."""
+    found: dict[str, str] | None = None
+    for match in filter(None, (one.search(line) for one in patterns)):
+        found = {name: text for name, text in match.groupdict().items() if text} | (found or {})
+    return found
 
 
-def _number(text: str, most: int) -> int | None:
-    """Read a number from 1 to `most`, cut to it; None for anything else."""
-    if not re.fullmatch(r"[0-9]{1,18}", text):
-        return None
-    return min(int(text), most)
+def _complement(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether one has the code of an error, and the other its status."""
+    first, second = _WHAT & one.keys(), _WHAT & other.keys()
+    return len(first) == len(second) == 1 and first != second
+
+
+def _readable(line: bytes) -> str:
+    """A line as the patterns see it: not too long, and without colours."""
+    text = line[:_MOST_LINE_BYTES].decode(errors="replace")[:MOST_SEARCHED]
+    return _TERMINAL_SEQUENCE.sub("", text) if "\x1b" in text else text
+
+
+def _status(text: str) -> int:
+    """Read an HTTP status; 0 for anything else."""
+    return int(text) if re.fullmatch(r"[0-9]{3}", text) and int(text) in _STATUSES else 0
+
+
+def _clean_division(text: str) -> str:
+    """A division as the coordinator takes it."""
+    return _printable(text).strip(" \"',;")[:MOST_DIVISION_CHARACTERS]
+
+
+def _clean_endpoint(text: str) -> str:
+    """A URL or path as the coordinator takes it, without what does not belong to it in a text."""
+    text = without_secrets(_printable(text)).strip(" \"'.,;:")
+    if text.count(")") > text.count("("):
+        text = text.removesuffix(")")
+    return text[:MOST_PATH_CHARACTERS]
+
+
+def _printable(text: str) -> str:
+    return "".join(filter(str.isprintable, text))
+
+
+def _literals_of(pattern: str) -> set[str]:
+    """Return texts, in lower case, of which one is in everything that a pattern fits.
+
+    The empty text, which is in everything, where none is known.
+    """
+    try:
+        # Private to the standard library. Should it change, all lines are searched: that is
+        # slower, and finds the same.
+        from re import _parser  # type: ignore[attr-defined] # noqa: PLC0415
+
+        return _literals(_parser.parse(pattern))
+    except Exception:  # noqa: BLE001 - whatever it is
+        return {""}
+
+
+def _literals(parsed: Iterable[tuple[Any, Any]]) -> set[str]:
+    candidates, run = [{""}], ""
+    for operation, value in parsed:
+        match str(operation), value:
+            case "LITERAL", int() if chr(value).isascii():
+                run += chr(value).lower()
+                candidates.append({run})
+                continue
+            case "SUBPATTERN", (*_, inner):
+                candidates.append(_literals(inner))
+            case (("MAX_REPEAT" | "MIN_REPEAT"), (int(least), _, inner)) if least:
+                candidates.append(_literals(inner))
+            case "BRANCH", (_, branches):
+                candidates.append(set(chain.from_iterable(map(_literals, branches))))
+        run = ""
+    return max(candidates, key=lambda texts: min(map(len, texts)))

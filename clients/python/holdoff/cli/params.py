@@ -236,6 +236,31 @@ class Name(click.ParamType[str]):
         ]
 
 
+class PolicyName(click.ParamType[str]):
+    """The name of a policy; the coordinator checks it."""
+
+    name = "text"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Offer what the coordinator knows, if it answers within a second, else the presets."""
+        del param
+        try:
+            endpoint = ctx.find_root().params["endpoint"]
+            with Client(endpoint, timeout_seconds=_COMPLETION_SECONDS) as client:
+                titles = {policy.name: policy.title for policy in client.list_policies()}
+        except Exception:  # noqa: BLE001 - whatever goes wrong here, the user is typing
+            from holdoff.policies import presets  # noqa: PLC0415 - seldom needed
+
+            titles = {name: preset.title for name, preset in presets().items()}
+        return [
+            CompletionItem(name, help=printable(title) or None)
+            for name, title in sorted(titles.items())
+            if name.startswith(incomplete)
+        ]
+
+
 def _description(found: _Found) -> str:
     """What a shell shows beside a name, such as the state of a token or the holder of a lease."""
     # Not at the top: it brings rich along, which `holdoff run` seldom needs.

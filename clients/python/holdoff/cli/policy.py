@@ -19,6 +19,7 @@ from holdoff.cli.output import (
     output_option,
     resource,
 )
+from holdoff.cli.params import PolicyName
 from holdoff.policies import PolicyError, presets, read_policy
 from holdoff.v1 import policy_pb2
 
@@ -43,7 +44,7 @@ def list_policies(endpoint: str, output: str) -> None:
 
 
 @policy.command("show", epilog=example("holdoff policy show exact-online"))
-@click.argument("name")
+@click.argument("name", type=PolicyName())
 @output_option
 @click.pass_obj
 def show_policy(endpoint: str, name: str, output: str) -> None:
@@ -69,9 +70,13 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
             *((f"limit {limit.name}", _limit_text(limit)) for limit in found.limits),
             ("block", _block_text(block)),
             *((f"throttle {one.name}", _throttle_text(one)) for one in found.throttles),
-            ("while quiet a run", f"is {_WHEN_QUIET[found.when_quiet]}"),
+            (
+                "while quiet a run",
+                _WHEN_QUIET.get(found.when_quiet, enum_text(found, "when_quiet")),
+            ),
             *(("error in output", pattern) for pattern in found.output.errors),
             *(("place in output", pattern) for pattern in found.output.places),
+            ("codes in output", _codes_text(found.output)),
             ("endpoint path", found.endpoint_path or NOTHING),
         ]
     )
@@ -108,10 +113,10 @@ def check_policies(files: tuple[Path, ...]) -> None:
 
 
 _WHEN_QUIET = {
-    policy_pb2.WHEN_QUIET_UNSPECIFIED: "paused",
-    policy_pb2.WHEN_QUIET_PAUSE: "paused",
-    policy_pb2.WHEN_QUIET_FINISH: "let finish",
-    policy_pb2.WHEN_QUIET_TERMINATE: "ended",
+    policy_pb2.WHEN_QUIET_UNSPECIFIED: "is paused",
+    policy_pb2.WHEN_QUIET_PAUSE: "is paused",
+    policy_pb2.WHEN_QUIET_FINISH: "is let finish",
+    policy_pb2.WHEN_QUIET_TERMINATE: "is ended",
 }
 
 
@@ -152,5 +157,14 @@ def _throttle_text(throttle: policy_pb2.Throttle) -> str:
         *([f"body with {throttle.body}"] if throttle.body else ()),
         *([f"header with {throttle.header}"] if throttle.header else ()),
     ]
-    length = duration_text(throttle, "length") if throttle.HasField("length") else "as a block"
-    return f"{', '.join(signs)}: the {' + '.join(throttle.scope)}, for {length} or as a header says"
+    ends = [f"as {' or '.join(throttle.until)} says"] if throttle.until else []
+    ends.append(
+        f"for {duration_text(throttle, 'length')}" if throttle.HasField("length") else "as a block"
+    )
+    return f"{', '.join(signs)}: the {' + '.join(throttle.scope)}, {', else '.join(ends)}"
+
+
+def _codes_text(output: policy_pb2.OutputPolicy) -> str:
+    return (
+        ", ".join(f"{code} = {status}" for code, status in sorted(output.codes.items())) or NOTHING
+    )

@@ -24,7 +24,14 @@ from holdoff.cli.output import (
     state_text,
     time_text,
 )
-from holdoff.cli.params import Duration, DurationOrPolicy, LastRefreshed, Moment, Name
+from holdoff.cli.params import (
+    Duration,
+    DurationOrPolicy,
+    LastRefreshed,
+    Moment,
+    Name,
+    PolicyName,
+)
 from holdoff.names import AppName, TokenName
 from holdoff.v1 import lease_pb2
 
@@ -50,7 +57,9 @@ def token() -> None:
     ),
 )
 @click.argument("name", type=Name(TokenName))
-@click.option("--policy", default="", help="The provider's rules.  [default: exact-online]")
+@click.option(
+    "--policy", type=PolicyName(), default="", help="The provider's rules.  [default: exact-online]"
+)
 @click.option(
     "--refresh-interval",
     type=Duration(),
@@ -105,7 +114,7 @@ def create_token(  # noqa: PLR0913 - one for each option
     ),
 )
 @click.argument("name", type=Name(TokenName))
-@click.option("--policy", help="The provider's rules.")
+@click.option("--policy", type=PolicyName(), help="The provider's rules.")
 @click.option(
     "--refresh-interval",
     type=DurationOrPolicy(),

@@ -2,13 +2,18 @@
 
 A policy file is TOML. What each field means stands here; where a preset's value comes from, in
 its file.
+
+Patterns are regular expressions of Python's `re`, which knows no limit of time. One that can fail
+in exponentially many ways, such as `(a+)+b`, may hold up whoever searches with it. So what is
+searched is short: the first 4,000 characters of a line or a header, the first 64 KiB of a body.
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from functools import cache
+from collections import Counter
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,6 +34,11 @@ MOST_ENDPOINT_CHARACTERS = 200
 
 ScopeField = Literal["app", "token", "division", "endpoint"]
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9-]{1,63}\Z")]
+HeaderName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}\Z")]
+Status = Annotated[int, msgspec.Meta(ge=100, le=599)]
+
+_PLACE_GROUPS = frozenset({"url", "division", "endpoint"})
+_CODE = re.compile(r"[\w.-]{1,63}")
 
 
 class PolicyError(ValueError):
@@ -73,11 +83,8 @@ class Endpoint(_Table, frozen=True, kw_only=True):
     """A regular expression with the group `endpoint` and, if there are any, `division`."""
 
     def __post_init__(self) -> None:
-        try:
-            groups = re.compile(self.path).groupindex
-        except re.error as error:
-            raise ValueError(f"`path` is not a regular expression: {error}") from None
-        if "endpoint" not in groups or set(groups) - {"endpoint", "division"}:
+        groups = _groups_of("path", self.path)
+        if "endpoint" not in groups or groups - {"endpoint", "division"}:
             raise ValueError("`path` needs a group (?P<endpoint>…), and may have (?P<division>…)")
 
 
@@ -90,7 +97,7 @@ class Limit(_Table, frozen=True, kw_only=True):
     window: Seconds
     scope: tuple[ScopeField, ...]
     """For whom is counted; the app always belongs to it."""
-    statuses: tuple[Annotated[int, msgspec.Meta(ge=100, le=599)], ...] = ()
+    statuses: tuple[Status, ...] = ()
     """HTTP statuses that count as errors."""
     margin: Annotated[int, msgspec.Meta(ge=0)] = 0
     """So many are kept in hand; the budget is low from there on."""
@@ -126,54 +133,66 @@ class Throttle(_Table, frozen=True, kw_only=True):
     """How an answer that blocks or throttles is recognised: all that is given must fit."""
 
     name: Id
-    statuses: tuple[Annotated[int, msgspec.Meta(ge=100, le=599)], ...] = ()
+    statuses: tuple[Status, ...] = ()
     """Some providers throttle with 200."""
     body: str = ""
-    """A regular expression that is found in the body, of which the first 64 KiB are looked at."""
+    """A regular expression that is found in the body."""
     header: str = ""
     """A regular expression that is found in a line `Name: value` of the headers, without case."""
     scope: tuple[ScopeField, ...] = ("app",)
     """Who must be quiet."""
-    until: tuple[str, ...] = ("Retry-After",)
-    """Headers that say when it ends, the first that is there counts.
+    until: tuple[HeaderName, ...] = ("Retry-After",)
+    """Headers that say when it ends, the first that makes sense counts.
 
     Seconds, an HTTP date (RFC 9110, section 10.2.3), or seconds or milliseconds since 1970.
     """
     length: Seconds | None = None
-    """How long it lasts where no header says; else what the block says, longer each time."""
+    """How long it lasts where no header says, `most` of the block at most; where this is not given
+    what the block says, longer each time."""
 
     def __post_init__(self) -> None:
         _check_scope(self.scope)
         if not (self.statuses or self.body or self.header):
             raise ValueError("a throttle needs `statuses`, `body` or `header`: it fits everything")
-        for field in ("body", "header"):
-            _groups_of(field, getattr(self, field))
+        for field, pattern in (("body", self.body), ("header", self.header)):
+            if pattern:
+                _groups_of(field, pattern)
+        if self.length is not None and not self.length:
+            raise ValueError("`length` must be more than 0s")
 
 
 class Output(_Table, frozen=True, kw_only=True):
     """How errors are recognised in what a job prints: regular expressions, line by line.
 
-    Of a line the first 4,000 characters are looked at.
+    Where all that one fits has some letters in common, only lines with these are searched: it costs
+    next to nothing.
     """
 
     errors: tuple[str, ...]
-    """A line with an error. A group `status` has its HTTP status, a group `code` one of `codes`."""
+    """A line with an error. A group `status` has its HTTP status, a group `code` one of `codes`;
+    with neither the status is not known. The groups of `places` may be there too."""
     places: tuple[str, ...] = ()
     """A line near it that says where: groups `url`, `division` or `endpoint`."""
-    codes: dict[str, Annotated[int, msgspec.Meta(ge=100, le=599)]] = {}
-    """HTTP statuses of codes."""
+    codes: dict[str, Any] = {}
+    """HTTP statuses of codes, whose case does not count."""
 
     def __post_init__(self) -> None:
-        where = {"url", "division", "endpoint"}
-        for pattern in self.errors:
-            if re.search(r"\\[AZ]", pattern):
-                raise ValueError(r"`errors` is searched in many lines: write ^ and $ for \A and \Z")
-            if extra := _groups_of("errors", pattern) - where - {"status", "code"}:
-                raise ValueError(f"`errors` has an unknown group: {quoted(min(extra))}")
-        for pattern in self.places:
-            groups = _groups_of("places", pattern)
-            if not groups or groups - where:
-                raise ValueError("`places` needs groups (?P<url>…), (?P<division>…) or endpoint")
+        if not self.errors:
+            raise ValueError("`errors` needs a regular expression: without, nothing is recognised")
+        for number, pattern in enumerate(self.errors):
+            field = f"errors[{number}]"
+            if extra := _groups_of(field, pattern) - _PLACE_GROUPS - {"status", "code"}:
+                raise ValueError(f"`{field}` has an unknown group: {quoted(min(extra))}")
+        for number, pattern in enumerate(self.places):
+            field = f"places[{number}]"
+            groups = _groups_of(field, pattern)
+            if not groups or groups - _PLACE_GROUPS:
+                raise ValueError(f"`{field}` needs groups (?P<url>…), (?P<division>…) or endpoint")
+        for code, status in self.codes.items():  # of which msgspec would not say the wrong one
+            if not _CODE.fullmatch(code):
+                raise ValueError(f"`codes` are letters, digits, '.', '_' and '-': {quoted(code)}")
+            if type(status) is not int or not 100 <= status <= 599:  # noqa: PLR2004 - HTTP's
+                raise ValueError(f"`codes.{code}` must be an HTTP status, 100 to 599")
 
 
 class Policy(_Table, frozen=True, kw_only=True):
@@ -191,9 +210,11 @@ class Policy(_Table, frozen=True, kw_only=True):
     """What `holdoff run` does with a command while a scope of its job must be quiet."""
 
     def __post_init__(self) -> None:
-        for what, named in (("limits", self.limit), ("throttles", self.throttle)):
-            if len({one.name for one in named}) != len(named):
-                raise ValueError(f"two {what} have the same name")
+        for table, named in (("limit", self.limit), ("throttle", self.throttle)):
+            names = [one.name for one in named]
+            for number, name in enumerate(names):
+                if name in names[:number]:
+                    raise ValueError(f"`{table}[{number}].name`: two have the same name")
 
     def place(self, path: str) -> tuple[str, str]:
         """Find a call's (division, endpoint) in its path or URL, each in its one normal form."""
@@ -203,13 +224,15 @@ class Policy(_Table, frozen=True, kw_only=True):
 def find_place(pattern: str, path: str) -> tuple[str, str]:
     """Find a call's (division, endpoint) by the pattern of a policy, each in its one normal form.
 
-    The query goes, OData keys become `()`, and case does not count (`domain.md`, paths).
+    The query goes, OData keys become `()`, and case does not count (`domain.md`, paths). With no
+    pattern, or one of another release that does not compile, no division is found.
     """
     path = re.split(r"[?#]", path[:MOST_PATH_CHARACTERS], maxsplit=1)[0]
     division, endpoint = "", path
-    if pattern and (match := re.search(pattern, path)):
+    compiled = try_compile(pattern) if pattern else None
+    if compiled and (match := compiled.search(path)):
         found = match.groupdict()
-        division, endpoint = found.get("division") or "", found["endpoint"] or ""
+        division, endpoint = found.get("division") or "", found.get("endpoint") or ""
     return division, normal_endpoint(endpoint)
 
 
@@ -242,7 +265,7 @@ def read_policy(path: Path | Traversable) -> Policy:
         found = re.fullmatch(r"(.*?)(?: - at `\$\.?(.*)`)?", str(error), re.DOTALL)
         what, where = (found[1], found[2] or "") if found else (str(error), "")
         # Of a whole table the message says which field it is about.
-        if field := re.match(r"(?:Object contains unknown field )?`(\w+)`", what):
+        if field := re.match(r"(?:Object contains unknown field )?`([\w.\[\]-]+)`", what):
             where = f"{where}.{field[1]}" if where else field[1]
         place = f"{path.name}:{_line_of(text, where)}: "
         raise PolicyError(place + (f"{where}: " if where else "") + what) from None
@@ -264,12 +287,27 @@ def _check_scope(scope: tuple[ScopeField, ...]) -> None:
         raise ValueError('`scope` must name "app", and no field twice')
 
 
-def _groups_of(field: str, pattern: str) -> set[str]:
-    """Return the names of the groups of a regular expression."""
+@lru_cache
+def try_compile(pattern: str, flags: int = 0) -> re.Pattern[str] | None:
+    """Compile a regular expression from the API; None if it is none that we know."""
     try:
-        return set(re.compile(pattern).groupindex)
-    except re.error as error:
+        return re.compile(pattern, flags)
+    except _NO_PATTERN:
+        return None
+
+
+_NO_PATTERN = (re.error, OverflowError, RecursionError)  # as `re.compile` raises them
+
+
+def _groups_of(field: str, pattern: str) -> set[str]:
+    """Check a regular expression, and return the names of its groups."""
+    try:
+        compiled = re.compile(pattern)
+    except _NO_PATTERN as error:
         raise ValueError(f"`{field}` is not a regular expression: {error}") from None
+    if compiled.search(""):
+        raise ValueError(f"`{field}` fits everything: write what is special about it")
+    return set(compiled.groupindex)
 
 
 def _convert(kind: type, value: Any) -> Any:
@@ -279,20 +317,31 @@ def _convert(kind: type, value: Any) -> Any:
     raise ValueError(f'write a duration such as "570s" or "1h", not {quoted(str(value))}')
 
 
+_ENTRY = re.compile(
+    r"""^[ \t]*(?:(?P<brackets>\[\[?)\s*(?P<table>[\w."'-]+)\s*\]|(?P<key>[\w."'-]+)\s*=)""",
+    re.MULTILINE,
+)
+_VALUE = re.compile(
+    r"""\#[^\n]*|(?P<value>\'{3}.*?\'{3}|"{3}.*?"{3}|'[^'\n]*'|"(?:\\.|[^"\\\n])*"|[^\s,\[\]]+)""",
+    re.DOTALL,
+)
+
+
 def _line_of(text: str, path: str) -> int:
     """Find the line of a field such as `limit[2].most`; of its table if it is not there."""
-    found = re.fullmatch(r"(?:(\w+)(?:\[(\d+)\])?\.)?(\w*).*", path)
-    wanted_table, wanted_count, field = found.groups() if found else (None, None, "")
-    header, count, line_of_table = None, 0, 1
-    for number, line in enumerate(text.splitlines(), start=1):
-        if table := re.match(r"\s*\[+\s*([\w-]+)\s*\]+", line):
-            count = count + 1 if table[1] == header else 0
-            header = table[1]
-            if header == field:
-                return number
-        here = (header, count) == (wanted_table, int(wanted_count or 0))
-        if here and re.match(rf"\s*[\"']?{field}[\"']?\s*=", line):
-            return number
-        if here and table:
-            line_of_table = number
-    return line_of_table
+    table, counts = "", Counter[str]()
+    nearest, start, end = "", 0, 0
+    for entry in _ENTRY.finditer(text):
+        if name := entry["table"]:
+            here = table = name + (f"[{counts[name]}]" if entry["brackets"] == "[[" else "")
+            counts[name] += 1
+        else:
+            here = f"{table}.{entry['key']}".removeprefix(".")
+        here = re.sub(r"[\"']", "", here)
+        fits = path in {here, here.removesuffix("[0]")} or path.startswith((f"{here}.", f"{here}["))
+        if fits and len(here) > len(nearest):
+            nearest, start, end = here, entry.start(), entry.end()
+    if element := re.fullmatch(r"\[(\d+)\]", path[len(nearest) :]):
+        values = [value for value in _VALUE.finditer(text, end) if value["value"]]
+        start = values[int(element[1])].start()
+    return text.count("\n", 0, start) + 1
