@@ -47,6 +47,7 @@ demo-short: $(READY) ## The demo with fewer runs
 
 bench: $(READY) ## Measure; nothing is asserted
 	PYTHONPATH=. python tests/bench/handover.py
+	PYTHONPATH=. python tests/bench/output.py
 
 SECONDS := 180
 soak: $(READY) ## 1000 waiters at two replicas for three minutes, or SECONDS=20: promises and figures

@@ -5,6 +5,7 @@ A small driver plays the wrapper. It reports what it saw as hashes, and its warn
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -74,6 +75,9 @@ with (
             threading.Thread(target=renew, args=[guard], daemon=True).start()
         outcome = guard.wait(lambda event: report(event=event.kind))
         report(ended=outcome.status)
+    if options.get("twice"):
+        threading.Thread(target=passage.finish, daemon=True).start()
+        time.sleep(0.1)
     passage.finish()
 report(seen={stream: hash.hexdigest() for stream, hash in seen.items()})
 sys.stdout.flush()
@@ -102,11 +106,20 @@ class Driver:
         """Return the first value reported under this key; waits for it."""
         return wait_until(lambda: self.reports(key))[0]
 
+    def stop(self) -> None:
+        """Leave nothing behind, whatever the test found."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.fsencode(self._path) in (folder / "cmdline").read_bytes():
+                    os.kill(int(folder.name), signal.SIGKILL)
+
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Driver:
+def driver(tmp_path: Path) -> Iterator[Driver]:
     """Give a driver that was not started."""
-    return Driver(tmp_path)
+    driver = Driver(tmp_path)
+    yield driver
+    driver.stop()
 
 
 # Bytes --------------------------------------------------------------------------------------
@@ -361,7 +374,10 @@ def test_a_command_with_redirected_output_has_the_terminal(driver: Driver, shell
 
 
 def test_a_reader_that_leaves(driver: Driver) -> None:
-    """The command gets SIGPIPE, as it would from `| head -1` itself."""
+    """The command gets SIGPIPE, as it would from `| head -1` itself.
+
+    Fails when our end of its pipe stays open.
+    """
     with subprocess.Popen(driver.command(["yes"]), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"y\n"
@@ -404,7 +420,7 @@ def test_a_full_disk(driver: Driver) -> None:
 def test_a_blocked_reader_delays_nothing_else(driver: Driver) -> None:
     """Renewals go on, so the command outlasts its first fence by far; then all arrives.
 
-    Fails when the guard's end of the wrapper waits for the passage.
+    Fails when the passage runs in the wrapper's main thread.
     """
     command = python("import os\nos.write(2, b'begun')\nos.write(1, b'x' * 3_000_000)")
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -420,13 +436,14 @@ def test_a_blocked_reader_delays_nothing_else(driver: Driver) -> None:
 def test_a_blocked_reader_does_not_hide_the_end(driver: Driver) -> None:
     """The end of the command is known while what it wrote still waits; the wrapper waits too.
 
-    Fails when the wrapper does not wait for its reader: what was written would be lost.
+    Fails when the wrapper does not wait for its reader, or only the first call of `finish` does:
+    what was written would be lost.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     filler = os.write(writing, bytes(MIB))
     os.set_blocking(writing, True)
-    process = subprocess.Popen(driver.command(["echo", "late"]), stdout=writing)
+    process = subprocess.Popen(driver.command(["echo", "late"], twice=True), stdout=writing)
     os.close(writing)
     assert driver.reported("ended") == 0
     with pytest.raises(subprocess.TimeoutExpired):
@@ -560,7 +577,9 @@ def test_a_log_that_comes_later(log: Log) -> None:
 
 
 def test_a_log_that_never_comes(log: Log) -> None:
-    """A typing error in the name does not go unnoticed."""
+    """A typing error in the name does not go unnoticed, unless the run never began."""
+    LogTail(log.path, print, log.warnings.append).finish()
+    assert not log.warnings
     log.follow().finish()
     (warning,) = log.warnings
     assert str(log.path) in warning

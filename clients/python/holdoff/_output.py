@@ -167,7 +167,7 @@ class Passage:
 
         What survivors write later than some seconds from now is not the run's. A reader of ours
         that blocks is waited for, as ``cat`` would in our place, so give a lease back before. A
-        signal may interrupt the wait. A second call does nothing.
+        signal may interrupt the wait. It may be called from several threads, and again.
         """
         for stream in self._streams:
             stream.finish(started=self._started)
@@ -196,7 +196,7 @@ class _Stream:
 
     def finish(self, *, started: bool) -> None:
         if started:
-            self._give_up_at = time.monotonic() + _PATIENCE_SECONDS
+            self._give_up_at = min(self._give_up_at, time.monotonic() + _PATIENCE_SECONDS)
             self._thread.join()
         else:
             os.close(self.entrance)
@@ -291,8 +291,9 @@ class LogTail:
     def finish(self) -> None:
         """Returns when all has been read, or a file system does not answer for some seconds."""
         self._over.set()
-        if self._thread.is_alive():
-            self._thread.join(_PATIENCE_SECONDS)
+        if self._thread.ident is None:
+            return  # never started
+        self._thread.join(_PATIENCE_SECONDS)
         if self._thread.is_alive():
             self._listener.warn(f"the log file {self._path} could not be read to its end in time")
         elif self._file is None and not self._failed:

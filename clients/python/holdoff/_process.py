@@ -537,7 +537,7 @@ class Guard:
 
     def _resume(self) -> None:
         """Continues the command, with the terminal if that is ours to lend."""
-        if not self._launched or self._paused:
+        if not self._launched:
             return
         self._resumed = True
         if self._terminal.lend():
