@@ -42,7 +42,7 @@ pytest: $(READY) ## All tests
 unit integration model e2e proto: $(READY) ## The tests of one kind
 	$(PYTEST) tests/$@
 
-demo-short: $(READY) ## The demo with fewer runs
+demo-short: $(READY) ## The demo on a faster clock
 	python clients/demo/demo.py --short
 
 bench: $(READY) ## Measure; nothing is asserted

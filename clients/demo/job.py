@@ -2,7 +2,8 @@
 
 It is an ordinary OAuth client and knows nothing of Holdoff. Its grant is a JSON
 file that all hosts share, with `token_url`, `api_url`, `client_id`,
-`client_secret`, `refresh_token` and `divisions`.
+`client_secret`, `refresh_token` and `divisions`. With `--bug` it calls the API in
+a way that the provider refuses, again and again, and prints what Data Hub prints.
 
 Exit codes are Data Hub's: 0 when all went well, 2 otherwise.
 """
@@ -27,6 +28,10 @@ RETRY_PAUSE_SECONDS = 0.25
 TIMEOUT_SECONDS = 10
 ENDPOINTS = ("crm/Accounts", "logistics/Items", "salesinvoice/SalesInvoices")
 
+BUG_ENDPOINT = "financial/GLAccounts"
+BUG_CALLS = 6
+BUG_PAUSE_SECONDS = 0.3
+
 
 class Job:
     """One run of the job.
@@ -34,11 +39,13 @@ class Job:
     Args:
         grant_file: the file that all hosts share.
         name: who this is, for the log and the User-Agent.
+        bug: whether it does what it does wrongly.
     """
 
-    def __init__(self, grant_file: Path, name: str) -> None:
+    def __init__(self, grant_file: Path, name: str, *, bug: bool) -> None:
         self._grant_file = grant_file
         self._name = name
+        self._call = self._look_up if bug else self._call_all
 
     def run(self) -> int:
         """Do the job and return its exit code."""
@@ -48,7 +55,7 @@ class Job:
             if access_token is None:
                 return 2
             grant = self._read_grant()
-            return 0 if self._call_all(grant, access_token) else 2
+            return 0 if self._call(grant, access_token) else 2
         except OSError as error:  # the provider or the grant file is out of reach
             self._log(f"failed: {error}")
             return 2
@@ -83,6 +90,23 @@ class Job:
             status, _ = self._send(url, headers=headers)
             self._log(f"{endpoint}: {status}")
             succeeded = succeeded and status == 200  # noqa: PLR2004 -- HTTP's OK
+        return succeeded
+
+    def _look_up(self, grant: dict[str, Any], access_token: str) -> bool:
+        """Look ledger accounts up, each with a filter that lacks its last quote: a 400 each time.
+
+        Like many a job it does not stop there: maybe the next account is better.
+        """
+        headers = {"Authorization": f"Bearer {access_token}"}
+        accounts = f"{grant['api_url']}/{grant['divisions'][0]}/{BUG_ENDPOINT}"
+        succeeded = True
+        for code in range(1000, 1000 + BUG_CALLS):
+            url = accounts + "?$filter=" + urllib.parse.quote(f"Code eq '{code}")
+            status, _ = self._send(url, headers=headers)
+            if status != 200:  # noqa: PLR2004 -- HTTP's OK
+                succeeded = False
+                self._log(f"The remote server returned an error: ({status}).\n{url}")
+            time.sleep(BUG_PAUSE_SECONDS)
         return succeeded
 
     def _send(
@@ -122,8 +146,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Refresh a token and call an API with it.")
     parser.add_argument("grant_file", type=Path, help="JSON file with the grant, shared by hosts")
     parser.add_argument("--name", required=True, help="who this is, sent as the User-Agent")
+    parser.add_argument("--bug", action="store_true", help="make calls that the API refuses")
     arguments = parser.parse_args()
-    return Job(arguments.grant_file, arguments.name).run()
+    return Job(arguments.grant_file, arguments.name, bug=arguments.bug).run()
 
 
 if __name__ == "__main__":
