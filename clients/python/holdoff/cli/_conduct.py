@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 from holdoff import _calls
 from holdoff._recognise import OutputRecogniser, SeenBlock
-from holdoff.cli._waiting import say
 from holdoff.durations import format_duration
 from holdoff.policies import find_place
 from holdoff.v1 import budget_pb2, lease_service_pb2, policy_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from holdoff import HeldLease
     from holdoff._output import Source
@@ -71,12 +70,26 @@ class Rooms:
 
 
 class Conduct:
-    """Watches one command: what it writes, and what the coordinator says about its scopes."""
+    """Watches one command: what it writes, and what the coordinator says about its scopes.
+
+    Args:
+        reporter: Reports what is seen.
+        token: Where it happens.
+        job: Its name.
+        when_quiet: What to do then; None does what the policy says.
+        say: Called with a line for people, in threads that others wait for: it must not block.
+    """
 
     def __init__(
-        self, reporter: Reporter, token: str, job: str, when_quiet: WhenQuiet | None
+        self,
+        reporter: Reporter,
+        token: str,
+        job: str,
+        when_quiet: WhenQuiet | None,
+        say: Callable[[str], object],
     ) -> None:
         self._reporter = reporter
+        self._say = say
         self._token = token
         self._job = job
         self._when_quiet = when_quiet
@@ -89,6 +102,7 @@ class Conduct:
         self._notice: lease_service_pb2.FollowLeaseResponse | None = None
         self._own_count_at: float | None = None
         """When our own count found no room; None while it finds some."""
+        self._own_words = ""
         self._quiet_since: float | None = None
         self._began = time.monotonic()
         self._over = threading.Event()
@@ -151,17 +165,20 @@ class Conduct:
                     job=self._job,
                 )
                 self.errors += 1
-                spent = True
+                how = f" with HTTP {one.status}" if one.status else ""
+                spent = f"the provider refuses calls{how}"
             else:
                 event = _calls.error_event(where, status=one.status, count=one.count, job=self._job)
                 self.errors += one.count
                 division, endpoint = find_place(self._rooms.policy.endpoint_path, one.endpoint)
                 place = (one.division or division, endpoint)
-                spent = self._rooms.take(place, one.status, one.count)
+                spent = ""
+                if self._rooms.take(place, one.status, one.count):
+                    spent = "the command has made as many errors as there is room for"
             event.lease = self._lease
             events.append(event)
             if spent and self._own_count_at is None:
-                self._own_count_at = time.monotonic()
+                self._own_count_at, self._own_words = time.monotonic(), spent
         if events:
             self._judge()  # first: the report may take the time of an fsync
             self._reporter.report(*events)
@@ -191,13 +208,13 @@ class Conduct:
         elif not must_be_quiet and self._quiet_since is not None:
             self._quiet_since = None
             if self._when_quiet == "pause":
-                say("the command goes on")
+                self._say("the command goes on")
                 self._guard.resume()
         if self._quiet_since is not None and self._when_quiet == "pause":
             left = self._token_left_seconds(self._quiet_since)
             if left is not None and now - self._quiet_since >= left:
                 self._when_quiet = "terminate"
-                say("its access token has run out meanwhile: ending the command")
+                self._say("its access token has run out meanwhile: ending the command")
                 self._guard.end(ENDED_BY)
 
     def _trust_coordinator(self, now: float) -> None:
@@ -213,20 +230,20 @@ class Conduct:
         self.reason = self._words()
         match self._when_quiet:
             case "finish":
-                say(f"{self.reason}; the command is let finish")
+                self._say(f"{self.reason}; the command is let finish")
             case "terminate":
-                say(f"{self.reason}: ending the command")
+                self._say(f"{self.reason}: ending the command")
                 guard.end(ENDED_BY)
             case _:
                 left = self._token_left_seconds(now)
                 most = "" if left is None else f", for {format_duration(round(left))} at most"
-                say(f"{self.reason}: the command is paused{most}")
+                self._say(f"{self.reason}: the command is paused{most}")
                 guard.pause()
 
     def _words(self) -> str:
         if self._notice is not None and self._notice.back_offs:
             return self._notice.back_offs[0].reason
-        return "the command has made as many errors as there is room for"
+        return self._own_words
 
     def _token_left_seconds(self, now: float) -> float | None:
         """How long the access token lives on, if it was got at the start and whenever it ran out.

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
+import queue
 import signal
 import threading
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import click
 from click.shell_completion import CompletionItem
 
-from holdoff import Client, HeldLease, HoldoffError, LeaseLost, Unavailable
+from holdoff import Client, HeldLease, HoldoffError, LeaseLost, NotGranted, Unavailable
 from holdoff._core import DEFAULT_TTL_SECONDS, Timing
 from holdoff._output import LogTail, Passage
 from holdoff._process import CannotRunError, Guard, GuardError, Outcome, caught_signals, which
@@ -29,6 +31,7 @@ from holdoff.cli._fencing import last_fencing_token, remember_fencing_token
 from holdoff.cli._help import example
 from holdoff.cli._waiting import WaitDisplay, say
 from holdoff.cli.params import MOST_LABELS, Duration, Label, Name
+from holdoff.durations import format_duration
 from holdoff.names import TokenName
 
 if TYPE_CHECKING:
@@ -262,7 +265,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     except HoldoffError as error:
         account.exit_code = exits.code_of(error) or exits.INTERNAL
         account.outcome, account.reason = _OUTCOMES.get(account.exit_code, "failed"), str(error)
-        exits.complain(str(error), exits.remedy_of(error, coordinator))
+        exits.complain(account.reason + _when(error), exits.remedy_of(error, coordinator))
     if result_file:
         account.write(result_file)
     raise click.exceptions.Exit(account.exit_code)
@@ -285,11 +288,59 @@ _OUTCOMES: dict[int, Literal["unreachable", "not_granted", "refused", "lease_los
 }
 
 
+def _when(error: HoldoffError) -> str:
+    """Say when to ask again, where that is known; in a quarantine the remedy says it."""
+    seconds = error.retry_after_seconds if isinstance(error, NotGranted) else None
+    if not seconds or error.reason == "QUARANTINED":
+        return ""
+    return f"; earliest start in {format_duration(round(seconds, 1))}"
+
+
 def scopes_of(divisions: Sequence[str], endpoints: Sequence[str]) -> list[tuple[str, str]]:
     """Every endpoint in every division; an empty text where one of them is not known."""
     if not divisions and not endpoints:
         return []
     return list(itertools.product(divisions or [""], endpoints or [""]))
+
+
+class _Voice:
+    """Says what a run has to say in a thread of its own: who reads our stderr may block.
+
+    Nothing waits for that but the end of the run, as `cat` would in our place.
+    """
+
+    def __init__(self) -> None:
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="voice", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.put(None)
+        self._thread.join()
+
+    def say(self, message: str) -> None:
+        """Say a line, soon."""
+        self._lines.put(message)
+
+    def _work(self) -> None:
+        for line in iter(self._lines.get, None):
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                say(line)
+
+
+class _Faults(logging.Handler):
+    """Says what the library logs of its own faults; the rest the run says itself."""
+
+    def __init__(self, voice: _Voice) -> None:
+        super().__init__(logging.ERROR)
+        self._voice = voice
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).splitlines():
+            self._voice.say(line)
 
 
 class _Run:
@@ -308,8 +359,10 @@ class _Run:
         self._account = account
         self._scopes = scopes
         self._lease: HeldLease | None = None
-        self._reporter = Reporter(client.record_events, Spool(), warn=say)
-        self._conduct = Conduct(self._reporter, account.token, account.job, when_quiet)
+        self._voice = _Voice()
+        self._say = self._voice.say
+        self._reporter = Reporter(client.record_events, Spool(), warn=self._say)
+        self._conduct = Conduct(self._reporter, account.token, account.job, when_quiet, self._say)
         self._passage: Passage | None = None
         self._log: LogTail | None = None
 
@@ -326,11 +379,15 @@ class _Run:
             ValueError: The log file is none.
         """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._voice)
+            faults, log = _Faults(self._voice), logging.getLogger("holdoff")
+            log.addHandler(faults)
+            stack.callback(log.removeHandler, faults)
             stack.callback(self._reporter.close, REPORT_SECONDS)
             if log_file:
-                self._log = LogTail(log_file, self._conduct.on_data, say)
+                self._log = LogTail(log_file, self._conduct.on_data, self._say)
             elif read_output:
-                self._passage = stack.enter_context(Passage(self._conduct.on_data, say))
+                self._passage = stack.enter_context(Passage(self._conduct.on_data, self._say))
             stdio = self._passage.stdio if self._passage else None
             self._guard = stack.enter_context(Guard.start(stdio, isolate=isolate))
             if self._passage:
@@ -341,7 +398,7 @@ class _Run:
 
     def _flush_leftovers(self) -> None:
         """Report what earlier runs on this host could not."""
-        flush_leftovers(Spool(), self._client.record_events, warn=say)
+        flush_leftovers(Spool(), self._client.record_events, warn=self._say)
 
     def run(
         self, path: str, command: Sequence[str], wait: float | None, *, break_glass: bool
@@ -359,7 +416,7 @@ class _Run:
             except Unavailable as error:
                 if not break_glass:
                     raise
-                say(f"RUNNING WITHOUT A LEASE, as --if-unreachable run says: {error}")
+                self._say(f"RUNNING WITHOUT A LEASE, as --if-unreachable run says: {error}")
                 self._account.reason = str(error)
             self._account.waited_seconds = round(time.monotonic() - began, 3)
             with contextlib.ExitStack() as stack:
@@ -438,10 +495,10 @@ class _Run:
             if self._lease:
                 self._lease.command_started()
         elif event.kind == "ending" and event.reason == "fence":
-            say("no renewal came through: ending the command before its lease runs out")
+            self._say("no renewal came through: ending the command before its lease runs out")
 
     def _on_lost(self, error: LeaseLost) -> None:
-        say(f"lease lost, ending the command: {error}")
+        self._say(f"lease lost, ending the command: {error}")
         self._guard.end("lease lost")
 
     def _settle(self, outcome: Outcome) -> None:
@@ -455,12 +512,12 @@ class _Run:
         account.outcome = "exited" if outcome.signal is None else "signaled"
         account.exit_code = exits.INTERNAL if outcome.status is None else outcome.status
         if outcome.survivors:
-            say(f"{outcome.survivors} processes outlived KILL: the lease is left to run out")
+            self._say(f"{outcome.survivors} processes outlived KILL: the lease is left to run out")
         elif self._lease:
             try:
                 self._lease.release()
             except Unavailable as error:
-                say(f"the lease could not be given back and runs out by itself: {error}")
+                self._say(f"the lease could not be given back and runs out by itself: {error}")
         if outcome.cannot_run:
             raise outcome.cannot_run
         if outcome.ended_by == ENDED_BY:
