@@ -300,6 +300,25 @@ def test_a_nested_run_knows_nothing_of_the_outer(
     assert bare == [inner, "", ""]
 
 
+def test_a_run_does_not_wait_for_the_one_it_is_part_of(service: Service, token: str) -> None:
+    """It is refused while the outer run holds the token, and not by what an older run left behind.
+
+    Fails when nobody looks at the lease that the environment names (the inner run waits for the
+    outer one, which waits for it), or at whether it is over.
+    """
+    nested = f"{BIN / 'holdoff'} run --token {token} --wait 10s"
+    process = run(service, token, "--", "sh", "-c", f"echo $HOLDOFF_LEASE; {nested} -- true")
+    lease, stderr = process.communicate(timeout=8)
+    assert process.returncode == 64
+    assert f"a run that holds {token} already" in stderr
+    for stale in (lease.strip(), f"{token}/leases/77", f"{token}/leases/none"):
+        process = run(
+            service, token, "--", "true", env={**service.environment, "HOLDOFF_LEASE": stale}
+        )
+        process.communicate(timeout=10)
+        assert process.returncode == 0, stale
+
+
 def test_a_wait_keeps_trying_until_its_limit(service: Service) -> None:
     """69 at the limit and not before, with one line in the log about it."""
     nobody = {**service.environment, "HOLDOFF_ENDPOINT": "127.0.0.1:1"}

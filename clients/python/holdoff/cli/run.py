@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Literal, Self
 import click
 from click.shell_completion import CompletionItem
 
-from holdoff import Client, HeldLease, HoldoffError, LeaseLost, NotGranted, Unavailable
+from holdoff import (
+    Client,
+    HeldLease,
+    HoldoffError,
+    InvalidRequest,
+    LeaseLost,
+    NotFound,
+    NotGranted,
+    Unavailable,
+)
 from holdoff._core import DEFAULT_TTL_SECONDS, Timing
 from holdoff._output import LogTail, Passage
 from holdoff._process import CannotRunError, Guard, GuardError, Outcome, caught_signals, which
@@ -33,6 +42,7 @@ from holdoff.cli._waiting import WaitDisplay, say
 from holdoff.cli.params import MOST_LABELS, Duration, Label, Name
 from holdoff.durations import format_duration
 from holdoff.names import TokenName
+from holdoff.v1 import lease_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +59,7 @@ REPORT_SECONDS = 5.0
 _LOOK_SECONDS = 0.02
 
 # What does not end a process that has not asked for it.
-_HARMLESS_SIGNALS = {signal.SIGWINCH, signal.SIGURG, signal.SIGCONT, signal.SIGTSTP}
+_HARMLESS_SIGNALS = {"SIGWINCH", "SIGURG", "SIGCONT", "SIGTSTP"}
 
 VARIABLES = ("HOLDOFF_TOKEN", "HOLDOFF_LEASE", "HOLDOFF_FENCING_TOKEN")
 
@@ -412,6 +422,7 @@ class _Run:
         with caught_signals(self._on_signal):
             began = time.monotonic()
             try:
+                self._see_that_it_ends()
                 self._lease = self._acquire(wait)
             except Unavailable as error:
                 if not break_glass:
@@ -444,6 +455,22 @@ class _Run:
         give_up = time.monotonic() + REPORT_SECONDS
         while self._reporter.idle_since is None and time.monotonic() < give_up:
             time.sleep(_LOOK_SECONDS)
+
+    def _see_that_it_ends(self) -> None:
+        """Refuse to wait for the run that this one is a part of.
+
+        Raises:
+            click.UsageError: That run holds the token.
+        """
+        token, outer = self._account.token, os.environ.get("HOLDOFF_LEASE", "")
+        if not outer.startswith(f"{token}/leases/"):
+            return
+        with contextlib.suppress(NotFound, InvalidRequest):
+            if self._client.get_lease(outer).state == lease_pb2.LEASE_STATE_ACTIVE:
+                raise click.UsageError(
+                    f"this is part of a run that holds {token} already, and would wait for itself: "
+                    "start the command without `holdoff run`"
+                )
 
     def _acquire(self, wait: float | None) -> HeldLease:
         token = self._account.token
@@ -486,7 +513,7 @@ class _Run:
         )
 
     def _on_signal(self, signum: int) -> None:
-        if not self._guard.signal(signum) and signum not in _HARMLESS_SIGNALS:
+        if not self._guard.signal(signum) and signal.Signals(signum).name not in _HARMLESS_SIGNALS:
             raise Interrupted(signum)
 
     def _on_event(self, event: Event) -> None:
