@@ -32,7 +32,7 @@ APPS = "holdoff:apps"
 LOST = "lost"
 """Stands for the epoch of an app whose store is known to have lost its data."""
 
-BUDGET_SCRIPTS = ("commit", "read_budgets", "record_events", "reserve", "reset_budget")
+BUDGET_SCRIPTS = ("commit", "read_budgets", "record_events", "reserve", "reset_budget", "sweep")
 SCRIPTS = (
     *BUDGET_SCRIPTS,
     "acquire",
@@ -49,7 +49,6 @@ SCRIPTS = (
     "release",
     "renew",
     "set_back_off",
-    "sweep",
     "tick",
     "update_token",
     "upgrade",
@@ -218,14 +217,16 @@ class Scripts:
         return found if found and found[0][0] == after + 1 else None
 
     async def busy_apps(self) -> list[str]:
-        """List the apps with a token that is not idle, or a back-off.
+        """List the apps with a token that is not idle, a back-off, or a reservation.
 
         This asks for one number an app; apps are API keys, of which there are few.
         """
         apps = await self.apps()
         async with self.redis.pipeline(transaction=False) as pipeline:
             for app in apps:
-                pipeline.exists(f"{shard_key(app)}:due", f"{shard_key(app)}:backoffs")
+                pipeline.exists(
+                    *(f"{shard_key(app)}:{what}" for what in ("due", "backoffs", "reservations"))
+                )
             counts = await _answer(pipeline.execute())
         return [app for app, count in zip(apps, counts, strict=True) if count]
 

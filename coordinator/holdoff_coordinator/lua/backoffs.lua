@@ -13,6 +13,8 @@ local BACK_OFFS_MOST = 1000 -- of an app; beyond, whole tokens are quiet
 local PROBE_FOR = 60 * SECOND -- a probe that went on so long without an error succeeded
 local STEP_MOST, STEP_LEAST, SPREAD = SECOND / 5, SECOND * 0.06, 5 * SECOND
 local FORGET_US = 24 * 3600 * SECOND -- a back-off that nobody probed is over then
+local SILENT_FOR = 60 * SECOND -- who did not ask for so long follows nobody
+local TOUCHED_US = 7 * 24 * 3600 * SECOND
 local MOVES_KEPT = 20000 -- more than an app has budgets and back-offs
 
 local BACK_OFFS = SHARD .. ':backoffs' -- ids of those that are not over, by their end
@@ -20,7 +22,8 @@ local MOVED = SHARD .. ':moved' -- what changed, by the number of its latest cha
 
 local function back_off_key(id) return SHARD .. ':backoff:' .. id end
 local function turns_key(id) return SHARD .. ':turns:' .. id end -- callers, in order
-local function callers_key(id) return SHARD .. ':callers:' .. id end -- by when they asked
+-- Callers by when they asked; negative while another back-off holds them, too.
+local function callers_key(id) return SHARD .. ':callers:' .. id end
 local function touched_key(job) return SHARD .. ':touched:' .. job end -- places of a week
 local function reservation_key(id) return SHARD .. ':reservation:' .. id end
 
@@ -53,25 +56,37 @@ local by_scope -- the same by scope, in lists
 local function end_back_off(one)
   redis.call('ZREM', BACK_OFFS, one.id)
   redis.call('DEL', turns_key(one.id), callers_key(one.id))
-  redis.call('HDEL', back_off_key(one.id), 'probe', 'reopened_us')
+  redis.call('HDEL', back_off_key(one.id), 'probe', 'went_first', 'reopened_us')
   back_off_changed(one, {state = 'OVER', ended_us = now})
   found[one.id] = nil
 end
 
--- Lets those who kept a back-off follow, a step apart.
+-- Lets those who kept a back-off follow, a step apart; its probe goes on.
 local function reopen(one)
-  if one.probe then redis.call('ZREM', turns_key(one.id), one.probe) end
+  if one.state == 'REOPENING' then return end
+  local probe, turns, old = one.probe, turns_key(one.id), now - SILENT_FOR
+  if probe then redis.call('ZREM', turns, probe) end
   redis.call('HDEL', back_off_key(one.id), 'probe')
   one.probe = nil
-  local callers = redis.call('ZCARD', turns_key(one.id))
+  for _, silent in ipairs(redis.call('ZRANGEBYSCORE', callers_key(one.id), '(' .. us(-old), '(' .. us(old))) do
+    redis.call('ZREM', turns, silent)
+  end
+  local callers = redis.call('ZCARD', turns)
   if callers == 0 then return end_back_off(one) end
   local step = math.floor(math.max(STEP_LEAST, math.min(STEP_MOST, SPREAD / callers)))
-  back_off_changed(one, {state = 'REOPENING', reopened_us = now, step_us = step})
+  back_off_changed(one, {state = 'REOPENING', reopened_us = now, step_us = step, went_first = probe})
+end
+
+-- Who went first, and did not succeed, comes after all others.
+local function had_its_turn(caller)
+  for _, one in pairs(found) do
+    if one.state ~= 'REOPENING' then redis.call('ZREM', turns_key(one.id), caller) end
+  end
 end
 
 local function drop_probe(one)
   redis.call('HDEL', back_off_key(one.id), 'probe')
-  redis.call('ZREM', turns_key(one.id), one.probe)
+  had_its_turn(one.probe)
   one.probe = nil
   back_off_changed(one, {probe_dropped_us = now})
 end
@@ -116,15 +131,14 @@ end
 local function back_offs()
   if found then return found end
   found = {}
-  for _, id in ipairs(redis.call('ZRANGE', BACK_OFFS, 0, -1)) do
+  local ids = redis.call('ZRANGE', BACK_OFFS, 0, -1)
+  for _, id in ipairs(ids) do
     local one = load(back_off_key(id))
     one.id = id
-    if one.until_us then
-      found[id] = one
-      settle_back_off(one)
-    else
-      redis.call('ZREM', BACK_OFFS, id)
-    end
+    if one.until_us then found[id] = one else redis.call('ZREM', BACK_OFFS, id) end
+  end
+  for _, id in ipairs(ids) do
+    if found[id] then settle_back_off(found[id]) end
   end
   return found
 end
@@ -134,6 +148,12 @@ local function back_off_record(id)
   local one = back_offs()[id] or load(back_off_key(id))
   one.id = id
   return one
+end
+
+-- Remembers a back-off for as long as it may matter.
+local function keep_back_off(one)
+  local kept = number(one.until_us) - now + 2 * math.max(FORGET_US, number(one.forget_us))
+  for _, key in ipairs({BACK_OFFS, back_off_key(one.id)}) do keep(key, kept) end
 end
 
 -- Makes a scope quiet until an instant. `facts` has token, division, endpoint, cause
@@ -146,7 +166,8 @@ local function be_quiet(id, facts)
   end
   local one = back_off_record(id)
   if one.state == 'QUIET' and us(facts.until_us) == one.until_us then return end
-  for _, field in ipairs({'probe', 'reopened_us', 'erred_us', 'cleared_by', 'clear_reason'}) do
+  if one.probe then had_its_turn(one.probe) end
+  for _, field in ipairs({'probe', 'went_first', 'reopened_us', 'erred_us', 'cleared_by', 'clear_reason'}) do
     redis.call('HDEL', back_off_key(id), field)
     one[field] = nil
   end
@@ -154,8 +175,7 @@ local function be_quiet(id, facts)
   found[id], by_scope = one, nil
   redis.call('ZADD', BACK_OFFS, us(facts.until_us), id)
   back_off_changed(one, facts)
-  local kept = facts.until_us - now + 2 * math.max(FORGET_US, number(one.forget_us))
-  for _, key in ipairs({BACK_OFFS, back_off_key(id)}) do keep(key, kept) end
+  keep_back_off(one)
 end
 
 -- Callers -------------------------------------------------------------------
@@ -194,18 +214,24 @@ local function subject_to(token, places)
   return list
 end
 
+-- Where a job, or the holder of a lease, erred within a week.
+local function touched(who)
+  local places = redis.call('ZRANGEBYSCORE', touched_key(who), us(now - TOUCHED_US), '+inf')
+  for i, place in ipairs(places) do places[i] = cjson.decode(place) end
+  return places
+end
+
 -- The places of a job's calls: those it declared, and for what it left open those
 -- where jobs of its name erred within a week.
 local function places_of(declared, job)
   local places = {{'', ''}}
   if not next(back_offs()) then return places end
-  local touched
+  local erred
   for _, place in ipairs(declared and declared ~= '' and cjson.decode(declared) or {{'', ''}}) do
     places[#places + 1] = place
     if job and job ~= '' and (place[1] == '' or place[2] == '') then
-      touched = touched or redis.call('ZRANGE', touched_key(job), 0, -1)
-      for _, member in ipairs(touched) do
-        local one = cjson.decode(member)
+      erred = erred or touched(job)
+      for _, one in ipairs(erred) do
         if (place[1] == '' or place[1] == one[1]) and (place[2] == '' or place[2] == one[2]) then
           places[#places + 1] = one
         end
@@ -215,7 +241,7 @@ local function places_of(declared, job)
   return places
 end
 
--- Whether nobody who still asks came before a caller.
+-- Whether nobody came before a caller who still asks, and whom nothing else holds.
 local function is_next(one, caller)
   for _, other in ipairs(redis.call('ZRANGE', turns_key(one.id), 0, -1)) do
     if other == caller then return true end
@@ -224,32 +250,60 @@ local function is_next(one, caller)
   return true
 end
 
--- What a caller who is subject to these back-offs waits for: {start, back-off, '1' if
--- it may go at the start without being told}; nil if it may go now. Where `asks` is
--- not false it has a place among those who follow later.
-local function wait_of(caller, subject, asks)
-  local wait
-  local function waits(start, one, timed)
-    if not wait or start > wait.start then wait = {start = start, back_off = one, timed = timed} end
+-- Gives a caller its place among those who follow. It has the same number in all
+-- back-offs that are not reopening, so that no two callers wait for each other.
+local function take_turn(caller, subject)
+  local turn
+  for _, one in ipairs(subject) do
+    local its = one.state ~= 'REOPENING' and tonumber(redis.call('ZSCORE', turns_key(one.id), caller) or nil)
+    if its then turn = math.min(turn or its, its) end
   end
   for _, one in ipairs(subject) do
-    if asks and one.probes == '1' and one.probe ~= caller then
+    if one.probes == '1' and one.probe ~= caller and one.went_first ~= caller then
       if not redis.call('ZSCORE', turns_key(one.id), caller) then
-        redis.call('ZADD', turns_key(one.id), redis.call('HINCRBY', SHARD, 'sequence', 1), caller)
+        local new = one.state ~= 'REOPENING' and turn or redis.call('HINCRBY', SHARD, 'sequence', 1)
+        if one.state ~= 'REOPENING' then turn = new end
+        redis.call('ZADD', turns_key(one.id), us(new), caller)
       end
-      redis.call('ZADD', callers_key(one.id), us(now), caller)
+    end
+  end
+end
+
+-- Whether one who waits stands in the way of those who come after it at a back-off: no
+-- other back-off holds it.
+local function in_the_way(wait, one)
+  return not wait or wait.holders == 0 or (wait.holders == 1 and wait.holder == one)
+end
+
+-- What a caller who is subject to these back-offs waits for: {start, back-off, timed if
+-- it may go at the start without being told}, and how many hold it, whoever comes before
+-- it; nil if it may go now. Where `asks` is not false it has a place among those who
+-- follow later.
+local function wait_of(caller, subject, asks)
+  if asks then take_turn(caller, subject) end
+  local wait
+  local function waits(start, one, timed, holds)
+    wait = wait or {holders = 0}
+    if holds then wait.holders, wait.holder = wait.holders + 1, one end
+    if not wait.start or start > wait.start then wait.start, wait.back_off, wait.timed = start, one, timed end
+  end
+  for _, one in ipairs(subject) do
+    if one.state == 'QUIET' then
+      waits(number(one.until_us), one, true, true)
+    elseif one.state == 'PROBING' and one.probe ~= caller then
+      if one.probe or not is_next(one, caller) then waits(now, one, false, one.probe) end
+    elseif one.state == 'REOPENING' and one.went_first ~= caller then
+      local rank = redis.call('ZRANK', turns_key(one.id), caller) or redis.call('ZCARD', turns_key(one.id))
+      local start = number(one.reopened_us) + (rank + 1) * number(one.step_us)
+      if now < start then waits(start, one, true, true) end
+    end
+  end
+  for _, one in ipairs(asks and subject or {}) do
+    if one.probes == '1' and one.probe ~= caller and one.went_first ~= caller then
+      redis.call('ZADD', callers_key(one.id), us(in_the_way(wait, one) and now or -now), caller)
       for _, key in ipairs({turns_key(one.id), callers_key(one.id)}) do
         keep(key, math.max(0, number(one.until_us) - now) + FORGET_US)
       end
-    end
-    if one.state == 'QUIET' then
-      waits(number(one.until_us), one, true)
-    elseif one.state == 'PROBING' and one.probe ~= caller then
-      if one.probe or not is_next(one, caller) then waits(now, one, false) end
-    elseif one.state == 'REOPENING' then
-      local rank = redis.call('ZRANK', turns_key(one.id), caller) or redis.call('ZCARD', turns_key(one.id))
-      local start = number(one.reopened_us) + (rank + 1) * number(one.step_us)
-      if now < start then waits(start, one, true) end
     end
   end
   return wait
@@ -276,7 +330,9 @@ end
 -- An error counts against those who probe its place.
 local function probes_err(token, place, at)
   for _, one in ipairs(subject_to(token, {place})) do
-    if one.probe and at >= number(one.probe_us) then put(back_off_key(one.id), one, {erred_us = at}) end
+    if one.probe and at >= number(one.probe_us) then
+      put(back_off_key(one.id), one, {erred_us = math.max(number(one.erred_us), at)})
+    end
   end
 end
 

@@ -13,7 +13,6 @@ local LOG_MOST = 2000 -- entries of their own a budget
 local BUDGETS_MOST = 10000 -- of an app: scopes with an event in their window
 local IDS_MOST = 500000 -- of an app, some 50 MB
 local OLDEST_US = 24 * 3600 * SECOND -- a report may be this old
-local TOUCHED_US = 7 * OLDEST_US
 local TOUCHED_MOST = 200 -- places a job
 local TOUCHERS_MOST = 10000 -- jobs and leases an app; the oldest are forgotten
 
@@ -274,9 +273,9 @@ local function block(event, at)
   if facts.until_us > now then
     be_quiet(told.id, facts)
   else -- it is over already, and is remembered
-    facts.state = 'OVER'
+    if not found[told.id] then facts.state = 'OVER' end
     put(back_off_key(told.id), one, facts)
-    keep(back_off_key(told.id), 2 * told.forget_us)
+    keep_back_off(one)
   end
 end
 

@@ -8,6 +8,10 @@ local answers = {}
 for i = 5, #ARGV, 3 do
   local id, lease_id = ARGV[i], ARGV[i + 1]
   local lease = load(lease_key(id, lease_id))
+  if number(lease.expires_us) <= now and not lease.ended_us then
+    settle(id)
+    lease = load(lease_key(id, lease_id))
+  end
   local answer = {id, lease_id}
   if not lease.state then
     answer[3] = 'LEASE_NOT_FOUND'
@@ -20,9 +24,7 @@ for i = 5, #ARGV, 3 do
   else
     local request, subject = load(request_key(lease.request)), {}
     local places = places_of(request.places, request.job)
-    for _, member in ipairs(redis.call('ZRANGE', touched_key(id .. ':' .. lease_id), 0, -1)) do
-      places[#places + 1] = cjson.decode(member)
-    end
+    for _, place in ipairs(touched(id .. ':' .. lease_id)) do places[#places + 1] = place end
     for _, one in ipairs(subject_to(id, places)) do
       -- Who runs has refreshed already.
       if one.kind ~= 'TOKEN_REQUEST' then subject[#subject + 1] = one end

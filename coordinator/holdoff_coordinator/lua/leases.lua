@@ -99,7 +99,7 @@ local function queue_of(id, free)
     end
     local wait = wait_of(hash, subject, asks)
     for _, one in ipairs(subject) do
-      asked[one.id] = asked[one.id] or live
+      asked[one.id] = asked[one.id] or (live and in_the_way(wait, one))
     end
     queue[hash] = {
       place = queue.length, ahead = queue.ahead, first = queue.first,
@@ -324,7 +324,10 @@ local function standing(token, lease, queue, hash, wait)
   -- Everybody ahead refreshes too, each an interval apart.
   if spot.place > 0 then start = start + spot.ahead * interval end
   if spot.wait then
-    if reason == '' or reason == 'QUEUED' then reason, first = 'BACKING_OFF', spot.wait.timed end
+    local ends_last = reason == 'COOLING' and spot.wait.start > start
+    if reason == '' or reason == 'QUEUED' or ends_last then
+      reason, first = 'BACKING_OFF', spot.wait.timed
+    end
     start = math.max(start, spot.wait.start)
   end
   local shown = spot.wait and reason == 'BACKING_OFF' and shown_back_off(spot.wait.back_off) or {}

@@ -11,7 +11,7 @@ put(budget_key(id), budget, {used = 0, reset_us = now, reset_by = ARGV[6], reset
 keep_budget(id, 2 * OLDEST_US + number(budget.window_us))
 moved('budget ' .. id)
 if back_offs()[id] then
-  put(back_off_key(id), found[id], {until_us = now})
+  put(back_off_key(id), found[id], {until_us = math.min(number(found[id].until_us), now)})
   reopen(found[id])
 end
 return reply('OK', shown_budget(id, budget, 1))
