@@ -1,21 +1,22 @@
 """Fixtures for every kind of test."""
 
+from __future__ import annotations
+
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
 from holdoff import testing
+from tests import stores
+from tests.stores import Server, Store
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A running Valkey."""
-
-    url: str
-    pid: int
-
+__all__ = ["Server", "StartValkey"]
 
 StartValkey = Callable[..., Server]
 
@@ -33,6 +34,30 @@ def start_valkey() -> Iterator[StartValkey]:
 
 
 @pytest.fixture(scope="session")
-def valkey(start_valkey: StartValkey) -> Server:
-    """Give the session's shared Valkey: tests use keys of their own and never flush."""
-    return start_valkey()
+def valkey(
+    start_valkey: StartValkey, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server | Store]:
+    """Give the session's shared Valkey: tests use keys of their own and never flush.
+
+    HOLDOFF_TEST_STORE names another kind of store: embedded, server, cluster or sentinel.
+    """
+    kind = os.environ.get("HOLDOFF_TEST_STORE", "")
+    if not kind:
+        yield start_valkey()
+        return
+    with stores.of_kind(kind, tmp_path_factory.mktemp("store")) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def three_nodes() -> Iterator[Store]:
+    """Give a Cluster of three primaries, which no test may break."""
+    with stores.cluster() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def watched_primary() -> Iterator[Store]:
+    """Give a primary that Sentinels watch, which no test may break."""
+    with stores.watched() as store:
+        yield store

@@ -146,7 +146,7 @@ def request_hash(request: lease_service_pb2.AcquireLeaseRequest) -> str:
 def wake(store: redis.Redis, request: lease_service_pb2.AcquireLeaseRequest) -> None:
     """Wake the conversations of a request, as the store's scripts do."""
     app = request.token.split("/")[1]
-    store.publish(f"holdoff:{{{app}}}:wake", request_hash(request))
+    store.spublish(f"holdoff:{{{app}}}:wake", request_hash(request))
 
 
 def refusal(call: Callable[..., object], *arguments: object) -> str:

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,10 +18,13 @@ import structlog
 from click.exceptions import NoArgsIsHelpError
 from pydantic import ValidationError
 
+from holdoff.durations import format_duration
 from holdoff.policies import PolicyError
 from holdoff_coordinator.embedded import EmbeddedStore
+from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.restore import after_restore
 from holdoff_coordinator.settings import LogFormat, Settings
-from holdoff_coordinator.store import StoreError, check, connect, ensure_epoch
+from holdoff_coordinator.store import Access, Assumed, StoreError, check, connect, ensure_epoch
 
 # What gRPC's core has to say would stand between the lines of our log, which are JSON. It looks
 # at this when it is imported.
@@ -30,9 +34,11 @@ from holdoff_coordinator.policies import read_policies
 from holdoff_coordinator.server import CannotListenError, Coordinator
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 
     from holdoff.policies import Policy
+    from holdoff_coordinator.cluster import StoreClient
+    from holdoff_coordinator.store import Epoch
 
 log = structlog.get_logger()
 
@@ -79,29 +85,81 @@ def main() -> None:
     """
 
 
+_STORE_OPTIONS = (
+    click.option(
+        "--data-dir",
+        type=click.Path(path_type=Path),
+        help="Directory of the embedded store, for when no store URL is given.",
+    ),
+    click.option(
+        "--redis-url",
+        metavar="URL",
+        help="Store: redis://HOST:PORT/DB, rediss:// (TLS), unix:///SOCKET, "
+        "redis+sentinel://HOST:PORT,HOST:PORT/PRIMARY or redis+cluster://HOST:PORT,HOST:PORT; "
+        "these two with TLS are rediss+….",
+    ),
+    click.option(
+        "--redis-url-file",
+        type=click.Path(path_type=Path),
+        help="File that holds the store's URL, so that no password shows in the process list.",
+    ),
+    click.option(
+        "--redis-password-file",
+        type=click.Path(path_type=Path),
+        help="File that holds the store's password, for a URL without one; read again for each "
+        "connection.",
+    ),
+    click.option(
+        "--redis-sentinel-password-file",
+        type=click.Path(path_type=Path),
+        help="File that holds the password of the Sentinels, if they have one.",
+    ),
+    click.option(
+        "--redis-ca-file",
+        type=click.Path(path_type=Path),
+        help="Authorities (PEM) for the store's certificate. [default: the system's; or in the "
+        "URL ?ssl_ca_certs=FILE]",
+    ),
+    click.option(
+        "--redis-cert-file",
+        type=click.Path(path_type=Path),
+        help="Our certificate (PEM) for the store. [or ?ssl_certfile=FILE]",
+    ),
+    click.option(
+        "--redis-key-file",
+        type=click.Path(path_type=Path),
+        help="Its key (PEM). [or ?ssl_keyfile=FILE]",
+    ),
+    click.option(
+        "--assume",
+        metavar="WORDS",
+        help="What to believe of a managed store that does not tell: noeviction, "
+        "fsync=always|everysec|no; several with commas.",
+    ),
+    click.option(
+        "--quarantine-seconds",
+        type=float,
+        help="Least time without new leases after the store may have forgotten something.",
+    ),
+    click.option(
+        "--log-format", type=click.Choice(["auto", "json", "console"]), help="Form of logs."
+    ),
+)
+
+
+def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_STORE_OPTIONS):
+        command = option(command)
+    return command
+
+
 @main.command()
 @click.option("--listen", metavar="HOST:PORT", help="Address to serve. [default: 127.0.0.1:50051]")
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path),
-    help="Directory of the embedded store, for when no store URL is given.",
-)
-@click.option("--redis-url", metavar="URL", help="Store: redis://, rediss:// or unix://.")
-@click.option(
-    "--redis-url-file",
-    type=click.Path(path_type=Path),
-    help="File that holds the store's URL, so that no password shows in the process list.",
-)
+@_of_the_store
 @click.option(
     "--policy-dir",
     type=click.Path(path_type=Path),
     help="Directory of policies (*.toml) beside the presets.",
-)
-@click.option("--log-format", type=click.Choice(["auto", "json", "console"]), help="Form of logs.")
-@click.option(
-    "--quarantine-seconds",
-    type=float,
-    help="Least time without new leases after the store may have forgotten something.",
 )
 @click.option("--drain-seconds", type=float, help="Time that open calls get at a stop.")
 def serve(**options: Any) -> None:
@@ -112,52 +170,117 @@ def serve(**options: Any) -> None:
 
     Example: holdoff-coordinator serve --listen 127.0.0.1:50051 --data-dir ./holdoff-data
     """
+    settings, store = _configured(options)
     try:
-        settings = Settings(**{key: value for key, value in options.items() if value is not None})
-        store_url = settings.store_url()
         policies = read_policies(settings.policy_dir)
     except PolicyError as error:
         _fail(EX_USAGE, f"{settings.policy_dir}/{error}")
+    except OSError as error:
+        _fail(EX_USAGE, _explain(error))
+    _run(_serve(settings, store, policies))
+
+
+@main.command("after-restore")
+@_of_the_store
+def restored(**options: Any) -> None:
+    """Hold back new leases after the store was restored from a backup.
+
+    The backup does not know which leases and refreshes came after it. Stop the coordinators,
+    restore, call this, and start them: nothing is granted until none of those can matter any
+    more, the longest TTL and interval or --quarantine-seconds. Renewals go on.
+
+    Example: holdoff-coordinator after-restore --redis-url redis://store:6379/0
+    """
+    settings, store = _configured(options)
+    _run(_hold_back(settings, store))
+
+
+def _configured(options: Mapping[str, Any]) -> tuple[Settings, _Store]:
+    """Read what the options and the environment say; end the process if that makes no sense."""
+    settings = None
+    try:
+        settings = Settings(**{key: value for key, value in options.items() if value is not None})
+        store = _Store(settings.store_url(), settings.access(), settings.assumed())
     except (ValidationError, OSError) as error:
         _fail(EX_USAGE, _explain(error))
     except UnicodeDecodeError:
-        _fail(EX_USAGE, f"{settings.redis_url_file} holds no text: write the store's URL into it")
+        where = settings.redis_url_file if settings else ""
+        _fail(EX_USAGE, f"{where} holds no text: write the store's URL into it")
     _configure_logs(settings.log_format)
+    return settings, store
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
     try:
-        asyncio.run(_serve(settings, store_url, policies))
+        asyncio.run(work)
+    except Failure as failure:
+        _fail(EX_CANNOT_SERVE, failure.message)
     except (StoreError, CannotListenError) as error:
         _fail(EX_CANNOT_SERVE, str(error))
 
 
-async def _serve(settings: Settings, store_url: str | None, policies: Mapping[str, Policy]) -> None:
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """What to open: the embedded store, or the external one that a URL names."""
+
+    url: str | None
+    access: Access
+    assumed: Assumed
+
+    @contextlib.asynccontextmanager
+    async def opened(
+        self, settings: Settings
+    ) -> AsyncIterator[tuple[StoreClient, EmbeddedStore | None, Epoch]]:
+        """Open it, and judge it."""
+        async with contextlib.AsyncExitStack() as stack:
+            embedded = None
+            if self.url is None:
+                embedded = await stack.enter_async_context(EmbeddedStore(settings.data_dir))
+            client = connect(embedded.url if embedded else self.url or "", self.access)
+            stack.push_async_callback(client.aclose)
+            try:
+                for warning in await check(client, self.assumed):
+                    log.warning(warning)
+                epoch = await ensure_epoch(client, embedded.read_epoch() if embedded else None)
+            except StoreError as error:
+                raise (await embedded.explain(error) if embedded else error) from error
+            yield client, embedded, epoch
+
+
+async def _hold_back(settings: Settings, store: _Store) -> None:
+    async with store.opened(settings) as (client, _, _):
+        held_back = await after_restore(client, settings.quarantine_seconds)
+    for app, seconds in held_back.items():
+        click.echo(f"apps/{app}: no new lease for {format_duration(seconds)}")
+    click.echo(
+        f"apps that hold back new leases: {len(held_back)}; a coordinator that starts within "
+        f"{format_duration(settings.quarantine_seconds)} also does so for apps that are made anew"
+    )
+
+
+async def _serve(settings: Settings, store: _Store, policies: Mapping[str, Policy]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        embedded = None
-        if store_url is None:
-            embedded = await stack.enter_async_context(EmbeddedStore(settings.data_dir))
-            store_url = embedded.url
-        redis = connect(store_url)
-        stack.push_async_callback(redis.aclose)
-        try:
-            for warning in await check(redis):
-                log.warning(warning)
-            epoch = await ensure_epoch(redis, embedded.read_epoch() if embedded else None)
-        except StoreError as error:
-            raise (await embedded.explain(error) if embedded else error) from error
-        if embedded and not epoch.lost:
-            embedded.write_epoch(epoch.epoch)
+        client, embedded, epoch = await stack.enter_async_context(store.opened(settings))
         coordinator = Coordinator(
-            redis,
-            store_url=store_url,
+            client,
             policies=policies,
             epoch=epoch,
             listen=settings.listen,
             quarantine_seconds=settings.quarantine_seconds,
             drain_seconds=settings.drain_seconds,
         )
+        if epoch.lost:
+            log.error(
+                "the store lost data: create tokens that are missing again; nothing is granted "
+                "at first",
+                quarantine_seconds=settings.quarantine_seconds,
+            )
+        elif embedded:
+            embedded.write_epoch(epoch.epoch)
         await stack.enter_async_context(coordinator)
         if embedded and epoch.lost:
             after_seconds = settings.quarantine_seconds
@@ -181,10 +304,6 @@ async def _remembering(
         except StoreError as error:
             log.warning("the next start will hold back grants again", reason=str(error))
 
-    log.error(
-        "the store lost its data: create its tokens again; nothing is granted at first",
-        quarantine_seconds=after_seconds,
-    )
     task = asyncio.create_task(write())
     yield
     task.cancel()

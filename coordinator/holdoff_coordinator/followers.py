@@ -138,9 +138,10 @@ class Followers:
         follower = Follower(name, secret_hash)
         self._by_app[name.app].add(follower)
         try:
-            await self._ask(name.app, [follower])
-            async for response in self._told(follower):
-                yield response
+            with self._hub.wake_ups.wanted(name.app):
+                await self._ask(name.app, [follower])
+                async for response in self._told(follower):
+                    yield response
         finally:
             self._by_app[name.app].discard(follower)
 

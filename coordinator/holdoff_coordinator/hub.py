@@ -15,15 +15,13 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import structlog
-from redis.exceptions import RedisError
 
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.records import Standing, lease_message, record
+from holdoff_coordinator.wakeups import WakeUps
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-
-    from redis.asyncio import Redis
+    from collections.abc import Awaitable, Callable, Iterator
 
     from holdoff.names import TokenName
     from holdoff_coordinator.scripts import Scripts
@@ -35,7 +33,6 @@ LIVE_US = 5_000_000
 """A waiter that was not heard for longer gets no offer, as common.lua says too."""
 BATCH = 200
 """Waiters in one script call, so that no call holds up the store."""
-WAKE_PATTERN = "holdoff:*:wake"
 ANNOUNCEMENT = "*"
 """Stands for everybody of the app: what all who hold or wait may do has changed."""
 
@@ -98,6 +95,7 @@ class Hub:
 
     def __init__(self, scripts: Scripts) -> None:
         self._scripts = scripts
+        self.wake_ups = WakeUps(scripts.redis)
         self._waiters: defaultdict[str, list[Waiter]] = defaultdict(list)
         self._on_announcement: list[Callable[[str], Awaitable[None]]] = [self.tick]
         self.draining = False
@@ -112,7 +110,8 @@ class Hub:
         waiter.token, waiter.request_hash = token, request_hash
         self._waiters[request_hash].append(waiter)
         try:
-            yield
+            with self.wake_ups.wanted(token.app):
+                yield
         finally:
             self._waiters[request_hash].remove(waiter)
             if not self._waiters[request_hash]:
@@ -166,18 +165,15 @@ class Hub:
                     if waiter.token == token:
                         waiter.found(standing)
 
-    async def listen_forever(self, redis: Redis) -> None:
-        """Stir the waiters that the store's wake-ups name; reconnect for ever."""
-        while True:
-            try:
-                async for app, woken in _wake_ups(redis):
-                    if woken == ANNOUNCEMENT:
-                        await self._announced(app)
-                    for waiter in self._waiters.get(woken, ()):
-                        waiter.ask()
-            except RedisError as error:
-                log.debug("wake-ups interrupted", error=type(error).__name__)
-                await asyncio.sleep(TICK_SECONDS / 4)
+    async def listen_forever(self) -> None:
+        """Stir the waiters that the store's wake-ups name."""
+        await self.wake_ups.listen_forever(self._woken)
+
+    async def _woken(self, app: str, woken: str) -> None:
+        if woken == ANNOUNCEMENT:
+            await self._announced(app)
+        for waiter in self._waiters.get(woken, ()):
+            waiter.ask()
 
     async def _announced(self, app: str) -> None:
         for look in self._on_announcement:
@@ -185,14 +181,3 @@ class Hub:
                 await look(app)
             except Failure as failure:  # the next tick makes up for it
                 log.warning("announcement not followed", app=app, reason=failure.reason)
-
-
-async def _wake_ups(redis: Redis) -> AsyncIterator[tuple[str, str]]:
-    """Yield the app and the request hash that were woken anywhere."""
-    async with redis.pubsub(ignore_subscribe_messages=True) as channel:
-        await channel.psubscribe(WAKE_PATTERN)
-        while True:
-            message = await channel.get_message(timeout=TICK_SECONDS)
-            if message is not None:
-                app = message["channel"].decode().removeprefix("holdoff:{").removesuffix("}:wake")
-                yield app, message["data"].decode()

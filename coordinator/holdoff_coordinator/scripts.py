@@ -6,22 +6,27 @@ Every decision is made in a script, with the store's clock. One script a file; b
 
 from __future__ import annotations
 
+import hashlib
 import time
 import uuid
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
 
 from holdoff_coordinator.clock import StoreClock
+from holdoff_coordinator.cluster import Cluster, node_of
 from holdoff_coordinator.failures import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from redis.asyncio import Redis
+
+    from holdoff_coordinator.cluster import StoreClient
 
 log = structlog.get_logger()
 
@@ -31,6 +36,9 @@ APPS = "holdoff:apps"
 """Index of all apps; written before anything of the app, so that it may name too many."""
 LOST = "lost"
 """Stands for the epoch of an app whose store is known to have lost its data."""
+
+_BUSY = ("due", "backoffs", "reservations")
+"""The keys of an app of which one exists while the sweeper has something to do."""
 
 BUDGET_SCRIPTS = ("commit", "read_budgets", "record_events", "reserve", "reset_budget", "sweep")
 SCRIPTS = (
@@ -105,12 +113,22 @@ class Reply:
     values: tuple[Any, ...]
 
 
+@dataclass(slots=True)
+class _Watched:
+    """A clock of the store, and how often and when it jumped."""
+
+    clock: StoreClock = field(default_factory=StoreClock)
+    jumps: int = 0
+    jump_us: int = 0
+    jumped_at_us: int = 0
+
+
 class Scripts:
     """Runs scripts on the shards of one store."""
 
     def __init__(
         self,
-        redis: Redis,
+        redis: StoreClient,
         *,
         data_lost: bool = False,
         quarantine_us: int,
@@ -120,14 +138,17 @@ class Scripts:
         self._lost_until_us = boot_us() + quarantine_us if data_lost else 0
         self._quarantine_us = quarantine_us
         self._boot_us = boot_us
-        self._clock = StoreClock()
+        # A server has one clock; the nodes of a Cluster have one each, and an app may move.
+        self._clock_an_app = isinstance(redis, Cluster)
+        self._clocks: defaultdict[str, _Watched] = defaultdict(_Watched)
         self._epochs: dict[str, str] = {}
         self._longest_hold_us: dict[str, int] = {}
-        self._jumps = 0
-        self._jump_us = 0
-        self._jumped_at_us = 0
         self._cleared: dict[str, int] = {}
-        self._scripts = {name: redis.register_script(source(name)) for name in SCRIPTS}
+        self._sources = {name: source(name) for name in SCRIPTS}
+        self._digests = {
+            name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+            for name, text in self._sources.items()
+        }
 
     async def run(self, name: str, app: str, *args: bytes | str | int) -> Reply:
         """Run a script on the shard of an app.
@@ -136,20 +157,26 @@ class Scripts:
             Failure: STORE_UNAVAILABLE; whether the script ran is then unknown.
         """
         if self._in_doubt(app):
-            jumps = self._jumps
-            why = f"the clock of the store jumped by {self._jump_us / 1e6:+.3f} s"
+            watched = self._watched(app)
+            jumps = watched.jumps
+            why = f"the clock of the store jumped by {watched.jump_us / 1e6:+.3f} s"
             await self._run("quarantine", app, why)
             self._cleared[app] = jumps
         return await self._run(name, app, *args)
 
     def _in_doubt(self, app: str) -> bool:
         """Tell whether the clock jumped, not long ago, and the app was not quarantined for it."""
-        since_us = self._boot_us() - self._jumped_at_us
+        watched = self._watched(app)
+        since_us = self._boot_us() - watched.jumped_at_us
         safe_us = max(self._quarantine_us, self._longest_hold_us.get(app, 0))
-        return self._cleared.get(app, 0) < self._jumps and since_us < safe_us
+        return self._cleared.get(app, 0) < watched.jumps and since_us < safe_us
+
+    def _watched(self, app: str) -> _Watched:
+        return self._clocks[app if self._clock_an_app else ""]
 
     async def _run(self, name: str, app: str, *args: bytes | str | int) -> Reply:
-        estimate_us = 0 if self._in_doubt(app) else self._clock.estimate_us(self._boot_us())
+        watched = self._watched(app)
+        estimate_us = 0 if self._in_doubt(app) else watched.clock.estimate_us(self._boot_us())
         header = (
             "" if estimate_us is None else estimate_us,
             self._epochs.get(app) or (LOST if self._boot_us() < self._lost_until_us else ""),
@@ -157,18 +184,15 @@ class Scripts:
             max(self._quarantine_us, self._longest_hold_us.get(app, 0)),
         )
         sent_us = self._boot_us()
-        answer = await _answer(self._scripts[name](keys=[shard_key(app)], args=[*header, *args]))
+        answer = await _answer(self._evaluate(name, shard_key(app), *header, *args))
         now_us = int(answer[0])
         if epoch := answer[1].decode():
             self._epochs[app] = epoch
             self._longest_hold_us[app] = max(int(answer[2]), self._longest_hold_us.get(app, 0))
-        jump_us = self._clock.observe(sent_us, self._boot_us(), now_us)
+        jump_us = watched.clock.observe(sent_us, self._boot_us(), now_us)
         if jump_us:
-            self._jumps, self._jump_us, self._jumped_at_us = (
-                self._jumps + 1,
-                jump_us,
-                self._boot_us(),
-            )
+            watched.jumps += 1
+            watched.jump_us, watched.jumped_at_us = jump_us, self._boot_us()
             log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
         reply = Reply(now_us, epoch, answer[3].decode(), tuple(answer[4:]))
         if reply.status == "SCHEMA_TOO_NEW":
@@ -180,6 +204,12 @@ class Scripts:
                 retry_after_seconds=1.0,
             )
         return reply
+
+    async def _evaluate(self, name: str, key: str, *args: bytes | str | int) -> Any:
+        try:
+            return await self.redis.evalsha(self._digests[name], 1, key, *args)
+        except NoScriptError:  # so it did not run: a server that is new to us, or that restarted
+            return await self.redis.eval(self._sources[name], 1, key, *args)
 
     async def upgrade(self) -> None:
         """Bring all records up to this release, or find that they are of a newer one.
@@ -221,14 +251,23 @@ class Scripts:
 
         This asks for one number an app; apps are API keys, of which there are few.
         """
-        apps = await self.apps()
-        async with self.redis.pipeline(transaction=False) as pipeline:
-            for app in apps:
-                pipeline.exists(
-                    *(f"{shard_key(app)}:{what}" for what in ("due", "backoffs", "reservations"))
-                )
-            counts = await _answer(pipeline.execute())
-        return [app for app, count in zip(apps, counts, strict=True) if count]
+        by_node: defaultdict[Redis, list[str]] = defaultdict(list)
+        for app in await self.apps():
+            by_node[await _answer(node_of(self.redis, shard_key(app)))].append(app)
+        busy: list[str] = []
+        for node, apps in by_node.items():
+            async with node.pipeline(transaction=False) as pipeline:
+                for app in apps:
+                    keys = (f"{shard_key(app)}:{what}" for what in _BUSY)
+                    pipeline.exists(*keys)
+                try:
+                    counts = await pipeline.execute()
+                except RedisError:
+                    # A node of a Cluster is down or serves them no more: what they are asked
+                    # next finds out about each.
+                    counts = [1] * len(apps)
+            busy += [app for app, count in zip(apps, counts, strict=True) if count]
+        return sorted(busy)
 
     async def register(self, app: str) -> None:
         """Put an app into the index of apps."""

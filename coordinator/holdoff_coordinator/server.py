@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from typing import TYPE_CHECKING, Self
 
 import grpc
 import structlog
-from redis import Redis as SyncRedis
 
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
@@ -30,9 +28,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any
 
-    from redis.asyncio import Redis
-
     from holdoff.policies import Policy
+    from holdoff_coordinator.cluster import StoreClient
     from holdoff_coordinator.store import Epoch
 
 log = structlog.get_logger()
@@ -63,9 +60,8 @@ class Coordinator:
 
     def __init__(  # noqa: PLR0913 - the composition root
         self,
-        redis: Redis,
+        redis: StoreClient,
         *,
-        store_url: str,
         policies: Mapping[str, Policy],
         epoch: Epoch,
         listen: str,
@@ -73,7 +69,6 @@ class Coordinator:
         drain_seconds: float,
         boot_us: Callable[[], int] = boottime_us,
     ) -> None:
-        self._redis = redis
         self._listen = listen
         self._drain_seconds = drain_seconds
         self.scripts = Scripts(
@@ -83,8 +78,7 @@ class Coordinator:
             boot_us=boot_us,
         )
         self.hub = Hub(self.scripts)
-        self._lock_client = SyncRedis.from_url(store_url, socket_timeout=5)
-        self._sweeper = Sweeper(self.scripts, self._lock_client)
+        self._sweeper = Sweeper(self.scripts)
         self._server = grpc.aio.server(options=_OPTIONS)
         known = Policies(policies)
         places = Places(self.scripts, known)
@@ -122,7 +116,7 @@ class Coordinator:
         for duty in (
             self.hub.tick_forever,
             self._followers.tick_forever,
-            functools.partial(self.hub.listen_forever, self._redis),
+            self.hub.listen_forever,
             self._sweeper.sweep_forever,
         ):
             self._duties.append(asyncio.create_task(_for_ever(duty)))
@@ -145,8 +139,7 @@ class Coordinator:
         for duty in self._duties:
             duty.cancel()
         await asyncio.gather(*self._duties, return_exceptions=True)
-        await asyncio.to_thread(self._sweeper.stop)
-        self._lock_client.close()
+        await self._sweeper.stop()
 
 
 async def _for_ever(duty: Callable[[], Coroutine[Any, Any, None]]) -> None:

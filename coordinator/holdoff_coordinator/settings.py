@@ -9,11 +9,14 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from holdoff_coordinator.store import Access, Assumed
+
 LogFormat = Literal["auto", "json", "console"]
 Seconds = Annotated[float, Field(ge=0, le=366 * 24 * 3600, allow_inf_nan=False)]
 
 _ADDRESS: Final = re.compile(r"(?:\[[^][\s]+\]|[^][:/\s]+):(?P<port>[0-9]{1,5})")
 _MOST_PORT: Final = 65535
+_ASSUMABLE: Final = re.compile(r"noeviction|fsync=(always|everysec|no)")
 
 
 def default_data_dir() -> Path:
@@ -31,6 +34,16 @@ def default_data_dir() -> Path:
         with contextlib.suppress(RuntimeError):
             state_home = state_home.expanduser()
     return state_home / "holdoff"
+
+
+_OPENS: Final = {
+    "redis_password_file": "password_file",
+    "redis_sentinel_password_file": "sentinel_password_file",
+    "redis_ca_file": "ca_file",
+    "redis_cert_file": "cert_file",
+    "redis_key_file": "key_file",
+}
+"""Settings that open an external store, and what `Access` calls them."""
 
 
 class Settings(BaseSettings):
@@ -56,10 +69,28 @@ class Settings(BaseSettings):
     """Directory of the embedded store; unused when a store URL is given."""
 
     redis_url: SecretStr | None = None
-    """External store: `redis://`, `rediss://` or `unix://`. None means the embedded store."""
+    """External store, see `store.connect`. None means the embedded store."""
 
     redis_url_file: Path | None = None
     """File that holds the store URL, so that no password stands in the environment."""
+
+    redis_password_file: Path | None = None
+    """File that holds the store's password alone, when the URL has none."""
+
+    redis_sentinel_password_file: Path | None = None
+    """The same for the Sentinels, whose password is one of their own."""
+
+    redis_ca_file: Path | None = None
+    """Authorities (PEM) that the store's certificate may come from."""
+
+    redis_cert_file: Path | None = None
+    """Our certificate (PEM), for a store that wants one."""
+
+    redis_key_file: Path | None = None
+    """The key of our certificate (PEM)."""
+
+    assume: str = ""
+    """What to believe of a store that does not tell: `noeviction`, `fsync=always`."""
 
     policy_dir: Path | None = None
     """Directory of `*.toml` files with policies beside the presets."""
@@ -88,6 +119,17 @@ class Settings(BaseSettings):
             )
         return text
 
+    @field_validator("assume")
+    @classmethod
+    def _assumable(cls, text: str) -> str:
+        for word in filter(None, text.split(",")):
+            if not _ASSUMABLE.fullmatch(word):
+                raise ValueError(
+                    "write noeviction, fsync=always, fsync=everysec or fsync=no, with a comma "
+                    "between two of them"
+                )
+        return text
+
     @model_validator(mode="after")
     def _one_store(self) -> Self:
         """Refuse two answers to the question where the state is kept."""
@@ -97,6 +139,11 @@ class Settings(BaseSettings):
         )
         if len(given) > 1:
             raise ValueError(f"only one of {', '.join(given)} can be given: each names the store")
+        keys = sorted(name for name in _OPENS if getattr(self, name) is not None)
+        if keys and self.redis_url is None and self.redis_url_file is None:
+            raise ValueError(f"{keys[0]} is for an external store: give redis_url too")
+        if self.redis_key_file and not self.redis_cert_file:
+            raise ValueError("redis_key_file is the key of a certificate: give redis_cert_file too")
         return self
 
     def store_url(self) -> str | None:
@@ -109,3 +156,20 @@ class Settings(BaseSettings):
         if self.redis_url_file is not None:
             return self.redis_url_file.read_text(encoding="utf-8").strip()
         return None if self.redis_url is None else self.redis_url.get_secret_value()
+
+    def access(self) -> Access:
+        """Return what opens the external store beside its URL.
+
+        Raises:
+            OSError: A file cannot be read.
+        """
+        files: dict[str, Path | None] = {ours: getattr(self, name) for name, ours in _OPENS.items()}
+        for path in filter(None, files.values()):
+            path.open("rb").close()
+        return Access(**files)
+
+    def assumed(self) -> Assumed:
+        """Return what to believe of a store that does not tell."""
+        words = self.assume.split(",")
+        fsync = next((word for word in words if word.startswith("fsync=")), "")
+        return Assumed(noeviction="noeviction" in words, fsync=fsync.removeprefix("fsync="))

@@ -3,19 +3,11 @@
 import asyncio
 import re
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from redis.asyncio import BlockingConnectionPool, Connection, Redis
-from redis.asyncio.connection import (
-    AbstractConnection,
-    SSLConnection,
-    UnixDomainSocketConnection,
-    parse_url,
-)
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
+from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -29,7 +21,25 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from holdoff_coordinator.cluster import Cluster, StoreClient
+from holdoff_coordinator.connecting import Access, StoreError, connect, describe
+
+__all__ = [
+    "Access",
+    "Assumed",
+    "Epoch",
+    "StoreError",
+    "check",
+    "connect",
+    "describe",
+    "ensure_epoch",
+    "explain",
+    "mark_restored",
+]
+
 EPOCH_KEY: Final = "holdoff:epoch"
+RESTORED_KEY: Final = "holdoff:restored"
+"""There while a store that was restored from a backup may have forgotten whole apps."""
 CHECK_SECONDS: Final = 4.5
 """How long the check of a store may take in all."""
 
@@ -39,12 +49,18 @@ _REMEDIES: Final = {
     "MISCONF": "it cannot write to its disk; free space or repair the disk, its log says which",
     "NOREPLICAS": "start its replicas, or lower its min-replicas-to-write",
     "DB index": "end the URL with the number of a database that it has",
+    "cluster support disabled": "it is a single server, whose URL begins with redis://",
+    "served by nobody": "see CLUSTER NODES for what is wrong with the nodes that had them",
 }
 """What to do about a refusal that the server words like this."""
 
 
-class StoreError(Exception):
-    """The store cannot be used; the message says what to do and holds no secret."""
+@dataclass(frozen=True, slots=True)
+class Assumed:
+    """What an operator knows of a store that does not tell it itself."""
+
+    noeviction: bool = False
+    fsync: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,159 +71,45 @@ class Epoch:
     """Id that the store was given when it was new; it vanishes with the data."""
 
     lost: bool
-    """Whether the data directory knew another epoch, so that data may be gone."""
+    """Whether the data directory knew another epoch, or a backup was restored not long ago, so
+    that data may be gone."""
 
 
-class _Cancellable(AbstractConnection):
-    """Sends in a way that never swallows the cancellation of the task that sends.
-
-    redis-py sends through `asyncio.wait_for`, which before Python 3.12 drops a cancellation that
-    arrives together with the result: every second one, under load. A call whose client has gone
-    would then run on, a drain would wait, and a time limit would not hold. Without `wait_for`
-    there is also no task to create for each command.
-    """
-
-    async def send_packed_command(
-        self, command: bytes | str | Iterable[bytes], check_health: bool = True
-    ) -> None:
-        if not self.is_connected:
-            await self.connect_check_health(check_health=False)
-        if check_health:
-            await self.check_health()  # type: ignore[no-untyped-call]
-        if isinstance(command, str):
-            command = command.encode()
-        try:
-            async with asyncio.timeout(self.socket_timeout):
-                await self._send_packed_command(
-                    [command] if isinstance(command, bytes) else command
-                )
-        except TimeoutError:
-            await self.disconnect(nowait=True)
-            raise RedisTimeoutError("Timeout writing to socket") from None
-        except OSError as error:
-            await self.disconnect(nowait=True)
-            raise RedisConnectionError(f"Error while writing to socket: {error}") from error
-        except BaseException:
-            # Half a command may have been sent: the connection is of no use any more.
-            await self.disconnect(nowait=True)
-            raise
+_NOTHING_ASSUMED: Final = Assumed()
 
 
-class _TcpConnection(_Cancellable, Connection):
-    """A plain connection."""
-
-
-class _TlsConnection(_Cancellable, SSLConnection):
-    """A connection for `rediss://`."""
-
-
-class _UnixConnection(_Cancellable, UnixDomainSocketConnection):
-    """A connection for `unix://`."""
-
-
-_CONNECTIONS: Final = {"redis": _TcpConnection, "rediss": _TlsConnection, "unix": _UnixConnection}
-
-
-def connect(url: str) -> Redis:
-    """Return a client for the store; nothing is sent before its first command.
-
-    Args:
-        url: `redis://`, `rediss://` or `unix://`, with redis-py's query options. What the
-            scripts rely on (bytes, no retries) cannot be changed by it.
-
-    Raises:
-        StoreError: The URL is not one. The message never repeats it: a password with a
-            character that should have been escaped may stand anywhere in it.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in _CONNECTIONS:
-        raise StoreError("the store's URL must begin with redis://, rediss:// or unix://")
-    authority, slash, path_and_query = rest.partition("/")
-    path = re.split(r"[?#]", path_and_query, maxsplit=1)[0]
-    if (
-        "@" in path_and_query
-        or re.search(r"[?#].*@|\s", rest)
-        or (scheme != "unix" and not re.fullmatch(r"\d*", path))
-        or (scheme == "unix" and not (slash and path))
-    ):
-        raise StoreError(
-            "the store's URL cannot be read; in a user name or password write every character "
-            "other than letters and digits as %XX (@ is %40, / is %2F), and after the host only "
-            "a database number: redis://user:password@host:6379/0, or unix:///path/to/socket"
-        )
-    if scheme != "unix" and not authority.rpartition("@")[2]:
-        raise StoreError("the store's URL names no host: redis://host:6379/0")
-    try:
-        options: dict[str, Any] = dict(parse_url(url))
-    except ValueError:
-        # The cause may quote the URL, so it is not chained.
-        raise StoreError(
-            "the store's URL has a port or a query option that cannot be read"
-        ) from None
-    pool_options: dict[str, Any] = {
-        "max_connections": 64,
-        "timeout": 5.0,  # seconds to wait for one of them
-        "socket_timeout": 5.0,
-        "socket_connect_timeout": 3.0,
-        # A PING before a command on a connection that was idle this long (seconds): a peer that
-        # vanished without a word then fails the PING, and the command is known to be unsent.
-        "health_check_interval": 15,
-        **options,
-        "connection_class": _CONNECTIONS[scheme],
-        # By default redis-py 8 repeats a command up to ten times after *any* lost connection or
-        # time-out, also when the server has run it and only the reply was lost. Our scripts
-        # decide themselves what a repetition means, so it must be the handlers that repeat, with
-        # the same request id and within the caller's deadline. The one thing that the pool still
-        # does by itself is safe: an idle connection that the server has closed is replaced
-        # before anything is sent. The same policy covers connecting, so that a store that is
-        # away is known at once.
-        "retry": Retry(NoBackoff(), 0),
-        "retry_on_error": [],
-        "retry_on_timeout": False,
-        "decode_responses": False,
-        # RESP2: understood by every proxy, and no push messages in between.
-        "protocol": 2,
-    }
-    try:
-        pool = BlockingConnectionPool(**pool_options)
-        # Options are looked at only when a connection object is made: make one, connect nothing.
-        pool.connection_class(**pool.connection_kwargs)
-    except (TypeError, ValueError, RedisError):
-        raise StoreError("the store's URL has a query option that redis-py refuses") from None
-    return Redis.from_pool(pool)
-
-
-def describe(client: Redis) -> str:
-    """Return the store's address for people, without user name and password."""
-    pool = client.connection_pool
-    options = pool.connection_kwargs
-    if "path" in options:
-        return f"unix://{options['path']}"
-    scheme = "rediss" if issubclass(pool.connection_class, SSLConnection) else "redis"
-    address = f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
-    return f"{scheme}://{address}/{options.get('db', 0)}"
-
-
-async def check(client: Redis) -> list[str]:
-    """Find out whether the store can be relied on.
+async def check(client: StoreClient, assumed: Assumed = _NOTHING_ASSUMED) -> list[str]:
+    """Find out whether the store can be relied on; of a Cluster, every primary.
 
     Asks for what INFO and CONFIG say, and writes, runs a script and deletes once, since only
     doing so shows what an access list or a full disk forbids.
+
+    Args:
+        client: The store.
+        assumed: What to believe where the store does not tell; what it tells counts more.
 
     Returns:
         What an operator should be warned of, a sentence or two each; empty if all is well.
 
     Raises:
         StoreError: The store cannot be reached within `CHECK_SECONDS`, refuses us, is too old,
-            is a replica, a Sentinel or a node of a Cluster, may evict keys, or does not accept
-            writes.
+            is a replica, a Sentinel, or a Cluster where the URL says otherwise, may evict keys,
+            or does not accept writes.
     """
     name = describe(client)
+    warnings: list[str] = []
     try:
         async with asyncio.timeout(CHECK_SECONDS):
-            info: dict[str, Any] = await client.info()
-            warnings = _judge(name, info)
-            warnings += await _judge_fsync(client, name, info)
+            cluster = isinstance(client, Cluster)
+            for node in await client.primaries() if isinstance(client, Cluster) else [client]:
+                # A Cluster is many servers: say which of them it is.
+                name = describe(node)
+                info: dict[str, Any] = await node.info()
+                warnings += _judge(name, info, assumed, cluster=cluster)
+                warnings += await _judge_fsync(node, name, info, assumed)
+                if cluster or isinstance(node.connection_pool, SentinelConnectionPool):
+                    warnings += _judge_replicas(name, info)
+            name = describe(client)
             await _probe(client)
     except TimeoutError:
         raise StoreError(
@@ -219,7 +121,7 @@ async def check(client: Redis) -> list[str]:
     return warnings
 
 
-async def ensure_epoch(client: Redis, file_epoch: str | None) -> Epoch:
+async def ensure_epoch(client: StoreClient, file_epoch: str | None) -> Epoch:
     """Return the store's epoch, giving it one if it has none.
 
     After a loss the store gets a *new* epoch, so the caller must write it to its file only when
@@ -236,10 +138,23 @@ async def ensure_epoch(client: Redis, file_epoch: str | None) -> Epoch:
     try:
         # SET NX GET is one step: of two replicas on a new store, one sets and both learn the same.
         found = await client.set(EPOCH_KEY, fresh, nx=True, get=True)
+        restored = bool(await client.exists(RESTORED_KEY))
     except RedisError as error:
         raise explain(describe(client), error) from error
     epoch = found.decode("ascii", "replace") if isinstance(found, bytes) else fresh
-    return Epoch(epoch=epoch, lost=file_epoch is not None and file_epoch != epoch)
+    return Epoch(epoch, lost=restored or (file_epoch is not None and file_epoch != epoch))
+
+
+async def mark_restored(client: StoreClient, seconds: float) -> None:
+    """Have coordinators that start within some seconds take the store's data for lost.
+
+    Raises:
+        StoreError: The store cannot be used.
+    """
+    try:
+        await client.set(RESTORED_KEY, b"1", px=max(1, round(seconds * 1000)))
+    except RedisError as error:
+        raise explain(describe(client), error) from error
 
 
 def explain(name: str, error: RedisError) -> StoreError:
@@ -279,23 +194,34 @@ def explain(name: str, error: RedisError) -> StoreError:
             )
         case RedisTimeoutError():
             message = f"the store at {name} does not answer: {text}"
-        case RedisConnectionError() if "SSL" in text or "certificate" in text:
-            message = (
-                f"no TLS with the store at {name} ({text}): write redis:// if it speaks none, or "
-                "name its authority in the URL, ?ssl_ca_certs=FILE"
-            )
         case RedisConnectionError():
-            message = (
-                f"the store at {name} cannot be reached: {text}; is it running, and is the "
-                "address right?"
-            )
+            message = _unreachable(name, error, text)
         case _:
             remedies = [remedy for sign, remedy in _REMEDIES.items() if sign in text]
             message = ": ".join([f"the store at {name} refuses us ({text})", *remedies])
     return StoreError(message)
 
 
-def _judge(name: str, info: dict[str, Any]) -> list[str]:
+def _unreachable(name: str, error: RedisConnectionError, text: str) -> str:
+    """Say what to do about a store that does not even listen."""
+    if isinstance(error, MasterNotFoundError):
+        # Its text shows every client that it asked with, at length.
+        return (
+            f"no Sentinel of {name} can be reached, takes our password, and tells a primary by "
+            "that name that is up: are they running, is their password in "
+            "--redis-sentinel-password-file, and what does SENTINEL MASTERS say there?"
+        )
+    if "SSL" in text or "certificate" in text:
+        return (
+            f"no TLS with the store at {name} ({text}): write redis:// if it speaks none, or "
+            "name its authority with --redis-ca-file, or in the URL, ?ssl_ca_certs=FILE"
+        )
+    return (
+        f"the store at {name} cannot be reached: {text}; is it running, and is the address right?"
+    )
+
+
+def _judge(name: str, info: dict[str, Any], assumed: Assumed, *, cluster: bool) -> list[str]:
     """Judge what INFO says.
 
     Raises:
@@ -316,12 +242,12 @@ def _judge(name: str, info: dict[str, Any]) -> list[str]:
         case "sentinel":
             raise StoreError(
                 f"what listens at {name} is a Sentinel: give the URL of the primary that it "
-                "watches, which `SENTINEL get-master-addr-by-name` tells"
+                "watches, or redis+sentinel://host:26379/name-of-the-primary"
             )
-        case "cluster":
+        case "cluster" if not cluster:
             raise StoreError(
-                f"the store at {name} is a node of a Cluster, which cannot be used yet: give the "
-                "URL of a server with cluster-enabled no"
+                f"the store at {name} is a node of a Cluster: give its URL as "
+                "redis+cluster://host:6379,host:6379, or that of a server with cluster-enabled no"
             )
     if info.get("loading"):
         raise StoreError(f"the store at {name} is still loading its data: start again afterwards")
@@ -333,8 +259,14 @@ def _judge(name: str, info: dict[str, Any]) -> list[str]:
     # An evicting policy does no harm while maxmemory is 0, but then one CONFIG SET makes leases
     # vanish without a word. noeviction is the default, so somebody chose the other.
     policy = info.get("maxmemory_policy")
+    if policy is None and assumed.noeviction:
+        return []
     if policy is None:
-        return [f"the store at {name} does not tell its maxmemory-policy: it must be noeviction"]
+        warning = (
+            f"the store at {name} does not tell its maxmemory-policy: it must be noeviction "
+            "(when you know that it is, say --assume noeviction)"
+        )
+        return [warning]
     if policy != "noeviction":
         raise StoreError(
             f"the store at {name} may evict keys (maxmemory-policy {policy}), and an evicted "
@@ -343,18 +275,34 @@ def _judge(name: str, info: dict[str, Any]) -> list[str]:
     return []
 
 
-async def _judge_fsync(client: Redis, name: str, info: dict[str, Any]) -> list[str]:
+def _judge_replicas(name: str, info: dict[str, Any]) -> list[str]:
+    """Tell what a failover of a primary can lose."""
+    if "min_slaves_good_slaves" in info:  # there only if it asks for replicas
+        return []
+    warning = (
+        f"the store at {name} acknowledges writes that no replica has, and goes on to do so when "
+        "it is cut off: a failover may forget all of them, and a token may be granted twice; set "
+        "min-replicas-to-write 1 and min-replicas-max-lag 10"
+    )
+    return [warning]
+
+
+async def _judge_fsync(
+    client: Redis, name: str, info: dict[str, Any], assumed: Assumed
+) -> list[str]:
     """Tell what a crash of the store's machine can lose."""
-    if not info.get("aof_enabled"):
+    try:
+        config = await client.config_get("appendfsync")
+    except ResponseError:
+        config = {}  # a managed store, which often refuses CONFIG
+    if not config and assumed.fsync:
+        config = {"appendfsync": assumed.fsync}
+    elif not info.get("aof_enabled"):
         warning = (
             f"the store at {name} keeps no append-only file: when it stops, leases, cooldowns and "
             "tokens since its last snapshot are lost; set appendonly yes and appendfsync always"
         )
         return [warning]
-    try:
-        config = await client.config_get("appendfsync")
-    except ResponseError:
-        config = {}  # a managed store, which often refuses CONFIG
     appendfsync = str(config.get("appendfsync", "unknown"))
     if appendfsync == "always":
         return []
@@ -366,12 +314,13 @@ async def _judge_fsync(client: Redis, name: str, info: dict[str, Any]) -> list[s
         f"the store at {name} does not fsync every write, as far as we can see (appendfsync "
         f"{appendfsync}): a crash of its machine loses {what} and a token may be granted twice; "
         "set appendfsync always"
+        + ("" if config else ", or when you know that it does, say --assume fsync=always")
     )
     return [warning]
 
 
-async def _probe(client: Redis) -> None:
+async def _probe(client: StoreClient) -> None:
     """Write, run a script and delete, as the coordinator will do all day."""
     await client.set(_PROBE_KEY, b"1", px=1000)
-    await client.eval("return 1", 0)
+    await client.eval("return 1", 1, _PROBE_KEY)
     await client.delete(_PROBE_KEY)

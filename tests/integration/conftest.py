@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-import redis
 
+from tests import stores
 from tests.harness import Replica
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import redis
 
     from tests.conftest import Server
 
@@ -33,5 +35,5 @@ def second_replica(valkey: Server, replica: Replica) -> Iterator[Replica]:
 @pytest.fixture
 def store(valkey: Server) -> Iterator[redis.Redis]:
     """Give a plain client of the store."""
-    with redis.Redis.from_url(valkey.url) as client:
+    with stores.client_of(valkey.url) as client:
         yield client

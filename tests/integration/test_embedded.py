@@ -52,6 +52,7 @@ def data_dir() -> Iterator[Path]:
 async def client_of(url: str) -> AsyncIterator[Redis]:
     """Connect, and close the connections afterwards."""
     client = store.connect(url)
+    assert isinstance(client, Redis)
     try:
         yield client
     finally:

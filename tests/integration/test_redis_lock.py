@@ -158,6 +158,6 @@ def test_a_lease_whose_lock_was_taken_is_lost(replica: Replica, store: redis.Red
 
 def test_the_sweepers_lock_is_the_librarys(replica: Replica, store: redis.Redis) -> None:
     """One replica sweeps, guarded by the library itself."""
-    wait_until(lambda: store.get("lock:holdoff:sweeper"))
-    assert not redis_lock.Lock(store, "holdoff:sweeper").acquire(blocking=False)
+    wait_until(lambda: store.get("lock:{holdoff:sweeper}"))
+    assert not redis_lock.Lock(store, "{holdoff:sweeper}").acquire(blocking=False)
     del replica

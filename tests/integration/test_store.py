@@ -28,6 +28,7 @@ StartValkey = Callable[..., Any]
 async def client_of(url: str) -> AsyncIterator[Redis]:
     """Connect, and close the connections afterwards."""
     client = store.connect(url)
+    assert isinstance(client, Redis)
     try:
         yield client
     finally:

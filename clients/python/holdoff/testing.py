@@ -83,7 +83,7 @@ class CoordinatorThread:
     Use it as a context manager; inside it the coordinator serves.
 
     Args:
-        store_url: `unix://…` or `redis://…`.
+        store_url: Any that `holdoff-coordinator serve --redis-url` takes.
         options: What `holdoff_coordinator.server.Coordinator` takes, where it is to differ.
     """
 
@@ -107,7 +107,7 @@ class CoordinatorThread:
         store = connect(self._store_url)
         served = None
         try:
-            async with Coordinator(store, store_url=self._store_url, **self._options) as served:
+            async with Coordinator(store, **self._options) as served:
                 self._ready.put(served)
                 await self._stop.wait()
         except Exception as error:

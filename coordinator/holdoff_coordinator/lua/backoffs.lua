@@ -41,7 +41,7 @@ local function moved(what)
 end
 
 -- Makes replicas ask for all who hold or wait: what they may do has changed.
-local function announce() redis.call('PUBLISH', SHARD .. ':wake', '*') end
+local function announce() redis.call('SPUBLISH', SHARD .. ':wake', '*') end
 
 local function back_off_changed(one, changes)
   put(back_off_key(one.id), one, changes)

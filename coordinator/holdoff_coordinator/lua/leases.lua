@@ -134,7 +134,7 @@ end
 
 local function wake_next(id)
   local hash = next_waiter(id)
-  if hash then redis.call('PUBLISH', SHARD .. ':wake', hash) end
+  if hash then redis.call('SPUBLISH', SHARD .. ':wake', hash) end
 end
 
 -- Lease ---------------------------------------------------------------------
