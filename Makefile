@@ -48,3 +48,41 @@ stores: $(READY) ## Leases and budgets on a Cluster, and behind Sentinel
 	HOLDOFF_TEST_STORE=sentinel pytest --numprocesses 2 $(STORE_TESTS)
 
 demo-short: $(READY) ## The demo on a faster clock
+	python clients/demo/demo.py --short
+
+bench: $(READY) ## Measure; nothing is asserted
+	PYTHONPATH=. python tests/bench/handover.py
+	PYTHONPATH=. python tests/bench/output.py
+
+SECONDS := 180
+soak: $(READY) ## 1000 waiters at two replicas for three minutes, or SECONDS=20: promises and figures
+	PYTHONPATH=. python tests/soak/soak.py --seconds $(SECONDS)
+
+soak-short: $(READY) ## The same in half a minute
+	PYTHONPATH=. python tests/soak/soak.py --seconds 5
+
+format: $(READY) ## Let ruff repair what it can
+	ruff check --fix
+	ruff format
+
+generate: $(READY) ## Write clients/python/holdoff/v1 from proto/
+	python scripts/generate.py
+
+man: $(READY) ## Man pages of every command, into build/man; read them with man -M build/man holdoff
+	python scripts/manpages.py build/man
+
+lock: $(READY) ## Renew requirements.lock from pyproject.toml; UPGRADE=--upgrade takes newer releases
+	uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-emit-find-links \
+		--custom-compile-command 'make lock' --quiet $(UPGRADE) --output-file requirements.lock
+
+prove-bare: ## As root: `make demo` and `make test` on a Debian with Python, git and make alone
+	scripts/bare-debian.sh
+
+clean: ## Remove .venv and everything that tools left
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find clients coordinator scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): requirements.lock pyproject.toml scripts/bootstrap.sh
+	scripts/bootstrap.sh
+	@touch $@

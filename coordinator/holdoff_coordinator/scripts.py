@@ -144,6 +144,7 @@ class Scripts:
         self._epochs: dict[str, str] = {}
         self._longest_hold_us: dict[str, int] = {}
         self._cleared: dict[str, int] = {}
+        self._histories: set[str] = set()
         self._sources = {name: source(name) for name in SCRIPTS}
         self._digests = {
             name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
@@ -249,7 +250,8 @@ class Scripts:
     async def busy_apps(self) -> list[str]:
         """List the apps with a token that is not idle, a back-off, or a reservation.
 
-        This asks for one number an app; apps are API keys, of which there are few.
+        This asks for one number an app; apps are API keys, of which there are few. All apps of a
+        server that is new to us are among them: the next script sees whether it took over.
         """
         by_node: defaultdict[Redis, list[str]] = defaultdict(list)
         for app in await self.apps():
@@ -258,15 +260,18 @@ class Scripts:
         for node, apps in by_node.items():
             async with node.pipeline(transaction=False) as pipeline:
                 for app in apps:
-                    keys = (f"{shard_key(app)}:{what}" for what in _BUSY)
-                    pipeline.exists(*keys)
+                    pipeline.exists(*(f"{shard_key(app)}:{key}" for key in _BUSY))
+                pipeline.info("replication")
                 try:
-                    counts = await pipeline.execute()
-                except RedisError:
-                    # A node of a Cluster is down or serves them no more: what they are asked
-                    # next finds out about each.
-                    counts = [1] * len(apps)
-            busy += [app for app, count in zip(apps, counts, strict=True) if count]
+                    *counts, info = await pipeline.execute(raise_on_error=False)
+                except RedisError as error:
+                    counts, info = [error] * len(apps), {}
+            # A node of a Cluster that is down, or serves some no more: what they are asked next
+            # finds out about each. A managed store may refuse to tell of its replication.
+            history = info.get("master_replid", "") if isinstance(info, dict) else ""
+            is_new = history not in self._histories
+            self._histories.add(history)
+            busy += [app for app, count in zip(apps, counts, strict=True) if is_new or count]
         return sorted(busy)
 
     async def register(self, app: str) -> None:

@@ -104,6 +104,17 @@ if epoch then
   if now < number(shard.high_water_us) - CLOCK_TOLERANCE then
     quarantine('the clock of the store went back')
   end
+  -- A replica that was promoted may lack the last writes, as may a server that began from a
+  -- snapshot. Both go on with a history of writes of their own, after that of the server
+  -- before. A managed store may refuse to tell.
+  local info = redis.pcall('INFO', 'replication')
+  local history = type(info) == 'string' and info:match('master_replid:(%x+)')
+  if history and history ~= shard.history then
+    if shard.history and info:find('master_replid2:' .. shard.history, 1, true) then
+      quarantine('another server of the store took over, and may lack the last writes')
+    end
+    put(SHARD, shard, {history = history})
+  end
   -- `service_us` is a clock that stands still while no coordinator comes by.
   local gap = now - number(shard.tick_us)
   local changes = {tick_us = now, high_water_us = now}
