@@ -65,8 +65,9 @@ format: $(READY) ## Let ruff repair what it can
 	ruff check --fix
 	ruff format
 
-generate: $(READY) ## Write clients/python/holdoff/v1 from proto/
+generate: $(READY) ## After a change below proto/ or of the chart's schema: what is made from them
 	python scripts/generate.py
+	python scripts/chart_values.py
 
 man: $(READY) ## Man pages of every command, into build/man; read them with man -M build/man holdoff
 	python scripts/manpages.py build/man
