@@ -11,7 +11,7 @@ READY := .venv/.ready
 PYTEST := pytest --numprocesses auto --maxprocesses 8
 SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh)
 
-.PHONY: help demo demo-short test lint format types pyright imports shell unit integration model e2e proto pytest \
+.PHONY: help demo demo-short test lint format types pyright imports shell unit integration model e2e proto chart pytest \
 	stores generate man lock bench soak soak-short prove-bare clean
 
 help: ## Show the targets
@@ -39,7 +39,7 @@ imports: $(READY) ## Who may import whom
 pytest: $(READY) ## All tests
 	$(PYTEST)
 
-unit integration model e2e proto: $(READY) ## The tests of one kind
+unit integration model e2e proto chart: $(READY) ## The tests of one kind
 	$(PYTEST) tests/$@
 
 STORE_TESTS := $(addprefix tests/integration/test_,leases.py queue.py budgets.py back_offs.py)

@@ -1,0 +1,504 @@
+"""What the chart renders: valid, safe, and changed by a value only where it should be."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import kubernetes_validate.utils
+import pytest
+import yaml
+
+import chart_values
+from tests.chart.helm import CHART, DEPLOY, MONITORING, Rendering, differences, helm, render
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VERSIONS = [
+    version
+    for version in kubernetes_validate.utils.all_versions()
+    if int(version.split(".")[1]) >= 30
+]
+OTHERS = {"ServiceMonitor", "PrometheusRule", "Certificate", "GRPCRoute"}
+"""Kinds that Kubernetes itself does not have, so that no schema of its own describes them."""
+
+EXTERNAL = {"store": {"mode": "external"}}
+SECRET = {"name": "s"}
+POD = "*/holdoff spec.template.spec"
+ARGS = f"{POD}.containers?coordinator?.args"
+CHECKSUM = "*/holdoff spec.template.metadata.annotations.checksum/"
+
+
+def mounted(folder: str) -> tuple[str, str]:
+    """Return the patterns of a volume and its place in the container."""
+    return f"{POD}.volumes?{folder}?*", f"{POD}.containers?coordinator?.volumeMounts?{folder}?*"
+
+
+def argument(name: str) -> str:
+    """Return the pattern of an argument."""
+    return f"{ARGS}?{name}*"
+
+
+# Values, and what they change, compared with the rendering for the mode of store alone.
+TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "replicas": (
+        EXTERNAL | {"replicaCount": 3},
+        ("Deployment/holdoff spec.replicas", "PodDisruptionBudget/holdoff *"),
+    ),
+    "no disruption budget": (
+        EXTERNAL | {"replicaCount": 3, "podDisruptionBudget": {"enabled": False}},
+        ("Deployment/holdoff spec.replicas",),
+    ),
+    "autoscaling": (
+        EXTERNAL | {"autoscaling": {"enabled": True}},
+        (
+            "Deployment/holdoff spec.replicas",
+            "HorizontalPodAutoscaler/holdoff *",
+            "PodDisruptionBudget/holdoff *",
+        ),
+    ),
+    "no spread": (
+        EXTERNAL | {"topologySpread": {"enabled": False}},
+        (f"{POD}.topologySpreadConstraints*",),
+    ),
+    "strict spread": (
+        EXTERNAL | {"topologySpread": {"whenUnsatisfiable": "DoNotSchedule"}},
+        (f"{POD}.topologySpreadConstraints*whenUnsatisfiable",),
+    ),
+    "volume": (
+        {"store": {"embedded": {"size": "5Gi", "storageClassName": "fast"}}},
+        ("StatefulSet/holdoff spec.volumeClaimTemplates*",),
+    ),
+    "store url": (
+        {"store": {"mode": "external", "external": {"url": "rediss://store:6380/1"}}},
+        (argument("--redis-url="),),
+    ),
+    "store url in a secret": (
+        {"store": {"mode": "external", "urlSecret": SECRET}},
+        (argument("--redis-url"), argument("--redis-url-file="), *mounted("store-url")),
+    ),
+    "store password": (
+        {"store": {"mode": "external", "passwordSecret": SECRET}},
+        (argument("--redis-password-file="), *mounted("store-password")),
+    ),
+    "store with TLS": (
+        {"store": {"mode": "cluster", "tls": {"caSecret": SECRET, "certificateSecret": "c"}}},
+        (
+            argument("--redis-ca-file="),
+            argument("--redis-cert-file="),
+            argument("--redis-key-file="),
+            *mounted("store-ca"),
+            *mounted("store-certificate"),
+        ),
+    ),
+    "Sentinels' password": (
+        {"store": {"mode": "sentinel", "sentinel": {"passwordSecret": SECRET}}},
+        (argument("--redis-sentinel-password-file="), *mounted("sentinel-password")),
+    ),
+    "assume": (
+        {"store": {"mode": "external", "assume": "noeviction,fsync=always"}},
+        (argument("--assume="),),
+    ),
+    "secrets of another mode": (
+        {"store": {"passwordSecret": SECRET, "urlSecret": SECRET, "tls": {"caSecret": SECRET}}},
+        (),
+    ),
+    "quarantine": ({"quarantineSeconds": 1800}, (argument("--quarantine-seconds="),)),
+    "drain": (
+        {"drainSeconds": 60},
+        (argument("--drain-seconds="), f"{POD}.terminationGracePeriodSeconds"),
+    ),
+    "log": ({"logFormat": "console"}, (argument("--log-format="),)),
+    "TLS by secret": (
+        {"tls": {"secretName": "t"}},
+        (
+            argument("--tls-cert-file="),
+            argument("--tls-key-file="),
+            *mounted("tls"),
+            "Service/* spec.ports?grpc?.appProtocol",
+            "Pod/holdoff-test spec.*volume*?ca?*",
+            "Pod/holdoff-test spec.*env?HOLDOFF_CA_FILE?*",
+        ),
+    ),
+    "TLS by cert-manager": (
+        {"tls": {"certManager": {"enabled": True, "issuerRef": {"name": "i"}}}},
+        (
+            "Certificate/holdoff *",
+            argument("--tls-cert-file="),
+            argument("--tls-key-file="),
+            *mounted("tls"),
+            "Service/* spec.ports?grpc?.appProtocol",
+            "Pod/holdoff-test spec.*volume*?ca?*",
+            "Pod/holdoff-test spec.*env?HOLDOFF_CA_FILE?*",
+        ),
+    ),
+    "auth": (
+        {"auth": {"enabled": True, "access": "[roles]"}, "test": {"credentialSecret": SECRET}},
+        (
+            argument("--auth"),
+            argument("--access-file="),
+            *mounted("access"),
+            "ConfigMap/holdoff-access *",
+            f"{CHECKSUM}access",
+            "Pod/holdoff-test spec.*volume*?credential?*",
+            "Pod/holdoff-test spec.*env?HOLDOFF_CREDENTIAL_FILE?*",
+        ),
+    ),
+    "auth, nobody to test as": (
+        {"auth": {"enabled": True}},
+        (argument("--auth"), "Pod/holdoff-test *"),
+    ),
+    "mutual TLS and auth": (
+        {
+            "tls": {"secretName": "t", "clientCA": {"secretName": "c"}},
+            "auth": {"enabled": True},
+            "test": {"certificateSecret": "c"},
+        },
+        (
+            argument("--auth"),
+            argument("--insecure"),
+            argument("--tls-*-file="),
+            *mounted("tls"),
+            *mounted("client-ca"),
+            "Service/* spec.ports?grpc?.appProtocol",
+            "Pod/holdoff-test spec.*volume*",
+            "Pod/holdoff-test spec.*env?HOLDOFF_*_FILE?*",
+        ),
+    ),
+    "policies": (
+        {"policies": {"ours": 'name = "ours"\n'}},
+        (
+            argument("--policy-dir="),
+            *mounted("policies"),
+            f"{CHECKSUM}policies",
+            "ConfigMap/holdoff-policies *",
+        ),
+    ),
+    "service": (
+        {"service": {"type": "LoadBalancer", "port": 443, "annotations": {"a": "b"}}},
+        (
+            "Service/holdoff spec.type",
+            "Service/holdoff spec.ports?grpc?.port",
+            "Service/holdoff metadata.annotations.a",
+            "Pod/holdoff-test spec.*env?HOLDOFF_ENDPOINT?.value",
+        ),
+    ),
+    "ingress": (
+        {"ingress": {"enabled": True, "className": "nginx", "tlsSecretName": "t"}},
+        ("Ingress/holdoff *",),
+    ),
+    "route": (
+        {"grpcRoute": {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["h.example"]}},
+        ("GRPCRoute/holdoff *",),
+    ),
+    "network policy": (
+        {"networkPolicy": {"enabled": True, "from": [{"podSelector": {}}]}},
+        ("NetworkPolicy/holdoff *",),
+    ),
+    "no metrics": (
+        {"metrics": {"enabled": False}},
+        (
+            argument("--metrics-listen="),
+            f"{POD}.containers?coordinator?.ports?metrics?*",
+            "Service/holdoff-headless spec.ports?metrics?*",
+            "ServiceMonitor/holdoff *",
+        ),
+    ),
+    "no monitor": (
+        {"metrics": {"serviceMonitor": {"enabled": False}}},
+        ("ServiceMonitor/holdoff *",),
+    ),
+    "monitor": (
+        {"metrics": {"serviceMonitor": {"interval": "10s", "labels": {"release": "p"}}}},
+        (
+            "ServiceMonitor/holdoff spec.endpoints*interval",
+            "ServiceMonitor/holdoff metadata.labels.release",
+        ),
+    ),
+    "image": (
+        {
+            "image": {
+                "repository": "r.example/h",
+                "digest": f"sha256:{'0' * 64}",
+                "pullPolicy": "Always",
+            }
+        },
+        ("*.image", "*.imagePullPolicy"),
+    ),
+    "private registry": ({"imagePullSecrets": [{"name": "r"}]}, ("*.imagePullSecrets*",)),
+    "resources": (
+        {"resources": {"requests": {"cpu": "1"}}},
+        (f"{POD}.containers?coordinator?.resources.requests.cpu",),
+    ),
+    "no account": (
+        {"serviceAccount": {"create": False}},
+        ("ServiceAccount/holdoff *", f"{POD}.serviceAccountName"),
+    ),
+    "where pods go": (
+        {
+            "nodeSelector": {"disk": "ssd"},
+            "tolerations": [{"operator": "Exists"}],
+            "affinity": {"nodeAffinity": {}},
+            "priorityClassName": "high",
+        },
+        (
+            f"{POD}.nodeSelector.disk",
+            f"{POD}.tolerations*",
+            f"{POD}.affinity*",
+            f"{POD}.priorityClassName",
+        ),
+    ),
+    "labels": (
+        {"podLabels": {"team": "x"}, "podAnnotations": {"note": "y"}},
+        (
+            "*/holdoff spec.template.metadata.labels.team",
+            "*/holdoff spec.template.metadata.annotations.note",
+        ),
+    ),
+    "no test": ({"test": {"enabled": False}}, ("Pod/holdoff-test *",)),
+}
+# Those that change every name or label, or nothing but the mode.
+PLAIN: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{mode: {"store": {"mode": mode}} for mode in ("external", "sentinel", "cluster")},
+    "names": {"nameOverride": "locks", "fullnameOverride": "our-locks"},
+    "stopped": {"replicaCount": 0},
+}
+CASES = PLAIN | {name: values for name, (values, _) in TOGGLES.items()}
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "embedded replicas": ({"replicaCount": 2}, "set store.mode to external, sentinel or cluster"),
+    "embedded scaling": ({"autoscaling": {"enabled": True}}, "one pod"),
+    "number as text": ({"replicaCount": "2"}, "/replicaCount.*got string, want integer"),
+    "negative": ({"replicaCount": -1}, "/replicaCount.*minimum"),
+    "unknown value": ({"replicas": 2}, "'replicas' not allowed"),
+    "unknown inside": ({"store": {"url": "redis://x"}}, "'/store'.*'url' not allowed"),
+    "mode": ({"store": {"mode": "redis"}}, "/store/mode.*one of 'embedded', 'external'"),
+    "scheme": ({"store": {"external": {"url": "http://x"}}}, "/store/external/url.*rediss"),
+    "password in the URL": (
+        {"store": {"mode": "external", "external": {"url": "redis://u:hush@x:6379"}}},
+        r"store\.passwordSecret",
+    ),
+    "two certificates": (
+        {"tls": {"secretName": "t", "certManager": {"enabled": True}}},
+        "set one of them",
+    ),
+    "no issuer": ({"tls": {"certManager": {"enabled": True}}}, "issuerRef.name"),
+    "client CA alone": ({"tls": {"clientCA": {"secretName": "c"}}}, r"set tls\.secretName"),
+    "roles alone": ({"auth": {"access": "x"}}, r"auth\.enabled"),
+    "bounds": (EXTERNAL | {"autoscaling": {"enabled": True, "maxReplicas": 1}}, "less than"),
+    "no gateway": ({"grpcRoute": {"enabled": True}}, "parentRefs"),
+    "policy's name": ({"policies": {"../x": ""}}, "'/policies'.*'../x' not allowed"),
+    "digest": ({"image": {"digest": "latest"}}, "/image/digest.*sha256"),
+    "assumption": ({"store": {"assume": "durable"}}, "/store/assume.*noeviction"),
+    "port": ({"service": {"port": 70000}}, "/service/port.*want 65,535"),
+}
+
+
+@functools.cache
+def rendered(name: str) -> Rendering:
+    """Render a case once."""
+    return render(CASES[name], kinds=MONITORING)
+
+
+def test_the_matrix_is_wide() -> None:
+    """Fails when the cases are fewer than thirty, or a mode of store has none."""
+    assert len(CASES) >= 30
+    assert {rendered(name).pod()["containers"][0]["name"] for name in CASES} == {"coordinator"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_manifest_is_valid(version: str) -> None:
+    """Fails when a field is misspelt: `hostnames:` instead of `hosts:` in the Ingress."""
+    manifests = {
+        json.dumps(manifest, sort_keys=True): manifest
+        for name in CASES
+        for manifest in rendered(name).manifests.values()
+        if manifest["kind"] not in OTHERS
+    }
+    for manifest in manifests.values():
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+@pytest.mark.parametrize("name", TOGGLES)
+def test_a_value_changes_just_what_it_should(name: str) -> None:
+    """Fails when `--auth` follows tls instead of auth, or a Secret is mounted in any mode."""
+    values, expected = TOGGLES[name]
+    mode = values.get("store", {}).get("mode", "embedded")
+    changed = differences(rendered(mode if mode != "embedded" else "default"), rendered(name))
+    unexpected = {one for one in changed if not any(fnmatchcase(one, it) for it in expected)}
+    idle = {it for it in expected if not any(fnmatchcase(one, it) for one in changed)}
+    assert (unexpected, idle) == (set(), set())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused(name: str) -> None:
+    """Fails when the check of `embedded` with several replicas is left out."""
+    values, message = REFUSED[name]
+    with pytest.raises(helm.HelmError) as refusal:
+        render(values)
+    assert re.search(message, str(refusal.value), re.DOTALL)
+    assert "hush" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pods_are_safe(name: str) -> None:
+    """Fails when a pod's security context is left out; secrets are never in the environment."""
+    for manifest in rendered(name).manifests.values():
+        if manifest["kind"] not in {"Deployment", "StatefulSet", "Pod"}:
+            continue
+        pod = manifest["spec"] if manifest["kind"] == "Pod" else rendered(name).pod()
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not pod["automountServiceAccountToken"]
+        for container in pod["containers"]:
+            context = container["securityContext"]
+            assert context["readOnlyRootFilesystem"]
+            assert not context["allowPrivilegeEscalation"]
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert container["resources"]["requests"]
+            assert all("valueFrom" not in one for one in container.get("env", []))
+            assert "envFrom" not in container
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_grace_period_covers_the_drain(name: str) -> None:
+    """Fails when the grace period does not follow `drainSeconds`."""
+    pod = rendered(name).pod()
+    (drain,) = (
+        int(one.partition("=")[2])
+        for one in pod["containers"][0]["args"]
+        if one.startswith("--drain-seconds=")
+    )
+    hook = pod["containers"][0].get("lifecycle", {}).get("preStop", {}).get("sleep", {})
+    assert pod["terminationGracePeriodSeconds"] >= drain + hook.get("seconds", 0) + 5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_selected_exists(name: str) -> None:
+    """Fails when a Service, policy or monitor selects labels that no pod has."""
+    manifests = rendered(name).manifests
+    (labels,) = (
+        manifest["spec"]["template"]["metadata"]["labels"]
+        for manifest in manifests.values()
+        if manifest["kind"] in {"Deployment", "StatefulSet"}
+    )
+    for manifest in manifests.values():
+        spec = manifest.get("spec", {})
+        selector = spec.get("selector") or spec.get("podSelector") or {}
+        if manifest["kind"] == "ServiceMonitor":
+            (labels_of_service,) = (
+                one["metadata"]["labels"]
+                for one in manifests.values()
+                if one["kind"] == "Service"
+                and selector["matchLabels"].items() <= one["metadata"]["labels"].items()
+            )
+            assert labels_of_service
+        else:
+            assert selector.get("matchLabels", selector).items() <= labels.items()
+
+
+def test_insecure_follows_from_tls_and_auth() -> None:
+    """Fails when `--insecure` is left out, or stays once TLS and auth are both on."""
+    insecure = {
+        name for name in CASES if "--insecure" in rendered(name).pod()["containers"][0]["args"]
+    }
+    assert insecure == CASES.keys() - {"mutual TLS and auth"}
+
+
+def test_notes_warn_of_what_is_unsafe() -> None:
+    """Fails when the warning about TLS or authentication is left out of the notes."""
+    assert "no TLS" in rendered("default").notes
+    assert "no authentication" in rendered("default").notes
+    assert "WARNING" not in rendered("mutual TLS and auth").notes
+    assert "nothing to run" in rendered("auth, nobody to test as").notes
+
+
+def test_a_change_of_policies_rolls_the_pods() -> None:
+    """Fails when the checksum is not of the policies' text."""
+    old, new = (
+        render({"policies": {"ours": text}}).flat()[
+            "StatefulSet/holdoff spec.template.metadata.annotations.checksum/policies"
+        ]
+        for text in ("interval = 1", "interval = 2")
+    )
+    assert old != new
+
+
+def test_kinds_of_prometheus_only_where_they_exist(tmp_path: Path) -> None:
+    """Fails when ServiceMonitor or PrometheusRule renders whatever the cluster knows.
+
+    Kubernetes has no schemas for kinds of others: their few fields are looked at one by one.
+    """
+    chart = tmp_path / "chart"
+    shutil.copytree(CHART, chart)
+    shutil.rmtree(chart / "files", ignore_errors=True)
+    (chart / "files").mkdir()
+    rules = {"groups": [{"name": "g", "rules": [{"alert": "A", "expr": "up == 0"}]}]}
+    (chart / "files" / "holdoff.yaml").write_text(yaml.safe_dump(rules))
+    (chart / "files" / "holdoff.json").write_text('{"title": "{{ left alone }}"}')
+    values = {"dashboards": {"enabled": True}}
+    without = render(values, chart=chart).manifests
+    assert not {one["kind"] for one in without.values()} & OTHERS
+    assert json.loads(without["ConfigMap/holdoff-dashboards"]["data"]["holdoff.json"]) == {
+        "title": "{{ left alone }}"
+    }
+    assert without["ConfigMap/holdoff-dashboards"]["metadata"]["labels"]["grafana_dashboard"] == "1"
+    known = render(values, chart=chart, kinds=MONITORING).manifests
+    assert known["PrometheusRule/holdoff"]["spec"] == rules
+    assert known["ServiceMonitor/holdoff"]["spec"]["endpoints"] == [
+        {"port": "metrics", "interval": "30s"}
+    ]
+
+
+def test_certificate_and_route() -> None:
+    """Fails when the certificate lacks a name that clients call, or the route its port."""
+    certificate = rendered("TLS by cert-manager").manifests["Certificate/holdoff"]["spec"]
+    assert {"holdoff", "holdoff-headless.prod.svc"} <= set(certificate["dnsNames"])
+    assert certificate["secretName"] == "holdoff-tls"
+    assert certificate["issuerRef"]["name"] == "i"
+    route = rendered("route").manifests["GRPCRoute/holdoff"]["spec"]
+    assert route["rules"] == [{"backendRefs": [{"name": "holdoff", "port": 50051}]}]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lint_has_nothing_to_say(name: str) -> None:
+    """Fails when `Chart.yaml` has no icon or a template is no YAML."""
+    report = helm.lint(CHART, CASES[name], strict=True, kube_version="v1.30.0")
+    assert (report["messages"], report["errors"]) == ([], [])
+
+
+def test_the_readme_is_made_from_the_schema() -> None:
+    """Fails when a value is described in the schema and `make generate` was not called."""
+    assert (CHART / "README.md").read_text(encoding="utf-8") == chart_values.readme()
+
+
+def test_the_schema_knows_every_value_and_its_default() -> None:
+    """Fails when values.yaml and values.schema.json differ."""
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+
+    def defaults(node: dict[str, Any]) -> Any:
+        if "default" in node or "properties" not in node:
+            return node.get("default")
+        return {key: defaults(child) for key, child in node["properties"].items()}
+
+    known = defaults(schema)
+    assert known.pop("global") is None
+    assert known == yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("holdoff.json", "dashboards/holdoff.json"), ("holdoff.yaml", "alerts/holdoff.yaml")],
+)
+def test_dashboards_and_rules_are_those_of_deploy(ours: str, theirs: str) -> None:
+    """Fails when a file of deploy/ is not linked into the chart, which sees nothing outside."""
+    if not (DEPLOY / theirs).exists():
+        pytest.skip(f"there is no deploy/{theirs} yet")
+    assert (CHART / "files" / ours).is_file(), f"ln -s ../../{theirs} deploy/chart/files/{ours}"
+    assert (CHART / "files" / ours).read_bytes() == (DEPLOY / theirs).read_bytes()

@@ -1,0 +1,214 @@
+"""What the chart's containers run is run here, with the rendered files, environment and probes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.chart.helm import Rendering, render
+from tests.harness import wait_until
+from tests.stores import free_port, make_certificates
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from tests.conftest import StartValkey
+    from tests.stores import Store
+
+BIN = Path(sys.executable).parent
+# Where the code is, if not in the environment that these tests run in.
+CODE = {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
+SECRET = "a password of the store"
+POLICY = 'name = "ours"\ntitle = "Ours"\n\n[refresh]\ninterval = "5s"\n'
+
+
+class Pod:
+    """A pod of the chart as processes of this machine.
+
+    Its folders lie below one of ours, its ports are free ones of the loopback address, and of the
+    Secrets it is given the text; the rest is as rendered.
+    """
+
+    def __init__(self, rendering: Rendering, folder: Path, secrets: Mapping[str, Any]) -> None:
+        self._rendering = rendering
+        self._folder = folder
+        self._secrets = secrets
+        self.ports = {port: free_port() for port in (50051, 50052, 9090)}
+
+    def start(self, pod: Mapping[str, Any]) -> subprocess.Popen[str]:
+        """Start the only container of a pod."""
+        (container,) = pod["containers"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        for mount in container["volumeMounts"]:
+            self._mount(volumes.get(mount["name"], {}), self._folder / mount["mountPath"][1:])
+        variables = {one["name"]: self._here(one["value"]) for one in container.get("env", [])}
+        return subprocess.Popen(
+            [self._here(word) for word in (*container["command"], *container["args"])],
+            env={**CODE, "PATH": f"{BIN}:/usr/bin:/bin", **variables},
+            cwd=self._folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def _here(self, word: str) -> str:
+        word = re.sub(r"/(etc|var/lib)/holdoff|^/tmp$", lambda it: f"{self._folder}{it[0]}", word)
+        return re.sub(
+            r"(?:0\.0\.0\.0|holdoff\.prod\.svc):(\d+)",
+            lambda it: f"127.0.0.1:{self.ports[int(it[1])]}",
+            word,
+        )
+
+    def _mount(self, volume: Mapping[str, Any], folder: Path) -> None:
+        """Lay the files down as the kubelet does: links to links, which it swaps at a change."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if "configMap" in volume:
+            name = volume["configMap"]["name"]
+            texts = self._rendering.manifests[f"ConfigMap/{name}"]["data"]
+        else:
+            texts = self._secrets.get(volume.get("secret", {}).get("secretName"), {})
+        if not texts or (folder / "..data").exists():
+            return
+        (folder / "..1").mkdir()
+        (folder / "..data").symlink_to("..1")
+        for name, text in texts.items():
+            (folder / "..1" / name).write_text(text)
+            (folder / name).symlink_to(f"..data/{name}")
+
+    def probe(self, probe: Mapping[str, Any]) -> bool:
+        """Ask as the kubelet does: in plain text, without credentials, for the whole server."""
+        with grpc.insecure_channel(f"127.0.0.1:{self.ports[probe['grpc']['port']]}") as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            try:
+                answer = stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=2)
+            except grpc.RpcError:
+                return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+@contextlib.contextmanager
+def running(pod: Pod, specification: Mapping[str, Any]) -> Iterator[subprocess.Popen[str]]:
+    """Run a coordinator until its probes say that it serves; then end it as the kubelet does."""
+    process = pod.start(specification)
+    try:
+        container = specification["containers"][0]
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+            asked = functools.partial(pod.probe, container[kind])
+            wait_until(lambda: process.poll() is not None or asked(), 30)  # noqa: B023 - used at once
+        assert process.poll() is None, process.communicate()[0]
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=specification["terminationGracePeriodSeconds"])
+    assert process.returncode == 0
+
+
+@functools.cache
+def knows(option: str) -> bool:
+    """Return whether this coordinator has an option."""
+    told = subprocess.run(
+        [BIN / "holdoff-coordinator", "serve", "--help"], check=True, capture_output=True, text=True
+    ).stdout
+    return f"{option} " in told
+
+
+@pytest.fixture(autouse=True)
+def _a_coordinator_that_knows_the_options() -> None:
+    """Skip, loudly, where the coordinator is older than what the chart gives it."""
+    missing = [option for option in ("--health-listen", "--insecure") if not knows(option)]
+    if missing:
+        pytest.skip(f"NOT RUN: this coordinator does not know {', '.join(missing)}")
+
+
+def lease(pod: Pod, rendering: Rendering) -> None:
+    """Run the pod of `helm test`, twice: its token is there the second time."""
+    for _ in range(2):
+        process = pod.start(rendering.manifests["Pod/holdoff-test"]["spec"])
+        output, _none = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+        assert "took a lease" in output
+
+
+@pytest.fixture
+def stores(request: pytest.FixtureRequest, start_valkey: StartValkey) -> dict[str, Any]:
+    """Give the values for the test's mode of store, and the Secrets that they name."""
+    mode = request.param
+    if mode == "embedded":
+        return {"values": {}, "secrets": {}}
+    if mode == "external":
+        url = start_valkey("--requirepass", SECRET, password=SECRET).url
+        url = re.sub(r"//:[^@]*@", "//", url)
+        return {
+            "values": {"urlSecret": {"name": "url"}, "passwordSecret": {"name": "password"}},
+            "secrets": {"url": {"url": url}, "password": {"password": SECRET}},
+        }
+    fixture = {"sentinel": "watched_primary", "cluster": "three_nodes"}[mode]
+    store: Store = request.getfixturevalue(fixture)
+    return {"values": {mode: {"url": store.url}}, "secrets": {}}
+
+
+@pytest.mark.parametrize(
+    ("mode", "stores"),
+    [(mode, mode) for mode in ("embedded", "external", "sentinel", "cluster")],
+    indirect=["stores"],
+)
+def test_every_mode_serves_and_gives_leases(
+    mode: str, stores: dict[str, Any], tmp_path: Path
+) -> None:
+    """Fails when an argument of the chart is misspelt, or a file is mounted elsewhere."""
+    rendering = render(
+        {
+            "store": {"mode": mode, **stores["values"]},
+            "policies": {"ours": POLICY},
+            "metrics": {"enabled": knows("--metrics-listen")},
+        }
+    )
+    pod = Pod(rendering, tmp_path, stores["secrets"])
+    with running(pod, rendering.pod()) as process:
+        line = Path(f"/proc/{process.pid}/cmdline").read_text()
+        environment = Path(f"/proc/{process.pid}/environ").read_text()
+        assert SECRET not in line + environment
+        lease(pod, rendering)
+
+
+def test_with_tls_it_serves_and_its_probes_need_none(tmp_path: Path) -> None:
+    """Fails when the probes ask the port that speaks TLS."""
+    make_certificates(tmp_path)
+    files = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    secrets = {
+        "t": {
+            "tls.crt": files["cert.pem"],
+            "tls.key": files["key.pem"],
+            "ca.crt": files["ca.pem"],
+        }
+    }
+    rendering = render(
+        {"tls": {"secretName": "t"}, "metrics": {"enabled": knows("--metrics-listen")}}
+    )
+    pod = Pod(rendering, tmp_path / "pod", secrets)
+    with running(pod, rendering.pod()):
+        lease(pod, rendering)
+
+
+def test_metrics_are_served(tmp_path: Path) -> None:
+    """Fails when the metrics are at another port or path than the ServiceMonitor says."""
+    if not knows("--metrics-listen"):
+        pytest.skip("NOT RUN: this coordinator does not know --metrics-listen")
+    rendering = render()
+    pod = Pod(rendering, tmp_path, {})
+    with running(pod, rendering.pod()):
+        url = f"http://127.0.0.1:{pod.ports[9090]}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert b"# TYPE holdoff_" in answer.read()
