@@ -70,11 +70,11 @@ def test_what_the_image_holds_serves_and_is_healthy(tmp_path: Path) -> None:
         word.replace("/var/lib/holdoff", str(tmp_path)).replace("50052", str(port))
         for word in json.loads(instruction("ENTRYPOINT")) + json.loads(instruction("CMD"))
     ]
+    check = [str(image / "bin" / "python"), str(image / "healthy.py"), f"127.0.0.1:{port}"]
     process = subprocess.Popen(
-        [image / "bin" / command[0], *command[1:], "--listen", "127.0.0.1:0"], env=outside
+        [str(image / "bin" / command[0]), *command[1:], "--listen", "127.0.0.1:0"], env=outside
     )
     try:
-        check = [image / "bin" / "python", image / "healthy.py", f"127.0.0.1:{port}"]
         wait_until(lambda: subprocess.run(check, check=False, env=outside).returncode == 0, 30)
     finally:
         process.terminate()
