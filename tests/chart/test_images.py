@@ -27,7 +27,7 @@ PATH = {"PATH": f"{BIN}:{os.environ['PATH']}"}
 def instruction(name: str) -> str:
     """Return what the last instruction of a name in the Dockerfile says."""
     text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
-    return re.findall(rf"^{name} (.*)$", text, re.MULTILINE)[-1]
+    return str(re.findall(rf"^{name} (.*)$", text, re.MULTILINE)[-1])
 
 
 def test_the_dockerfile_has_nothing_to_lint() -> None:

@@ -200,8 +200,8 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"networkPolicy": {"enabled": True, "from": [{"podSelector": {}}]}},
         ("NetworkPolicy/holdoff *",),
     ),
-    "no metrics": (
-        {"metrics": {"enabled": False}},
+    "metrics": (
+        {"metrics": {"enabled": True}},
         (
             argument("--metrics-listen="),
             f"{POD}.containers?coordinator?.ports?metrics?*",
@@ -210,14 +210,11 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ),
     ),
     "no monitor": (
-        {"metrics": {"serviceMonitor": {"enabled": False}}},
-        ("ServiceMonitor/holdoff *",),
-    ),
-    "monitor": (
-        {"metrics": {"serviceMonitor": {"interval": "10s", "labels": {"release": "p"}}}},
+        {"metrics": {"enabled": True, "serviceMonitor": {"enabled": False}}},
         (
-            "ServiceMonitor/holdoff spec.endpoints*interval",
-            "ServiceMonitor/holdoff metadata.labels.release",
+            argument("--metrics-listen="),
+            f"{POD}.containers?coordinator?.ports?metrics?*",
+            "Service/holdoff-headless spec.ports?metrics?*",
         ),
     ),
     "image": (
@@ -442,7 +439,13 @@ def test_kinds_of_prometheus_only_where_they_exist(tmp_path: Path) -> None:
     rules = {"groups": [{"name": "g", "rules": [{"alert": "A", "expr": "up == 0"}]}]}
     (chart / "files" / "holdoff.yaml").write_text(yaml.safe_dump(rules))
     (chart / "files" / "holdoff.json").write_text('{"title": "{{ left alone }}"}')
-    values = {"dashboards": {"enabled": True}}
+    values = {
+        "dashboards": {"enabled": True},
+        "metrics": {
+            "enabled": True,
+            "serviceMonitor": {"interval": "10s", "labels": {"release": "p"}},
+        },
+    }
     without = render(values, chart=chart).manifests
     assert not {one["kind"] for one in without.values()} & OTHERS
     assert json.loads(without["ConfigMap/holdoff-dashboards"]["data"]["holdoff.json"]) == {
@@ -452,8 +455,9 @@ def test_kinds_of_prometheus_only_where_they_exist(tmp_path: Path) -> None:
     known = render(values, chart=chart, kinds=MONITORING).manifests
     assert known["PrometheusRule/holdoff"]["spec"] == rules
     assert known["ServiceMonitor/holdoff"]["spec"]["endpoints"] == [
-        {"port": "metrics", "interval": "30s"}
+        {"port": "metrics", "interval": "10s"}
     ]
+    assert known["ServiceMonitor/holdoff"]["metadata"]["labels"]["release"] == "p"
 
 
 def test_certificate_and_route() -> None:

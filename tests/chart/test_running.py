@@ -172,7 +172,6 @@ def test_every_mode_serves_and_gives_leases(
         {
             "store": {"mode": mode, **stores["values"]},
             "policies": {"ours": POLICY},
-            "metrics": {"enabled": knows("--metrics-listen")},
         }
     )
     pod = Pod(rendering, tmp_path, stores["secrets"])
@@ -194,9 +193,7 @@ def test_with_tls_it_serves_and_its_probes_need_none(tmp_path: Path) -> None:
             "ca.crt": files["ca.pem"],
         }
     }
-    rendering = render(
-        {"tls": {"secretName": "t"}, "metrics": {"enabled": knows("--metrics-listen")}}
-    )
+    rendering = render({"tls": {"secretName": "t"}})
     pod = Pod(rendering, tmp_path / "pod", secrets)
     with running(pod, rendering.pod()):
         lease(pod, rendering)
@@ -206,7 +203,7 @@ def test_metrics_are_served(tmp_path: Path) -> None:
     """Fails when the metrics are at another port or path than the ServiceMonitor says."""
     if not knows("--metrics-listen"):
         pytest.skip("NOT RUN: this coordinator does not know --metrics-listen")
-    rendering = render()
+    rendering = render({"metrics": {"enabled": True}})
     pod = Pod(rendering, tmp_path, {})
     with running(pod, rendering.pod()):
         url = f"http://127.0.0.1:{pod.ports[9090]}/metrics"
