@@ -8,13 +8,10 @@ import tarfile
 import zipfile
 from importlib.metadata import distribution, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from packaging.requirements import Requirement
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -38,14 +35,14 @@ def closure(name: str, extra: str = "") -> set[str]:
             needed = Requirement(text)
             if needed.marker and not needed.marker.evaluate({"extra": extra}):
                 continue
-            if needed.name not in found:
-                found.add(needed.name)
-                waiting.add((needed.name, ""))
+            if (name := canonicalize_name(needed.name)) not in found:
+                found.add(name)
+                waiting.add((name, ""))
     return found
 
 
 @pytest.fixture(scope="module")
-def client_only(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def client_only(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make an environment with the wheel, and of its dependencies those of the client alone."""
     folder = tmp_path_factory.mktemp("client")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
@@ -60,9 +57,9 @@ def client_only(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 link.symlink_to(Path(str(one.locate_file(path))))
     wheel = next(dist.glob("*.whl"))
     python = folder / "bin" / "python"
-    install = [BIN / "uv", "pip", "install", "--quiet", "--offline", "--no-deps"]
-    subprocess.run([*install, "--python", python, wheel], check=True)
-    yield folder / "bin"
+    install = (BIN / "uv", "pip", "install", "--quiet", "--offline", "--no-deps", "--python")
+    subprocess.run([*install, python, wheel], check=True)
+    return folder / "bin"
 
 
 def test_the_wheel_has_what_runs(dist: Path) -> None:
@@ -126,6 +123,6 @@ def test_the_client_needs_nothing_of_the_coordinator(client_only: Path) -> None:
 
 def test_the_extra_brings_all_that_the_coordinator_needs() -> None:
     """Fails when the service imports what only developers have."""
-    needed = {name.lower().replace("_", "-") for name in closure("holdoff", "coordinator")}
+    needed = closure("holdoff", "coordinator")
     assert {"redis", "python-redis-lock", "structlog", "pydantic-settings", "hiredis"} <= needed
     assert "pytest" not in needed
