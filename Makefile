@@ -12,7 +12,7 @@ PYTEST := pytest --numprocesses auto --maxprocesses 8
 SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh deploy/*.sh)
 
 .PHONY: help demo demo-short test lint format types pyright imports shell unit integration model e2e proto chart pytest \
-	stores generate man lock bench soak soak-short prove-bare clean
+	stores generate man lock dist wheels bench soak soak-short prove-bare clean
 
 help: ## Show the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -76,6 +76,20 @@ lock: $(READY) ## Renew requirements.lock from pyproject.toml; UPGRADE=--upgrade
 	uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-emit-find-links \
 		--custom-compile-command 'make lock' --quiet $(UPGRADE) --output-file requirements.lock
+
+dist: $(READY) ## Wheel, sdist and a bill of materials (CycloneDX), into dist/
+	rm -rf dist
+	hatchling build
+	twine check --strict dist/*
+	scripts/sbom.sh >dist/holdoff.cdx.json
+
+VERSIONS := 3.11 3.12 3.13 3.14
+SYSTEMS := x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu x86_64-apple-darwin aarch64-apple-darwin windows
+wheels: $(READY) ## Whether all that is needed has wheels for each Python and system
+	for system in $(SYSTEMS); do for version in $(VERSIONS); do \
+		uv pip compile pyproject.toml --all-extras --only-binary :all: --python-version $$version \
+			--python-platform $$system --quiet --output-file /dev/null && echo "$$system $$version"; \
+	done; done
 
 prove-bare: ## As root: `make demo` and `make test` on a Debian with Python, git and make alone
 	scripts/bare-debian.sh

@@ -1,5 +1,21 @@
-"""`python -m holdoff_coordinator`."""
+"""`holdoff-coordinator`, also as `python -m holdoff_coordinator`."""
 
-from holdoff_coordinator.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the service's command line, if what it needs is installed."""
+    try:
+        from holdoff_coordinator import cli  # noqa: PLC0415 - it may be missing
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("holdoff"):
+            raise
+        sys.exit(
+            f"holdoff-coordinator: there is no Python module {error.name}; install all that it "
+            "needs with: pip install 'holdoff[coordinator]'"
+        )
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls. Everybody is `anonymous` until there is authentication."""
+    """Who calls. Without a certificate everybody is `anonymous`."""
 
     identity: str
     peer: str

@@ -25,6 +25,7 @@ from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.restore import after_restore
 from holdoff_coordinator.settings import LogFormat, Settings
 from holdoff_coordinator.store import Access, Assumed, StoreError, check, connect, ensure_epoch
+from holdoff_coordinator.tls import Certificates, TlsError
 
 # What gRPC's core has to say would stand between the lines of our log, which are JSON. It looks
 # at this when it is imported.
@@ -155,6 +156,29 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @click.option("--listen", metavar="HOST:PORT", help="Address to serve. [default: 127.0.0.1:50051]")
+@click.option(
+    "--tls-cert-file",
+    type=click.Path(path_type=Path),
+    help="Serve TLS with this certificate (PEM, with those between it and its authority).",
+)
+@click.option("--tls-key-file", type=click.Path(path_type=Path), help="Its key (PEM).")
+@click.option(
+    "--tls-client-ca-file",
+    type=click.Path(path_type=Path),
+    help="Serve only clients with a certificate of these authorities (PEM). Files for TLS are read "
+    "again when they change.",
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    default=None,
+    help="Listen beyond loopback although any host there may take, hold and break leases.",
+)
+@click.option(
+    "--health-listen",
+    metavar="HOST:PORT",
+    help="Answer health checks here too, and nothing else; without TLS.",
+)
 @_of_the_store
 @click.option(
     "--policy-dir",
@@ -177,7 +201,12 @@ def serve(**options: Any) -> None:
         _fail(EX_USAGE, f"{settings.policy_dir}/{error}")
     except OSError as error:
         _fail(EX_USAGE, _explain(error))
-    _run(_serve(settings, store, policies))
+    try:
+        files = settings.tls()
+        certificates = Certificates(files) if files else None
+    except TlsError as error:
+        _fail(EX_USAGE, str(error))
+    _run(_serve(settings, store, policies, certificates))
 
 
 @main.command("after-restore")
@@ -258,7 +287,12 @@ async def _hold_back(settings: Settings, store: _Store) -> None:
     )
 
 
-async def _serve(settings: Settings, store: _Store, policies: Mapping[str, Policy]) -> None:
+async def _serve(
+    settings: Settings,
+    store: _Store,
+    policies: Mapping[str, Policy],
+    certificates: Certificates | None,
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -270,6 +304,8 @@ async def _serve(settings: Settings, store: _Store, policies: Mapping[str, Polic
             policies=policies,
             epoch=epoch,
             listen=settings.listen,
+            certificates=certificates,
+            health_listen=settings.health_listen,
             quarantine_seconds=settings.quarantine_seconds,
             drain_seconds=settings.drain_seconds,
         )
@@ -282,6 +318,8 @@ async def _serve(settings: Settings, store: _Store, policies: Mapping[str, Polic
         elif embedded:
             embedded.write_epoch(epoch.epoch)
         await stack.enter_async_context(coordinator)
+        if settings.insecure and not settings.tls_client_ca_file:
+            log.warning("insecure: every host that reaches the port may do everything")
         if embedded and epoch.lost:
             after_seconds = settings.quarantine_seconds
             await stack.enter_async_context(_remembering(embedded, epoch.epoch, after_seconds))

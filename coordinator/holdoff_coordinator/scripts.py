@@ -176,6 +176,8 @@ class Scripts:
         return self._clocks[app if self._clock_an_app else ""]
 
     async def _run(self, name: str, app: str, *args: bytes | str | int) -> Reply:
+        # Finding out which node it is may take a second, by which the estimate would be wrong.
+        await _answer(node_of(self.redis, shard_key(app)))
         watched = self._watched(app)
         estimate_us = 0 if self._in_doubt(app) else watched.clock.estimate_us(self._boot_us())
         header = (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 import structlog
+from grpc_health.v1 import health_pb2_grpc
 
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from holdoff.policies import Policy
     from holdoff_coordinator.cluster import StoreClient
     from holdoff_coordinator.store import Epoch
+    from holdoff_coordinator.tls import Certificates
 
 log = structlog.get_logger()
 
@@ -65,11 +67,15 @@ class Coordinator:
         policies: Mapping[str, Policy],
         epoch: Epoch,
         listen: str,
+        certificates: Certificates | None = None,
+        health_listen: str | None = None,
         quarantine_seconds: float,
         drain_seconds: float,
         boot_us: Callable[[], int] = boottime_us,
     ) -> None:
         self._listen = listen
+        self._certificates = certificates
+        self._health_listen = health_listen
         self._drain_seconds = drain_seconds
         self.scripts = Scripts(
             redis,
@@ -80,6 +86,7 @@ class Coordinator:
         self.hub = Hub(self.scripts)
         self._sweeper = Sweeper(self.scripts)
         self._server = grpc.aio.server(options=_OPTIONS)
+        self._health_server = grpc.aio.server(options=_OPTIONS)
         known = Policies(policies)
         places = Places(self.scripts, known)
         self._followers = Followers(self.scripts, self.hub, places)
@@ -94,24 +101,21 @@ class Coordinator:
             policies=known,
         )
         self._health = add_services(self._server, handlers)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
         self._duties: list[asyncio.Task[None]] = []
         self.address = listen
+        self.health_address = ""
 
     async def __aenter__(self) -> Self:
         try:
             await self.scripts.upgrade()
         except Failure as failure:
             raise StoreError(failure.message) from failure
-        try:
-            port = self._server.add_insecure_port(self._listen)
-        except RuntimeError:
-            port = 0
-        if not port:
-            raise CannotListenError(
-                f"cannot listen on {self._listen}: is the port in use, is the address ours? "
-                "Choose another with --listen HOST:PORT"
-            )
-        self.address = f"{self._listen.rpartition(':')[0]}:{port}"
+        credentials = self._certificates.credentials() if self._certificates else None
+        self.address = _open(self._server, self._listen, credentials)
+        if self._health_listen:
+            self.health_address = _open(self._health_server, self._health_listen)
+            await self._health_server.start()
         await self._server.start()
         for duty in (
             self.hub.tick_forever,
@@ -123,7 +127,12 @@ class Coordinator:
         await self._health.set("", _SERVING)
         for service in SERVICES:
             await self._health.set(service, _SERVING)
-        log.info("serving", address=self.address)
+        log.info(
+            "serving",
+            address=self.address,
+            tls=bool(self._certificates),
+            health=self.health_address or self.address,
+        )
         return self
 
     async def __aexit__(
@@ -136,10 +145,34 @@ class Coordinator:
         await self._health.enter_graceful_shutdown()
         self.hub.drain()
         await self._server.stop(self._drain_seconds)
+        await self._health_server.stop(None)
         for duty in self._duties:
             duty.cancel()
         await asyncio.gather(*self._duties, return_exceptions=True)
         await self._sweeper.stop()
+
+
+def _open(
+    server: grpc.aio.Server, listen: str, credentials: grpc.ServerCredentials | None = None
+) -> str:
+    """Open a port and return its address.
+
+    Raises:
+        CannotListenError: It cannot be.
+    """
+    try:
+        if credentials:
+            port = server.add_secure_port(listen, credentials)
+        else:
+            port = server.add_insecure_port(listen)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise CannotListenError(
+            f"cannot listen on {listen}: is the port in use, is the address ours? "
+            "Choose another with --listen HOST:PORT, for health checks --health-listen"
+        )
+    return f"{listen.rpartition(':')[0]}:{port}"
 
 
 async def _for_ever(duty: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -1,6 +1,7 @@
 """The coordinator's settings: one field an option, each also a variable `HOLDOFF_…`."""
 
 import contextlib
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from holdoff_coordinator.store import Access, Assumed
+from holdoff_coordinator.tls import TlsFiles
 
 LogFormat = Literal["auto", "json", "console"]
 Seconds = Annotated[float, Field(ge=0, le=366 * 24 * 3600, allow_inf_nan=False)]
@@ -17,6 +19,14 @@ Seconds = Annotated[float, Field(ge=0, le=366 * 24 * 3600, allow_inf_nan=False)]
 _ADDRESS: Final = re.compile(r"(?:\[[^][\s]+\]|[^][:/\s]+):(?P<port>[0-9]{1,5})")
 _MOST_PORT: Final = 65535
 _ASSUMABLE: Final = re.compile(r"noeviction|fsync=(always|everysec|no)")
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def default_data_dir() -> Path:
@@ -65,6 +75,21 @@ class Settings(BaseSettings):
     listen: str = "127.0.0.1:50051"
     """Address of the gRPC port, `host:port`; port 0 takes a free one."""
 
+    health_listen: str | None = None
+    """Address of a second port, for health checks alone and without TLS."""
+
+    tls_cert_file: Path | None = None
+    """Our certificate (PEM, with those between it and its authority)."""
+
+    tls_key_file: Path | None = None
+    """Its key (PEM)."""
+
+    tls_client_ca_file: Path | None = None
+    """Authorities (PEM) of which every client must show a certificate."""
+
+    insecure: bool = False
+    """Listen beyond loopback although not every client is known by its certificate."""
+
     data_dir: Path = Field(default_factory=default_data_dir)
     """Directory of the embedded store; unused when a store URL is given."""
 
@@ -104,13 +129,15 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 5.0
     """How long a stopping coordinator gives open calls to end."""
 
-    @field_validator("listen")
+    @field_validator("listen", "health_listen")
     @classmethod
-    def _address(cls, text: str) -> str:
+    def _address(cls, text: str | None) -> str | None:
         """Refuse what gRPC would take for something else.
 
         It listens on port 443 when none is given, and on port 34463 for 99999.
         """
+        if text is None:
+            return None
         match = _ADDRESS.fullmatch(text)
         if match is None or int(match["port"]) > _MOST_PORT:
             raise ValueError(
@@ -145,6 +172,26 @@ class Settings(BaseSettings):
         if self.redis_key_file and not self.redis_cert_file:
             raise ValueError("redis_key_file is the key of a certificate: give redis_cert_file too")
         return self
+
+    @model_validator(mode="after")
+    def _tls(self) -> Self:
+        if bool(self.tls_cert_file) != bool(self.tls_key_file):
+            raise ValueError("tls_cert_file and tls_key_file belong together: give both")
+        if self.tls_client_ca_file and not self.tls_cert_file:
+            raise ValueError("tls_client_ca_file needs tls_cert_file and tls_key_file")
+        if not (self.tls_client_ca_file or self.insecure or _is_loopback(self.listen)):
+            raise ValueError(
+                f"{self.listen} can be reached from other hosts, and any of them could take, hold "
+                "and break leases: ask for certificates (tls_cert_file, tls_key_file and "
+                "tls_client_ca_file), or say insecure if you trust that network"
+            )
+        return self
+
+    def tls(self) -> TlsFiles | None:
+        """Return the files for TLS, if it is to be served."""
+        if not (self.tls_cert_file and self.tls_key_file):
+            return None
+        return TlsFiles(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file)
 
     def store_url(self) -> str | None:
         """Return the external store's URL with its password, or None for the embedded store.

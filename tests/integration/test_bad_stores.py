@@ -192,7 +192,8 @@ def test_an_address_that_cannot_be_listened_on(stage: Stage, address: str) -> No
     """A port in use, an address that is not ours and a name that is none end in one line."""
     if address == "taken":
         address = f"127.0.0.1:{stage.mute_port()}"
-    ended = start("--listen", address, "--data-dir", str(stage.folder / "data"))
+    where = ("--insecure", "--listen", address)
+    ended = start(*where, "--data-dir", str(stage.folder / "data"))
     assert ended.code == 69
     assert address in ended.message
     assert "--listen HOST:PORT" in ended.message

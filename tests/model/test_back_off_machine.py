@@ -197,10 +197,15 @@ class History:
         self.went[caller] = now, names
 
     def waits(self, caller: str, name: str, start: int) -> None:
-        """A caller was told to wait; of those who have a place nobody follows within a step."""
+        """A caller was told to wait; of those who have a place nobody follows within a step.
+
+        Who waits longer than that, for a cooldown of its token, may go beside another one.
+        """
         self.went.pop(caller, None)
         one = self.shown.get(name)
-        if one and one.state == "REOPENING" and caller in one.order:
+        if not one or one.state != "REOPENING" or caller not in one.order:
+            return
+        if start == one.reopened + (one.order.index(caller) + 1) * one.step:
             starts = self.starts.setdefault((name, one.reopened), {})
             for other, at in starts.items():
                 assert other == caller or abs(at - start) >= one.step, f"{caller} follows {other}"

@@ -26,6 +26,7 @@ from holdoff._core import (
     report_patience,
     withdrawal_patience,
 )
+from holdoff._endpoint import tls_of
 from holdoff._guarding import Guarding
 from holdoff._held import Callbacks
 from holdoff._lease import Conversation, HeldLease
@@ -43,6 +44,7 @@ from holdoff.v1 import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
     from datetime import datetime
+    from pathlib import Path
     from types import TracebackType
 
 ParamsT = ParamSpec("ParamsT")
@@ -56,13 +58,27 @@ class Client(Connection):
         endpoint: `host:port`, or several addresses with commas in between, of which the first
             that answers is used; by default `HOLDOFF_ENDPOINT`, else 127.0.0.1:50051.
         timeout_seconds: How long a call other than `acquire` may take.
+        ca_file: Authorities (PEM) that the coordinator's certificate may come from; by default
+            `HOLDOFF_CA_FILE`. Without it there is no TLS.
+        cert_file: Our certificate (PEM), where the coordinator asks for one; by default
+            `HOLDOFF_CERT_FILE`.
+        key_file: Its key (PEM); by default `HOLDOFF_KEY_FILE`.
 
     Raises:
-        ValueError: Several endpoints that are not addresses of one kind.
+        ValueError: Several endpoints that are not addresses of one kind; files that are of no use.
     """
 
-    def __init__(self, endpoint: str | None = None, *, timeout_seconds: float = 10.0) -> None:
-        super().__init__(endpoint, timeout_seconds=timeout_seconds)
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        timeout_seconds: float = 10.0,
+        ca_file: str | Path | None = None,
+        cert_file: str | Path | None = None,
+        key_file: str | Path | None = None,
+    ) -> None:
+        tls = tls_of(ca_file, cert_file, key_file)
+        super().__init__(endpoint, timeout_seconds=timeout_seconds, tls=tls)
         self._fencing_tokens: dict[str, int] = {}
 
     def acquire(  # noqa: PLR0913 - each is part of the question

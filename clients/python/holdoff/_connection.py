@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 import grpc
 
 from holdoff._core import CHANNEL_OPTIONS
-from holdoff._endpoint import endpoint_of, target
+from holdoff._endpoint import channel_options, endpoint_of, target
 from holdoff._platform import boottime_ns
 from holdoff.errors import HoldoffError, Unavailable, from_rpc_error
 from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from holdoff import _calls
     from holdoff._core import Listening, Patience
+    from holdoff._endpoint import Tls
 
 ItemT = TypeVar("ItemT")
 ResponseT = TypeVar("ResponseT")
@@ -41,10 +42,18 @@ class _Stream(Protocol[SentT_co]):
 class Connection:
     """A way to a coordinator, by which any call of the API is made."""
 
-    def __init__(self, endpoint: str | None = None, *, timeout_seconds: float = 10.0) -> None:
+    def __init__(
+        self, endpoint: str | None = None, *, timeout_seconds: float = 10.0, tls: Tls | None = None
+    ) -> None:
         self.endpoint = endpoint_of(endpoint)
         self._timeout_seconds = timeout_seconds
-        self._channel = grpc.insecure_channel(target(self.endpoint), options=CHANNEL_OPTIONS)
+        where = target(self.endpoint)
+        options = [*CHANNEL_OPTIONS, *channel_options(self.endpoint)]
+        self._channel = (
+            grpc.secure_channel(where, grpc.ssl_channel_credentials(*tls), options)
+            if tls
+            else grpc.insecure_channel(where, options)
+        )
         self._leases = lease_service_pb2_grpc.LeaseServiceStub(self._channel)
         self._budgets = budget_service_pb2_grpc.BudgetServiceStub(self._channel)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from holdoff._endpoint import DEFAULT_ENDPOINT, ENDPOINT_VARIABLE, target
+from holdoff._endpoint import DEFAULT_ENDPOINT, ENDPOINT_VARIABLE, target, tls_of
 from holdoff.cli import exits
 from holdoff.cli._help import example
 
@@ -118,5 +118,13 @@ def _checked(_: click.Context, param: click.Parameter, endpoint: str) -> str:
 @click.version_option(package_name="holdoff", message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context, endpoint: str) -> None:
-    """Leases on OAuth refresh tokens, so that jobs on many servers run as one."""
+    """Leases on OAuth refresh tokens, so that jobs on many servers run as one.
+
+    With HOLDOFF_CA_FILE, the authorities (PEM) of the coordinator's certificate, it is spoken to
+    by TLS; HOLDOFF_CERT_FILE and HOLDOFF_KEY_FILE are our own, where it asks for one.
+    """
+    try:
+        tls_of()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     ctx.obj = endpoint  # which commands get with `click.pass_obj`

@@ -83,7 +83,9 @@ def remedy_of(error: Exception, endpoint: str) -> str:
         case errors.Unavailable(reason=""):
             remedy = (
                 "does holdoff-coordinator listen at {endpoint}? Start one: holdoff-coordinator "
-                "serve; if it is elsewhere: --endpoint HOST:PORT, or HOLDOFF_ENDPOINT"
+                "serve; if it is elsewhere: --endpoint HOST:PORT, or HOLDOFF_ENDPOINT; if it "
+                "serves TLS: HOLDOFF_CA_FILE, and HOLDOFF_CERT_FILE with HOLDOFF_KEY_FILE if it "
+                "asks for a certificate"
             )
         case errors.Quarantined(retry_after_seconds=float(seconds)) if seconds:
             remedy += f", for {format_duration(round(seconds))} at least"
