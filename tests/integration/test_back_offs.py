@@ -206,6 +206,24 @@ def test_a_probe_that_errs_or_dies_is_replaced(app: App) -> None:
     wait_until(lambda: last.last is not None and last.last.HasField("offer"), 6)  # it ran out
 
 
+def test_who_is_gone_holds_nobody_up(app: App) -> None:
+    """Of those who keep a block all but one end, or wait no more: that one goes first at once.
+
+    Fails when the place of a caller that is gone is kept until it is silent, for five seconds.
+    """
+    tokens = [app.token(f"t{number}") for number in range(5)]
+    offers = [app.replicas[0].hold(token, ttl=30) for token in tokens[:4]]
+    followers = [app.follow(offer) for offer in offers]
+    app.block(tokens[0])
+    waits = app.wait(tokens[4])
+    wait_until(lambda: not any(one.runs for one in followers), 3)
+    assert waits.waiting().reason == BACKING_OFF
+    waits.withdraw()
+    for offer in offers[:3]:
+        app.replicas[0].release(offer)
+    wait_until(lambda: followers[3].runs, 3)
+
+
 def test_blocks_double_only_when_met_after_the_last_one_ended(app: App) -> None:
     """What is met during a block, or was sent before it ended, prolongs it only as named.
 

@@ -224,7 +224,7 @@ class Model(model.Model):
         self.back_offs[new.id] = new
 
     def _forget_turn(self, caller: str) -> None:
-        """A caller that went first has had its turn, and comes after the others next time."""
+        """A caller that is gone, or went first in vain, comes after the others next time."""
         for one in self.live():
             if one.state != "REOPENING":
                 one.order.pop(caller, None)
@@ -251,13 +251,14 @@ class Model(model.Model):
         one.state, one.reopened = "REOPENING", self.now
         one.step = max(STEP_LEAST, min(STEP_MOST, SPREAD // len(one.order)))
 
-    def _probe_ended(self, caller: str, *, well: bool) -> None:
+    def _caller_ended(self, caller: str, *, well: bool) -> None:
         for one in self.live():
             if one.probe == caller:
                 if well and one.erred < one.probe_since:
                     self._reopen(one)
                 else:
                     self._drop_probe(one)
+        self._forget_turn(caller)
 
     def _probes_err(self, token: str, place: Place, at: int) -> None:
         for one in self.subject_to(token, [place]):
@@ -266,12 +267,12 @@ class Model(model.Model):
 
     def _end(self, token: Token, state: str, refreshed: int) -> None:
         assert token.lease
-        self._probe_ended(token.lease.request, well=state == "RELEASED")
+        self._caller_ended(token.lease.request, well=state == "RELEASED")
         super()._end(token, state, refreshed)
 
     def _take_back(self, token: Token, *, lapsed: bool = False) -> None:
         assert token.lease
-        self._probe_ended(token.lease.request, well=False)
+        self._caller_ended(token.lease.request, well=False)
         super()._take_back(token, lapsed=lapsed)
 
     # Callers -----------------------------------------------------------------
@@ -434,6 +435,15 @@ class Model(model.Model):
             self._go(request_name, self.subject_of(request_name))
         return answer
 
+    def withdraw(self, name: str, request_name: str, fingerprint: str) -> Answer:
+        """Give up a place, also among those who keep a back-off."""
+        request = self.requests.get(request_name)
+        waits = request and request.fingerprint == fingerprint and request.state in model._NOT_HELD
+        answer = super().withdraw(name, request_name, fingerprint)
+        if waits:
+            self._caller_ended(request_name, well=False)
+        return answer
+
     # Holders -----------------------------------------------------------------
 
     def follow(self, name: str, number: int, secret: str) -> tuple[Answer, tuple[str, ...]]:
@@ -550,13 +560,13 @@ class Model(model.Model):
         errors = [limit for limit in reservation.limits if limit.kind == "ERROR"]
         if before in ("reserved", "cancelled") and any(limit.counts(status) for limit in errors):
             self._probes_err(*self.places[name], self.now)
-        self._probe_ended(f"reservation:{name}", well=state == "committed")
+        self._caller_ended(f"reservation:{name}", well=state == "committed")
         return state
 
     def cancel(self, name: str) -> str:
         """Say that a call was not made."""
         state = self.budgets.cancel(name, self.budgets.reservations[name].caller)
-        self._probe_ended(f"reservation:{name}", well=False)
+        self._caller_ended(f"reservation:{name}", well=False)
         return state
 
     # Operators ---------------------------------------------------------------

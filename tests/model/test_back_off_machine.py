@@ -296,8 +296,11 @@ class BackOffMachine(RuleBasedStateMachine):
 
     def _run(self, script: str, *args: str | int) -> list[Any]:
         """Run a script now; who lost a place, or what ran out, was seen by somebody before."""
-        waits = [r for r in self.model.budgets.reservations.values() if r.state == "reserved"]
-        due = any(reservation.expires <= self.now for reservation in waits)
+        ends = [
+            r.expires for r in self.model.budgets.reservations.values() if r.state == "reserved"
+        ]
+        ends += [token.lease.expires for token in self.model.tokens.values() if token.lease]
+        due = any(end <= self.now for end in ends)
         if self.model.look(self.now) or self.model.lapsed or due:
             self._call("sweep", 100)
             self._call("read", *TOKENS)

@@ -77,8 +77,9 @@ local function reopen(one)
   back_off_changed(one, {state = 'REOPENING', reopened_us = now, step_us = step, went_first = probe})
 end
 
--- Who went first, and did not succeed, comes after all others.
-local function had_its_turn(caller)
+-- Gives up the place of a caller that is gone, or that went first in vain: if it asks again
+-- it comes after all others.
+local function give_up_turn(caller)
   for _, one in pairs(found) do
     if one.state ~= 'REOPENING' then redis.call('ZREM', turns_key(one.id), caller) end
   end
@@ -86,7 +87,7 @@ end
 
 local function drop_probe(one)
   redis.call('HDEL', back_off_key(one.id), 'probe')
-  had_its_turn(one.probe)
+  give_up_turn(one.probe)
   one.probe = nil
   back_off_changed(one, {probe_dropped_us = now})
 end
@@ -166,7 +167,7 @@ local function be_quiet(id, facts)
   end
   local one = back_off_record(id)
   if one.state == 'QUIET' and us(facts.until_us) == one.until_us then return end
-  if one.probe then had_its_turn(one.probe) end
+  if one.probe then give_up_turn(one.probe) end
   for _, field in ipairs({'probe', 'went_first', 'reopened_us', 'erred_us', 'cleared_by', 'clear_reason'}) do
     redis.call('HDEL', back_off_key(id), field)
     one[field] = nil
@@ -318,13 +319,14 @@ local function go(caller, subject)
   end
 end
 
--- A caller has ended, or must be quiet for another reason: it probes no more.
-local function probe_ended(caller, well)
+-- A caller has ended: it probes no more, and waits for no turn.
+local function caller_ended(caller, well)
   for _, one in pairs(back_offs()) do
     if one.probe == caller then
       if well and not probe_erred(one) then reopen(one) else drop_probe(one) end
     end
   end
+  give_up_turn(caller)
 end
 
 -- An error counts against those who probe its place.

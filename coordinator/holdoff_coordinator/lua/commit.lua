@@ -44,5 +44,5 @@ elseif made and reservation.state == 'expired' and not reservation.late_us then
   end
   put(reservation_key(id), reservation, {late_us = now})
 end
-probe_ended('reservation:' .. id, reservation.state == 'committed')
+caller_ended('reservation:' .. id, reservation.state == 'committed')
 return reply('OK', reservation.state, reservation.expires_us)

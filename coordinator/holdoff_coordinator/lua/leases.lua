@@ -155,7 +155,7 @@ end
 
 -- Ends a lease that was accepted, and keeps it in the token's history.
 local function finish(id, token, lease, state, ended, refreshed)
-  probe_ended(lease.request, state == 'RELEASED') -- while its probe is still one
+  caller_ended(lease.request, state == 'RELEASED') -- while its probe is still one
   local lease_id = token.lease
   cool_down(id, token, refreshed, math.max(number(lease.interval_us), number(token.interval_us)))
   put(lease_key(id, lease_id), lease, {
@@ -174,7 +174,7 @@ end
 -- its place, but is silent until it is heard again. One whose offers lapsed
 -- again and again goes to the end.
 local function withdraw_offer(id, token, lease, lapsed)
-  probe_ended(lease.request, false)
+  caller_ended(lease.request, false)
   local lease_id = token.lease
   put(lease_key(id, lease_id), lease, {state = 'WITHDRAWN', ended_us = now})
   redis.call('PEXPIRE', lease_key(id, lease_id), RECORD_KEPT_MS)

@@ -12,6 +12,7 @@ if request.state == 'waiting' or request.state == 'offered' then
     mirror(id, token, nil)
   end
   redis.call('DEL', request_key(hash))
+  caller_ended(hash, false)
   if request.state == 'waiting' then tell_queue_moved(id) end
   wake_next(id)
 end
