@@ -5,26 +5,22 @@ from __future__ import annotations
 import functools
 import json
 import re
-import shutil
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import kubernetes_validate.utils
 import pytest
 import yaml
 
 import chart_values
-from tests.chart.helm import CHART, DEPLOY, MONITORING, Rendering, differences, helm, render
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.chart.helm import CHART, Rendering, differences, helm, render
 
 VERSIONS = [
     version
     for version in kubernetes_validate.utils.all_versions()
     if int(version.split(".")[1]) >= 30
 ]
-OTHERS = {"ServiceMonitor", "PrometheusRule", "Certificate", "GRPCRoute"}
+OTHERS = {"Certificate", "GRPCRoute"}
 """Kinds that Kubernetes itself does not have, so that no schema of its own describes them."""
 
 EXTERNAL = {"store": {"mode": "external"}}
@@ -137,30 +133,12 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "Pod/holdoff-test spec.*env?HOLDOFF_CA_FILE?*",
         ),
     ),
-    "auth": (
-        {"auth": {"enabled": True, "access": "[roles]"}, "test": {"credentialSecret": SECRET}},
-        (
-            argument("--auth"),
-            argument("--access-file="),
-            *mounted("access"),
-            "ConfigMap/holdoff-access *",
-            f"{CHECKSUM}access",
-            "Pod/holdoff-test spec.*volume*?credential?*",
-            "Pod/holdoff-test spec.*env?HOLDOFF_CREDENTIAL_FILE?*",
-        ),
-    ),
-    "auth, nobody to test as": (
-        {"auth": {"enabled": True}},
-        (argument("--auth"), "Pod/holdoff-test *"),
-    ),
-    "mutual TLS and auth": (
+    "mutual TLS": (
         {
             "tls": {"secretName": "t", "clientCA": {"secretName": "c"}},
-            "auth": {"enabled": True},
             "test": {"certificateSecret": "c"},
         },
         (
-            argument("--auth"),
             argument("--insecure"),
             argument("--tls-*-file="),
             *mounted("tls"),
@@ -168,6 +146,17 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "Service/* spec.ports?grpc?.appProtocol",
             "Pod/holdoff-test spec.*volume*",
             "Pod/holdoff-test spec.*env?HOLDOFF_*_FILE?*",
+        ),
+    ),
+    "mutual TLS, no certificate to test with": (
+        {"tls": {"secretName": "t", "clientCA": {"secretName": "c"}}},
+        (
+            argument("--insecure"),
+            argument("--tls-*-file="),
+            *mounted("tls"),
+            *mounted("client-ca"),
+            "Service/* spec.ports?grpc?.appProtocol",
+            "Pod/holdoff-test *",
         ),
     ),
     "policies": (
@@ -199,23 +188,6 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "network policy": (
         {"networkPolicy": {"enabled": True, "from": [{"podSelector": {}}]}},
         ("NetworkPolicy/holdoff *",),
-    ),
-    "metrics": (
-        {"metrics": {"enabled": True}},
-        (
-            argument("--metrics-listen="),
-            f"{POD}.containers?coordinator?.ports?metrics?*",
-            "Service/holdoff-headless spec.ports?metrics?*",
-            "ServiceMonitor/holdoff *",
-        ),
-    ),
-    "no monitor": (
-        {"metrics": {"enabled": True, "serviceMonitor": {"enabled": False}}},
-        (
-            argument("--metrics-listen="),
-            f"{POD}.containers?coordinator?.ports?metrics?*",
-            "Service/holdoff-headless spec.ports?metrics?*",
-        ),
     ),
     "image": (
         {
@@ -287,7 +259,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no issuer": ({"tls": {"certManager": {"enabled": True}}}, "issuerRef.name"),
     "client CA alone": ({"tls": {"clientCA": {"secretName": "c"}}}, r"set tls\.secretName"),
-    "roles alone": ({"auth": {"access": "x"}}, r"auth\.enabled"),
     "bounds": (EXTERNAL | {"autoscaling": {"enabled": True, "maxReplicas": 1}}, "less than"),
     "no gateway": ({"grpcRoute": {"enabled": True}}, "parentRefs"),
     "policy's name": ({"policies": {"../x": ""}}, "'/policies'.*'../x' not allowed"),
@@ -300,7 +271,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @functools.cache
 def rendered(name: str) -> Rendering:
     """Render a case once."""
-    return render(CASES[name], kinds=MONITORING)
+    return render(CASES[name])
 
 
 def test_the_matrix_is_wide() -> None:
@@ -324,7 +295,7 @@ def test_every_manifest_is_valid(version: str) -> None:
 
 @pytest.mark.parametrize("name", TOGGLES)
 def test_a_value_changes_just_what_it_should(name: str) -> None:
-    """Fails when `--auth` follows tls instead of auth, or a Secret is mounted in any mode."""
+    """Fails when `--insecure` stays with mutual TLS, or a Secret is mounted in any mode."""
     values, expected = TOGGLES[name]
     mode = values.get("store", {}).get("mode", "embedded")
     changed = differences(rendered(mode if mode != "embedded" else "default"), rendered(name))
@@ -378,7 +349,7 @@ def test_the_grace_period_covers_the_drain(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_selected_exists(name: str) -> None:
-    """Fails when a Service, policy or monitor selects labels that no pod has."""
+    """Fails when a Service or a policy selects labels that no pod has."""
     manifests = rendered(name).manifests
     (labels,) = (
         manifest["spec"]["template"]["metadata"]["labels"]
@@ -388,32 +359,23 @@ def test_what_is_selected_exists(name: str) -> None:
     for manifest in manifests.values():
         spec = manifest.get("spec", {})
         selector = spec.get("selector") or spec.get("podSelector") or {}
-        if manifest["kind"] == "ServiceMonitor":
-            (labels_of_service,) = (
-                one["metadata"]["labels"]
-                for one in manifests.values()
-                if one["kind"] == "Service"
-                and selector["matchLabels"].items() <= one["metadata"]["labels"].items()
-            )
-            assert labels_of_service
-        else:
-            assert selector.get("matchLabels", selector).items() <= labels.items()
+        assert selector.get("matchLabels", selector).items() <= labels.items()
 
 
-def test_insecure_follows_from_tls_and_auth() -> None:
-    """Fails when `--insecure` is left out, or stays once TLS and auth are both on."""
+def test_insecure_is_all_without_mutual_tls() -> None:
+    """Fails when `--insecure` is left out, or stays once clients show certificates."""
     insecure = {
         name for name in CASES if "--insecure" in rendered(name).pod()["containers"][0]["args"]
     }
-    assert insecure == CASES.keys() - {"mutual TLS and auth"}
+    assert insecure == {name for name in CASES if "mutual TLS" not in name}
 
 
 def test_notes_warn_of_what_is_unsafe() -> None:
     """Fails when the warning about TLS or authentication is left out of the notes."""
     assert "no TLS" in rendered("default").notes
-    assert "no authentication" in rendered("default").notes
-    assert "WARNING" not in rendered("mutual TLS and auth").notes
-    assert "nothing to run" in rendered("auth, nobody to test as").notes
+    assert "no authentication" in rendered("TLS by secret").notes
+    assert "WARNING" not in rendered("mutual TLS").notes
+    assert "nothing to run" in rendered("mutual TLS, no certificate to test with").notes
 
 
 def test_a_change_of_policies_rolls_the_pods() -> None:
@@ -425,39 +387,6 @@ def test_a_change_of_policies_rolls_the_pods() -> None:
         for text in ("interval = 1", "interval = 2")
     )
     assert old != new
-
-
-def test_kinds_of_prometheus_only_where_they_exist(tmp_path: Path) -> None:
-    """Fails when ServiceMonitor or PrometheusRule renders whatever the cluster knows.
-
-    Kubernetes has no schemas for kinds of others: their few fields are looked at one by one.
-    """
-    chart = tmp_path / "chart"
-    shutil.copytree(CHART, chart)
-    shutil.rmtree(chart / "files", ignore_errors=True)
-    (chart / "files").mkdir()
-    rules = {"groups": [{"name": "g", "rules": [{"alert": "A", "expr": "up == 0"}]}]}
-    (chart / "files" / "holdoff.yaml").write_text(yaml.safe_dump(rules))
-    (chart / "files" / "holdoff.json").write_text('{"title": "{{ left alone }}"}')
-    values = {
-        "dashboards": {"enabled": True},
-        "metrics": {
-            "enabled": True,
-            "serviceMonitor": {"interval": "10s", "labels": {"release": "p"}},
-        },
-    }
-    without = render(values, chart=chart).manifests
-    assert not {one["kind"] for one in without.values()} & OTHERS
-    assert json.loads(without["ConfigMap/holdoff-dashboards"]["data"]["holdoff.json"]) == {
-        "title": "{{ left alone }}"
-    }
-    assert without["ConfigMap/holdoff-dashboards"]["metadata"]["labels"]["grafana_dashboard"] == "1"
-    known = render(values, chart=chart, kinds=MONITORING).manifests
-    assert known["PrometheusRule/holdoff"]["spec"] == rules
-    assert known["ServiceMonitor/holdoff"]["spec"]["endpoints"] == [
-        {"port": "metrics", "interval": "10s"}
-    ]
-    assert known["ServiceMonitor/holdoff"]["metadata"]["labels"]["release"] == "p"
 
 
 def test_certificate_and_route() -> None:
@@ -494,15 +423,3 @@ def test_the_schema_knows_every_value_and_its_default() -> None:
     known = defaults(schema)
     assert known.pop("global") is None
     assert known == yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [("holdoff.json", "dashboards/holdoff.json"), ("holdoff.yaml", "alerts/holdoff.yaml")],
-)
-def test_dashboards_and_rules_are_those_of_deploy(ours: str, theirs: str) -> None:
-    """Fails when a file of deploy/ is not linked into the chart, which sees nothing outside."""
-    if not (DEPLOY / theirs).exists():
-        pytest.skip(f"there is no deploy/{theirs} yet")
-    assert (CHART / "files" / ours).is_file(), f"ln -s ../../{theirs} deploy/chart/files/{ours}"
-    assert (CHART / "files" / ours).read_bytes() == (DEPLOY / theirs).read_bytes()

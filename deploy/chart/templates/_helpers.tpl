@@ -81,9 +81,6 @@ seccompProfile:
 {{- if and .Values.tls.clientCA.secretName (not (include "holdoff.tlsSecret" .)) }}
 {{- fail "tls.clientCA is for mutual TLS: set tls.secretName or tls.certManager.enabled too" }}
 {{- end }}
-{{- if and .Values.auth.access (not .Values.auth.enabled) }}
-{{- fail "auth.access gives roles, which count only with auth.enabled: set it to true" }}
-{{- end }}
 {{- if and .Values.autoscaling.enabled (lt (int .Values.autoscaling.maxReplicas) (int .Values.autoscaling.minReplicas)) }}
 {{- fail "autoscaling.maxReplicas is less than autoscaling.minReplicas" }}
 {{- end }}
@@ -97,9 +94,6 @@ seccompProfile:
 - serve
 - --listen=0.0.0.0:50051
 - --health-listen=0.0.0.0:50052
-{{- if .Values.metrics.enabled }}
-- --metrics-listen=0.0.0.0:9090
-{{- end }}
 - --log-format={{ .Values.logFormat }}
 - --drain-seconds={{ int .Values.drainSeconds }}
 - --quarantine-seconds={{ int64 .Values.quarantineSeconds }}
@@ -135,13 +129,7 @@ seccompProfile:
 {{- if .Values.tls.clientCA.secretName }}
 - --tls-client-ca-file=/etc/holdoff/client-ca/{{ .Values.tls.clientCA.key }}
 {{- end }}
-{{- if .Values.auth.enabled }}
-- --auth
-{{- end }}
-{{- if .Values.auth.access }}
-- --access-file=/etc/holdoff/access/access.toml
-{{- end }}
-{{- if not (and (include "holdoff.tlsSecret" .) .Values.auth.enabled) }}
+{{- if not .Values.tls.clientCA.secretName }}
 - --insecure
 {{- end }}
 {{- if .Values.policies }}
@@ -163,7 +151,7 @@ seccompProfile:
 {{- if eq $store.mode "sentinel" }}
 {{- $_ := set $secrets "sentinel-password" $store.sentinel.passwordSecret.name }}
 {{- end }}
-{{- $maps := dict "policies" (ternary (printf "%s-policies" $full) "" (not (empty .Values.policies))) "access" (ternary (printf "%s-access" $full) "" (not (empty .Values.auth.access))) }}
+{{- $maps := dict "policies" (ternary (printf "%s-policies" $full) "" (not (empty .Values.policies))) }}
 {{- dict "secrets" $secrets "configMaps" $maps | toJson }}
 {{- end }}
 
@@ -179,7 +167,6 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
     checksum/policies: {{ .Values.policies | toJson | sha256sum }}
-    checksum/access: {{ .Values.auth.access | sha256sum }}
 spec:
   {{- $mounts := include "holdoff.mounts" . | fromJson }}
   serviceAccountName: {{ include "holdoff.serviceAccount" . }}
@@ -208,10 +195,6 @@ spec:
           containerPort: 50051
         - name: health
           containerPort: 50052
-        {{- if .Values.metrics.enabled }}
-        - name: metrics
-          containerPort: 9090
-        {{- end }}
       startupProbe:
         grpc:
           port: 50052
