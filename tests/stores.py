@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import re
-import shutil
 import socket
 import ssl
 import subprocess
@@ -20,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
 import redis
+import trustme
 from redis.cluster import ClusterNode
 
 from holdoff_coordinator import embedded
@@ -249,27 +248,11 @@ def of_kind(kind: str, folder: Path) -> Iterator[Store | Server]:
 
 def make_certificates(folder: Path) -> None:
     """Make an authority, and a certificate for 127.0.0.1 that servers and clients may use."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("there is no openssl to make certificates with")
-    one_day = ("-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "1")
-    for name, more in (
-        ("ca", ("-subj", "/CN=authority")),
-        (
-            "cert",
-            (
-                *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
-                *("-CA", "ca.pem", "-CAkey", "ca.key"),
-            ),
-        ),
-    ):
-        key = "ca.key" if name == "ca" else "key.pem"
-        subprocess.run(
-            [openssl, "req", "-x509", *one_day, "-keyout", key, "-out", f"{name}.pem", *more],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-        )
+    authority = trustme.CA()
+    leaf = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    leaf.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    leaf.private_key_pem.write_to_path(folder / "key.pem")
 
 
 @contextlib.contextmanager

@@ -300,6 +300,35 @@ def test_a_nested_run_knows_nothing_of_the_outer(
     assert bare == [inner, "", ""]
 
 
+def test_any_signal_ends_a_wait(service: Service, client: holdoff.Client, token: str) -> None:
+    """Also one that has no name, as most of the real-time ones.
+
+    Fails when the name is looked up without asking whether there is one.
+    """
+    holder = run(service, token, "--", "cat", stdin=subprocess.PIPE)
+    held(client, token)
+    waiter = run(service, token, "--", "true")
+    wait_until(lambda: list(client.list_waiters(token)))
+    signum = signal.SIGRTMIN + 3
+    waiter.send_signal(signum)
+    _, stderr = waiter.communicate(timeout=10)
+    assert waiter.returncode == 128 + signum
+    assert f"ended by signal {signum} while waiting" in stderr
+    holder.communicate("", timeout=10)
+
+
+def test_a_part_of_a_run_waits_for_a_coordinator_too(service: Service, token: str) -> None:
+    """It keeps trying until its limit, as any other.
+
+    Fails when the look at the outer lease is not allowed to find nobody.
+    """
+    away = {"HOLDOFF_LEASE": f"{token}/leases/1", "HOLDOFF_ENDPOINT": "127.0.0.1:1"}
+    process = run(service, token, "--wait", "1s", "--", "true", env={**service.environment, **away})
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 69
+    assert f"waiting for {token}" in stderr
+
+
 def test_a_run_does_not_wait_for_the_one_it_is_part_of(service: Service, token: str) -> None:
     """It is refused while the outer run holds the token, and not by what an older run left behind.
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CRM, SALES = ("535193", "crm/accounts"), ("535193", "salesorder/orders")
 QUIET, PROBING = budget_pb2.BACK_OFF_STATE_QUIET, budget_pb2.BACK_OFF_STATE_PROBING
+REOPENING = budget_pb2.BACK_OFF_STATE_REOPENING
 BACKING_OFF = lease_pb2.WAIT_REASON_BACKING_OFF
 
 
@@ -204,6 +205,25 @@ def test_a_probe_that_errs_or_dies_is_replaced(app: App) -> None:
     assert last.last is not None
     assert last.last.waiting.reason == BACKING_OFF
     wait_until(lambda: last.last is not None and last.last.HasField("offer"), 6)  # it ran out
+
+
+def test_what_was_met_before_the_probe_is_not_held_against_it(app: App) -> None:
+    """A report that comes late tells of the time before the block: the others follow all the same.
+
+    Fails when any error that comes while a probe runs counts against it.
+    """
+    tokens = [app.token(name) for name in ("t", "u")]
+    app.block(tokens[0])
+    waiters = [app.wait(token) for token in tokens]
+    wait_until(lambda: any(one.last and one.last.HasField("offer") for one in waiters))
+    [probe] = [one for one in waiters if one.last and one.last.HasField("offer")]
+    [other] = [one for one in waiters if one is not probe]
+    offer = probe.offer()
+    app.replicas[0].renew(offer)
+    app.report(offer.lease.name.partition("/leases/")[0], age=30.0)
+    app.replicas[0].release(offer)
+    wait_until(lambda: not app.back_offs() or app.only().state == REOPENING, 2)
+    assert other.offer(3)
 
 
 def test_who_is_gone_holds_nobody_up(app: App) -> None:

@@ -59,7 +59,9 @@ REPORT_SECONDS = 5.0
 _LOOK_SECONDS = 0.02
 
 # What does not end a process that has not asked for it.
-_HARMLESS_SIGNALS = {"SIGWINCH", "SIGURG", "SIGCONT", "SIGTSTP"}
+_HARMLESS_SIGNALS = {
+    getattr(signal, name, None) for name in ("SIGWINCH", "SIGURG", "SIGCONT", "SIGTSTP")
+}
 
 VARIABLES = ("HOLDOFF_TOKEN", "HOLDOFF_LEASE", "HOLDOFF_FENCING_TOKEN")
 
@@ -68,7 +70,10 @@ class Interrupted(Exception):  # noqa: N818 - not an error
     """A signal ended the wait."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"ended by {signal.Signals(signum).name} while waiting")
+        # Of the real-time signals only the first and the last have a name.
+        known = signum in signal.Signals.__members__.values()
+        name = signal.Signals(signum).name if known else f"signal {signum}"
+        super().__init__(f"ended by {name} while waiting")
         self.signum = signum
 
 
@@ -465,7 +470,8 @@ class _Run:
         token, outer = self._account.token, os.environ.get("HOLDOFF_LEASE", "")
         if not outer.startswith(f"{token}/leases/"):
             return
-        with contextlib.suppress(NotFound, InvalidRequest):
+        # A coordinator that is away is waited for below.
+        with contextlib.suppress(NotFound, InvalidRequest, Unavailable):
             if self._client.get_lease(outer).state == lease_pb2.LEASE_STATE_ACTIVE:
                 raise click.UsageError(
                     f"this is part of a run that holds {token} already, and would wait for itself: "
@@ -513,7 +519,7 @@ class _Run:
         )
 
     def _on_signal(self, signum: int) -> None:
-        if not self._guard.signal(signum) and signal.Signals(signum).name not in _HARMLESS_SIGNALS:
+        if not self._guard.signal(signum) and signum not in _HARMLESS_SIGNALS:
             raise Interrupted(signum)
 
     def _on_event(self, event: Event) -> None:
