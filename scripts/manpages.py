@@ -20,6 +20,7 @@ from holdoff.cli import exits
 from holdoff.cli import main as holdoff
 from holdoff.cli._help import examples_of
 from holdoff_coordinator.cli import main as coordinator
+from holdoff_coordinator.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -144,11 +145,12 @@ def _environment(context: click.Context) -> list[tuple[str, str]]:
     for command in (context.command, program.command):
         for param in command.params:
             variable = param.envvar
-            if program.info_name == "holdoff-coordinator" and not isinstance(command, click.Group):
-                variable = f"HOLDOFF_{(param.name or '').upper()}"  # see its settings
+            if program.info_name == "holdoff-coordinator" and param.name in Settings.model_fields:
+                variable = f"HOLDOFF_{param.name.upper()}"
             if isinstance(variable, str) and isinstance(param, click.Option):
                 found.setdefault(variable, f"The same as {param.opts[0]}.")
-    return [*found.items(), *ENVIRONMENT.get(context.command_path, ())]
+    of_program = ENVIRONMENT.get(program.info_name or "", ()) if not found else ()
+    return [*found.items(), *ENVIRONMENT.get(context.command_path, of_program)]
 
 
 def _terms(heading: str, terms: Sequence[tuple[str, str]]) -> list[str]:

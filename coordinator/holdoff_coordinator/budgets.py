@@ -15,7 +15,7 @@ import structlog
 from holdoff.names import BudgetName, TokenName
 from holdoff.v1 import admin_service_pb2, budget_pb2, budget_service_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import Failure, invalid
+from holdoff_coordinator.failures import Failure, budget_not_found, invalid
 from holdoff_coordinator.places import ScopeFilter, job_hash
 from holdoff_coordinator.records import (
     back_off_message,
@@ -180,7 +180,7 @@ class Budgets:
         name = validation.budget_name("name", request.name)
         for budget in await self._read(name.app, [name.budget]):
             return budget_service_pb2.GetBudgetResponse(budget=budget)
-        raise _not_found(name)
+        raise budget_not_found(str(name))
 
     async def list(
         self, request: budget_service_pb2.ListBudgetsRequest, _: Caller
@@ -219,7 +219,7 @@ class Budgets:
         who = user_and_host(validation.holder(request.holder)) or caller.identity
         reply = await self._scripts.run("reset_budget", name.app, name.budget, who, reason)
         if reply.status != "OK":
-            raise _not_found(name)
+            raise budget_not_found(str(name))
         log.warning("budget reset", budget=request.name, why=reason, who=who, peer=caller.peer)
         return admin_service_pb2.ResetBudgetResponse(
             budget=budget_message(name.app, reply.values[0], reply.now_us)
@@ -354,14 +354,6 @@ def _backing_off(app: str, reply: Reply) -> Failure:
         back_off_sentence(back_off),
         resource=back_off.name,
         retry_after_seconds=max(LEAST_RETRY_SECONDS, (start_us - reply.now_us) / 1e6),
-    )
-
-
-def _not_found(name: BudgetName) -> Failure:
-    return Failure(
-        "BUDGET_NOT_FOUND",
-        f"there is no budget {name}, or nothing is left in its window",
-        resource=str(name),
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,10 +20,13 @@ import structlog
 from click.exceptions import NoArgsIsHelpError
 from pydantic import ValidationError
 
-from holdoff.durations import format_duration
+from holdoff.durations import format_duration, parse_duration
 from holdoff.policies import PolicyError
+from holdoff_coordinator.access import AccessError
+from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.embedded import EmbeddedStore
 from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.gate import AccessFile
 from holdoff_coordinator.restore import after_restore
 from holdoff_coordinator.settings import LogFormat, Settings
 from holdoff_coordinator.store import Access, Assumed, StoreError, check, connect, ensure_epoch
@@ -45,6 +50,8 @@ log = structlog.get_logger()
 
 EX_USAGE = 64
 EX_CANNOT_SERVE = 69
+_MOST_IDENTITY = 200
+_CREDENTIAL_FIELDS = ("id", "identity", "issue_time", "expire_time")
 
 
 class _Group(click.Group):
@@ -169,10 +176,16 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     "again when they change.",
 )
 @click.option(
+    "--access-file",
+    type=click.Path(path_type=Path),
+    help="Ask every caller who it is, and allow what this file (TOML) grants; read again when it "
+    "changes. [default: whoever can connect may do everything]",
+)
+@click.option(
     "--insecure",
     is_flag=True,
     default=None,
-    help="Listen beyond loopback although any host there may take, hold and break leases.",
+    help="Listen beyond loopback without TLS, or without asking who calls.",
 )
 @click.option(
     "--health-listen",
@@ -204,9 +217,12 @@ def serve(**options: Any) -> None:
     try:
         files = settings.tls()
         certificates = Certificates(files) if files else None
-    except TlsError as error:
+        access = AccessFile(settings.access_file) if settings.access_file else None
+    except (TlsError, AccessError) as error:
         _fail(EX_USAGE, str(error))
-    _run(_serve(settings, store, policies, certificates))
+    except OSError as error:
+        _fail(EX_USAGE, _explain(error))
+    _run(_serve(settings, store, policies, certificates, access))
 
 
 @main.command("after-restore")
@@ -222,6 +238,123 @@ def restored(**options: Any) -> None:
     """
     settings, store = _configured(options)
     _run(_hold_back(settings, store))
+
+
+@main.group("token", cls=_Group)
+def credentials() -> None:
+    """Issue, revoke and list credentials: bearer tokens that say who calls.
+
+    What an identity may do stands in the file of --access-file. The commands work on the store, and
+    beside coordinators that use it.
+    """
+
+
+@credentials.command("issue")
+@click.argument("identity")
+@click.option(
+    "--expires-in",
+    metavar="DURATION",
+    default="90d",
+    show_default=True,
+    help="How long it is valid; `never` for no end.",
+)
+@_of_the_store
+def issue(identity: str, expires_in: str, **options: Any) -> None:
+    """Print a new credential. It is shown once: the store keeps a hash of it.
+
+    Example: holdoff-coordinator token issue payroll-jobs --expires-in 90d
+    """
+    if not 1 <= len(identity) <= _MOST_IDENTITY or not identity.isprintable():
+        _fail(EX_USAGE, f"IDENTITY: write 1 to {_MOST_IDENTITY} printable characters")
+    try:
+        life = 0 if expires_in == "never" else int(parse_duration(expires_in))
+    except ValueError as error:
+        _fail(EX_USAGE, f"--expires-in: {error}; or never")
+
+    async def work(known: Credentials) -> None:
+        credential_id, text, expires = await known.issue(identity, life)
+        click.echo(f"{credential_id} of {identity!r} expires: {_utc(expires)}", err=True)
+        click.echo(text)
+
+    _with_credentials(work, options)
+
+
+@credentials.command("revoke")
+@click.argument("credential_id", metavar="ID")
+@_of_the_store
+def revoke(credential_id: str, **options: Any) -> None:
+    """Make a credential invalid; calls with it are refused within five seconds.
+
+    Example: holdoff-coordinator token revoke 6f1b2c3d4e5f
+    """
+
+    async def work(known: Credentials) -> None:
+        identity = await known.revoke(credential_id)
+        if identity is None:
+            raise Failure(
+                "INVALID_FIELD",
+                "there is no such credential; see: holdoff-coordinator token list",
+            )
+        click.echo(f"revoked: {credential_id} of {identity!r}")
+
+    _with_credentials(work, options)
+
+
+@credentials.command("list")
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@_of_the_store
+def list_credentials(output: str, **options: Any) -> None:
+    """List credentials: their ids, whose they are, and until when. They themselves are not kept.
+
+    Example: holdoff-coordinator token list --output json
+    """
+
+    async def work(known: Credentials) -> None:
+        found = [
+            {
+                "id": credential_id,
+                "identity": one.identity,
+                "issue_time": _utc(one.issued),
+                "expire_time": _utc(one.expires),
+            }
+            for credential_id, one in await known.list()
+        ]
+        if output == "json":
+            click.echo(json.dumps({"credentials": found}))
+            return
+        line = "{id:12}  {issue_time:20}  {expire_time:20}  {identity}"
+        heads = {key: key.removesuffix("_time").upper() for key in _CREDENTIAL_FIELDS}
+        for row in (heads, *found):
+            click.echo(line.format(**row))
+
+    _with_credentials(work, options)
+
+
+def _utc(seconds: int) -> str:
+    if not seconds:
+        return "never"
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _with_credentials(
+    work: Callable[[Credentials], Coroutine[Any, Any, None]], options: Mapping[str, Any]
+) -> None:
+    """Work on the credentials of a store, also of the embedded one that a coordinator runs."""
+    settings, store = _configured(options)
+
+    async def run() -> None:
+        running = store.url or await EmbeddedStore(settings.data_dir).running_url()
+        if running:
+            client = connect(running, store.access)
+            try:
+                await work(Credentials(client))
+            finally:
+                await client.aclose()
+        else:
+            async with store.opened(settings) as (client, _, _):
+                await work(Credentials(client))
+
+    _run(run())
 
 
 def _configured(options: Mapping[str, Any]) -> tuple[Settings, _Store]:
@@ -292,6 +425,7 @@ async def _serve(
     store: _Store,
     policies: Mapping[str, Policy],
     certificates: Certificates | None,
+    access: AccessFile | None,
 ) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -306,6 +440,7 @@ async def _serve(
             listen=settings.listen,
             certificates=certificates,
             health_listen=settings.health_listen,
+            access=access,
             quarantine_seconds=settings.quarantine_seconds,
             drain_seconds=settings.drain_seconds,
         )
@@ -318,8 +453,8 @@ async def _serve(
         elif embedded:
             embedded.write_epoch(epoch.epoch)
         await stack.enter_async_context(coordinator)
-        if settings.insecure and not settings.tls_client_ca_file:
-            log.warning("insecure: every host that reaches the port may do everything")
+        if dangers := settings.dangers():
+            log.warning("insecure: the port can be reached from other hosts", dangers=dangers)
         if embedded and epoch.lost:
             after_seconds = settings.quarantine_seconds
             await stack.enter_async_context(_remembering(embedded, epoch.epoch, after_seconds))

@@ -189,6 +189,23 @@ class EmbeddedStore:
             os.close(self._lock)
             self._lock = None
 
+    async def running_url(self) -> str | None:
+        """Return the URL of a store that a coordinator runs in this directory, None if none does.
+
+        Raises:
+            StoreError: The directory cannot be looked at.
+        """
+        with _explained(self._root):
+            if not (self._root / "lock").exists():
+                return None
+            lock = await _flock(self._root / "lock", 0)
+            if lock is not None:
+                os.close(lock)
+                return None
+            socket = self._short_path(self._home / "valkey.sock")
+        self._alias = None  # the link is theirs
+        return f"unix://{quote(str(socket))}"
+
     async def explain(self, error: StoreError) -> StoreError:
         """Return why Valkey ended, if that is the cause of an error, else the error itself."""
         with contextlib.suppress(TimeoutError):

@@ -39,6 +39,11 @@ CODES: Mapping[str, int] = {
     "LEASE_ENDED": code_pb2.FAILED_PRECONDITION,
     "OFFER_EXPIRED": code_pb2.FAILED_PRECONDITION,
     "WRONG_SECRET": code_pb2.PERMISSION_DENIED,
+    # Who calls, and what they may do.
+    "CREDENTIAL_MISSING": code_pb2.UNAUTHENTICATED,
+    "CREDENTIAL_REFUSED": code_pb2.UNAUTHENTICATED,
+    "CREDENTIAL_EXPIRED": code_pb2.UNAUTHENTICATED,
+    "NOT_ALLOWED": code_pb2.PERMISSION_DENIED,
     # No such thing, or one too many.
     "TOKEN_NOT_FOUND": code_pb2.NOT_FOUND,
     "LEASE_NOT_FOUND": code_pb2.NOT_FOUND,
@@ -128,6 +133,15 @@ def token_not_found(name: TokenName) -> Failure:
         "TOKEN_NOT_FOUND",
         f"there is no token {name}; make it with: holdoff token create {name}",
         resource=str(name),
+    )
+
+
+def budget_not_found(name: str) -> Failure:
+    """Say that there is no such budget."""
+    return Failure(
+        "BUDGET_NOT_FOUND",
+        f"there is no budget {name}, or nothing is left in its window",
+        resource=name,
     )
 
 

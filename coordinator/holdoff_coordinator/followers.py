@@ -26,7 +26,7 @@ from holdoff_coordinator.records import back_off_message, duration, record
 from holdoff_coordinator.scripts import READ_BATCH, Reply
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
     from typing import Any
 
     from holdoff.names import LeaseName
@@ -127,7 +127,7 @@ class Followers:
 
     async def follow(
         self, request: lease_service_pb2.FollowLeaseRequest, _: Caller
-    ) -> AsyncIterator[lease_service_pb2.FollowLeaseResponse]:
+    ) -> AsyncGenerator[lease_service_pb2.FollowLeaseResponse, None]:
         """Say what the holder of a lease must do, for as long as the lease lives.
 
         Raises:

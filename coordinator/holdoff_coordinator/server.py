@@ -11,8 +11,10 @@ from grpc_health.v1 import health_pb2_grpc
 
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
+from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.followers import Followers
+from holdoff_coordinator.gate import Gate
 from holdoff_coordinator.hub import Hub
 from holdoff_coordinator.leases import Leases
 from holdoff_coordinator.places import Places
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from holdoff.policies import Policy
     from holdoff_coordinator.cluster import StoreClient
+    from holdoff_coordinator.gate import AccessFile
     from holdoff_coordinator.store import Epoch
     from holdoff_coordinator.tls import Certificates
 
@@ -69,6 +72,7 @@ class Coordinator:
         listen: str,
         certificates: Certificates | None = None,
         health_listen: str | None = None,
+        access: AccessFile | None = None,
         quarantine_seconds: float,
         drain_seconds: float,
         boot_us: Callable[[], int] = boottime_us,
@@ -91,6 +95,7 @@ class Coordinator:
         places = Places(self.scripts, known)
         self._followers = Followers(self.scripts, self.hub, places)
         handlers = Handlers(
+            gate=Gate(Credentials(redis), access),
             leases=Leases(self.scripts, self.hub, places),
             followers=self._followers,
             watches=Watches(self.scripts, self.hub),

@@ -27,18 +27,20 @@ from holdoff.v1 import (
     token_service_pb2,
     token_service_pb2_grpc,
 )
-from holdoff_coordinator.caller import Caller
-from holdoff_coordinator.failures import Failure, invalid
+from holdoff_coordinator.failures import Failure, budget_not_found, invalid
 from holdoff_coordinator.hub import Waiter
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
+    from google.protobuf.message import Message
     from google.rpc import status_pb2
 
     from holdoff_coordinator.backoffs import BackOffs
     from holdoff_coordinator.budgets import Budgets
+    from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.followers import Followers
+    from holdoff_coordinator.gate import Gate
     from holdoff_coordinator.leases import Leases
     from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.tokens import Tokens
@@ -61,8 +63,9 @@ REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 @dataclass(frozen=True, slots=True)
 class Handlers:
-    """What answers the calls."""
+    """What answers the calls, and what stands before it."""
 
+    gate: Gate
     leases: Leases
     followers: Followers
     watches: Watches
@@ -73,16 +76,9 @@ class Handlers:
     policies: Policies
 
 
-RequestT = TypeVar("RequestT")
-ResponseT = TypeVar("ResponseT")
+RequestT = TypeVar("RequestT", bound="Message")
+ResponseT = TypeVar("ResponseT", bound="Message")
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-def _caller(context: Context) -> Caller:
-    """Say who calls: the first name (SAN) of its certificate, where it had to show one."""
-    names = context.auth_context().get("x509_subject_alternative_name", ())
-    identity = next(iter(names), b"anonymous").decode(errors="replace")
-    return Caller(identity=identity, peer=context.peer())
 
 
 async def _abort(context: Context, status: status_pb2.Status) -> NoReturn:
@@ -90,31 +86,59 @@ async def _abort(context: Context, status: status_pb2.Status) -> NoReturn:
     raise AssertionError  # abort_with_status always raises
 
 
-async def _answer(
-    handler: Callable[[RequestT, Caller], Awaitable[ResponseT]],
-    request: RequestT,
-    context: Context,
-) -> ResponseT:
-    """Run a handler that gives one answer, and send its failure as a rich status."""
-    try:
-        return await handler(request, _caller(context))
-    except Failure as failure:
-        await _abort(context, failure.to_status())
-
-
-class LeaseService(lease_service_pb2_grpc.LeaseServiceServicer):
-    """`holdoff.v1.LeaseService`."""
+class _Adapter:
+    """Admits a call, lets its handler answer, and sends failures as rich status."""
 
     def __init__(self, handlers: Handlers) -> None:
-        self._leases = handlers.leases
-        self._followers = handlers.followers
-        self._watches = handlers.watches
+        self._gate = handlers.gate
+        self._handlers = handlers
+
+    async def _answer(
+        self,
+        handler: Callable[[RequestT, Caller], Awaitable[ResponseT]],
+        request: RequestT,
+        context: Context,
+    ) -> ResponseT:
+        try:
+            admitted = await self._gate.admit(request, context)
+            shown = admitted.shown(await handler(request, admitted.caller))
+            if shown is None:  # as if there were none: its id alone does not say whose it is
+                raise budget_not_found(getattr(request, "name", ""))
+            return shown
+        except Failure as failure:
+            await _abort(context, failure.to_status())
+
+    async def _stream(
+        self,
+        handler: Callable[[RequestT, Caller], AsyncGenerator[ResponseT, None]],
+        request: RequestT,
+        context: Context,
+    ) -> AsyncGenerator[ResponseT, None]:
+        """The same for many answers; who may not hear more of them is told so at the next one."""
+        try:
+            admitted = await self._gate.admit(request, context)
+            async with contextlib.aclosing(handler(request, admitted.caller)) as responses:
+                async for response in responses:
+                    admitted = await self._gate.admit(request, context)
+                    shown = admitted.shown(response)
+                    if shown is not None:
+                        yield shown
+        except Failure as failure:
+            await _abort(context, failure.to_status())
+
+
+class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
+    """`holdoff.v1.LeaseService`."""
 
     async def AcquireLease(  # noqa: N802
         self, request: lease_service_pb2.AcquireLeaseRequest, context: Context
     ) -> lease_service_pb2.AcquireLeaseResponse:
         """Answer with the first event of the conversation."""
-        events = self._leases.acquire(request, _caller(context), Waiter())
+        try:
+            admitted = await self._gate.admit(request, context)
+        except Failure as failure:
+            await _abort(context, failure.to_status())
+        events = self._handlers.leases.acquire(request, admitted.caller, Waiter())
         async with contextlib.aclosing(events):
             event = await anext(events)
         if event.HasField("error"):
@@ -132,7 +156,13 @@ class LeaseService(lease_service_pb2_grpc.LeaseServiceServicer):
             await _abort(context, invalid("acquire", "must be the first message").to_status())
         waiter = Waiter()
         listening = asyncio.create_task(_listen(requests, waiter))
-        events = self._leases.acquire(first.acquire, _caller(context), waiter)
+
+        def acquire(
+            request: lease_service_pb2.AcquireLeaseRequest, caller: Caller
+        ) -> AsyncGenerator[lease_service_pb2.AcquireLeaseResponse, None]:
+            return self._handlers.leases.acquire(request, caller, waiter)
+
+        events = self._stream(acquire, first.acquire, context)
         try:
             async with contextlib.aclosing(events):
                 async for event in events:
@@ -144,57 +174,51 @@ class LeaseService(lease_service_pb2_grpc.LeaseServiceServicer):
         self, request: lease_service_pb2.FollowLeaseRequest, context: Context
     ) -> AsyncIterator[lease_service_pb2.FollowLeaseResponse]:
         """Tell the holder what to do."""
-        try:
-            async for response in self._followers.follow(request, _caller(context)):
-                yield response
-        except Failure as failure:
-            await _abort(context, failure.to_status())
+        async for response in self._stream(self._handlers.followers.follow, request, context):
+            yield response
 
     async def RenewLease(  # noqa: N802
         self, request: lease_service_pb2.RenewLeaseRequest, context: Context
     ) -> lease_service_pb2.RenewLeaseResponse:
         """Accept or prolong."""
-        return await _answer(self._leases.renew, request, context)
+        return await self._answer(self._handlers.leases.renew, request, context)
 
     async def ReleaseLease(  # noqa: N802
         self, request: lease_service_pb2.ReleaseLeaseRequest, context: Context
     ) -> lease_service_pb2.ReleaseLeaseResponse:
         """End."""
-        return await _answer(self._leases.release, request, context)
+        return await self._answer(self._handlers.leases.release, request, context)
 
     async def GetLease(  # noqa: N802
         self, request: lease_service_pb2.GetLeaseRequest, context: Context
     ) -> lease_service_pb2.GetLeaseResponse:
         """Show one."""
-        return await _answer(self._leases.get, request, context)
+        return await self._answer(self._handlers.leases.get, request, context)
 
     async def ListLeases(  # noqa: N802
         self, request: lease_service_pb2.ListLeasesRequest, context: Context
     ) -> lease_service_pb2.ListLeasesResponse:
         """Show the live ones."""
-        return await _answer(self._leases.list, request, context)
+        return await self._answer(self._handlers.leases.list, request, context)
 
     async def ListLeaseHistory(  # noqa: N802
         self, request: lease_service_pb2.ListLeaseHistoryRequest, context: Context
     ) -> lease_service_pb2.ListLeaseHistoryResponse:
         """Show the latest ones of a token."""
-        return await _answer(self._leases.history, request, context)
+        return await self._answer(self._handlers.leases.history, request, context)
 
     async def ListWaiters(  # noqa: N802
         self, request: lease_service_pb2.ListWaitersRequest, context: Context
     ) -> lease_service_pb2.ListWaitersResponse:
         """Show who waits."""
-        return await _answer(self._leases.waiters, request, context)
+        return await self._answer(self._handlers.leases.waiters, request, context)
 
     async def WatchLeases(  # noqa: N802
         self, request: lease_service_pb2.WatchLeasesRequest, context: Context
     ) -> AsyncIterator[lease_service_pb2.WatchLeasesResponse]:
         """Tell every change."""
-        try:
-            async for response in self._watches.watch(request, _caller(context)):
-                yield response
-        except Failure as failure:
-            await _abort(context, failure.to_status())
+        async for response in self._stream(self._handlers.watches.watch, request, context):
+            yield response
 
 
 async def _listen(
@@ -210,164 +234,143 @@ async def _listen(
             waiter.fail(invalid("acquire", "comes once, first: open another stream for another"))
 
 
-class TokenService(token_service_pb2_grpc.TokenServiceServicer):
+class TokenService(_Adapter, token_service_pb2_grpc.TokenServiceServicer):
     """`holdoff.v1.TokenService`."""
-
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
 
     async def CreateToken(  # noqa: N802
         self, request: token_service_pb2.CreateTokenRequest, context: Context
     ) -> token_service_pb2.CreateTokenResponse:
         """Create."""
-        return await _answer(self._tokens.create, request, context)
+        return await self._answer(self._handlers.tokens.create, request, context)
 
     async def UpdateToken(  # noqa: N802
         self, request: token_service_pb2.UpdateTokenRequest, context: Context
     ) -> token_service_pb2.UpdateTokenResponse:
         """Change."""
-        return await _answer(self._tokens.update, request, context)
+        return await self._answer(self._handlers.tokens.update, request, context)
 
     async def GetToken(  # noqa: N802
         self, request: token_service_pb2.GetTokenRequest, context: Context
     ) -> token_service_pb2.GetTokenResponse:
         """Show one."""
-        return await _answer(self._tokens.get, request, context)
+        return await self._answer(self._handlers.tokens.get, request, context)
 
     async def ListTokens(  # noqa: N802
         self, request: token_service_pb2.ListTokensRequest, context: Context
     ) -> token_service_pb2.ListTokensResponse:
         """Show many."""
-        return await _answer(self._tokens.list, request, context)
+        return await self._answer(self._handlers.tokens.list, request, context)
 
 
-class BudgetService(budget_service_pb2_grpc.BudgetServiceServicer):
+class BudgetService(_Adapter, budget_service_pb2_grpc.BudgetServiceServicer):
     """`holdoff.v1.BudgetService`."""
-
-    def __init__(self, handlers: Handlers) -> None:
-        self._budgets = handlers.budgets
-        self._back_offs = handlers.back_offs
-        self._watches = handlers.budget_watches
 
     async def RecordEvents(  # noqa: N802
         self, request: budget_service_pb2.RecordEventsRequest, context: Context
     ) -> budget_service_pb2.RecordEventsResponse:
         """Count."""
-        return await _answer(self._budgets.record_events, request, context)
+        return await self._answer(self._handlers.budgets.record_events, request, context)
 
     async def Reserve(  # noqa: N802
         self, request: budget_service_pb2.ReserveRequest, context: Context
     ) -> budget_service_pb2.ReserveResponse:
         """Take room."""
-        return await _answer(self._budgets.reserve, request, context)
+        return await self._answer(self._handlers.budgets.reserve, request, context)
 
     async def Commit(  # noqa: N802
         self, request: budget_service_pb2.CommitRequest, context: Context
     ) -> budget_service_pb2.CommitResponse:
         """Use the room."""
-        return await _answer(self._budgets.commit, request, context)
+        return await self._answer(self._handlers.budgets.commit, request, context)
 
     async def Cancel(  # noqa: N802
         self, request: budget_service_pb2.CancelRequest, context: Context
     ) -> budget_service_pb2.CancelResponse:
         """Give the room back."""
-        return await _answer(self._budgets.cancel, request, context)
+        return await self._answer(self._handlers.budgets.cancel, request, context)
 
     async def GetBudget(  # noqa: N802
         self, request: budget_service_pb2.GetBudgetRequest, context: Context
     ) -> budget_service_pb2.GetBudgetResponse:
         """Show one."""
-        return await _answer(self._budgets.get, request, context)
+        return await self._answer(self._handlers.budgets.get, request, context)
 
     async def ListBudgets(  # noqa: N802
         self, request: budget_service_pb2.ListBudgetsRequest, context: Context
     ) -> budget_service_pb2.ListBudgetsResponse:
         """Show many."""
-        return await _answer(self._budgets.list, request, context)
+        return await self._answer(self._handlers.budgets.list, request, context)
 
     async def ListBackOffs(  # noqa: N802
         self, request: budget_service_pb2.ListBackOffsRequest, context: Context
     ) -> budget_service_pb2.ListBackOffsResponse:
         """Show who must be quiet."""
-        return await _answer(self._back_offs.list_all, request, context)
+        return await self._answer(self._handlers.back_offs.list_all, request, context)
 
     async def WatchBudgets(  # noqa: N802
         self, request: budget_service_pb2.WatchBudgetsRequest, context: Context
     ) -> AsyncIterator[budget_service_pb2.WatchBudgetsResponse]:
         """Tell every change."""
-        try:
-            async for response in self._watches.watch(request, _caller(context)):
-                yield response
-        except Failure as failure:
-            await _abort(context, failure.to_status())
+        async for response in self._stream(self._handlers.budget_watches.watch, request, context):
+            yield response
 
     async def Explain(  # noqa: N802
         self, request: budget_service_pb2.ExplainRequest, context: Context
     ) -> budget_service_pb2.ExplainResponse:
         """Say what stands in the way."""
-        return await _answer(self._back_offs.explain, request, context)
+        return await self._answer(self._handlers.back_offs.explain, request, context)
 
 
-class PolicyService(policy_service_pb2_grpc.PolicyServiceServicer):
+class PolicyService(_Adapter, policy_service_pb2_grpc.PolicyServiceServicer):
     """`holdoff.v1.PolicyService`."""
-
-    def __init__(self, policies: Policies) -> None:
-        self._policies = policies
 
     async def GetPolicy(  # noqa: N802
         self, request: policy_service_pb2.GetPolicyRequest, context: Context
     ) -> policy_service_pb2.GetPolicyResponse:
         """Show one."""
-        return await _answer(self._policies.get, request, context)
+        return await self._answer(self._handlers.policies.get, request, context)
 
     async def ListPolicies(  # noqa: N802
         self, request: policy_service_pb2.ListPoliciesRequest, context: Context
     ) -> policy_service_pb2.ListPoliciesResponse:
         """Show all."""
-        return await _answer(self._policies.list, request, context)
+        return await self._answer(self._handlers.policies.list, request, context)
 
 
-class AdminService(admin_service_pb2_grpc.AdminServiceServicer):
+class AdminService(_Adapter, admin_service_pb2_grpc.AdminServiceServicer):
     """`holdoff.v1.AdminService`."""
-
-    def __init__(self, handlers: Handlers) -> None:
-        self._leases = handlers.leases
-        self._budgets = handlers.budgets
-        self._back_offs = handlers.back_offs
 
     async def ResetBudget(  # noqa: N802
         self, request: admin_service_pb2.ResetBudgetRequest, context: Context
     ) -> admin_service_pb2.ResetBudgetResponse:
         """Forget what was counted."""
-        return await _answer(self._budgets.reset, request, context)
+        return await self._answer(self._handlers.budgets.reset, request, context)
 
     async def SetBackOff(  # noqa: N802
         self, request: admin_service_pb2.SetBackOffRequest, context: Context
     ) -> admin_service_pb2.SetBackOffResponse:
         """Make quiet."""
-        return await _answer(self._back_offs.set, request, context)
+        return await self._answer(self._handlers.back_offs.set, request, context)
 
     async def ClearBackOff(  # noqa: N802
         self, request: admin_service_pb2.ClearBackOffRequest, context: Context
     ) -> admin_service_pb2.ClearBackOffResponse:
         """Let go on."""
-        return await _answer(self._back_offs.clear, request, context)
+        return await self._answer(self._handlers.back_offs.clear, request, context)
 
     async def BreakLease(  # noqa: N802
         self, request: admin_service_pb2.BreakLeaseRequest, context: Context
     ) -> admin_service_pb2.BreakLeaseResponse:
         """Forbid a renewal."""
-        return await _answer(self._leases.break_, request, context)
+        return await self._answer(self._handlers.leases.break_, request, context)
 
 
 def add_services(server: grpc.aio.Server, handlers: Handlers) -> health.aio.HealthServicer:
     """Register everything on a server; return the health servicer."""
     lease_service_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(handlers), server)
-    token_service_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(handlers.tokens), server)
+    token_service_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(handlers), server)
     budget_service_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetService(handlers), server)
-    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(
-        PolicyService(handlers.policies), server
-    )
+    policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(handlers), server)
     admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(handlers), server)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

@@ -87,8 +87,11 @@ class Settings(BaseSettings):
     tls_client_ca_file: Path | None = None
     """Authorities (PEM) of which every client must show a certificate."""
 
+    access_file: Path | None = None
+    """Who may do what (TOML, see `access`). None: whoever can connect may do everything."""
+
     insecure: bool = False
-    """Listen beyond loopback although not every client is known by its certificate."""
+    """Listen beyond loopback without TLS, or although nobody is asked who they are."""
 
     data_dir: Path = Field(default_factory=default_data_dir)
     """Directory of the embedded store; unused when a store URL is given."""
@@ -179,13 +182,24 @@ class Settings(BaseSettings):
             raise ValueError("tls_cert_file and tls_key_file belong together: give both")
         if self.tls_client_ca_file and not self.tls_cert_file:
             raise ValueError("tls_client_ca_file needs tls_cert_file and tls_key_file")
-        if not (self.tls_client_ca_file or self.insecure or _is_loopback(self.listen)):
+        if (dangers := self.dangers()) and not self.insecure:
             raise ValueError(
-                f"{self.listen} can be reached from other hosts, and any of them could take, hold "
-                "and break leases: ask for certificates (tls_cert_file, tls_key_file and "
-                "tls_client_ca_file), or say insecure if you trust that network"
+                f"{self.listen} can be reached from other hosts: {dangers}. Serve TLS "
+                "(tls_cert_file and tls_key_file), and ask who calls (access_file, "
+                "tls_client_ca_file, or both); or say insecure if you trust that network"
             )
         return self
+
+    def dangers(self) -> str:
+        """Say what other hosts could do that they should not."""
+        if _is_loopback(self.listen):
+            return ""
+        known = self.tls_client_ca_file or self.access_file
+        found = [
+            "any of them could take, hold and break leases" if not known else "",
+            "" if self.tls_cert_file else "whoever listens in could read and repeat all calls",
+        ]
+        return ", and ".join(filter(None, found))
 
     def tls(self) -> TlsFiles | None:
         """Return the files for TLS, if it is to be served."""

@@ -26,7 +26,7 @@ from holdoff_coordinator.records import (
 from holdoff_coordinator.scripts import READ_BATCH, Position
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 
     from holdoff.names import AppName
     from holdoff_coordinator.caller import Caller
@@ -50,7 +50,7 @@ class Watches:
 
     async def watch(
         self, request: lease_service_pb2.WatchLeasesRequest, _: Caller
-    ) -> AsyncIterator[lease_service_pb2.WatchLeasesResponse]:
+    ) -> AsyncGenerator[lease_service_pb2.WatchLeasesResponse, None]:
         """Say how things stand, then every change; it ends with a `Failure` only.
 
         Raises:
@@ -150,7 +150,7 @@ class BudgetWatches:
 
     async def watch(
         self, request: budget_service_pb2.WatchBudgetsRequest, _: Caller
-    ) -> AsyncIterator[budget_service_pb2.WatchBudgetsResponse]:
+    ) -> AsyncGenerator[budget_service_pb2.WatchBudgetsResponse, None]:
         """Say how budgets and back-offs stand, then what changed; it ends with a `Failure` only.
 
         Raises:

@@ -105,7 +105,16 @@ def test_man_pages_tell_all(pages: list[Path]) -> None:
 # What to do next
 
 # Their messages say it, and know more than could be said for all of a kind.
-SAY_IT_THEMSELVES = {"POLICY_NOT_FOUND", "INVALID_FIELD", "REQUEST_ID_REUSED", "WRONG_SECRET"}
+SAY_IT_THEMSELVES = {
+    "CREDENTIAL_EXPIRED",
+    "CREDENTIAL_MISSING",
+    "CREDENTIAL_REFUSED",
+    "INVALID_FIELD",
+    "NOT_ALLOWED",
+    "POLICY_NOT_FOUND",
+    "REQUEST_ID_REUSED",
+    "WRONG_SECRET",
+}
 
 
 @pytest.mark.parametrize("reason", errors.BY_REASON)

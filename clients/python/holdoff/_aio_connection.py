@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 import grpc
 
 from holdoff._core import CHANNEL_OPTIONS
-from holdoff._endpoint import channel_options, endpoint_of, target
+from holdoff._endpoint import CredentialFile, channel_options, endpoint_of, target
 from holdoff._platform import boottime_ns
 from holdoff.errors import HoldoffError, Unavailable, from_rpc_error
 from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+    from pathlib import Path
 
     from holdoff import _calls
     from holdoff._core import Listening, Patience
@@ -29,12 +30,18 @@ class Connection:
     """A way to a coordinator, by which any call of the API is made."""
 
     def __init__(
-        self, endpoint: str | None = None, *, timeout_seconds: float = 10.0, tls: Tls | None = None
+        self,
+        endpoint: str | None = None,
+        *,
+        timeout_seconds: float = 10.0,
+        tls: Tls | None = None,
+        credential_file: str | Path | None = None,
     ) -> None:
         # gRPC would take any loop that it finds, and hang in the one that runs later.
         asyncio.get_running_loop()
         self.endpoint = endpoint_of(endpoint)
         self._timeout_seconds = timeout_seconds
+        self._credential = CredentialFile(credential_file, self.endpoint, tls)
         where = target(self.endpoint)
         options = [*CHANNEL_OPTIONS, *channel_options(self.endpoint)]
         self._channel = (
@@ -58,6 +65,10 @@ class Connection:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._channel.close()
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return what every call carries: who we are, if the coordinator is to know."""
+        return self._credential.metadata()
 
     async def _items(
         self, call: _calls.Call[Any, _calls.Page[ItemT]] | None
@@ -86,7 +97,8 @@ class Connection:
             response_deserializer=call.response.FromString,
         )
         timeout_seconds = call.timeout_seconds or self._timeout_seconds
-        return call.read(await self._answer(method(call.request, timeout=timeout_seconds)))
+        answer = method(call.request, timeout=timeout_seconds, metadata=self._metadata())
+        return call.read(await self._answer(answer))
 
     async def _answer(self, answer: Awaitable[ResultT]) -> ResultT:
         """Wait for gRPC, and turn its errors into ours."""

@@ -50,7 +50,9 @@ class Conversation:
         first = self._acquisition.request(now_ns)
         self._outbox.put_nowait(lease_service_pb2.StreamAcquireLeaseRequest(acquire=first))
         self._stream = self._client._leases.StreamAcquireLease(  # noqa: SLF001
-            self._requests(), timeout=self._acquisition.stream_timeout_seconds(now_ns)
+            self._requests(),
+            timeout=self._acquisition.stream_timeout_seconds(now_ns),
+            metadata=self._client._metadata(),  # noqa: SLF001
         )
         return self
 
@@ -267,7 +269,10 @@ class HeldLease(Held):
         listening = Listening[lease_service_pb2.FollowLeaseResponse]()
         notices = self._client._listen(  # noqa: SLF001
             listening,
-            lambda: self._client._leases.FollowLease(request),  # noqa: SLF001
+            lambda: self._client._leases.FollowLease(  # noqa: SLF001
+                request,
+                metadata=self._client._metadata(),  # noqa: SLF001
+            ),
         )
         try:
             async with contextlib.aclosing(notices):

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 import grpc
 
 from holdoff._core import CHANNEL_OPTIONS
-from holdoff._endpoint import channel_options, endpoint_of, target
+from holdoff._endpoint import CredentialFile, channel_options, endpoint_of, target
 from holdoff._platform import boottime_ns
 from holdoff.errors import HoldoffError, Unavailable, from_rpc_error
 from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
+    from pathlib import Path
 
     from holdoff import _calls
     from holdoff._core import Listening, Patience
@@ -43,10 +44,16 @@ class Connection:
     """A way to a coordinator, by which any call of the API is made."""
 
     def __init__(
-        self, endpoint: str | None = None, *, timeout_seconds: float = 10.0, tls: Tls | None = None
+        self,
+        endpoint: str | None = None,
+        *,
+        timeout_seconds: float = 10.0,
+        tls: Tls | None = None,
+        credential_file: str | Path | None = None,
     ) -> None:
         self.endpoint = endpoint_of(endpoint)
         self._timeout_seconds = timeout_seconds
+        self._credential = CredentialFile(credential_file, self.endpoint, tls)
         where = target(self.endpoint)
         options = [*CHANNEL_OPTIONS, *channel_options(self.endpoint)]
         self._channel = (
@@ -66,6 +73,10 @@ class Connection:
     def close(self) -> None:
         """Close the connection. Leases that are still held run out by themselves."""
         self._channel.close()
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return what every call carries: who we are, if the coordinator is to know."""
+        return self._credential.metadata()
 
     def _items(self, call: _calls.Call[Any, _calls.Page[ItemT]] | None) -> Iterator[ItemT]:
         while call:
@@ -89,7 +100,11 @@ class Connection:
             response_deserializer=call.response.FromString,
         )
         with translated(self.endpoint):
-            response = method(call.request, timeout=call.timeout_seconds or self._timeout_seconds)
+            response = method(
+                call.request,
+                timeout=call.timeout_seconds or self._timeout_seconds,
+                metadata=self._metadata(),
+            )
         return call.read(response)
 
     def _listen(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,9 @@ ENDPOINT_VARIABLE = "HOLDOFF_ENDPOINT"
 CA_FILE_VARIABLE = "HOLDOFF_CA_FILE"
 CERT_FILE_VARIABLE = "HOLDOFF_CERT_FILE"
 KEY_FILE_VARIABLE = "HOLDOFF_KEY_FILE"
+CREDENTIAL_FILE_VARIABLE = "HOLDOFF_CREDENTIAL_FILE"
+
+_CREDENTIAL = re.compile(r"[!-~]{1,4096}")
 
 
 class Tls(NamedTuple):
@@ -108,3 +113,63 @@ def tls_of(
     except OSError as error:
         raise ValueError(f"cannot read {error.filename or path}: {error.strerror}") from None
     return Tls(authorities, key, certificate)
+
+
+class CredentialFile:
+    """The file with the credential that says who we are; read anew for each call.
+
+    Args:
+        path: As given, or None for what the environment names, if it does.
+        endpoint: Where it would go.
+        tls: How.
+
+    Raises:
+        ValueError: It cannot be read, is of no use, or would go over a network in the clear.
+    """
+
+    def __init__(self, path: str | Path | None, endpoint: str, tls: Tls | None) -> None:
+        self._path = path or os.environ.get(CREDENTIAL_FILE_VARIABLE)
+        self._metadata: tuple[tuple[str, str], ...] = ()
+        if not self._path:
+            return
+        if not (tls or _stays_here(endpoint)):
+            raise ValueError(
+                f"the credential would go to {endpoint} in the clear: let the coordinator serve "
+                f"TLS, and give its authorities ({CA_FILE_VARIABLE})"
+            )
+        try:
+            self._metadata = self._read(self._path)
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is no text"
+            raise ValueError(f"cannot read the credential file {self._path}: {why}") from None
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return what to send with a call; what was last read while the file cannot be."""
+        if self._path:
+            with contextlib.suppress(OSError, ValueError):
+                self._metadata = self._read(self._path)
+        return self._metadata
+
+    def _read(self, path: str | Path) -> tuple[tuple[str, str], ...]:
+        text = Path(path).read_text(encoding="utf-8").strip()
+        if not _CREDENTIAL.fullmatch(text):
+            raise ValueError(
+                f"the credential file {path} holds no credential: write into it what "
+                "`holdoff-coordinator token issue` printed, and nothing else"
+            )
+        return (("authorization", f"Bearer {text}"),)
+
+
+def _stays_here(endpoint: str) -> bool:
+    """Whether nobody but this host hears what is sent to an endpoint."""
+    if endpoint.startswith("unix:"):
+        return True
+    for address in endpoint.removeprefix("dns:///").split(","):
+        host = address.rpartition(":")[0].strip("[]")
+        try:
+            if not ipaddress.ip_address(host.removeprefix("ipv4:")).is_loopback:
+                return False
+        except ValueError:
+            if host != "localhost":
+                return False
+    return True

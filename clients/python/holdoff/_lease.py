@@ -50,7 +50,9 @@ class Conversation:
         first = self._acquisition.request(now_ns)
         self._outbox.put(lease_service_pb2.StreamAcquireLeaseRequest(acquire=first))
         self._stream = self._client._leases.StreamAcquireLease(  # noqa: SLF001
-            self._requests(), timeout=self._acquisition.stream_timeout_seconds(now_ns)
+            self._requests(),
+            timeout=self._acquisition.stream_timeout_seconds(now_ns),
+            metadata=self._client._metadata(),  # noqa: SLF001
         )
         return self
 
@@ -120,7 +122,10 @@ class HeldLease(Held):
         self._notices = Subscription[lease_service_pb2.FollowLeaseResponse](
             client.endpoint,
             Listening(),
-            lambda: client._leases.FollowLease(following),  # noqa: SLF001
+            lambda: client._leases.FollowLease(  # noqa: SLF001
+                following,
+                metadata=client._metadata(),  # noqa: SLF001
+            ),
         )
         self._threads = [
             threading.Thread(target=work, name=f"holdoff-{name}", daemon=True)

@@ -82,13 +82,15 @@ class Client(Connection):
         cert_file: Our certificate (PEM), where the coordinator asks for one; by default
             `HOLDOFF_CERT_FILE`.
         key_file: Its key (PEM); by default `HOLDOFF_KEY_FILE`.
+        credential_file: File with the credential that says who we are, read anew for each call; by
+            default `HOLDOFF_CREDENTIAL_FILE`. Over a network it is sent by TLS only.
 
     Raises:
         RuntimeError: No event loop is running.
         ValueError: Several endpoints that are not addresses of one kind; files that are of no use.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - how to get there, and who we are
         self,
         endpoint: str | None = None,
         *,
@@ -96,9 +98,15 @@ class Client(Connection):
         ca_file: str | Path | None = None,
         cert_file: str | Path | None = None,
         key_file: str | Path | None = None,
+        credential_file: str | Path | None = None,
     ) -> None:
         tls = tls_of(ca_file, cert_file, key_file)
-        super().__init__(endpoint, timeout_seconds=timeout_seconds, tls=tls)
+        super().__init__(
+            endpoint,
+            timeout_seconds=timeout_seconds,
+            tls=tls,
+            credential_file=credential_file,
+        )
         self._fencing_tokens: dict[str, int] = {}
 
     async def acquire(  # noqa: PLR0913 - each is part of the question
@@ -269,7 +277,9 @@ class Client(Connection):
         """
         watching = Watching(parent, resume_token)
         return self._listen(
-            watching, lambda: self._leases.WatchLeases(watching.request()), on_unreachable
+            watching,
+            lambda: self._leases.WatchLeases(watching.request(), metadata=self._metadata()),
+            on_unreachable,
         )
 
     async def break_lease(self, name: str, reason: str) -> lease_pb2.Lease:
@@ -550,7 +560,9 @@ class Client(Connection):
         """
         watching = BudgetWatching(parent, _calls.scope(token, division, endpoint))
         return self._listen(
-            watching, lambda: self._budgets.WatchBudgets(watching.request()), on_unreachable
+            watching,
+            lambda: self._budgets.WatchBudgets(watching.request(), metadata=self._metadata()),
+            on_unreachable,
         )
 
     async def list_back_offs(self, parent: str = "") -> list[budget_pb2.BackOff]:

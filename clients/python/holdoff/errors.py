@@ -132,6 +132,34 @@ class WrongSecret(Refused):
     REASON = "WRONG_SECRET"
 
 
+class NotAllowed(Refused):
+    """It takes a role that the caller was not granted; `metadata` says which, and where."""
+
+    REASON = "NOT_ALLOWED"
+
+
+class Unauthenticated(Refused):
+    """The coordinator does not know who calls."""
+
+
+class CredentialMissing(Unauthenticated):
+    """Neither a credential nor a certificate came with the call."""
+
+    REASON = "CREDENTIAL_MISSING"
+
+
+class CredentialRefused(Unauthenticated):
+    """The coordinator does not know the credential, or no more."""
+
+    REASON = "CREDENTIAL_REFUSED"
+
+
+class CredentialExpired(Unauthenticated):
+    """The credential is too old."""
+
+    REASON = "CREDENTIAL_EXPIRED"
+
+
 class NotFound(HoldoffError):  # noqa: N818 - an answer, not a fault
     """There is no such thing."""
 
@@ -255,7 +283,7 @@ _BY_CODE: Mapping[int, type[HoldoffError]] = {
     code_pb2.NOT_FOUND: NotFound,
     code_pb2.ALREADY_EXISTS: AlreadyExists,
     code_pb2.PERMISSION_DENIED: Refused,
-    code_pb2.UNAUTHENTICATED: Refused,
+    code_pb2.UNAUTHENTICATED: Unauthenticated,
     code_pb2.ABORTED: NotGranted,
     code_pb2.FAILED_PRECONDITION: LeaseLost,
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from holdoff._endpoint import DEFAULT_ENDPOINT, ENDPOINT_VARIABLE, target, tls_of
+from holdoff._endpoint import DEFAULT_ENDPOINT, ENDPOINT_VARIABLE, CredentialFile, target, tls_of
 from holdoff.cli import exits
 from holdoff.cli._help import example
 
@@ -122,9 +122,10 @@ def main(ctx: click.Context, endpoint: str) -> None:
 
     With HOLDOFF_CA_FILE, the authorities (PEM) of the coordinator's certificate, it is spoken to
     by TLS; HOLDOFF_CERT_FILE and HOLDOFF_KEY_FILE are our own, where it asks for one.
+    HOLDOFF_CREDENTIAL_FILE holds the credential that says who we are, where it asks for that.
     """
     try:
-        tls_of()
+        CredentialFile(None, endpoint, tls_of())
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     ctx.obj = endpoint  # which commands get with `click.pass_obj`

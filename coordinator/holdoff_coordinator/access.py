@@ -1,0 +1,332 @@
+"""Who may do what: roles on apps and tokens, granted to identities by an access file. Pure.
+
+    [[grants]]
+    identities = ["payroll-jobs", "spiffe://corp.example/payroll/*"]
+    role = "holder"
+    resources = ["apps/exact-nl/tokens/payroll-*"]
+
+What a call takes stands in `NEEDS`, by the type of its request; a call that does not stand there
+is refused to everybody.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import msgspec
+
+from holdoff.names import AppName, TokenName
+from holdoff.v1 import (
+    admin_service_pb2,
+    budget_pb2,
+    budget_service_pb2,
+    lease_pb2,
+    lease_service_pb2,
+    policy_service_pb2,
+    token_pb2,
+    token_service_pb2,
+)
+from holdoff_coordinator import validation
+from holdoff_coordinator.failures import Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from google.protobuf.message import Message
+
+MessageT = TypeVar("MessageT", bound="Message")
+
+
+class Role(StrEnum):
+    """What somebody may do with an app or a token."""
+
+    VIEWER = "viewer"
+    """See tokens, leases, queues, budgets and back-offs."""
+    REPORTER = "reporter"
+    """Also report events and reserve."""
+    HOLDER = "holder"
+    """Also take leases."""
+    CUSTODIAN = "custodian"
+    """See everything, and create and change tokens."""
+    ADMIN = "admin"
+    """Everything: also break leases, reset budgets, set and end back-offs, read the audit trail."""
+
+
+_INCLUDES: Mapping[Role, frozenset[Role]] = {
+    Role.VIEWER: frozenset({Role.VIEWER}),
+    Role.REPORTER: frozenset({Role.VIEWER, Role.REPORTER}),
+    Role.HOLDER: frozenset({Role.VIEWER, Role.REPORTER, Role.HOLDER}),
+    Role.CUSTODIAN: frozenset({Role.VIEWER, Role.CUSTODIAN}),
+    Role.ADMIN: frozenset(Role),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A token, a whole app, or (without an app) everything."""
+
+    app: str = ""
+    token: str = ""
+
+    def __str__(self) -> str:
+        if not self.app:
+            return "all apps"
+        return str(TokenName(self.app, self.token) if self.token else AppName(self.app))
+
+
+_ANY = "*"
+
+
+class AccessError(ValueError):
+    """An access file is wrong; the message says where, and what to write."""
+
+
+_Pattern = Annotated[
+    str, msgspec.Meta(pattern=r"\A(\*|apps/[a-z0-9*?-]{1,63}(/tokens/[a-z0-9*?-]{1,63})?)\Z")
+]
+
+
+class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A role for some identities on some apps or tokens; `*` and `?` stand for any characters."""
+
+    identities: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=1000)], ...]
+    """Names of clients' certificates (their first SAN), or of credentials."""
+    role: Role
+    resources: tuple[_Pattern, ...]
+    """`apps/{app}` with all of its tokens, `apps/{app}/tokens/{token}`, or `*`."""
+
+    def covers(self, place: Place) -> bool:
+        """Whether all of a place is granted."""
+        return any(
+            fnmatchcase(place.app, app) and fnmatchcase(place.token, token)
+            if place.token
+            else (fnmatchcase(place.app, app) if place.app else app == _ANY) and token == _ANY
+            for app, token in map(_parts, self.resources)
+        )
+
+    def touches(self, place: Place) -> bool:
+        """Whether something of a place is granted."""
+        return self.covers(place) or any(
+            not place.token and (not place.app or fnmatchcase(place.app, app))
+            for app, _ in map(_parts, self.resources)
+        )
+
+
+def _parts(pattern: str) -> tuple[str, str]:
+    """Split a pattern into that of an app and that of its tokens."""
+    app, _, token = pattern.removeprefix("apps/").partition("/tokens/")
+    return app, token or _ANY
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    grants: tuple[Grant, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What one identity was granted."""
+
+    identity: str
+    grants: Sequence[Grant]
+
+    def may(self, need: Need) -> bool:
+        """Whether a call is allowed."""
+        return all(
+            any(
+                need.role in _INCLUDES[grant.role]
+                and (grant.touches(place) if need.part else grant.covers(place))
+                for grant in self.grants
+            )
+            for place in need.places
+        )
+
+    def trim(self, response: MessageT) -> MessageT | None:
+        """Leave out of a list what may not be seen; None if the response is about such a thing."""
+        for field, value in response.ListFields():
+            if field.message_type is None:
+                continue
+            if field.is_repeated:
+                seen = [one for one in value if self._sees(one)]
+                del value[:]
+                value.extend(seen)
+            elif not self._sees(value) or (
+                isinstance(value, lease_pb2.Snapshot) and not self.trim(value)
+            ):
+                return None
+        return response
+
+    def _sees(self, message: Any) -> bool:
+        """Whether a thing may be seen; what belongs to a whole app concerns each of its tokens."""
+        match message:
+            case lease_pb2.Lease() | token_pb2.Token():
+                name = message.name.split("/")
+                place = Place(name[1], name[3])
+            case lease_pb2.TokenStatus():
+                place = place_of_token("token", message.token)
+            case lease_pb2.Change():
+                place = place_of_token("token", message.status.token)
+            case lease_pb2.Snapshot():
+                place = Place(validation.app_name("app", message.app).app)
+            case budget_pb2.Budget() | budget_pb2.BackOff():
+                place = place_of_scope("scope", message.scope)
+            case _:
+                return True
+        return self.may(Need(Role.VIEWER, (place,), part=True))
+
+
+def read_access(path: Path) -> Sequence[Grant]:
+    """Read an access file.
+
+    Raises:
+        AccessError: It is wrong.
+        OSError: It cannot be read.
+    """
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File).grants
+    except (msgspec.ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise AccessError(
+            f'{path}: {error}; write [[grants]] with identities = ["…"], resources = '
+            f'["apps/APP/tokens/TOKEN"] and a role: {", ".join(Role)}'
+        ) from None
+
+
+def rights_of(identity: str, grants: Sequence[Grant]) -> Rights:
+    """Find what an identity was granted."""
+    return Rights(
+        identity,
+        [one for one in grants if any(fnmatchcase(identity, name) for name in one.identities)],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a call takes: a role on some places, or (`part`) on something of them."""
+
+    role: Role
+    places: tuple[Place, ...]
+    part: bool = False
+
+
+def need_of(request: Message) -> Need:
+    """Say what a call takes.
+
+    Raises:
+        Failure: INVALID_FIELD, if the request does not say which token or app it is about.
+    """
+    role, part, places = NEEDS[type(request)]
+    return Need(role, places(request), part)
+
+
+def refusal(identity: str, need: Need) -> Failure:
+    """Say what was missing, and nothing of what there is."""
+    where = ", ".join(sorted({str(place) for place in need.places}))
+    return Failure(
+        "NOT_ALLOWED",
+        f"{identity!r} is not a {need.role} of {where}: an administrator can grant that in the "
+        "coordinator's access file",
+        metadata={"role": need.role, "resource": where, "identity": identity},
+    )
+
+
+def place_of_token(field: str, name: str) -> Place:
+    """Return the place of a token's name."""
+    token = validation.token_name(field, name)
+    return Place(token.app, token.token)
+
+
+def place_of_scope(field: str, scope: budget_pb2.Scope) -> Place:
+    """Return the place of a scope, whose app need not be given when the token is."""
+    if scope.token:
+        return place_of_token(f"{field}.token", scope.token)
+    return Place(validation.app_name(f"{field}.app", scope.app).app)
+
+
+def _token(request: Any) -> tuple[Place, ...]:
+    return (place_of_token("token", request.token),)
+
+
+def _new_token(request: Any) -> tuple[Place, ...]:
+    return (place_of_token("token.name", request.token.name),)
+
+
+def _name_of_token(request: Any) -> tuple[Place, ...]:
+    return (place_of_token("name", request.name),)
+
+
+def _name_of_lease(request: Any) -> tuple[Place, ...]:
+    lease = validation.lease_name("name", request.name)
+    return (Place(lease.app, lease.token),)
+
+
+def _name_of_budget(request: Any) -> tuple[Place, ...]:
+    return (Place(validation.budget_name("name", request.name).app),)
+
+
+def _name_of_back_off(request: Any) -> tuple[Place, ...]:
+    return (Place(validation.back_off_name("name", request.name).app),)
+
+
+def _app(request: Any) -> tuple[Place, ...]:
+    return (Place(validation.app_name("app", request.app).app),)
+
+
+def _parent(request: Any) -> tuple[Place, ...]:
+    match validation.parent(request.parent):
+        case TokenName(app, token):
+            return (Place(app, token),)
+        case AppName(app):
+            return (Place(app),)
+        case _:
+            return (Place(),)
+
+
+def _scope(request: Any) -> tuple[Place, ...]:
+    return (place_of_scope("scope", request.scope),)
+
+
+def _events(request: Any) -> tuple[Place, ...]:
+    return tuple({place_of_scope("events.scope", event.scope): None for event in request.events})
+
+
+def _everything(_: Any) -> tuple[Place, ...]:
+    return (Place(),)
+
+
+_WHOLE, _PART = False, True
+NEEDS: Mapping[type[Message], tuple[Role, bool, Callable[[Any], tuple[Place, ...]]]] = {
+    lease_service_pb2.AcquireLeaseRequest: (Role.HOLDER, _WHOLE, _token),
+    lease_service_pb2.RenewLeaseRequest: (Role.HOLDER, _WHOLE, _name_of_lease),
+    lease_service_pb2.FollowLeaseRequest: (Role.HOLDER, _WHOLE, _name_of_lease),
+    lease_service_pb2.ReleaseLeaseRequest: (Role.HOLDER, _WHOLE, _name_of_lease),
+    lease_service_pb2.GetLeaseRequest: (Role.VIEWER, _WHOLE, _name_of_lease),
+    lease_service_pb2.ListLeasesRequest: (Role.VIEWER, _PART, _parent),
+    lease_service_pb2.ListLeaseHistoryRequest: (Role.VIEWER, _WHOLE, _parent),
+    lease_service_pb2.ListWaitersRequest: (Role.VIEWER, _WHOLE, _parent),
+    lease_service_pb2.WatchLeasesRequest: (Role.VIEWER, _PART, _parent),
+    token_service_pb2.CreateTokenRequest: (Role.CUSTODIAN, _WHOLE, _new_token),
+    token_service_pb2.UpdateTokenRequest: (Role.CUSTODIAN, _WHOLE, _new_token),
+    token_service_pb2.GetTokenRequest: (Role.VIEWER, _WHOLE, _name_of_token),
+    token_service_pb2.ListTokensRequest: (Role.VIEWER, _PART, _parent),
+    budget_service_pb2.RecordEventsRequest: (Role.REPORTER, _WHOLE, _events),
+    budget_service_pb2.ReserveRequest: (Role.REPORTER, _WHOLE, _scope),
+    # Their ids are secrets of the caller who reserved; the store compares its identity.
+    budget_service_pb2.CommitRequest: (Role.REPORTER, _PART, _app),
+    budget_service_pb2.CancelRequest: (Role.REPORTER, _PART, _app),
+    # The name does not tell the token.
+    budget_service_pb2.GetBudgetRequest: (Role.VIEWER, _PART, _name_of_budget),
+    budget_service_pb2.ListBudgetsRequest: (Role.VIEWER, _PART, _parent),
+    budget_service_pb2.ListBackOffsRequest: (Role.VIEWER, _PART, _parent),
+    budget_service_pb2.WatchBudgetsRequest: (Role.VIEWER, _PART, _parent),
+    budget_service_pb2.ExplainRequest: (Role.VIEWER, _WHOLE, _scope),
+    policy_service_pb2.GetPolicyRequest: (Role.VIEWER, _PART, _everything),
+    policy_service_pb2.ListPoliciesRequest: (Role.VIEWER, _PART, _everything),
+    admin_service_pb2.BreakLeaseRequest: (Role.ADMIN, _WHOLE, _name_of_lease),
+    admin_service_pb2.ResetBudgetRequest: (Role.ADMIN, _WHOLE, _name_of_budget),
+    admin_service_pb2.SetBackOffRequest: (Role.ADMIN, _WHOLE, _scope),
+    admin_service_pb2.ClearBackOffRequest: (Role.ADMIN, _WHOLE, _name_of_back_off),
+}

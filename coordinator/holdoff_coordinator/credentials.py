@@ -1,0 +1,145 @@
+"""Credentials: bearer tokens that name an identity. The store holds their hashes alone.
+
+A credential reads `holdoff_ID_SECRET`, so that scanners for secrets can find one that leaked. Its
+secret has 256 bits, for which one round of SHA-256 is as good as many (RFC 6819, 5.1.4.1.3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+from redis.exceptions import RedisError
+
+from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.scripts import store_failure
+
+if TYPE_CHECKING:
+    from holdoff_coordinator.cluster import StoreClient
+
+KEY = "holdoff:credentials"
+"""A hash of all credentials by id; it belongs to no app."""
+LOOK_AGAIN_SECONDS = 5.0
+"""A credential that was revoked is refused so much later, at most."""
+_CACHE_MOST = 10_000
+_PREFIX = "holdoff_"
+_READ = "return {redis.call('HGET', KEYS[1], ARGV[1]), redis.call('TIME')[1]}"
+_WRITE = """
+local now = tonumber(redis.call('TIME')[1])
+local expires = tonumber(ARGV[4]) > 0 and now + tonumber(ARGV[4]) or 0
+redis.call('HSET', KEYS[1], ARGV[1], cjson.encode({
+  identity = ARGV[2], digest = ARGV[3], issued = now, expires = expires,
+}))
+return expires
+"""
+
+
+class Credential(msgspec.Struct, frozen=True):
+    """What the store knows of one; times in s since the epoch, of the store's clock."""
+
+    identity: str
+    digest: str
+    """SHA-256 of its secret, in hexadecimal."""
+    issued: int
+    expires: int
+    """0 for never."""
+
+
+class Credentials:
+    """Issues, revokes, lists and verifies credentials.
+
+    All methods raise `Failure` (STORE_UNAVAILABLE) when the store does not answer.
+    """
+
+    def __init__(self, redis: StoreClient) -> None:
+        self._redis = redis
+        self._known: dict[bytes, tuple[float, Credential | None, int]] = {}
+
+    async def issue(self, identity: str, life_seconds: int) -> tuple[str, str, int]:
+        """Make one: its id, the text to send, and when it expires in s since the epoch (0: never).
+
+        The text is nowhere kept.
+        """
+        # Of these characters there is no `_`, which parts the text.
+        credential_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+        digest = hashlib.sha256(secret.encode()).hexdigest()
+        try:
+            expires = await self._redis.eval(
+                _WRITE, 1, KEY, credential_id, identity, digest, life_seconds
+            )
+        except RedisError as error:
+            raise store_failure(error) from error
+        return credential_id, f"{_PREFIX}{credential_id}_{secret}", int(expires)
+
+    async def revoke(self, credential_id: str) -> str | None:
+        """Forget one; return whose it was, None if there is none such."""
+        try:
+            found = await self._redis.hget(KEY, credential_id)
+            await self._redis.hdel(KEY, credential_id)
+        except RedisError as error:
+            raise store_failure(error) from error
+        return _read(found).identity if found else None
+
+    async def list(self) -> list[tuple[str, Credential]]:
+        """Return all of them with their ids, by identity."""
+        try:
+            found = await self._redis.hgetall(KEY)
+        except RedisError as error:
+            raise store_failure(error) from error
+        known = [(_text(credential_id), _read(text)) for credential_id, text in found.items()]
+        return sorted(known, key=lambda one: (one[1].identity, one[1].issued, one[0]))
+
+    async def verify(self, text: str) -> str:
+        """Return whose credential this is.
+
+        Raises:
+            Failure: CREDENTIAL_REFUSED, CREDENTIAL_EXPIRED or STORE_UNAVAILABLE.
+        """
+        credential_id, _, secret = text.removeprefix(_PREFIX).partition("_")
+        digest = hashlib.sha256(secret.encode(errors="replace")).hexdigest()
+        key = hashlib.sha256(text.encode(errors="replace")).digest()
+        looked_at, credential, now = self._known.get(key, (0.0, None, 0))
+        if not looked_at or time.monotonic() - looked_at > LOOK_AGAIN_SECONDS:
+            credential, now = await self._look(credential_id)
+            if len(self._known) >= _CACHE_MOST:
+                self._known.clear()
+            self._known[key] = time.monotonic(), credential, now
+        if (
+            credential is None
+            or not text.startswith(_PREFIX)
+            or not hmac.compare_digest(credential.digest, digest)
+        ):
+            raise Failure(
+                "CREDENTIAL_REFUSED",
+                "this credential is not known here: it was revoked or mistyped, or another "
+                "coordinator issued it; an administrator makes one with: "
+                "holdoff-coordinator token issue IDENTITY",
+            )
+        if 0 < credential.expires <= now:
+            raise Failure(
+                "CREDENTIAL_EXPIRED",
+                f"this credential of {credential.identity!r} has expired; an administrator makes "
+                f"another with: holdoff-coordinator token issue {credential.identity}",
+            )
+        return credential.identity
+
+    async def _look(self, credential_id: str) -> tuple[Credential | None, int]:
+        if len(credential_id) > len(_PREFIX) * 10:
+            return None, 0
+        try:
+            found, now = await self._redis.eval(_READ, 1, KEY, credential_id)
+        except RedisError as error:
+            raise store_failure(error) from error
+        return _read(found) if found else None, int(now)
+
+
+def _read(text: bytes | str) -> Credential:
+    return msgspec.json.decode(text, type=Credential)
+
+
+def _text(value: bytes | str) -> str:
+    return value if isinstance(value, str) else value.decode()

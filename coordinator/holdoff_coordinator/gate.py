@@ -1,0 +1,133 @@
+"""Who calls, and whether they may: what stands before every handler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+import structlog
+
+from holdoff_coordinator.access import AccessError, need_of, read_access, refusal, rights_of
+from holdoff_coordinator.caller import Caller
+from holdoff_coordinator.failures import Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from google.protobuf.message import Message
+
+    from holdoff_coordinator.access import Grant, Rights
+    from holdoff_coordinator.credentials import Credentials
+
+log = structlog.get_logger()
+
+MessageT = TypeVar("MessageT", bound="Message")
+Context = grpc.aio.ServicerContext[Any, Any]
+ANONYMOUS = "anonymous"
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A caller that may make its call."""
+
+    caller: Caller
+    _sight: Rights | None = None
+
+    def shown(self, response: MessageT) -> MessageT | None:
+        """Leave out what the caller may not see; None if nothing is left."""
+        return self._sight.trim(response) if self._sight else response
+
+
+class AccessFile:
+    """The grants of an access file, read again when it changes.
+
+    Raises:
+        AccessError: It is wrong.
+        OSError: It cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._looked_at = self._stamp()
+        self._grants = read_access(path)
+
+    def grants(self) -> Sequence[Grant]:
+        """Return what the file said when it last made sense."""
+        stamp = self._stamp()
+        if stamp != self._looked_at:
+            self._looked_at = stamp
+            try:
+                self._grants = read_access(self._path)
+            except (AccessError, OSError) as error:
+                log.warning("access stays as it was", reason=str(error))
+            else:
+                log.info("access file read again", file=str(self._path), grants=len(self._grants))
+        return self._grants
+
+    def _stamp(self) -> tuple[int, int] | None:
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns
+
+
+class Gate:
+    """Admits calls. Without an access file everybody who can connect may do everything."""
+
+    def __init__(self, credentials: Credentials, access: AccessFile | None) -> None:
+        self._credentials = credentials
+        self._access = access
+
+    async def admit(self, request: Message, context: Context) -> Admitted:
+        """Find out who calls, and whether it may.
+
+        Raises:
+            Failure: CREDENTIAL_…, NOT_ALLOWED, STORE_UNAVAILABLE, or INVALID_FIELD when the
+                request does not say what it is about.
+        """
+        peer = context.peer()
+        if self._access is None:
+            return Admitted(Caller(_certified(context) or ANONYMOUS, peer))
+        identity = ANONYMOUS
+        try:
+            identity = await self._identity(context)
+            need = need_of(request)
+            rights = rights_of(identity, self._access.grants())
+            if not rights.may(need):
+                raise refusal(identity, need)
+        except Failure as failure:
+            if failure.reason in ("STORE_UNAVAILABLE", "INVALID_FIELD"):
+                raise
+            log.warning(
+                "call refused",
+                call=type(request).__name__.removesuffix("Request"),
+                reason=failure.reason,
+                identity=identity,
+                peer=peer,
+            )
+            raise
+        return Admitted(Caller(identity, peer), rights if need.part else None)
+
+    async def _identity(self, context: Context) -> str:
+        """Say who calls: by the credential that came with the call, or else its certificate."""
+        metadata = dict(context.invocation_metadata() or ())
+        scheme, _, credential = str(metadata.get("authorization", "")).partition(" ")
+        if credential and scheme.lower() == "bearer":
+            return await self._credentials.verify(credential.strip())
+        if identity := _certified(context):
+            return identity
+        raise Failure(
+            "CREDENTIAL_MISSING",
+            "this coordinator wants to know who calls: send a credential (HOLDOFF_CREDENTIAL_FILE; "
+            "grpcurl -H 'authorization: Bearer …') or show a client certificate",
+        )
+
+
+def _certified(context: Context) -> str | None:
+    """The first name (SAN) of the caller's certificate, where it had to show one."""
+    names = context.auth_context().get("x509_subject_alternative_name", ())
+    name = next(iter(names), None)
+    return None if name is None else name.decode(errors="replace")
