@@ -329,4 +329,5 @@ NEEDS: Mapping[type[Message], tuple[Role, bool, Callable[[Any], tuple[Place, ...
     admin_service_pb2.ResetBudgetRequest: (Role.ADMIN, _WHOLE, _name_of_budget),
     admin_service_pb2.SetBackOffRequest: (Role.ADMIN, _WHOLE, _scope),
     admin_service_pb2.ClearBackOffRequest: (Role.ADMIN, _WHOLE, _name_of_back_off),
+    admin_service_pb2.ListAuditEventsRequest: (Role.ADMIN, _WHOLE, _parent),
 }

@@ -77,19 +77,9 @@ class BackOffs:
         }
         back_off_id = scope_id("operator", place)
         reply = await self._scripts.run(
-            "set_back_off", app, back_off_id, length_us, json.dumps(facts)
+            "set_back_off", app, back_off_id, length_us, json.dumps(facts), caller=caller
         )
         back_off = back_off_message(app, record(reply.values[0]), reply.now_us)
-        log.warning(
-            "back-off set",
-            back_off=back_off.name,
-            scope=scope_words(back_off.scope),
-            seconds=length_us / 1e6,
-            why=reason,
-            user=holder.user,
-            host=holder.host,
-            peer=caller.peer,
-        )
         return admin_service_pb2.SetBackOffResponse(back_off=back_off)
 
     async def clear(
@@ -99,12 +89,13 @@ class BackOffs:
         name = validation.back_off_name("name", request.name)
         reason, holder = validation.reason(request.reason), validation.holder(request.holder)
         who = user_and_host(holder) or caller.identity
-        reply = await self._scripts.run("clear_back_off", name.app, name.back_off, reason, who)
+        reply = await self._scripts.run(
+            "clear_back_off", name.app, name.back_off, reason, who, caller=caller
+        )
         if reply.status != "OK":
             raise Failure(
                 "BACK_OFF_NOT_FOUND", f"there is no {name}, or it is over", resource=str(name)
             )
-        log.warning("back-off cleared", back_off=str(name), why=reason, who=who, peer=caller.peer)
         return admin_service_pb2.ClearBackOffResponse(
             back_off=back_off_message(name.app, record(reply.values[0]), reply.now_us)
         )

@@ -83,7 +83,9 @@ class Budgets:
         [app] = apps
         answers: Iterator[str] = iter(())
         if entries:
-            reply = await self._scripts.run("record_events", app, json.dumps(entries))
+            reply = await self._scripts.run(
+                "record_events", app, json.dumps(entries), caller=caller
+            )
             answers = iter([word.decode() for word in reply.values[0]])
         outcomes = []
         for is_limited in limited:
@@ -166,6 +168,7 @@ class Budgets:
             "1" if made else "0",
             age_us,
             status,
+            caller=caller,
         )
         return _reservation(reply, app, reservation_id)
 
@@ -217,10 +220,11 @@ class Budgets:
         name = validation.budget_name("name", request.name)
         reason = validation.reason(request.reason)
         who = user_and_host(validation.holder(request.holder)) or caller.identity
-        reply = await self._scripts.run("reset_budget", name.app, name.budget, who, reason)
+        reply = await self._scripts.run(
+            "reset_budget", name.app, name.budget, who, reason, caller=caller
+        )
         if reply.status != "OK":
             raise budget_not_found(str(name))
-        log.warning("budget reset", budget=request.name, why=reason, who=who, peer=caller.peer)
         return admin_service_pb2.ResetBudgetResponse(
             budget=budget_message(name.app, reply.values[0], reply.now_us)
         )

@@ -11,3 +11,7 @@ class Caller:
 
     identity: str
     peer: str
+
+
+NOBODY = Caller(identity="", peer="")
+"""Calls for what a coordinator does by itself."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import getpass
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -272,7 +274,7 @@ def issue(identity: str, expires_in: str, **options: Any) -> None:
         _fail(EX_USAGE, f"--expires-in: {error}; or never")
 
     async def work(known: Credentials) -> None:
-        credential_id, text, expires = await known.issue(identity, life)
+        credential_id, text, expires = await known.issue(identity, life, _operator())
         click.echo(f"{credential_id} of {identity!r} expires: {_utc(expires)}", err=True)
         click.echo(text)
 
@@ -289,7 +291,7 @@ def revoke(credential_id: str, **options: Any) -> None:
     """
 
     async def work(known: Credentials) -> None:
-        identity = await known.revoke(credential_id)
+        identity = await known.revoke(credential_id, _operator())
         if identity is None:
             raise Failure(
                 "INVALID_FIELD",
@@ -328,6 +330,11 @@ def list_credentials(output: str, **options: Any) -> None:
             click.echo(line.format(**row))
 
     _with_credentials(work, options)
+
+
+def _operator() -> str:
+    """Say who is at the keyboard, for the audit trail."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def _utc(seconds: int) -> str:

@@ -16,7 +16,7 @@ import msgspec
 from redis.exceptions import RedisError
 
 from holdoff_coordinator.failures import Failure
-from holdoff_coordinator.scripts import store_failure
+from holdoff_coordinator.scripts import add_to_trail, store_failure
 
 if TYPE_CHECKING:
     from holdoff_coordinator.cluster import StoreClient
@@ -59,10 +59,12 @@ class Credentials:
         self._redis = redis
         self._known: dict[bytes, tuple[float, Credential | None, int]] = {}
 
-    async def issue(self, identity: str, life_seconds: int) -> tuple[str, str, int]:
-        """Make one: its id, the text to send, and when it expires in s since the epoch (0: never).
+    async def issue(self, identity: str, life_seconds: int, by: str) -> tuple[str, str, int]:
+        """Make one, and note who did.
 
-        The text is nowhere kept.
+        Returns:
+            Its id; the text to send, which is nowhere kept; and when it expires, in s since the
+            epoch, 0 for never.
         """
         # Of these characters there is no `_`, which parts the text.
         credential_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
@@ -71,18 +73,26 @@ class Credentials:
             expires = await self._redis.eval(
                 _WRITE, 1, KEY, credential_id, identity, digest, life_seconds
             )
+            await self._audit("CREDENTIAL_ISSUED", credential_id, identity, by)
         except RedisError as error:
             raise store_failure(error) from error
         return credential_id, f"{_PREFIX}{credential_id}_{secret}", int(expires)
 
-    async def revoke(self, credential_id: str) -> str | None:
+    async def revoke(self, credential_id: str, by: str) -> str | None:
         """Forget one; return whose it was, None if there is none such."""
         try:
             found = await self._redis.hget(KEY, credential_id)
+            if not found:
+                return None
             await self._redis.hdel(KEY, credential_id)
+            await self._audit("CREDENTIAL_REVOKED", credential_id, _read(found).identity, by)
         except RedisError as error:
             raise store_failure(error) from error
-        return _read(found).identity if found else None
+        return _read(found).identity
+
+    async def _audit(self, kind: str, credential_id: str, identity: str, by: str) -> None:
+        facts = {"resource": f"credentials/{credential_id}", "reason": f"of {identity!r}"}
+        await add_to_trail(self._redis, {"kind": kind, "identity": by, **facts})
 
     async def list(self) -> list[tuple[str, Credential]]:
         """Return all of them with their ids, by identity."""

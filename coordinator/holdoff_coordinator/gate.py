@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from holdoff_coordinator.access import Grant, Rights
+    from holdoff_coordinator.audit import AuditTrail
     from holdoff_coordinator.credentials import Credentials
 
 log = structlog.get_logger()
@@ -77,9 +78,12 @@ class AccessFile:
 class Gate:
     """Admits calls. Without an access file everybody who can connect may do everything."""
 
-    def __init__(self, credentials: Credentials, access: AccessFile | None) -> None:
+    def __init__(
+        self, credentials: Credentials, access: AccessFile | None, trail: AuditTrail
+    ) -> None:
         self._credentials = credentials
         self._access = access
+        self._trail = trail
 
     async def admit(self, request: Message, context: Context) -> Admitted:
         """Find out who calls, and whether it may.
@@ -101,12 +105,11 @@ class Gate:
         except Failure as failure:
             if failure.reason in ("STORE_UNAVAILABLE", "INVALID_FIELD"):
                 raise
-            log.warning(
-                "call refused",
-                call=type(request).__name__.removesuffix("Request"),
-                reason=failure.reason,
-                identity=identity,
-                peer=peer,
+            await self._trail.refused(
+                Caller(identity, peer),
+                type(request).__name__.removesuffix("Request"),
+                failure.metadata.get("resource", ""),
+                failure.reason,
             )
             raise
         return Admitted(Caller(identity, peer), rights if need.part else None)

@@ -27,6 +27,7 @@ from holdoff_coordinator.records import (
     lease_message,
     record,
     timestamp,
+    user_and_host,
     waiter_message,
 )
 from holdoff_coordinator.scripts import READ_BATCH
@@ -244,11 +245,9 @@ class Leases:
             _sha256(validation.secret(request.secret).encode()),
             "1" if request.command_started else "0",
             age_us,
+            caller=caller,
         )
-        lease = _lease(reply, name)
-        if lease.accept_time.ToMicroseconds() == reply.now_us:
-            log.info("lease granted", lease=request.name, job=lease.holder.job, peer=caller.peer)
-        return lease_service_pb2.RenewLeaseResponse(lease=lease)
+        return lease_service_pb2.RenewLeaseResponse(lease=_lease(reply, name))
 
     async def release(
         self, request: lease_service_pb2.ReleaseLeaseRequest, caller: Caller
@@ -264,9 +263,9 @@ class Leases:
             _sha256(validation.secret(request.secret).encode()),
             "1" if saw_every else "0",
             age_us,
+            caller=caller,
         )
         lease = _lease(reply, name)
-        log.info("lease released", lease=request.name, job=lease.holder.job, peer=caller.peer)
         return lease_service_pb2.ReleaseLeaseResponse(
             lease=lease, not_before_time=timestamp(record(reply.values[0]), "not_before_us")
         )
@@ -277,10 +276,11 @@ class Leases:
         """Forbid the renewal of a lease."""
         name = validation.lease_name("name", request.name)
         reason = validation.reason(request.reason)
-        reply = await self._scripts.run("break", name.app, name.token, name.lease, reason)
-        lease = _lease(reply, name)
-        log.warning("lease broken", lease=request.name, why=reason, peer=caller.peer)
-        return admin_service_pb2.BreakLeaseResponse(lease=lease)
+        who = user_and_host(validation.holder(request.holder))
+        reply = await self._scripts.run(
+            "break", name.app, name.token, name.lease, reason, who, caller=caller
+        )
+        return admin_service_pb2.BreakLeaseResponse(lease=_lease(reply, name))
 
     async def get(
         self, request: lease_service_pb2.GetLeaseRequest, _: Caller

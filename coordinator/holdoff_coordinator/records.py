@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
-from holdoff.v1 import budget_pb2, lease_pb2, token_pb2
+from holdoff.v1 import audit_pb2, budget_pb2, lease_pb2, token_pb2
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.scripts import lock_name
 
@@ -245,6 +245,41 @@ def back_off_message(app: str, back_off: Record, now_us: int) -> budget_pb2.Back
         budget=str(BudgetName(app, budget_id)) if cause == "SPENT" else "",
         probe=lease_pb2.Holder.FromString(probe) if probe else None,
     )
+
+
+def audit_message(time_us: int, entry: Mapping[bytes, bytes]) -> audit_pb2.AuditEvent:
+    """An entry of the audit trail as the API shows it."""
+    facts = {key.decode(): value for key, value in entry.items()}
+    text = {key: value.decode(errors="replace") for key, value in facts.items() if key != "holder"}
+    holder = lease_pb2.Holder.FromString(facts.get("holder", b""))
+    for field in ("job", "host", "user"):
+        if field in text:
+            setattr(holder, field, text[field])
+    event = audit_pb2.AuditEvent(
+        kind=audit_pb2.AuditKind.Value(f"AUDIT_KIND_{text['kind']}"),
+        resource=text["resource"],
+        identity=text.get("identity", ""),
+        peer=text.get("peer", ""),
+        holder=holder,
+        reason=_audit_words(text),
+    )
+    event.time.FromMicroseconds(time_us)
+    return event
+
+
+def _audit_words(text: Mapping[str, str]) -> str:
+    """Why something happened: in its own words, or by what it is about."""
+    app = text["resource"].split("/")[1] if "/" in text["resource"] else ""
+    facts: dict[str, bytes] = {
+        key: text.get(key, "").encode()
+        for key in ("cause", "limit", "status", "reason", "user", "token", "division", "endpoint")
+    }
+    facts["status"] = facts["status"] or b"0"
+    if text["kind"] == "BACK_OFF_BEGAN":
+        return _back_off_words(app, facts)
+    if facts["endpoint"] or facts["division"]:
+        return f"{text.get('reason', '')} ({scope_words(_scope(app, facts))})"
+    return text.get("reason", "")
 
 
 def user_and_host(holder: lease_pb2.Holder) -> str:

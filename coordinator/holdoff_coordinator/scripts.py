@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from redis.exceptions import NoScriptError, RedisError
 
+from holdoff_coordinator.caller import NOBODY
 from holdoff_coordinator.clock import StoreClock
 from holdoff_coordinator.cluster import Cluster, node_of
 from holdoff_coordinator.failures import Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from redis.asyncio import Redis
 
+    from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.cluster import StoreClient
 
 log = structlog.get_logger()
@@ -34,6 +36,9 @@ READ_BATCH = 100
 """Records read in one script call, so that no call holds up the store."""
 APPS = "holdoff:apps"
 """Index of all apps; written before anything of the app, so that it may name too many."""
+AUDIT = "holdoff:audit"
+"""The audit trail of what belongs to no app: credentials, and calls that were refused."""
+AUDIT_KEPT = 10_000
 LOST = "lost"
 """Stands for the epoch of an app whose store is known to have lost its data."""
 
@@ -135,6 +140,8 @@ class Scripts:
         boot_us: Callable[[], int] = boottime_us,
     ) -> None:
         self.redis = redis
+        self.on_audit: Callable[[bytes, dict[bytes, bytes]], None] = lambda *_: None
+        """Called with each entry that a script of this replica added to the audit trail."""
         self._lost_until_us = boot_us() + quarantine_us if data_lost else 0
         self._quarantine_us = quarantine_us
         self._boot_us = boot_us
@@ -151,8 +158,10 @@ class Scripts:
             for name, text in self._sources.items()
         }
 
-    async def run(self, name: str, app: str, *args: bytes | str | int) -> Reply:
-        """Run a script on the shard of an app.
+    async def run(
+        self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY
+    ) -> Reply:
+        """Run a script on the shard of an app, for a caller whom the audit trail is to name.
 
         Raises:
             Failure: STORE_UNAVAILABLE; whether the script ran is then unknown.
@@ -163,7 +172,7 @@ class Scripts:
             why = f"the clock of the store jumped by {watched.jump_us / 1e6:+.3f} s"
             await self._run("quarantine", app, why)
             self._cleared[app] = jumps
-        return await self._run(name, app, *args)
+        return await self._run(name, app, *args, caller=caller)
 
     def _in_doubt(self, app: str) -> bool:
         """Tell whether the clock jumped, not long ago, and the app was not quarantined for it."""
@@ -175,7 +184,9 @@ class Scripts:
     def _watched(self, app: str) -> _Watched:
         return self._clocks[app if self._clock_an_app else ""]
 
-    async def _run(self, name: str, app: str, *args: bytes | str | int) -> Reply:
+    async def _run(
+        self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY
+    ) -> Reply:
         # Finding out which node it is may take a second, by which the estimate would be wrong.
         await _answer(node_of(self.redis, shard_key(app)))
         watched = self._watched(app)
@@ -185,6 +196,8 @@ class Scripts:
             self._epochs.get(app) or (LOST if self._boot_us() < self._lost_until_us else ""),
             uuid.uuid4().hex,
             max(self._quarantine_us, self._longest_hold_us.get(app, 0)),
+            caller.identity,
+            caller.peer,
         )
         sent_us = self._boot_us()
         answer = await _answer(self._evaluate(name, shard_key(app), *header, *args))
@@ -197,7 +210,9 @@ class Scripts:
             watched.jumps += 1
             watched.jump_us, watched.jumped_at_us = jump_us, self._boot_us()
             log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
-        reply = Reply(now_us, epoch, answer[3].decode(), tuple(answer[4:]))
+        for entry_id, flat in answer[3]:
+            self.on_audit(entry_id, dict(zip(flat[::2], flat[1::2], strict=True)))
+        reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]))
         if reply.status == "SCHEMA_TOO_NEW":
             found, known = (int(value) for value in reply.values)
             raise Failure(
@@ -319,6 +334,24 @@ class Scripts:
         entries = await _answer(self.redis.xrevrange(f"{shard_key(app)}:errors", count=ERRORS_READ))
         return [(fields[b"at_us"], fields[b"event"]) for _, fields in entries]
 
+    async def audit_trail(
+        self, app: str, before: str, count: int
+    ) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        """Return entries of an app's audit trail, the newest first, from an id on back.
+
+        '' stands for what belongs to no app.
+        """
+        key = f"{shard_key(app)}:audit" if app else AUDIT
+        entries: list[tuple[bytes, dict[bytes, bytes]]] = await _answer(
+            self.redis.xrevrange(key, max=before, count=count)
+        )
+        return entries
+
+    async def audit(self, **fields: str) -> None:
+        """Add to the audit trail what belongs to no app."""
+        entry_id = await _answer(add_to_trail(self.redis, fields))
+        self.on_audit(entry_id, {key.encode(): value.encode() for key, value in fields.items()})
+
     async def policy(self, app: str, token: str) -> str | None:
         """Return the name of a token's policy; None if there is no such token."""
         found = await _answer(self.redis.hget(f"{shard_key(app)}:token:{token}", "policy"))
@@ -328,6 +361,12 @@ class Scripts:
         """List the ids of an app's tokens that are leased, offered, or cooling, in order."""
         found = await _answer(self.redis.zrange(f"{shard_key(app)}:due", 0, -1))
         return sorted(token.decode() for token in found)
+
+
+def add_to_trail(redis: StoreClient, fields: Mapping[str, str]) -> Awaitable[Any]:
+    """Add to the audit trail what belongs to no app; return the entry's id."""
+    entry: dict[Any, Any] = {**fields}
+    return redis.xadd(AUDIT, entry, maxlen=AUDIT_KEPT, approximate=True)
 
 
 async def _answer(command: Awaitable[Any]) -> Any:

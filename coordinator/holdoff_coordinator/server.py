@@ -9,6 +9,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc
 
+from holdoff_coordinator.audit import AuditTrail
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.credentials import Credentials
@@ -94,8 +95,10 @@ class Coordinator:
         known = Policies(policies)
         places = Places(self.scripts, known)
         self._followers = Followers(self.scripts, self.hub, places)
+        trail = AuditTrail(self.scripts)
         handlers = Handlers(
-            gate=Gate(Credentials(redis), access),
+            gate=Gate(Credentials(redis), access, trail),
+            trail=trail,
             leases=Leases(self.scripts, self.hub, places),
             followers=self._followers,
             watches=Watches(self.scripts, self.hub),

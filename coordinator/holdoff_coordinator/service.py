@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
     from google.rpc import status_pb2
 
+    from holdoff_coordinator.audit import AuditTrail
     from holdoff_coordinator.backoffs import BackOffs
     from holdoff_coordinator.budgets import Budgets
     from holdoff_coordinator.caller import Caller
@@ -66,6 +67,7 @@ class Handlers:
     """What answers the calls, and what stands before it."""
 
     gate: Gate
+    trail: AuditTrail
     leases: Leases
     followers: Followers
     watches: Watches
@@ -363,6 +365,12 @@ class AdminService(_Adapter, admin_service_pb2_grpc.AdminServiceServicer):
     ) -> admin_service_pb2.BreakLeaseResponse:
         """Forbid a renewal."""
         return await self._answer(self._handlers.leases.break_, request, context)
+
+    async def ListAuditEvents(  # noqa: N802
+        self, request: admin_service_pb2.ListAuditEventsRequest, context: Context
+    ) -> admin_service_pb2.ListAuditEventsResponse:
+        """Show who did what."""
+        return await self._answer(self._handlers.trail.list, request, context)
 
 
 def add_services(server: grpc.aio.Server, handlers: Handlers) -> health.aio.HealthServicer:

@@ -55,11 +55,10 @@ class Tokens:
                 last_refresh_age = ""
         await self._scripts.register(name.app)
         reply = await self._scripts.run(
-            "create_token", name.app, name.token, *settings, last_refresh_age
+            "create_token", name.app, name.token, *settings, last_refresh_age, caller=caller
         )
         if reply.status != "OK":
             raise failure_of(reply, name)
-        log.info("token created", token=str(name), policy=settings[0], peer=caller.peer)
         return token_service_pb2.CreateTokenResponse(token=await self._read(name))
 
     async def update(
@@ -71,13 +70,12 @@ class Tokens:
             if field not in _SETTINGS:
                 raise invalid("update_mask", f"write {', '.join(_SETTINGS)}, not {quoted(field)}")
         fields = set(request.update_mask.paths) or set(_SETTINGS)
-        settings = await self._update(name, request.token, fields)
-        log.info("token updated", token=str(name), policy=settings[0], peer=caller.peer)
+        await self._update(name, request.token, fields, caller)
         return token_service_pb2.UpdateTokenResponse(token=await self._read(name))
 
     async def _update(
-        self, name: TokenName, token: token_pb2.Token, fields: set[str]
-    ) -> tuple[str, str, str, int, str, int]:
+        self, name: TokenName, token: token_pb2.Token, fields: set[str], caller: Caller
+    ) -> None:
         """Change some fields; begin again if somebody else changed the token in between."""
         changed = await self._read(name)
         read_us = str(changed.update_time.ToMicroseconds())
@@ -90,12 +88,13 @@ class Tokens:
             if token.HasField("refresh_interval"):
                 changed.refresh_interval.CopyFrom(token.refresh_interval)
         settings = self._settings(changed)
-        reply = await self._scripts.run("update_token", name.app, name.token, *settings, read_us)
+        reply = await self._scripts.run(
+            "update_token", name.app, name.token, *settings, read_us, caller=caller
+        )
         if reply.status == "TOKEN_CHANGED":
-            return await self._update(name, token, fields)
-        if reply.status != "OK":
+            await self._update(name, token, fields, caller)
+        elif reply.status != "OK":
             raise failure_of(reply, name)
-        return settings
 
     async def get(
         self, request: token_service_pb2.GetTokenRequest, _: Caller

@@ -16,6 +16,7 @@ import holdoff.aio
 from holdoff.errors import from_rpc_error
 from holdoff.v1 import (
     admin_service_pb2,
+    audit_pb2,
     budget_pb2,
     budget_service_pb2,
     lease_service_pb2,
@@ -113,6 +114,10 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
     "AdminService/ClearBackOff": (
         admin_service_pb2.ClearBackOffRequest(name=BACK_OFF),
         WHOLE_APP,
+    ),
+    "AdminService/ListAuditEvents": (
+        admin_service_pb2.ListAuditEventsRequest(parent=OURS),
+        ADMINISTER,
     ),
 }
 # These answer with what the caller may see, if that is anything within the app.
@@ -224,7 +229,7 @@ def test_the_matrix_names_every_call() -> None:
 
 @pytest.mark.parametrize("shown", ["credential", "certificate"])
 def test_every_role_may_do_its_own(tmp_path: Path, shown: str) -> None:
-    """29 calls by 5 roles, and by 3 who have no role for the token: allowed or refused.
+    """30 calls by 5 roles, and by 3 who have no role for the token: allowed or refused.
 
     Fails when any entry of the coordinator's table is another, when it compares a token's name
     without its app, and when a role on a token is taken for one on its app.
@@ -334,6 +339,19 @@ def test_credentials_come_and_go(service: GuardedService) -> None:
     assert (again.returncode, "there is no such credential" in again.stderr) == (69, True)
     told = "".join(service.log)
     assert "call refused" in told
+    with service.client(service.issue("operator")) as operator:
+        trail = list(operator.list_audit_events())
+    issued, gone = audit_pb2.AUDIT_KIND_CREDENTIAL_ISSUED, audit_pb2.AUDIT_KIND_CREDENTIAL_REVOKED
+    about = [event for event in trail if event.resource == f"credentials/{one['id']}"]
+    assert [event.kind for event in about] == [gone, issued]
+    assert {event.reason for event in about} == {"of 'holder'"}
+    assert all("@" in event.identity for event in about)
+    refusals = [one for one in trail if one.kind == audit_pb2.AUDIT_KIND_CALL_REFUSED]
+    assert {event.reason for event in refusals} >= {
+        "GetToken: CREDENTIAL_EXPIRED",
+        "GetToken: CREDENTIAL_REFUSED",
+    }
+    assert secret.split("_")[2] not in str(trail)
     assert secret not in told
     assert secret.split("_")[2] not in told
     for file in service.data_dir.rglob("*"):
@@ -387,6 +405,30 @@ def test_who_may_no_more_hears_no_more(service: GuardedService) -> None:
             for _ in watch:
                 pass
         assert isinstance(refused(client), holdoff.errors.NotAllowed)
+
+
+def test_a_refusal_is_in_the_audit_trail_once_a_minute(service: GuardedService) -> None:
+    """With who, from where, for what, and what was missing; `holdoff audit` shows it.
+
+    Fails when a flood of refusals fills the trail, or a refusal is not recorded.
+    """
+    with service.client(service.issue("viewer")) as viewer:
+        for _ in range(20):
+            with pytest.raises(holdoff.errors.NotAllowed):
+                viewer.get_token(THEIRS)
+    environment = {
+        **service.environment,
+        "HOLDOFF_CREDENTIAL_FILE": str(service.issue("operator")),
+    }
+    shown = service.holdoff("audit", "--kind", "call-refused", "--output", "json", env=environment)
+    events = json.loads(shown.stdout)["events"]
+    [one] = [event for event in events if event["resource"] == THEIRS]
+    assert (one["identity"], one["reason"]) == ("viewer", "GetToken: NOT_ALLOWED")
+    assert one["peer"].startswith("ipv4:127.0.0.1:")
+    table = service.holdoff("audit", THEIRS, "--since", "1h", env=environment)
+    assert table.returncode == 0, table.stderr
+    assert "token created" in table.stdout
+    assert "operator from ipv4:127.0.0.1" in table.stdout.replace("\n", "")
 
 
 def test_no_credential(service: GuardedService) -> None:

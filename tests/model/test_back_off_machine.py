@@ -106,15 +106,15 @@ class Store(budget_machine.Store):
         with self.client.pipeline(transaction=False) as pipe:
             pipe.evalsha(self.thaw, 1, shard, now)
             for name, more in ((script, args), ("read_back_offs", ("", "", ""))):
-                pipe.evalsha(self.sha[name], 1, shard, "", "", "none", 0, *more)
+                pipe.evalsha(self.sha[name], 1, shard, "", "", "none", 0, "", "", *more)
             pipe.evalsha(self.orders, 1, shard)
             pipe.evalsha(self.freeze, 1, shard, now)
-            _, answer, (_, _, _, status, shown), orders, _ = pipe.execute()
+            _, answer, (_, _, _, _, status, shown), orders, _ = pipe.execute()
         assert int(answer[0]) == now
         assert status == b"OK"
         kept = {name: [caller.decode() for caller in order] for name, order in orders}
         found = [record(flat) for flat in shown]
-        return answer[3:], {one["id"].decode(): (one, kept[one["id"]]) for one in found}
+        return answer[4:], {one["id"].decode(): (one, kept[one["id"]]) for one in found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +289,7 @@ class BackOffMachine(RuleBasedStateMachine):
             self._run("sweep", 100)
         left = self.store.wait(self.shard, self.now + 8 * DAY)
         self.store.client.delete(*self.store.client.keys(f"*{{{self.app}}}*"))
-        kept = re.compile(rb":(tokens|changes|(token|history|lease):.*)$")
+        kept = re.compile(rb":(tokens|changes|audit|(token|history|lease):.*)$")
         assert not [key for key in left if not kept.search(key)], "something is kept for ever"
 
     # Running a script --------------------------------------------------------

@@ -209,7 +209,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
     def _call(self, script: str, *args: str | int) -> list[Any]:
         self._expire_locks()
-        header = (self.now, self.epoch, f"epoch-{next(self.counter)}", self._quarantine())
+        header = (self.now, self.epoch, f"epoch-{next(self.counter)}", self._quarantine(), "", "")
         with self.store.client.pipeline() as pipe:
             pipe.set(f"{self.shard}:test-clock", self.now)
             pipe.evalsha(self.store.sha[script], 1, self.shard, *header, *args)
@@ -242,7 +242,7 @@ class LeaseMachine(RuleBasedStateMachine):
         assert int(reply[0]) == self.now
         self.epoch = reply[1].decode() or self.epoch
         self.longest_hold = max(self.longest_hold, int(reply[2]))
-        return list(reply[3:])
+        return list(reply[4:])
 
     def _quarantine(self) -> int:
         return max(QUARANTINE, self.longest_hold)

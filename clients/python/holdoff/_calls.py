@@ -16,6 +16,7 @@ from holdoff._core import WITHDRAWAL_SECONDS, duration, here
 from holdoff._text import without_secrets
 from holdoff.v1 import (
     admin_service_pb2,
+    audit_pb2,
     budget_pb2,
     budget_service_pb2,
     lease_pb2,
@@ -174,7 +175,7 @@ def break_lease(name: str, reason: str) -> Call[Any, lease_pb2.Lease]:
     """Forbid the renewal of a lease."""
     return Call(
         f"{_ADMIN}/BreakLease",
-        admin_service_pb2.BreakLeaseRequest(name=name, reason=reason),
+        admin_service_pb2.BreakLeaseRequest(name=name, reason=reason, holder=here()),
         admin_service_pb2.BreakLeaseResponse,
         lambda response: response.lease,
     )
@@ -370,6 +371,23 @@ def reset_budget(name: str, reason: str) -> Call[Any, budget_pb2.Budget]:
         admin_service_pb2.ResetBudgetRequest(name=name, reason=reason, holder=here()),
         admin_service_pb2.ResetBudgetResponse,
         lambda response: response.budget,
+    )
+
+
+def list_audit_events(
+    parent: str, kinds: Sequence[audit_pb2.AuditKind.ValueType] = (), page_token: str = ""
+) -> Call[Any, Page[audit_pb2.AuditEvent]]:
+    """Read a page of the audit trail."""
+
+    def read(response: admin_service_pb2.ListAuditEventsResponse) -> Page[audit_pb2.AuditEvent]:
+        token = response.next_page_token
+        return Page(response.events, list_audit_events(parent, kinds, token) if token else None)
+
+    return Call(
+        f"{_ADMIN}/ListAuditEvents",
+        admin_service_pb2.ListAuditEventsRequest(parent=parent, kinds=kinds, page_token=page_token),
+        admin_service_pb2.ListAuditEventsResponse,
+        read,
     )
 
 

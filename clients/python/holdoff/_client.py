@@ -33,6 +33,7 @@ from holdoff._lease import Conversation, HeldLease
 from holdoff._platform import boottime_ns
 from holdoff.errors import HoldoffError, LeaseLost, OfferExpired, Unavailable
 from holdoff.v1 import (
+    audit_pb2,
     budget_pb2,
     budget_service_pb2,
     lease_pb2,
@@ -273,6 +274,20 @@ class Client(Connection):
             LeaseLost: It has ended already.
         """
         return self._call(_calls.break_lease(name, reason))
+
+    def list_audit_events(
+        self, parent: str = "", kinds: Sequence[audit_pb2.AuditKind.ValueType] = ()
+    ) -> Iterator[audit_pb2.AuditEvent]:
+        """List who did what, the newest first.
+
+        Args:
+            parent: `apps/{app}`, a token's name, or everything if empty.
+            kinds: Only these; all if empty.
+
+        Raises:
+            Refused: We are no admin there.
+        """
+        return self._items(_calls.list_audit_events(parent, kinds))
 
     def create_token(
         self,

@@ -1,11 +1,11 @@
 -- Asks for a lease: gives the same one again, offers a new one to the first
 -- live waiter, or says what the request waits for. Also the poll of a waiter.
--- ARGV 5.. token id, request hash, fingerprint of caller and parameters,
+-- ARGV 7.. token id, request hash, fingerprint of caller and parameters,
 --         '1' to queue or '0', TTL µs, holder, hash of the lease's secret,
 --         time since the waiter was heard in µs, highest fencing token it knows,
 --         places of its calls as JSON, hash of the job's name or ''
-local id, hash, fingerprint = ARGV[5], ARGV[6], ARGV[7]
-local may_queue, ttl, heard_age = ARGV[8] == '1', number(ARGV[9]), number(ARGV[12])
+local id, hash, fingerprint = ARGV[7], ARGV[8], ARGV[9]
+local may_queue, ttl, heard_age = ARGV[10] == '1', number(ARGV[11]), number(ARGV[14])
 
 local token, lease = settle(id)
 if not token then return reply('TOKEN_NOT_FOUND') end
@@ -16,13 +16,13 @@ end
 if request.state == 'ended' then return reply('LEASE_ENDED', request.lease) end
 if request.lease then return reply('OFFER', request.lease, flat_lease(id, request.lease)) end
 
-local known = number(ARGV[13])
+local known = number(ARGV[15])
 if known > now + 366 * 24 * 3600 * SECOND then return reply('FENCING_TOKEN_TOO_LARGE') end
 
 local facts = {
   fingerprint = fingerprint, token = id, state = 'waiting',
-  holder = ARGV[10], queued_us = number(request.queued_us or us(now)),
-  places = ARGV[14], job = ARGV[15],
+  holder = ARGV[12], queued_us = number(request.queued_us or us(now)),
+  places = ARGV[16], job = ARGV[17],
 }
 local subject = back_offs_of(facts)
 if may_queue and not request.state then
@@ -49,7 +49,7 @@ put(request_key(hash), request, facts)
 redis.call('PEXPIRE', request_key(hash), WAITER_KEPT_MS)
 lease = {}
 put(lease_key(id, lease_id), lease, {
-  state = 'OFFERED', request = hash, secret_hash = ARGV[11], holder = ARGV[10],
+  state = 'OFFERED', request = hash, secret_hash = ARGV[13], holder = ARGV[12],
   fencing = fencing, ttl_us = ttl, interval_us = token.interval_us, refresh_at = token.refresh_at,
   access_token_life_us = token.access_token_life_us,
   created_us = now, expires_us = now + OFFER_FOR,

@@ -157,6 +157,14 @@ local function keep_back_off(one)
   for _, key in ipairs({BACK_OFFS, back_off_key(one.id)}) do keep(key, kept) end
 end
 
+local function audit_back_off(kind, one, facts)
+  audit(kind, '/backOffs/' .. one.id, {
+    cause = one.cause, limit = one.limit, status = one.status, reason = facts.reason,
+    token = one.token, division = one.division, endpoint = one.endpoint,
+    user = facts.user, host = facts.host, job = facts.job,
+  }, true)
+end
+
 -- Makes a scope quiet until an instant. `facts` has token, division, endpoint, cause
 -- and what else is worth knowing.
 local function be_quiet(id, facts)
@@ -172,11 +180,13 @@ local function be_quiet(id, facts)
     redis.call('HDEL', back_off_key(id), field)
     one[field] = nil
   end
+  local began = one.state ~= 'QUIET' or facts.cause == 'OPERATOR'
   facts.state = 'QUIET'
   found[id], by_scope = one, nil
   redis.call('ZADD', BACK_OFFS, us(facts.until_us), id)
   back_off_changed(one, facts)
   keep_back_off(one)
+  if began then audit_back_off('BACK_OFF_BEGAN', one, facts) end
 end
 
 -- Callers -------------------------------------------------------------------

@@ -1,15 +1,15 @@
 -- Says what became of a reservation: a call that was made, or one that was not.
--- ARGV 5.. reservation id, hash of the caller, '1' if the call was made, its age in
+-- ARGV 7.. reservation id, hash of the caller, '1' if the call was made, its age in
 --         µs, its HTTP status or '0'
 -- A commit after the expiry moves the events' stamp forward, once, and adds none; a
 -- cancel after it changes nothing. No call was made before its room was taken.
 -- Answers the reservation's state.
-local id, made, status = ARGV[5], ARGV[7] == '1', ARGV[9]
+local id, made, status = ARGV[7], ARGV[9] == '1', ARGV[11]
 expire_reservations()
 local reservation = load(reservation_key(id))
-if not reservation.state or reservation.caller ~= ARGV[6] then return reply('RESERVATION_NOT_FOUND') end
+if not reservation.state or reservation.caller ~= ARGV[8] then return reply('RESERVATION_NOT_FOUND') end
 local specs, count = cjson.decode(reservation.budgets), number(reservation.count)
-local at = math.max(now - number(ARGV[8]), number(reservation.reserved_us))
+local at = math.max(now - number(ARGV[10]), number(reservation.reserved_us))
 
 back_offs() -- while its probe is still one
 

@@ -7,6 +7,7 @@
 -- ARGV[2]  the shard's epoch as the replica knows it; '' if it knows none
 -- ARGV[3]  a fresh id, the epoch to give to a shard that has none
 -- ARGV[4]  least length of a quarantine in µs
+-- ARGV[5]  who called, and ARGV[6] from where; '' for what nobody called for
 --
 -- All times are µs of this server's clock; below 2^53 they are exact in Lua.
 
@@ -44,10 +45,39 @@ local function lease_key(id, lease) return SHARD .. ':lease:' .. id .. ':' .. le
 local shard = load(SHARD)
 local epoch = shard.epoch
 
+local NAME = 'apps/' .. SHARD:match('{(.*)}')
+local AUDIT_KEPT = 10000 -- entries an app, some 5 MB
+local audited = {} -- what this call added to the trail, for the log
+
+-- Adds to the audit trail what happened to a thing, by its name below the app. The caller is
+-- named if it was its doing.
+local function audit(kind, thing, facts, by_caller)
+  local entry = {'kind', kind, 'resource', NAME .. thing}
+  if by_caller then facts.identity, facts.peer = ARGV[5], ARGV[6] end
+  for _, field in ipairs({
+    'identity', 'peer', 'holder', 'job', 'host', 'user', 'reason', 'cause', 'limit', 'status',
+    'token', 'division', 'endpoint',
+  }) do
+    if facts[field] and facts[field] ~= '' then
+      entry[#entry + 1] = field
+      entry[#entry + 1] = type(facts[field]) == 'number' and us(facts[field]) or facts[field]
+    end
+  end
+  local key = SHARD .. ':audit'
+  local id = redis.pcall('XADD', key, 'MAXLEN', '~', AUDIT_KEPT, '*', unpack(entry))
+  if type(id) == 'table' then
+    redis.call('DEL', key) -- it is not ours
+    id = redis.call('XADD', key, '*', unpack(entry))
+  end
+  audited[#audited + 1] = {id, entry}
+end
+
 -- How long after its last renewal a holder's last refresh may still matter.
 local function longest_hold() return number(shard.longest_ttl_us) + number(shard.longest_interval_us) end
 
-local function reply(status, ...) return {us(now), epoch or '', us(longest_hold()), status, ...} end
+local function reply(status, ...)
+  return {us(now), epoch or '', us(longest_hold()), audited, status, ...}
+end
 
 local function put(key, record, changes)
   local flat = {}
@@ -62,6 +92,7 @@ end
 
 local function quarantine(why)
   local safe = math.max(number(ARGV[4]), longest_hold())
+  if now >= number(shard.quarantine_until_us) then audit('QUARANTINE_BEGAN', '', {reason = why}) end
   put(SHARD, shard, {
     quarantine_until_us = math.max(number(shard.quarantine_until_us), now + safe),
     quarantine_reason = why,

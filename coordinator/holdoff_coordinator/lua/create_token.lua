@@ -1,20 +1,21 @@
 -- Creates a token.
--- ARGV 5.. token id, policy, own interval µs ('' none), own refresh_at ('' none),
+-- ARGV 7.. token id, policy, own interval µs ('' none), own refresh_at ('' none),
 --         interval µs, refresh_at, access token life µs, age of the last refresh
 --         in µs ('' for never)
-local id = ARGV[5]
+local id = ARGV[7]
 ensure_epoch()
 local key = token_key(id)
 if redis.call('EXISTS', key) == 1 then return reply('TOKEN_EXISTS') end
 local token = {}
 put(key, token, {
-  policy = ARGV[6], own_interval_us = ARGV[7], own_refresh_at = ARGV[8],
-  interval_us = ARGV[9], refresh_at = ARGV[10], access_token_life_us = ARGV[11],
+  policy = ARGV[8], own_interval_us = ARGV[9], own_refresh_at = ARGV[10],
+  interval_us = ARGV[11], refresh_at = ARGV[12], access_token_life_us = ARGV[13],
   created_us = now, updated_us = now, fencing = '0',
 })
-put(SHARD, shard, {longest_interval_us = math.max(number(shard.longest_interval_us), number(ARGV[9]))})
+put(SHARD, shard, {longest_interval_us = math.max(number(shard.longest_interval_us), number(ARGV[11]))})
 redis.call('ZADD', SHARD .. ':tokens', 0, id)
-if ARGV[12] ~= '' then cool_down(id, token, now - number(ARGV[12]), number(ARGV[9])) end
+if ARGV[14] ~= '' then cool_down(id, token, now - number(ARGV[14]), number(ARGV[11])) end
 settle(id)
 tell('TOKEN_CREATED', id, token)
+audit('TOKEN_CREATED', token_name(id), {reason = 'policy ' .. ARGV[8]}, true)
 return reply('OK')

@@ -1,11 +1,11 @@
 -- Says what holders must do.
--- ARGV 5.. token id, lease id, hash of its secret
+-- ARGV 7.. token id, lease id, hash of its secret
 -- Answers one {token id, lease id, status, …} a lease. After LEASE_OVER: its state,
 -- and why it was broken; after LEASE_BROKEN: why. After OK: '' or the earliest start
 -- in µs, '1' if it may go on then without being told, the places that it named, and
 -- the back-offs that it is subject to.
 local answers = {}
-for i = 5, #ARGV, 3 do
+for i = 7, #ARGV, 3 do
   local id, lease_id = ARGV[i], ARGV[i + 1]
   local lease = load(lease_key(id, lease_id))
   if number(lease.expires_us) <= now and not lease.ended_us then

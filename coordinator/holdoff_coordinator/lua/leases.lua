@@ -139,6 +139,11 @@ end
 
 -- Lease ---------------------------------------------------------------------
 
+local ENDED_AS = {RELEASED = 'LEASE_RELEASED', EXPIRED = 'LEASE_LOST', BROKEN = 'LEASE_BROKEN'}
+
+local function token_name(id) return '/tokens/' .. id end
+local function lease_name(id, lease_id) return token_name(id) .. '/leases/' .. lease_id end
+
 -- `refreshed` is the last instant at which the token may have been refreshed.
 local function cool_down(id, token, refreshed, interval)
   put(token_key(id), token, {
@@ -168,6 +173,9 @@ local function finish(id, token, lease, state, ended, refreshed)
   redis.call('PEXPIRE', request_key(lease.request), RECORD_KEPT_MS)
   forget_lease(id, token)
   tell(state, id, token, lease_id, lease)
+  audit(ENDED_AS[state], lease_name(id, lease_id), {
+    holder = lease.holder, reason = lease.break_reason or (state == 'EXPIRED' and 'it was not renewed in time'),
+  }, state == 'RELEASED')
 end
 
 -- Takes back an offer that was not accepted: no cooldown, and the waiter keeps
@@ -192,10 +200,16 @@ local function withdraw_offer(id, token, lease, lapsed)
   tell('WITHDRAWN', id, token, lease_id, lease)
 end
 
-local function break_lease(id, token, lease, why)
+local function audit_break(id, lease_id, why, user)
+  audit('LEASE_BREAK_ORDERED', lease_name(id, lease_id), {reason = why, user = user}, user)
+end
+
+-- `user` is the operator who wished it; nil for what followed by itself.
+local function break_lease(id, token, lease, why, user)
   if not lease.break_reason then
     put(lease_key(id, token.lease), lease, {break_reason = why})
     tell('BREAKING', id, token, token.lease, lease)
+    audit_break(id, token.lease, why, user)
     announce()
   end
 end
@@ -279,13 +293,17 @@ local function settle(id)
     elseif token.lease then
       break_lease(id, token, lease, 'its lock was taken by a python-redis-lock user')
     end
-    if not seen then tell('LOCK_TAKEN', id, token, token.lease, token.lease and lease) end
+    if not seen then
+      tell('LOCK_TAKEN', id, token, token.lease, token.lease and lease)
+      audit('LOCK_TAKEN', token_name(id), {reason = 'by a python-redis-lock user'})
+    end
   elseif token.foreign then
     -- It ended some time before this look: count the latest possible instant.
     redis.call('HDEL', token_key(id), 'foreign')
     token.foreign = nil
     cool_down(id, token, now, number(token.interval_us))
     tell('LOCK_FREED', id, token, token.lease, token.lease and lease)
+    audit('LOCK_FREED', token_name(id), {})
     before = before or 'foreign'
   end
   if not token.lease then lease = nil end

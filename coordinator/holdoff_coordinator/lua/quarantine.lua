@@ -1,4 +1,4 @@
 -- Holds back new grants of the shard: a replica saw the store's clock jump.
--- ARGV 5   why
-if epoch then quarantine(ARGV[5]) end
+-- ARGV 7   why
+if epoch then quarantine(ARGV[7]) end
 return reply('OK', us(quarantined_until()))

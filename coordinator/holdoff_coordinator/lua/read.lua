@@ -1,9 +1,9 @@
 -- Reads tokens as they are at this instant.
--- ARGV 5.. token ids
+-- ARGV 7.. token ids
 -- Answers one {token id, token, lease id or '', lease, queue length, reason, earliest
 -- start} a token that exists, then the number of the app's latest change.
 local found = {}
-for i = 5, #ARGV do
+for i = 7, #ARGV do
   local id = ARGV[i]
   local token, lease = settle(id)
   if token then

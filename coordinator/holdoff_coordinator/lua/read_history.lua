@@ -1,7 +1,7 @@
 -- Reads the latest leases of a token, the newest first.
--- ARGV 5   token id
+-- ARGV 7   token id
 -- Answers one {lease id, lease} a lease; offers are not among them.
-local id = ARGV[5]
+local id = ARGV[7]
 local token, live = settle(id)
 if not token then return reply('TOKEN_NOT_FOUND') end
 local ids = redis.call('LRANGE', history_key(id), 0, -1)

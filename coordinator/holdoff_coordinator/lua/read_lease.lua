@@ -1,5 +1,5 @@
 -- Reads one lease, live or ended.
--- ARGV 5.. token id, lease id
-local token, lease, record = owned_lease(ARGV[5], ARGV[6])
+-- ARGV 7.. token id, lease id
+local token, lease, record = owned_lease(ARGV[7], ARGV[8])
 if not token then return lease end
-return reply('OK', flat_lease(ARGV[5], ARGV[6]))
+return reply('OK', flat_lease(ARGV[7], ARGV[8]))

@@ -1,5 +1,5 @@
 -- Counts events, each once, and makes quiet what has to be.
--- ARGV 5   JSON: {id, age_us, count, budgets, shown, error, block, cause} an event.
+-- ARGV 7   JSON: {id, age_us, count, budgets, shown, error, block, cause} an event.
 --         `shown` is kept for people. `error` is {token, place, touched}: where an
 --         error or a block was met, and for whom that is remembered. `block` is {id, token, division,
 --         endpoint, reason, retry_after_us, sent_age_us, first_us, factor, most_us,
@@ -7,7 +7,7 @@
 -- Answers one word an event: COUNTED, KNOWN, TOO_MANY_EVENTS or TOO_MANY_BUDGETS.
 expire_reservations()
 local answers = {}
-for i, event in ipairs(cjson.decode(ARGV[5])) do
+for i, event in ipairs(cjson.decode(ARGV[7])) do
   local at = now - event.age_us
   cause = event.cause
   answers[i] = count_event(event.id, at, event.count, event.budgets)

@@ -1,8 +1,8 @@
 -- Ends a lease for its holder; a second time gives the same answer.
--- ARGV 5.. token id, lease id, hash of the secret, '1' if the holder saw every
+-- ARGV 7.. token id, lease id, hash of the secret, '1' if the holder saw every
 --         refresh, age of the last refresh in µs ('' if not told)
-local id, lease_id = ARGV[5], ARGV[6]
-local token, lease, record = owned_lease(id, lease_id, ARGV[7])
+local id, lease_id = ARGV[7], ARGV[8]
+local token, lease, record = owned_lease(id, lease_id, ARGV[9])
 if not token then return lease end
 if not lease then
   if record.released ~= '1' then return reply('LEASE_OVER', record.state, record.break_reason or '') end
@@ -16,10 +16,10 @@ if lease.state == 'OFFERED' then
 else
   local refreshed = now
   if not lease.break_reason then
-    local reported = ARGV[9] ~= '' and now - number(ARGV[9]) or 0
+    local reported = ARGV[11] ~= '' and now - number(ARGV[11]) or 0
     local started = number(lease.started_us)
     local life = math.min(number(lease.access_token_life_us), number(token.access_token_life_us))
-    if ARGV[8] == '1' and reported >= number(lease.accepted_us) then
+    if ARGV[10] == '1' and reported >= number(lease.accepted_us) then
       refreshed = math.min(reported, now)
     elseif lease.refresh_at == 'START' and token.refresh_at == 'START'
         and started > 0 and now - started < life then

@@ -1,9 +1,9 @@
 -- Accepts an offer (the first renewal) or prolongs a lease. Goes on during a
 -- quarantine, and puts the lock's key back if somebody deleted it.
--- ARGV 5.. token id, lease id, hash of the secret, '1' if the command has
+-- ARGV 7.. token id, lease id, hash of the secret, '1' if the command has
 --         started, age of the last refresh in µs ('' if not told)
-local id, lease_id = ARGV[5], ARGV[6]
-local token, lease, record = owned_lease(id, lease_id, ARGV[7])
+local id, lease_id = ARGV[7], ARGV[8]
+local token, lease, record = owned_lease(id, lease_id, ARGV[9])
 if not token then return lease end
 if not lease then return reply('LEASE_OVER', record.state, record.break_reason or '') end
 if lease.break_reason then return reply('LEASE_BROKEN', lease.break_reason, lease.expires_us) end
@@ -15,10 +15,13 @@ if lease.state == 'OFFERED' then
   redis.call('ZREM', queue_key(id), lease.request)
   redis.call('HSET', request_key(lease.request), 'state', 'held')
 end
-if ARGV[8] == '1' and not lease.started_us then changes.started_us = now end
-if ARGV[9] ~= '' then changes.reported_refresh_us = now - number(ARGV[9]) end
+if ARGV[10] == '1' and not lease.started_us then changes.started_us = now end
+if ARGV[11] ~= '' then changes.reported_refresh_us = now - number(ARGV[11]) end
 put(lease_key(id, lease_id), lease, changes)
-if changes.accepted_us then tell('GRANTED', id, token, lease_id, lease) end
+if changes.accepted_us then
+  tell('GRANTED', id, token, lease_id, lease)
+  audit('LEASE_GRANTED', lease_name(id, lease_id), {holder = lease.holder}, true)
+end
 if late then tell('RENEWED_LATE', id, token, lease_id, lease) end
 -- The record outlives the lease by far, and no request outlives its record.
 redis.call('PEXPIRE', request_key(lease.request), WAITER_KEPT_MS)

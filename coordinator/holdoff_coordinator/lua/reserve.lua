@@ -1,22 +1,22 @@
 -- Takes room from budgets before a call; what is refused leaves no trace.
--- ARGV 5.. reservation id, fingerprint of caller and parameters, TTL µs, how
+-- ARGV 7.. reservation id, fingerprint of caller and parameters, TTL µs, how
 --         much, budgets as JSON, hash of the caller, token id, place as JSON
 -- A spent budget is no back-off here: the room itself decides. Blocks and operators'
 -- are kept, and the first reservation after them is the probe.
-local id, count = ARGV[5], number(ARGV[8])
+local id, count = ARGV[7], number(ARGV[10])
 expire_reservations()
 local reservation = load(reservation_key(id))
-if reservation.fingerprint and reservation.fingerprint ~= ARGV[6] then return reply('RESERVATION_ID_REUSED') end
+if reservation.fingerprint and reservation.fingerprint ~= ARGV[8] then return reply('RESERVATION_ID_REUSED') end
 if reservation.state then return reply('OK', reservation.state, reservation.expires_us) end
 
-local place, quiet, caller = cjson.decode(ARGV[12]), {}, 'reservation:' .. id
-for _, one in ipairs(subject_to(ARGV[11], {place})) do
+local place, quiet, caller = cjson.decode(ARGV[14]), {}, 'reservation:' .. id
+for _, one in ipairs(subject_to(ARGV[13], {place})) do
   if one.cause ~= 'SPENT' then quiet[#quiet + 1] = one end
 end
 local wait = wait_of(caller, quiet, false)
 if wait then return reply('BACKING_OFF', us(wait.start), shown_back_off(wait.back_off)) end
 
-local specs, budgets, spent = cjson.decode(ARGV[9]), {}, {}
+local specs, budgets, spent = cjson.decode(ARGV[11]), {}, {}
 if not may_count() then return reply('TOO_MANY_EVENTS') end
 if not may_open(specs) then return reply('TOO_MANY_BUDGETS') end
 for i, spec in ipairs(specs) do
@@ -25,7 +25,7 @@ for i, spec in ipairs(specs) do
 end
 if #spent > 0 then return reply('BUDGET_SPENT', spent) end
 
-local ttl, longest = number(ARGV[7]), 0
+local ttl, longest = number(ARGV[9]), 0
 local expires = now + ttl
 for i, spec in ipairs(specs) do
   save(spec.id, budgets[i], {reserved = number(budgets[i].reserved) + count})
@@ -34,8 +34,8 @@ for i, spec in ipairs(specs) do
   longest = math.max(longest, spec.window_us)
 end
 put(reservation_key(id), reservation, {
-  fingerprint = ARGV[6], caller = ARGV[10], state = 'reserved', count = count, budgets = ARGV[9],
-  reserved_us = now, expires_us = expires, token = ARGV[11], place = ARGV[12],
+  fingerprint = ARGV[8], caller = ARGV[12], state = 'reserved', count = count, budgets = ARGV[11],
+  reserved_us = now, expires_us = expires, token = ARGV[13], place = ARGV[14],
 })
 go(caller, quiet)
 redis.call('ZADD', RESERVATIONS, us(expires), id)

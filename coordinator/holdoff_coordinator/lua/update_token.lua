@@ -1,19 +1,20 @@
 -- Changes a token's rules; a cooldown that runs is never shortened.
--- ARGV 5.. as for create_token.lua, up to the access token life, then the
+-- ARGV 7.. as for create_token.lua, up to the access token life, then the
 --         token's `updated_us` when the new rules were worked out from its own
-local id = ARGV[5]
+local id = ARGV[7]
 local token, lease = settle(id)
 if not token then return reply('TOKEN_NOT_FOUND') end
-if token.updated_us ~= ARGV[12] then return reply('TOKEN_CHANGED') end
+if token.updated_us ~= ARGV[14] then return reply('TOKEN_CHANGED') end
 put(token_key(id), token, {
-  policy = ARGV[6], own_interval_us = ARGV[7], own_refresh_at = ARGV[8],
-  interval_us = ARGV[9], refresh_at = ARGV[10], access_token_life_us = ARGV[11],
+  policy = ARGV[8], own_interval_us = ARGV[9], own_refresh_at = ARGV[10],
+  interval_us = ARGV[11], refresh_at = ARGV[12], access_token_life_us = ARGV[13],
   updated_us = now,
 })
-put(SHARD, shard, {longest_interval_us = math.max(number(shard.longest_interval_us), number(ARGV[9]))})
+put(SHARD, shard, {longest_interval_us = math.max(number(shard.longest_interval_us), number(ARGV[11]))})
 if token.last_refresh_us then
   cool_down(id, token, number(token.last_refresh_us), number(token.interval_us))
 end
 mirror(id, token, lease) -- a longer interval has to outlast a live lease too
 tell('TOKEN_UPDATED', id, token, token.lease, lease)
+audit('TOKEN_UPDATED', token_name(id), {reason = 'policy ' .. ARGV[8] .. ', interval ' .. ARGV[11] .. ' µs'}, true)
 return reply('OK')

@@ -24,6 +24,7 @@ _COMMANDS = {
     "spool": ("holdoff.cli.spool", "Show and send reports that wait for the coordinator."),
     "backoff": ("holdoff.cli.backoff", "List, set and end back-offs: who must be quiet."),
     "explain": ("holdoff.cli.explain", "Say whether a job may go on now, and why not."),
+    "audit": ("holdoff.cli.audit", "Show who did what, from where, when and why."),
     "policy": ("holdoff.cli.policy", "Show the rules of providers; check files of your own."),
     "simulator": ("holdoff.simulator.cli", "A simulated provider, to test jobs against."),
     "completion": ("holdoff.cli.completion", "Print the completion script of a shell."),

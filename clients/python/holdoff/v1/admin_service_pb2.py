@@ -23,33 +23,38 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from holdoff.v1 import audit_pb2 as holdoff_dot_v1_dot_audit__pb2
 from holdoff.v1 import budget_pb2 as holdoff_dot_v1_dot_budget__pb2
 from holdoff.v1 import lease_pb2 as holdoff_dot_v1_dot_lease__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eholdoff/v1/admin_service.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17holdoff/v1/budget.proto\x1a\x16holdoff/v1/lease.proto\"1\n\x11\x42reakLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"6\n\x12\x42reakLeaseResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease\"V\n\x12ResetBudgetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\"\n\x06holder\x18\x03 \x01(\x0b\x32\x12.holdoff.v1.Holder\"9\n\x13ResetBudgetResponse\x12\"\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x12.holdoff.v1.Budget\"\x94\x01\n\x11SetBackOffRequest\x12 \n\x05scope\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12)\n\x06length\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\"\n\x06holder\x18\x04 \x01(\x0b\x32\x12.holdoff.v1.Holder\";\n\x12SetBackOffResponse\x12%\n\x08\x62\x61\x63k_off\x18\x01 \x01(\x0b\x32\x13.holdoff.v1.BackOff\"W\n\x13\x43learBackOffRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\"\n\x06holder\x18\x03 \x01(\x0b\x32\x12.holdoff.v1.Holder\"=\n\x14\x43learBackOffResponse\x12%\n\x08\x62\x61\x63k_off\x18\x01 \x01(\x0b\x32\x13.holdoff.v1.BackOff2\xcb\x02\n\x0c\x41\x64minService\x12K\n\nBreakLease\x12\x1d.holdoff.v1.BreakLeaseRequest\x1a\x1e.holdoff.v1.BreakLeaseResponse\x12N\n\x0bResetBudget\x12\x1e.holdoff.v1.ResetBudgetRequest\x1a\x1f.holdoff.v1.ResetBudgetResponse\x12K\n\nSetBackOff\x12\x1d.holdoff.v1.SetBackOffRequest\x1a\x1e.holdoff.v1.SetBackOffResponse\x12Q\n\x0c\x43learBackOff\x12\x1f.holdoff.v1.ClearBackOffRequest\x1a .holdoff.v1.ClearBackOffResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eholdoff/v1/admin_service.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16holdoff/v1/audit.proto\x1a\x17holdoff/v1/budget.proto\x1a\x16holdoff/v1/lease.proto\"U\n\x11\x42reakLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\"\n\x06holder\x18\x03 \x01(\x0b\x32\x12.holdoff.v1.Holder\"6\n\x12\x42reakLeaseResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease\"V\n\x12ResetBudgetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\"\n\x06holder\x18\x03 \x01(\x0b\x32\x12.holdoff.v1.Holder\"9\n\x13ResetBudgetResponse\x12\"\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x12.holdoff.v1.Budget\"\x94\x01\n\x11SetBackOffRequest\x12 \n\x05scope\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12)\n\x06length\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\"\n\x06holder\x18\x04 \x01(\x0b\x32\x12.holdoff.v1.Holder\";\n\x12SetBackOffResponse\x12%\n\x08\x62\x61\x63k_off\x18\x01 \x01(\x0b\x32\x13.holdoff.v1.BackOff\"W\n\x13\x43learBackOffRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\"\n\x06holder\x18\x03 \x01(\x0b\x32\x12.holdoff.v1.Holder\"=\n\x14\x43learBackOffResponse\x12%\n\x08\x62\x61\x63k_off\x18\x01 \x01(\x0b\x32\x13.holdoff.v1.BackOff\"u\n\x16ListAuditEventsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12$\n\x05kinds\x18\x02 \x03(\x0e\x32\x15.holdoff.v1.AuditKind\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"Z\n\x17ListAuditEventsResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.holdoff.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xa7\x03\n\x0c\x41\x64minService\x12K\n\nBreakLease\x12\x1d.holdoff.v1.BreakLeaseRequest\x1a\x1e.holdoff.v1.BreakLeaseResponse\x12N\n\x0bResetBudget\x12\x1e.holdoff.v1.ResetBudgetRequest\x1a\x1f.holdoff.v1.ResetBudgetResponse\x12K\n\nSetBackOff\x12\x1d.holdoff.v1.SetBackOffRequest\x1a\x1e.holdoff.v1.SetBackOffResponse\x12Q\n\x0c\x43learBackOff\x12\x1f.holdoff.v1.ClearBackOffRequest\x1a .holdoff.v1.ClearBackOffResponse\x12Z\n\x0fListAuditEvents\x12\".holdoff.v1.ListAuditEventsRequest\x1a#.holdoff.v1.ListAuditEventsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdoff.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BREAKLEASEREQUEST']._serialized_start=127
-  _globals['_BREAKLEASEREQUEST']._serialized_end=176
-  _globals['_BREAKLEASERESPONSE']._serialized_start=178
-  _globals['_BREAKLEASERESPONSE']._serialized_end=232
-  _globals['_RESETBUDGETREQUEST']._serialized_start=234
-  _globals['_RESETBUDGETREQUEST']._serialized_end=320
-  _globals['_RESETBUDGETRESPONSE']._serialized_start=322
-  _globals['_RESETBUDGETRESPONSE']._serialized_end=379
-  _globals['_SETBACKOFFREQUEST']._serialized_start=382
-  _globals['_SETBACKOFFREQUEST']._serialized_end=530
-  _globals['_SETBACKOFFRESPONSE']._serialized_start=532
-  _globals['_SETBACKOFFRESPONSE']._serialized_end=591
-  _globals['_CLEARBACKOFFREQUEST']._serialized_start=593
-  _globals['_CLEARBACKOFFREQUEST']._serialized_end=680
-  _globals['_CLEARBACKOFFRESPONSE']._serialized_start=682
-  _globals['_CLEARBACKOFFRESPONSE']._serialized_end=743
-  _globals['_ADMINSERVICE']._serialized_start=746
-  _globals['_ADMINSERVICE']._serialized_end=1077
+  _globals['_BREAKLEASEREQUEST']._serialized_start=151
+  _globals['_BREAKLEASEREQUEST']._serialized_end=236
+  _globals['_BREAKLEASERESPONSE']._serialized_start=238
+  _globals['_BREAKLEASERESPONSE']._serialized_end=292
+  _globals['_RESETBUDGETREQUEST']._serialized_start=294
+  _globals['_RESETBUDGETREQUEST']._serialized_end=380
+  _globals['_RESETBUDGETRESPONSE']._serialized_start=382
+  _globals['_RESETBUDGETRESPONSE']._serialized_end=439
+  _globals['_SETBACKOFFREQUEST']._serialized_start=442
+  _globals['_SETBACKOFFREQUEST']._serialized_end=590
+  _globals['_SETBACKOFFRESPONSE']._serialized_start=592
+  _globals['_SETBACKOFFRESPONSE']._serialized_end=651
+  _globals['_CLEARBACKOFFREQUEST']._serialized_start=653
+  _globals['_CLEARBACKOFFREQUEST']._serialized_end=740
+  _globals['_CLEARBACKOFFRESPONSE']._serialized_start=742
+  _globals['_CLEARBACKOFFRESPONSE']._serialized_end=803
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_start=805
+  _globals['_LISTAUDITEVENTSREQUEST']._serialized_end=922
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_start=924
+  _globals['_LISTAUDITEVENTSRESPONSE']._serialized_end=1014
+  _globals['_ADMINSERVICE']._serialized_start=1017
+  _globals['_ADMINSERVICE']._serialized_end=1440
 # @@protoc_insertion_point(module_scope)

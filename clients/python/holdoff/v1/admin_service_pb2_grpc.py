@@ -55,6 +55,11 @@ class AdminServiceStub:
                 request_serializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffResponse.FromString,
                 _registered_method=True)
+        self.ListAuditEvents = channel.unary_unary(
+                '/holdoff.v1.AdminService/ListAuditEvents',
+                request_serializer=holdoff_dot_v1_dot_admin__service__pb2.ListAuditEventsRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ListAuditEventsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -94,6 +99,14 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAuditEvents(self, request, context):
+        """Lists the audit trail, the newest first. Of each app, and of what belongs
+        to none, some 10,000 entries are kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -116,6 +129,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ClearBackOff,
                     request_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffResponse.SerializeToString,
+            ),
+            'ListAuditEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAuditEvents,
+                    request_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ListAuditEventsRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_admin__service__pb2.ListAuditEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -227,6 +245,33 @@ class AdminService:
             '/holdoff.v1.AdminService/ClearBackOff',
             holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffRequest.SerializeToString,
             holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAuditEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.AdminService/ListAuditEvents',
+            holdoff_dot_v1_dot_admin__service__pb2.ListAuditEventsRequest.SerializeToString,
+            holdoff_dot_v1_dot_admin__service__pb2.ListAuditEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,10 @@ class AdminServiceStub:
     """Ends a back-off, whatever it comes from. Those who kept it go on one after
     the other, without a probe.
     """
+    ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEventsRequest, _admin_service_pb2.ListAuditEventsResponse]
+    """Lists the audit trail, the newest first. Of each app, and of what belongs
+    to none, some 10,000 entries are kept.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -72,6 +76,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ClearBackOff: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ClearBackOffRequest, _admin_service_pb2.ClearBackOffResponse]  # type: ignore[assignment]
     """Ends a back-off, whatever it comes from. Those who kept it go on one after
     the other, without a probe.
+    """
+    ListAuditEvents: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEventsRequest, _admin_service_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
+    """Lists the audit trail, the newest first. Of each app, and of what belongs
+    to none, some 10,000 entries are kept.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -116,6 +124,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_service_pb2.ClearBackOffResponse, _abc.Awaitable[_admin_service_pb2.ClearBackOffResponse]]:
         """Ends a back-off, whatever it comes from. Those who kept it go on one after
         the other, without a probe.
+        """
+
+    @_abc_1.abstractmethod
+    def ListAuditEvents(
+        self,
+        request: _admin_service_pb2.ListAuditEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListAuditEventsResponse, _abc.Awaitable[_admin_service_pb2.ListAuditEventsResponse]]:
+        """Lists the audit trail, the newest first. Of each app, and of what belongs
+        to none, some 10,000 entries are kept.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

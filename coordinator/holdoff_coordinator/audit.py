@@ -1,0 +1,119 @@
+"""The audit trail: who did what, from where, when and why, as the store keeps it and as our log.
+
+What happens to an app is added by the script in which it happens; what belongs to no app, by the
+coordinator. Both are streams of bounded length.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from holdoff.v1 import admin_service_pb2, audit_pb2
+from holdoff_coordinator import validation
+from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.records import audit_message
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from holdoff_coordinator.caller import Caller
+    from holdoff_coordinator.scripts import Scripts
+
+log = structlog.get_logger()
+
+REPEATED_SECONDS = 60.0
+"""The same refusal is recorded once in so long, with how often it came."""
+_REFUSALS_MOST = 1_000
+_LAST = (1 << 62, 0, "")
+_PAGE_TOKEN = re.compile(r"([0-9]{1,18})-([0-9]{1,18})/([a-z0-9-]{0,63})")
+
+
+class AuditTrail:
+    """Lists the trail, logs what this replica adds to it, and adds refusals."""
+
+    def __init__(self, scripts: Scripts) -> None:
+        self._scripts = scripts
+        self._refusals: dict[tuple[str, ...], tuple[float, int]] = {}
+        scripts.on_audit = _log
+
+    async def list(
+        self, request: admin_service_pb2.ListAuditEventsRequest, _: Caller
+    ) -> admin_service_pb2.ListAuditEventsResponse:
+        """List events, the newest first; each page looks at as many as it may have."""
+        parent = validation.parent(request.parent)
+        size = validation.page_size(request.page_size)
+        before = _read_page_token(request.page_token)
+        apps = [parent.app] if parent else await self._scripts.apps()
+        found: list[tuple[tuple[int, int, str], Mapping[bytes, bytes]]] = []
+        for app in ("", *apps):
+            bound = f"{before[0]}-{before[1]}"
+            # One more than the page tells whether there is another; one is where that before ended.
+            for entry_id, flat in await self._scripts.audit_trail(app, bound, size + 2):
+                place = (*map(int, entry_id.split(b"-")), app)
+                if place < before:
+                    found.append((place, flat))  # type: ignore[arg-type] # of three
+        found.sort(key=lambda one: one[0], reverse=True)
+        events = [audit_message(place[0] * 1000, flat) for place, flat in found[:size]]
+        wanted = str(parent or "")
+        last = found[size - 1][0] if len(found) > size else None
+        return admin_service_pb2.ListAuditEventsResponse(
+            events=[
+                event
+                for event in events
+                if (not request.kinds or event.kind in request.kinds)
+                and (not wanted or f"{event.resource}/".startswith(f"{wanted}/"))
+            ],
+            next_page_token=f"{last[0]}-{last[1]}/{last[2]}" if last else "",
+        )
+
+    async def refused(self, caller: Caller, call: str, where: str, reason: str) -> None:
+        """Add a call that was refused; a store that is away only leaves it out."""
+        host = caller.peer.rpartition(":")[0]
+        key = (caller.identity, host, call, where, reason)
+        since, more = self._refusals.get(key, (-REPEATED_SECONDS, 0))
+        if time.monotonic() - since < REPEATED_SECONDS:
+            self._refusals[key] = since, more + 1
+            return
+        if len(self._refusals) >= _REFUSALS_MOST:
+            self._refusals.clear()
+        self._refusals[key] = time.monotonic(), 0
+        repeated = f", and {more} more like it" if more else ""
+        try:
+            await self._scripts.audit(
+                kind="CALL_REFUSED",
+                resource=where,
+                identity=caller.identity,
+                peer=caller.peer,
+                reason=f"{call}: {reason}{repeated}",
+            )
+        except Failure as failure:
+            log.warning("a refusal is not in the audit trail", why=failure.reason, call=call)
+
+
+def _read_page_token(text: str) -> tuple[int, int, str]:
+    if not text:
+        return _LAST
+    match = _PAGE_TOKEN.fullmatch(text)
+    if not match:
+        raise validation.unknown_page_token(text)
+    return int(match[1]), int(match[2]), match[3]
+
+
+def _log(entry_id: bytes, flat: Mapping[bytes, bytes]) -> None:
+    event = audit_message(int(entry_id.split(b"-")[0]) * 1000, flat)
+    facts: dict[str, Any] = {
+        "resource": event.resource,
+        "identity": event.identity,
+        "peer": event.peer,
+        "job": event.holder.job,
+        "host": event.holder.host,
+        "user": event.holder.user,
+        "reason": event.reason,
+    }
+    kind = audit_pb2.AuditKind.Name(event.kind).removeprefix("AUDIT_KIND_")
+    words = kind.lower().replace("_", " ")
+    log.info(words, audit=kind, **{key: value for key, value in facts.items() if value})

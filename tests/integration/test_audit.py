@@ -1,0 +1,215 @@
+"""The audit trail: what is in it, in what order, and that it stays bounded."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import TYPE_CHECKING
+
+import structlog
+
+from holdoff.v1 import (
+    admin_service_pb2,
+    audit_pb2,
+    budget_pb2,
+    budget_service_pb2,
+    lease_pb2,
+    token_pb2,
+    token_service_pb2,
+)
+from tests.harness import Replica, refusal, wait_until
+
+if TYPE_CHECKING:
+    import redis
+
+
+def trail(replica: Replica, parent: str, **fields: object) -> list[audit_pb2.AuditEvent]:
+    """Read the trail, the oldest first, by pages."""
+    found: list[audit_pb2.AuditEvent] = []
+    page_token = ""
+    while True:
+        request = admin_service_pb2.ListAuditEventsRequest(
+            parent=parent,
+            page_token=page_token,
+            **fields,  # type: ignore[arg-type] # of the request
+        )
+        page = replica.admin.ListAuditEvents(request)
+        found += page.events
+        page_token = page.next_page_token
+        if not page_token:
+            return found[::-1]
+
+
+def kinds(events: list[audit_pb2.AuditEvent]) -> list[str]:
+    """Name the kinds of events."""
+    return [audit_pb2.AuditKind.Name(one.kind).removeprefix("AUDIT_KIND_") for one in events]
+
+
+def test_the_life_of_a_token(replica: Replica, store: redis.Redis) -> None:
+    """Every grant and its end, each with who and why; what runs out by itself is nobody's doing.
+
+    Fails when a script leaves one out, or names whoever happened to call when a lease ran out.
+    """
+    token = replica.create_token(0.0)
+    released = replica.hold(token, job="released")
+    replica.renew(released)
+    replica.release(released)
+    replica.release(released)  # once more, as after an answer that was lost
+    lost = replica.hold(token, job="lost", ttl=1.0)
+    wait_until(lambda: not replica.show_token(token).lease)
+    broken = replica.hold(token, job="broken")
+    for _ in range(2):
+        replica.admin.BreakLease(
+            admin_service_pb2.BreakLeaseRequest(
+                name=broken.lease.name,
+                reason="maintenance",
+                holder=lease_pb2.Holder(user="ann", host="pc1"),
+            )
+        )
+    replica.release(broken)
+    app = token.split("/")[1]
+    lock = f"lock:holdoff:{{{app}}}:t"
+    wait_until(lambda: store.set(lock, "mine", nx=True))
+    replica.show_token(token)
+    store.delete(lock)
+    replica.show_token(token)
+    replica.tokens.UpdateToken(
+        token_service_pb2.UpdateTokenRequest(token=token_pb2.Token(name=token))
+    )
+
+    events = trail(replica, token)
+    assert kinds(events) == [
+        "TOKEN_CREATED",
+        *("LEASE_GRANTED", "LEASE_RELEASED"),
+        *("LEASE_GRANTED", "LEASE_LOST"),
+        *("LEASE_GRANTED", "LEASE_BREAK_ORDERED", "LEASE_BROKEN"),
+        *("LOCK_TAKEN", "LOCK_FREED"),
+        "TOKEN_UPDATED",
+    ]
+    assert [one.resource for one in events[1:8]] == [
+        *[released.lease.name] * 2,
+        *[lost.lease.name] * 2,
+        *[broken.lease.name] * 3,
+    ]
+    assert [one.holder.job for one in events[1:8]] == [
+        *("released", "released", "lost", "lost", "broken", "", "broken")
+    ]
+    caller = ("anonymous", True)
+    who = [(one.identity, one.peer.startswith("ipv4:127.0.0.1:")) for one in events]
+    nobody = ("", False)
+    assert who == [
+        *[caller] * 4,
+        nobody,
+        *[caller] * 2,
+        *[nobody] * 3,
+        caller,
+    ]
+    assert events[4].reason == "it was not renewed in time"
+    assert (events[6].reason, events[6].holder.user) == ("maintenance", "ann@pc1")
+    times = [one.time.ToMicroseconds() for one in events]
+    assert times == sorted(times)
+
+
+def test_budgets_and_back_offs(replica: Replica) -> None:
+    """A reset, and back-offs that begin or are ended, with their scope; one that moves is one.
+
+    Fails when a back-off is told again at each error, or its end by an operator is not told.
+    """
+    token = replica.create_token(0.0)
+    app = token.rpartition("/tokens/")[0]
+    scope = budget_pb2.Scope(token=token, division="535193", endpoint="crm/accounts")
+
+    def err(count: int) -> None:
+        event = budget_pb2.Event(
+            id=str(uuid.uuid4()),
+            kind=budget_pb2.EVENT_KIND_ERROR,
+            scope=scope,
+            status=400,
+            count=count,
+        )
+        event.holder.job = "nightly"
+        replica.budgets.RecordEvents(budget_service_pb2.RecordEventsRequest(events=[event]))
+
+    for count in (8, 1, 1):
+        err(count)
+    [budget] = replica.budgets.ListBudgets(
+        budget_service_pb2.ListBudgetsRequest(parent=app)
+    ).budgets
+    set_one = admin_service_pb2.SetBackOffRequest(scope=scope, reason="the provider asked")
+    set_one.length.FromSeconds(60)
+    name = replica.admin.SetBackOff(set_one).back_off.name
+    replica.admin.ClearBackOff(admin_service_pb2.ClearBackOffRequest(name=name, reason="they said"))
+    replica.admin.ResetBudget(
+        admin_service_pb2.ResetBudgetRequest(name=budget.name, reason="mended")
+    )
+    events = trail(replica, app)[1:]
+    assert kinds(events) == [
+        *("BACK_OFF_BEGAN", "BACK_OFF_BEGAN", "BACK_OFF_CLEARED", "BUDGET_RESET")
+    ]
+    where = f"{token} division 535193 crm/accounts"
+    assert [one.reason for one in events] == [
+        f"the budget 'errors' of {where} is spent",
+        f"somebody made {where} quiet: the provider asked",
+        f"they said ({where})",
+        f"mended ({where})",
+    ]
+    assert events[0].holder.job == "nightly"
+    assert {one.identity for one in events} == {"anonymous"}
+
+
+def test_pages_and_kinds(replica: Replica) -> None:
+    """Small pages tell the same as a large one, over all apps; kinds and parents select.
+
+    Fails when a page loses or repeats what lies between the pages of two apps.
+    """
+    tokens = [replica.create_token(0.0) for _ in range(3)]
+    for _ in range(3):
+        for token in tokens:
+            replica.release(replica.hold(token))
+    for token in tokens:
+        whole = trail(replica, token, page_size=1000)
+        assert len(whole) == 7
+        assert trail(replica, token.rpartition("/tokens/")[0], page_size=2) == whole
+        granted = trail(replica, token, kinds=[audit_pb2.AUDIT_KIND_LEASE_GRANTED], page_size=1)
+        assert kinds(granted) == ["LEASE_GRANTED"] * 3
+    everything = trail(replica, "", page_size=1000)
+    assert trail(replica, "", page_size=7) == everything
+    assert trail(replica, f"{tokens[0]}x") == []
+    for wrong in ("x", "1-1/UPPER", "-1-1/a", "1-1"):
+        request = admin_service_pb2.ListAuditEventsRequest(page_token=wrong)
+        assert refusal(replica.admin.ListAuditEvents, request) == "INVALID_FIELD"
+
+
+def test_it_is_bounded(replica: Replica, store: redis.Redis) -> None:
+    """Of an app some 10,000 entries are kept, the newest; a key of another kind is no obstacle.
+
+    Fails without MAXLEN, and when a script ends because the key is no stream.
+    """
+    token = replica.create_token(0.0)
+    key = f"holdoff:{{{token.split('/')[1]}}}:audit"
+    with store.pipeline(transaction=False) as pipeline:
+        for _ in range(10_300):
+            pipeline.xadd(key, {"kind": "LOCK_FREED", "resource": token})
+        pipeline.execute()
+    replica.release(replica.hold(token))
+    assert 10_000 <= store.xlen(key) < 10_200
+    store.delete(key)
+    store.set(key, "somebody else's")
+    replica.release(replica.hold(token))
+    assert kinds(trail(replica, token)) == ["LEASE_GRANTED", "LEASE_RELEASED"]
+
+
+def test_it_is_the_log_too(replica: Replica) -> None:
+    """Each entry is a line of the log, by the replica that added it.
+
+    Fails when scripts do not give back what they added.
+    """
+    with structlog.testing.capture_logs() as lines:
+        token = replica.create_token(0.0)
+        offer = replica.hold(token, job="nightly")
+        replica.release(offer)
+    told = [line for line in lines if line.get("resource", "").startswith(token)]
+    assert [line["audit"] for line in told] == ["TOKEN_CREATED", "LEASE_GRANTED", "LEASE_RELEASED"]
+    assert told[1]["event"] == "lease granted"
+    assert (told[1]["job"], told[1]["identity"]) == ("nightly", "anonymous")
+    assert offer.secret not in json.dumps(lines, default=str)
