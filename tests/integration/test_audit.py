@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -119,19 +119,18 @@ def test_budgets_and_back_offs(replica: Replica) -> None:
     app = token.rpartition("/tokens/")[0]
     scope = budget_pb2.Scope(token=token, division="535193", endpoint="crm/accounts")
 
-    def err(count: int) -> None:
+    def err() -> None:
         event = budget_pb2.Event(
             id=str(uuid.uuid4()),
             kind=budget_pb2.EVENT_KIND_ERROR,
             scope=scope,
             status=400,
-            count=count,
         )
         event.holder.job = "nightly"
         replica.budgets.RecordEvents(budget_service_pb2.RecordEventsRequest(events=[event]))
 
-    for count in (8, 1, 1):
-        err(count)
+    for _ in range(10):
+        err()
     [budget] = replica.budgets.ListBudgets(
         budget_service_pb2.ListBudgetsRequest(parent=app)
     ).budgets
@@ -157,23 +156,29 @@ def test_budgets_and_back_offs(replica: Replica) -> None:
     assert {one.identity for one in events} == {"anonymous"}
 
 
-def test_pages_and_kinds(replica: Replica) -> None:
+def test_pages_and_kinds(replica: Replica, store: redis.Redis) -> None:
     """Small pages tell the same as a large one, over all apps; kinds and parents select.
 
-    Fails when a page loses or repeats what lies between the pages of two apps.
+    Fails when a page loses or repeats what lies between the pages of two apps, or has the same
+    number in both.
     """
-    tokens = [replica.create_token(0.0) for _ in range(3)]
+    tokens = [f"apps/audit-{uuid.uuid4().hex[:12]}/tokens/t" for _ in range(3)]
+    for token in tokens:
+        entry: dict[Any, Any] = {"kind": "LOCK_FREED", "resource": token}
+        store.xadd(f"holdoff:{{{token.split('/')[1]}}}:audit", entry, id="1-1")
+        replica.create_token(0.0, name=token)
     for _ in range(3):
         for token in tokens:
             replica.release(replica.hold(token))
     for token in tokens:
         whole = trail(replica, token, page_size=1000)
-        assert len(whole) == 7
+        assert len(whole) == 8
         assert trail(replica, token.rpartition("/tokens/")[0], page_size=2) == whole
         granted = trail(replica, token, kinds=[audit_pb2.AUDIT_KIND_LEASE_GRANTED], page_size=1)
         assert kinds(granted) == ["LEASE_GRANTED"] * 3
     everything = trail(replica, "", page_size=1000)
-    assert trail(replica, "", page_size=7) == everything
+    for size in (1, 2, 7):
+        assert trail(replica, "", page_size=size) == everything
     assert trail(replica, f"{tokens[0]}x") == []
     for wrong in ("x", "1-1/UPPER", "-1-1/a", "1-1"):
         request = admin_service_pb2.ListAuditEventsRequest(page_token=wrong)
