@@ -41,6 +41,7 @@ def argument(name: str) -> str:
 
 
 # Values, and what they change, compared with the rendering for the mode of store alone.
+GRANT = {"identities": ["x"], "role": "holder", "resources": ["apps/a"]}
 TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "replicas": (
         EXTERNAL | {"replicaCount": 3},
@@ -159,6 +160,24 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "Pod/holdoff-test *",
         ),
     ),
+    "access": (
+        {
+            "tls": {"secretName": "t"},
+            "access": {"grants": [GRANT]},
+            "test": {"credentialSecret": SECRET},
+        },
+        (
+            argument("--access-file="),
+            argument("--insecure"),
+            argument("--tls-*-file="),
+            *mounted("tls"),
+            *mounted("access"),
+            "ConfigMap/holdoff-access *",
+            "Service/* spec.ports?grpc?.appProtocol",
+            "Pod/holdoff-test spec.*volume*",
+            "Pod/holdoff-test spec.*env?HOLDOFF_*_FILE?*",
+        ),
+    ),
     "policies": (
         {"policies": {"ours": 'name = "ours"\n'}},
         (
@@ -258,6 +277,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "set one of them",
     ),
     "no issuer": ({"tls": {"certManager": {"enabled": True}}}, "issuerRef.name"),
+    "access alone": ({"access": {"grants": [GRANT]}}, r"set tls\.secretName"),
+    "role": ({"access": {"grants": [GRANT | {"role": "boss"}]}}, "/access/grants/0/role.*'admin'"),
+    "resource": (
+        {"access": {"grants": [GRANT | {"resources": ["tokens/x"]}]}},
+        "/access/grants/0/resources/0.*does not match",
+    ),
     "client CA alone": ({"tls": {"clientCA": {"secretName": "c"}}}, r"set tls\.secretName"),
     "bounds": (EXTERNAL | {"autoscaling": {"enabled": True, "maxReplicas": 1}}, "less than"),
     "no gateway": ({"grpcRoute": {"enabled": True}}, "parentRefs"),
@@ -362,19 +387,22 @@ def test_what_is_selected_exists(name: str) -> None:
         assert selector.get("matchLabels", selector).items() <= labels.items()
 
 
-def test_insecure_is_all_without_mutual_tls() -> None:
-    """Fails when `--insecure` is left out, or stays once clients show certificates."""
+def test_insecure_is_what_is_not_safe() -> None:
+    """Fails when `--insecure` is left out, or stays once TLS is there and callers are known."""
     insecure = {
         name for name in CASES if "--insecure" in rendered(name).pod()["containers"][0]["args"]
     }
-    assert insecure == {name for name in CASES if "mutual TLS" not in name}
+    assert insecure == {name for name in CASES if name != "access" and "mutual TLS" not in name}
 
 
 def test_notes_warn_of_what_is_unsafe() -> None:
     """Fails when the warning about TLS or authentication is left out of the notes."""
     assert "no TLS" in rendered("default").notes
     assert "no authentication" in rendered("TLS by secret").notes
-    assert "WARNING" not in rendered("mutual TLS").notes
+    assert "no roles" in rendered("mutual TLS").notes
+    assert "WARNING" not in rendered("access").notes
+    issue = "holdoff-coordinator token issue IDENTITY --data-dir=/var/lib/holdoff/data"
+    assert f"statefulset/holdoff -- {issue}\n" in rendered("access").notes
     assert "nothing to run" in rendered("mutual TLS, no certificate to test with").notes
 
 

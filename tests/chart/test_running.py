@@ -53,9 +53,9 @@ class Pod:
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         for mount in container["volumeMounts"]:
             self._mount(volumes.get(mount["name"], {}), self._folder / mount["mountPath"][1:])
-        variables = {one["name"]: self._here(one["value"]) for one in container.get("env", [])}
+        variables = {one["name"]: self.here(one["value"]) for one in container.get("env", [])}
         return subprocess.Popen(
-            [self._here(word) for word in (*container["command"], *container["args"])],
+            [self.here(word) for word in (*container["command"], *container["args"])],
             env={**CODE, "PATH": f"{BIN}:/usr/bin:/bin", **variables},
             cwd=self._folder,
             stdout=subprocess.PIPE,
@@ -63,7 +63,8 @@ class Pod:
             text=True,
         )
 
-    def _here(self, word: str) -> str:
+    def here(self, word: str) -> str:
+        """Put a path or an address of the pod where it is on this machine."""
         word = re.sub(r"/(etc|var/lib)/holdoff|^/tmp$", lambda it: f"{self._folder}{it[0]}", word)
         return re.sub(
             r"(?:0\.0\.0\.0|holdoff\.prod\.svc):(\d+)",
@@ -165,9 +166,12 @@ def test_every_mode_serves_and_gives_leases(
         lease(pod, rendering)
 
 
-@pytest.mark.parametrize("mutual", [False, True])
-def test_with_tls_it_serves_and_its_probes_need_none(tmp_path: Path, mutual: bool) -> None:
-    """Fails when the probes ask the port that speaks TLS, or `helm test` shows no certificate."""
+@pytest.mark.parametrize("known", ["", "by certificate", "by credential"])
+def test_with_tls_it_serves_and_its_probes_need_none(tmp_path: Path, known: str) -> None:
+    """Fails when the probes ask the port that speaks TLS, or `helm test` does not say who it is.
+
+    The credential is issued by the command of the notes, beside the coordinator that runs.
+    """
     authority = trustme.CA()
     ca = authority.cert_pem.bytes().decode()
 
@@ -178,10 +182,24 @@ def test_with_tls_it_serves_and_its_probes_need_none(tmp_path: Path, mutual: boo
 
     secrets = {"server": secret("127.0.0.1"), "client": secret("test@corp.example")}
     values: dict[str, Any] = {"tls": {"secretName": "server"}}
-    if mutual:
+    if known == "by certificate":
         values["tls"]["clientCA"] = {"secretName": "client"}
         values["test"] = {"certificateSecret": "client"}
+    elif known == "by credential":
+        grants = [
+            {"identities": ["helm test"], "role": role, "resources": ["apps/helm-test/tokens/*"]}
+            for role in ("custodian", "holder")
+        ]
+        values |= {"access": {"grants": grants}, "test": {"credentialSecret": {"name": "who"}}}
     rendering = render(values)
     pod = Pod(rendering, tmp_path, secrets)
     with running(pod, rendering.pod()):
+        if known == "by credential":
+            [issue] = re.findall(r"-- (holdoff-coordinator token issue .*)", rendering.notes)
+            command = pod.here(issue).replace("IDENTITY", "'helm test'")
+            environment = {**CODE, "PATH": f"{BIN}:/usr/bin:/bin"}
+            issued = subprocess.run(
+                ["bash", "-c", command], env=environment, capture_output=True, text=True, check=True
+            )
+            secrets["who"] = {"credential": issued.stdout}
         lease(pod, rendering)

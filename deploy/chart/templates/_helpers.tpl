@@ -81,6 +81,9 @@ seccompProfile:
 {{- if and .Values.tls.clientCA.secretName (not (include "holdoff.tlsSecret" .)) }}
 {{- fail "tls.clientCA is for mutual TLS: set tls.secretName or tls.certManager.enabled too" }}
 {{- end }}
+{{- if and .Values.access.grants (not (include "holdoff.tlsSecret" .)) }}
+{{- fail "access.grants asks for credentials, which clients send by TLS only: set tls.secretName or tls.certManager.enabled too" }}
+{{- end }}
 {{- if and .Values.autoscaling.enabled (lt (int .Values.autoscaling.maxReplicas) (int .Values.autoscaling.minReplicas)) }}
 {{- fail "autoscaling.maxReplicas is less than autoscaling.minReplicas" }}
 {{- end }}
@@ -89,15 +92,14 @@ seccompProfile:
 {{- end }}
 {{- end }}
 
-{{- define "holdoff.args" -}}
+{{- /* Not empty when callers have to say who they are. */}}
+{{- define "holdoff.asksWhoCalls" -}}
+{{- if or .Values.access.grants .Values.tls.clientCA.secretName }}yes{{ end }}
+{{- end }}
+
+{{- define "holdoff.storeArgs" -}}
 {{- $store := .Values.store -}}
-- serve
-- --listen=0.0.0.0:50051
-- --health-listen=0.0.0.0:50052
-- --log-format={{ .Values.logFormat }}
-- --drain-seconds={{ int .Values.drainSeconds }}
-- --quarantine-seconds={{ int64 .Values.quarantineSeconds }}
-{{- if eq $store.mode "embedded" }}
+{{- if eq $store.mode "embedded" -}}
 - --data-dir=/var/lib/holdoff/data
 {{- else }}
 {{- if $store.urlSecret.name }}
@@ -122,6 +124,16 @@ seccompProfile:
 - --assume={{ . }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- define "holdoff.args" -}}
+- serve
+- --listen=0.0.0.0:50051
+- --health-listen=0.0.0.0:50052
+- --log-format={{ .Values.logFormat }}
+- --drain-seconds={{ int .Values.drainSeconds }}
+- --quarantine-seconds={{ int64 .Values.quarantineSeconds }}
+{{ include "holdoff.storeArgs" . }}
 {{- if include "holdoff.tlsSecret" . }}
 - --tls-cert-file=/etc/holdoff/tls/tls.crt
 - --tls-key-file=/etc/holdoff/tls/tls.key
@@ -129,7 +141,10 @@ seccompProfile:
 {{- if .Values.tls.clientCA.secretName }}
 - --tls-client-ca-file=/etc/holdoff/client-ca/{{ .Values.tls.clientCA.key }}
 {{- end }}
-{{- if not .Values.tls.clientCA.secretName }}
+{{- if .Values.access.grants }}
+- --access-file=/etc/holdoff/access/access.toml
+{{- end }}
+{{- if not (and (include "holdoff.tlsSecret" .) (include "holdoff.asksWhoCalls" .)) }}
 - --insecure
 {{- end }}
 {{- if .Values.policies }}
@@ -151,7 +166,7 @@ seccompProfile:
 {{- if eq $store.mode "sentinel" }}
 {{- $_ := set $secrets "sentinel-password" $store.sentinel.passwordSecret.name }}
 {{- end }}
-{{- $maps := dict "policies" (ternary (printf "%s-policies" $full) "" (not (empty .Values.policies))) }}
+{{- $maps := dict "policies" (ternary (printf "%s-policies" $full) "" (not (empty .Values.policies))) "access" (ternary (printf "%s-access" $full) "" (not (empty .Values.access.grants))) }}
 {{- dict "secrets" $secrets "configMaps" $maps | toJson }}
 {{- end }}
 
