@@ -42,7 +42,7 @@ pytest: $(READY) ## All tests
 unit integration model e2e proto chart: $(READY) ## The tests of one kind
 	$(PYTEST) tests/$@
 
-STORE_TESTS := $(addprefix tests/integration/test_,leases.py queue.py budgets.py back_offs.py)
+STORE_TESTS := $(addprefix tests/integration/test_,leases.py queue.py budgets.py back_offs.py audit.py)
 stores: $(READY) ## Leases and budgets on a Cluster, and behind Sentinel
 	HOLDOFF_TEST_STORE=cluster pytest --numprocesses 2 $(STORE_TESTS)
 	HOLDOFF_TEST_STORE=sentinel pytest --numprocesses 2 $(STORE_TESTS)

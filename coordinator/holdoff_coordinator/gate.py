@@ -105,14 +105,18 @@ class Gate:
         except Failure as failure:
             if failure.reason in ("STORE_UNAVAILABLE", "INVALID_FIELD"):
                 raise
-            await self._trail.refused(
-                Caller(identity, peer),
-                type(request).__name__.removesuffix("Request"),
-                failure.metadata.get("resource", ""),
-                failure.reason,
-            )
+            await self.refused(request, Caller(identity, peer), failure)
             raise
         return Admitted(Caller(identity, peer), rights if need.part else None)
+
+    async def refused(self, request: Message, caller: Caller, failure: Failure) -> None:
+        """Put a refusal into the audit trail."""
+        await self._trail.refused(
+            caller,
+            type(request).__name__.removesuffix("Request"),
+            failure.metadata.get("resource", failure.resource),
+            failure.reason,
+        )
 
     async def _identity(self, context: Context) -> str:
         """Say who calls: by the credential that came with the call, or else its certificate."""

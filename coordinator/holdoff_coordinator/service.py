@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.budgets import Budgets
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.followers import Followers
-    from holdoff_coordinator.gate import Gate
+    from holdoff_coordinator.gate import Admitted, Gate
     from holdoff_coordinator.leases import Leases
     from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.tokens import Tokens
@@ -101,12 +101,18 @@ class _Adapter:
         request: RequestT,
         context: Context,
     ) -> ResponseT:
+        admitted = await self._admit(request, context)
         try:
-            admitted = await self._gate.admit(request, context)
             shown = admitted.shown(await handler(request, admitted.caller))
             if shown is None:  # as if there were none: its id alone does not say whose it is
                 raise budget_not_found(getattr(request, "name", ""))
             return shown
+        except Failure as failure:
+            await self._fail(failure, request, admitted.caller, context)
+
+    async def _admit(self, request: Message, context: Context) -> Admitted:
+        try:
+            return await self._gate.admit(request, context)
         except Failure as failure:
             await _abort(context, failure.to_status())
 
@@ -117,16 +123,23 @@ class _Adapter:
         context: Context,
     ) -> AsyncGenerator[ResponseT, None]:
         """The same for many answers; who may not hear more of them is told so at the next one."""
+        admitted = await self._admit(request, context)
         try:
-            admitted = await self._gate.admit(request, context)
             async with contextlib.aclosing(handler(request, admitted.caller)) as responses:
                 async for response in responses:
-                    admitted = await self._gate.admit(request, context)
+                    admitted = await self._admit(request, context)
                     shown = admitted.shown(response)
                     if shown is not None:
                         yield shown
         except Failure as failure:
-            await _abort(context, failure.to_status())
+            await self._fail(failure, request, admitted.caller, context)
+
+    async def _fail(
+        self, failure: Failure, request: Message, caller: Caller, context: Context
+    ) -> NoReturn:
+        if failure.reason == "WRONG_SECRET":
+            await self._gate.refused(request, caller, failure)
+        await _abort(context, failure.to_status())
 
 
 class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
@@ -136,10 +149,7 @@ class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
         self, request: lease_service_pb2.AcquireLeaseRequest, context: Context
     ) -> lease_service_pb2.AcquireLeaseResponse:
         """Answer with the first event of the conversation."""
-        try:
-            admitted = await self._gate.admit(request, context)
-        except Failure as failure:
-            await _abort(context, failure.to_status())
+        admitted = await self._admit(request, context)
         events = self._handlers.leases.acquire(request, admitted.caller, Waiter())
         async with contextlib.aclosing(events):
             event = await anext(events)

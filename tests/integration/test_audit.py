@@ -14,6 +14,7 @@ from holdoff.v1 import (
     budget_pb2,
     budget_service_pb2,
     lease_pb2,
+    lease_service_pb2,
     token_pb2,
     token_service_pb2,
 )
@@ -183,6 +184,24 @@ def test_pages_and_kinds(replica: Replica, store: redis.Redis) -> None:
     for wrong in ("x", "1-1/UPPER", "-1-1/a", "1-1"):
         request = admin_service_pb2.ListAuditEventsRequest(page_token=wrong)
         assert refusal(replica.admin.ListAuditEvents, request) == "INVALID_FIELD"
+
+
+def test_a_wrong_secret_is_a_refusal(replica: Replica) -> None:
+    """Whoever tries to renew a lease of others without its secret is in the trail, once.
+
+    Fails when only refusals for want of a role are recorded.
+    """
+    token = replica.create_token(0.0)
+    offer = replica.hold(token)
+    wrong = lease_service_pb2.RenewLeaseRequest(name=offer.lease.name, secret="0" * 64)
+    for _ in range(3):
+        assert refusal(replica.leases.RenewLease, wrong) == "WRONG_SECRET"
+    follow = lease_service_pb2.FollowLeaseRequest(name=offer.lease.name, secret="0" * 64)
+    assert refusal(next, replica.leases.FollowLease(follow)) == "WRONG_SECRET"
+    renewal, event = trail(replica, token, kinds=[audit_pb2.AUDIT_KIND_CALL_REFUSED])
+    assert (event.resource, event.reason) == (offer.lease.name, "FollowLease: WRONG_SECRET")
+    assert renewal.reason == "RenewLease: WRONG_SECRET"
+    assert wrong.secret not in str(event)
 
 
 def test_it_is_bounded(replica: Replica, store: redis.Redis) -> None:
