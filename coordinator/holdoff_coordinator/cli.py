@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from holdoff.durations import format_duration, parse_duration
 from holdoff.policies import PolicyError
+from holdoff_coordinator import tracing
 from holdoff_coordinator.access import AccessError
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.embedded import EmbeddedStore
@@ -224,6 +225,7 @@ def serve(**options: Any) -> None:
         _fail(EX_USAGE, str(error))
     except OSError as error:
         _fail(EX_USAGE, _explain(error))
+    tracing.start()
     _run(_serve(settings, store, policies, certificates, access))
 
 

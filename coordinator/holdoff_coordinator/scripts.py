@@ -78,6 +78,11 @@ def source(name: str) -> str:
     return "".join((folder / f"{part}.lua").read_text() for part in [*before, name])
 
 
+def digest(name: str) -> str:
+    """Return by what the store knows a script."""
+    return hashlib.sha1(source(name).encode(), usedforsecurity=False).hexdigest()
+
+
 def shard_key(app: str) -> str:
     """Return the first key of an app; all keys of an app carry its hash tag."""
     return f"holdoff:{{{app}}}"
@@ -153,10 +158,7 @@ class Scripts:
         self._cleared: dict[str, int] = {}
         self._histories: set[str] = set()
         self._sources = {name: source(name) for name in SCRIPTS}
-        self._digests = {
-            name: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-            for name, text in self._sources.items()
-        }
+        self._digests = {name: digest(name) for name in SCRIPTS}
 
     async def run(
         self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY

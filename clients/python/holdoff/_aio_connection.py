@@ -10,6 +10,7 @@ import grpc
 from holdoff._core import CHANNEL_OPTIONS
 from holdoff._endpoint import CredentialFile, channel_options, endpoint_of, target
 from holdoff._platform import boottime_ns
+from holdoff._tracing import headers
 from holdoff.errors import HoldoffError, Unavailable, from_rpc_error
 from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
 
@@ -67,8 +68,8 @@ class Connection:
         await self._channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what every call carries: who we are, if the coordinator is to know."""
-        return self._credential.metadata()
+        """Return what every call carries: who we are, and the trace that it is part of."""
+        return (*self._credential.metadata(), *headers())
 
     async def _items(
         self, call: _calls.Call[Any, _calls.Page[ItemT]] | None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from holdoff import _tracing
 from holdoff._endpoint import DEFAULT_ENDPOINT, ENDPOINT_VARIABLE, CredentialFile, target, tls_of
 from holdoff.cli import exits
 from holdoff.cli._help import example
@@ -129,4 +130,5 @@ def main(ctx: click.Context, endpoint: str) -> None:
         CredentialFile(None, endpoint, tls_of())
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    ctx.with_resource(_tracing.command(f"holdoff {ctx.invoked_subcommand}"))
     ctx.obj = endpoint  # which commands get with `click.pass_obj`
