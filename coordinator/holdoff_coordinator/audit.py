@@ -18,7 +18,7 @@ from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.records import audit_message
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.scripts import Scripts
@@ -38,7 +38,9 @@ class AuditTrail:
     def __init__(self, scripts: Scripts) -> None:
         self._scripts = scripts
         self._refusals: dict[tuple[str, ...], tuple[float, int]] = {}
-        scripts.on_audit = _log
+        self.on_event: Callable[[Mapping[bytes, bytes]], None] = lambda _: None
+        """Called with each entry that this replica added."""
+        scripts.on_audit = self._note
 
     async def list(
         self, request: admin_service_pb2.ListAuditEventsRequest, _: Caller
@@ -69,6 +71,10 @@ class AuditTrail:
             ],
             next_page_token=f"{last[0]}-{last[1]}/{last[2]}" if last else "",
         )
+
+    def _note(self, entry_id: bytes, flat: Mapping[bytes, bytes]) -> None:
+        _log(entry_id, flat)
+        self.on_event(flat)
 
     async def refused(self, caller: Caller, call: str, where: str, reason: str) -> None:
         """Add a call that was refused; a store that is away only leaves it out."""

@@ -13,6 +13,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -194,6 +195,11 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     "--health-listen",
     metavar="HOST:PORT",
     help="Answer health checks here too, and nothing else; without TLS.",
+)
+@click.option(
+    "--metrics-listen",
+    metavar="HOST:PORT",
+    help="Serve metrics for Prometheus here, at /metrics; without TLS.",
 )
 @_of_the_store
 @click.option(
@@ -450,6 +456,8 @@ async def _serve(
             certificates=certificates,
             health_listen=settings.health_listen,
             access=access,
+            metrics_listen=settings.metrics_listen,
+            judge=partial(check, client, store.assumed),
             quarantine_seconds=settings.quarantine_seconds,
             drain_seconds=settings.drain_seconds,
         )

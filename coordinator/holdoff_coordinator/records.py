@@ -96,7 +96,7 @@ def lease_message(token: TokenName, lease_id: str, lease: Record, now_us: int) -
 
 def token_message(token: TokenName, found: Sequence[Any], now_us: int) -> token_pb2.Token:
     """A token as the API shows it, from an entry of `read.lua`."""
-    _, flat, lease_id, _, queue_length, reason, _ = found
+    _, flat, lease_id, _, queue_length, reason, *_ = found
     rec = record(flat)
     own_refresh_at = rec["own_refresh_at"].decode()
     own_interval = rec["own_interval_us"]
@@ -126,7 +126,7 @@ def token_message(token: TokenName, found: Sequence[Any], now_us: int) -> token_
 
 def status_message(token: TokenName, found: Sequence[Any], now_us: int) -> lease_pb2.TokenStatus:
     """How a token stands, from an entry of `read.lua`."""
-    _, flat, lease_id, lease, queue_length, reason, _ = found
+    _, flat, lease_id, lease, queue_length, reason, *_ = found
     return _status(token, record(flat), lease_id, record(lease), queue_length, reason, now_us)
 
 

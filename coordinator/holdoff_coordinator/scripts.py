@@ -146,7 +146,11 @@ class Scripts:
     ) -> None:
         self.redis = redis
         self.on_audit: Callable[[bytes, dict[bytes, bytes]], None] = lambda *_: None
-        """Called with each entry that a script of this replica added to the audit trail."""
+        """Called with each entry that this replica added to the audit trail."""
+        self.on_run: Callable[[str, float], None] = lambda *_: None
+        """Called with the name of each script that ran, and how long the store took in seconds."""
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called whenever the store did not answer."""
         self._lost_until_us = boot_us() + quarantine_us if data_lost else 0
         self._quarantine_us = quarantine_us
         self._boot_us = boot_us
@@ -202,7 +206,12 @@ class Scripts:
             caller.peer,
         )
         sent_us = self._boot_us()
-        answer = await _answer(self._evaluate(name, shard_key(app), *header, *args))
+        try:
+            answer = await _answer(self._evaluate(name, shard_key(app), *header, *args))
+        except Failure:
+            self.on_failure()
+            raise
+        self.on_run(name, (self._boot_us() - sent_us) / 1e6)
         now_us = int(answer[0])
         if epoch := answer[1].decode():
             self._epochs[app] = epoch

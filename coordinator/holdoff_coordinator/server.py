@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Self
 
 import grpc
@@ -18,6 +19,7 @@ from holdoff_coordinator.followers import Followers
 from holdoff_coordinator.gate import Gate
 from holdoff_coordinator.hub import Hub
 from holdoff_coordinator.leases import Leases
+from holdoff_coordinator.metrics import Metrics
 from holdoff_coordinator.places import Places
 from holdoff_coordinator.policies import Policies
 from holdoff_coordinator.scripts import Scripts, boottime_us
@@ -28,7 +30,7 @@ from holdoff_coordinator.tokens import Tokens
 from holdoff_coordinator.watches import BudgetWatches, Watches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
     from types import TracebackType
     from typing import Any
 
@@ -48,6 +50,11 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
+
+
+async def _safe() -> Sequence[str]:
+    """Stands for the judgement of a store that is known to be safe."""
+    return ()
 
 
 class CannotListenError(Exception):
@@ -74,6 +81,8 @@ class Coordinator:
         certificates: Certificates | None = None,
         health_listen: str | None = None,
         access: AccessFile | None = None,
+        metrics_listen: str | None = None,
+        judge: Callable[[], Awaitable[Sequence[str]]] = _safe,
         quarantine_seconds: float,
         drain_seconds: float,
         boot_us: Callable[[], int] = boottime_us,
@@ -90,12 +99,18 @@ class Coordinator:
         )
         self.hub = Hub(self.scripts)
         self._sweeper = Sweeper(self.scripts)
-        self._server = grpc.aio.server(options=_OPTIONS)
+        trail = AuditTrail(self.scripts)
+        self._metrics_listen = metrics_listen
+        self._metrics = Metrics(self.scripts, judge) if metrics_listen else None
+        if self._metrics:
+            trail.on_event = self._metrics.count
+        self._server = grpc.aio.server(
+            interceptors=[self._metrics] if self._metrics else [], options=_OPTIONS
+        )
         self._health_server = grpc.aio.server(options=_OPTIONS)
         known = Policies(policies)
         places = Places(self.scripts, known)
         self._followers = Followers(self.scripts, self.hub, places)
-        trail = AuditTrail(self.scripts)
         handlers = Handlers(
             gate=Gate(Credentials(redis), access, trail),
             trail=trail,
@@ -112,7 +127,8 @@ class Coordinator:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
         self._duties: list[asyncio.Task[None]] = []
         self.address = listen
-        self.health_address = ""
+        self.health_address = self.metrics_address = ""
+        self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         try:
@@ -124,6 +140,12 @@ class Coordinator:
         if self._health_listen:
             self.health_address = _open(self._health_server, self._health_listen)
             await self._health_server.start()
+        if self._metrics and self._metrics_listen:
+            try:
+                serving = self._metrics.served(self._metrics_listen)
+                self.metrics_address = await self._stack.enter_async_context(serving)
+            except OSError:
+                raise _cannot_listen(self._metrics_listen) from None
         await self._server.start()
         for duty in (
             self.hub.tick_forever,
@@ -140,6 +162,7 @@ class Coordinator:
             address=self.address,
             tls=bool(self._certificates),
             health=self.health_address or self.address,
+            **({"metrics": self.metrics_address} if self.metrics_address else {}),
         )
         return self
 
@@ -154,6 +177,7 @@ class Coordinator:
         self.hub.drain()
         await self._server.stop(self._drain_seconds)
         await self._health_server.stop(None)
+        await self._stack.aclose()
         for duty in self._duties:
             duty.cancel()
         await asyncio.gather(*self._duties, return_exceptions=True)
@@ -176,11 +200,15 @@ def _open(
     except RuntimeError:
         port = 0
     if not port:
-        raise CannotListenError(
-            f"cannot listen on {listen}: is the port in use, is the address ours? "
-            "Choose another with --listen HOST:PORT, for health checks --health-listen"
-        )
+        raise _cannot_listen(listen)
     return f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _cannot_listen(listen: str) -> CannotListenError:
+    return CannotListenError(
+        f"cannot listen on {listen}: is the port in use, is the address ours? Choose another with "
+        "--listen HOST:PORT, for health checks --health-listen, for metrics --metrics-listen"
+    )
 
 
 async def _for_ever(duty: Callable[[], Coroutine[Any, Any, None]]) -> None:

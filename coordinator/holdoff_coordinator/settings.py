@@ -78,6 +78,9 @@ class Settings(BaseSettings):
     health_listen: str | None = None
     """Address of a second port, for health checks alone and without TLS."""
 
+    metrics_listen: str | None = None
+    """Address of a third port, for metrics: HTTP, and without TLS."""
+
     tls_cert_file: Path | None = None
     """Our certificate (PEM, with those between it and its authority)."""
 
@@ -132,7 +135,7 @@ class Settings(BaseSettings):
     drain_seconds: Seconds = 5.0
     """How long a stopping coordinator gives open calls to end."""
 
-    @field_validator("listen", "health_listen")
+    @field_validator("listen", "health_listen", "metrics_listen")
     @classmethod
     def _address(cls, text: str | None) -> str | None:
         """Refuse what gRPC would take for something else.

@@ -51,7 +51,7 @@ lease = {}
 put(lease_key(id, lease_id), lease, {
   state = 'OFFERED', request = hash, secret_hash = ARGV[13], holder = ARGV[12],
   fencing = fencing, ttl_us = ttl, interval_us = token.interval_us, refresh_at = token.refresh_at,
-  access_token_life_us = token.access_token_life_us,
+  access_token_life_us = token.access_token_life_us, queued_us = facts.queued_us,
   created_us = now, expires_us = now + OFFER_FOR,
 })
 put(token_key(id), token, {fencing = fencing, lease = lease_id})

@@ -1,7 +1,8 @@
 -- Reads tokens as they are at this instant.
 -- ARGV 7.. token ids
 -- Answers one {token id, token, lease id or '', lease, queue length, reason, earliest
--- start} a token that exists, then the number of the app's latest change.
+-- start, since when its first waiter waits or '0'} a token that exists, then the number
+-- of the app's latest change.
 local found = {}
 for i = 7, #ARGV do
   local id = ARGV[i]
@@ -9,9 +10,11 @@ for i = 7, #ARGV do
   if token then
     local wait = wait_of('', subject_to(id, {{'', ''}}), false)
     local stand = standing(token, lease, queue_of(id, false), '', wait)
+    local head = redis.call('ZRANGE', queue_key(id), 0, 0)[1]
     found[#found + 1] = {
       id, redis.call('HGETALL', token_key(id)), token.lease or '',
       token.lease and flat_lease(id, token.lease) or {}, stand[3], stand[1], stand[4],
+      head and redis.call('HGET', request_key(head), 'queued_us') or '0',
     }
   end
 end

@@ -20,7 +20,12 @@ if ARGV[11] ~= '' then changes.reported_refresh_us = now - number(ARGV[11]) end
 put(lease_key(id, lease_id), lease, changes)
 if changes.accepted_us then
   tell('GRANTED', id, token, lease_id, lease)
-  audit('LEASE_GRANTED', lease_name(id, lease_id), {holder = lease.holder}, true)
+  -- It was to be had since the last one had ended and cooled down, if somebody waited.
+  local queued = number(lease.queued_us or lease.created_us)
+  audit('LEASE_GRANTED', lease_name(id, lease_id), {
+    holder = lease.holder, waited_us = now - queued,
+    handover_us = now - math.max(queued, number(token.not_before_us)),
+  }, true)
 end
 if late then tell('RENEWED_LATE', id, token, lease_id, lease) end
 -- The record outlives the lease by far, and no request outlives its record.

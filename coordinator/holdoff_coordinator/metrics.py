@@ -1,0 +1,313 @@
+"""Metrics for Prometheus: what this replica did, and how the apps stand.
+
+Counters and histograms are of this replica. Gauges of apps are read from the store when somebody
+asks, so every replica tells the same: take `max by (app, …)` of them. Labels are names that an
+operator gave; no endpoint, division or holder is one, and tokens are at most `TOKENS_MOST`.
+
+Names follow https://prometheus.io/docs/practices/naming/.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import time
+from collections import Counter as Tally
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import structlog
+from aiohttp import web
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
+from prometheus_client.exposition import choose_encoder
+
+from holdoff.v1 import budget_pb2
+from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.records import back_off_message, budget_message, record
+from holdoff_coordinator.scripts import READ_BATCH
+from holdoff_coordinator.store import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+
+    from holdoff_coordinator.scripts import Scripts
+
+log = structlog.get_logger()
+
+TOKENS_MOST = 1_000
+"""Tokens that are shown one by one; of more, `holdoff_tokens_not_shown` tells how many."""
+FRESH_SECONDS = 5.0
+"""Gauges are not read again so soon."""
+READ_SECONDS = 2.0
+"""A scrape waits so long for the store."""
+JUDGE_SECONDS = 60.0
+"""How often the store is judged anew."""
+_QUICK = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_LONG = (0.1, 1, 10, 60, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800)
+_CALL = ["service", "method"]
+
+
+class Metrics(grpc.aio.ServerInterceptor):
+    """What one coordinator measures, and how it is served.
+
+    Args:
+        scripts: Where the state is read.
+        judge: Tells what is unsafe about the store, as `store.check` does.
+    """
+
+    def __init__(self, scripts: Scripts, judge: Callable[[], Awaitable[Sequence[str]]]) -> None:
+        self._scripts = scripts
+        self._judge = judge
+        self._read_at = self._judged_at = -JUDGE_SECONDS
+        self._reading = asyncio.Lock()
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+
+        def counter(name: str, what: str, labels: Sequence[str] = ()) -> Counter:
+            return Counter(f"holdoff_{name}", what, labels, registry=registry)
+
+        def seconds(
+            name: str, what: str, labels: Sequence[str], buckets: Sequence[float]
+        ) -> Histogram:
+            name = f"holdoff_{name}_seconds"
+            return Histogram(name, what, labels, registry=registry, buckets=buckets)
+
+        def gauge(name: str, what: str, *labels: str) -> Gauge:
+            return Gauge(f"holdoff_{name}", what, labels, registry=registry)
+
+        self._calls = counter("rpcs", "Calls that ended, by gRPC status", [*_CALL, "code"])
+        self._call_seconds = seconds("rpc", "Time that calls with one answer took", _CALL, _QUICK)
+        self._open = gauge("rpc_streams_open", "Calls with many answers that go on", *_CALL)
+        self._script_seconds = seconds(
+            "store_script", "Time that the store took for a script", ["script"], _QUICK
+        )
+        self._store_errors = counter("store_errors", "Times that the store did not answer")
+        self._events = counter(
+            "audit_events",
+            "What this replica added to the audit trail: grants, losses, breaks, refusals",
+            ["app", "kind"],
+        )
+        self._waited = seconds("lease_wait", "Time from the request to the grant", ["app"], _LONG)
+        self._handed_over = seconds(
+            "lease_handover",
+            "Time from when a lease could be had, and somebody waited, to its grant",
+            ["app"],
+            _QUICK,
+        )
+        gauge("build_info", "The release that runs", "version").labels(version("holdoff")).set(1)
+        self._store_up = gauge("store_up", "Whether the store answered the last look")
+        self._store_safe = gauge(
+            "store_safe", "Whether the store keeps what it acknowledged, as far as it tells"
+        )
+        self._not_shown = gauge("tokens_not_shown", "Busy tokens beyond those with gauges", "app")
+        self._quarantine = gauge("quarantine_seconds", "Time left without new leases", "app")
+        self._held = gauge("lease_held", "Whether somebody holds the token", "app", "token")
+        self._waiting = gauge("token_waiters", "How many wait", "app", "token")
+        self._longest = gauge(
+            "token_first_waiter_seconds", "How long the first in the queue waits", "app", "token"
+        )
+        self._cooldown = gauge("token_cooldown_seconds", "Time left to cool down", "app", "token")
+        self._budgets = gauge("budgets", "Budgets in use", "app", "limit", "state")
+        self._room = gauge("budget_least_room", "Events that the fullest allows", "app", "limit")
+        self._back_offs = gauge("back_offs", "Back-offs not over", "app", "cause", "state")
+        self._of_apps = (
+            *(self._not_shown, self._quarantine, self._held, self._waiting, self._longest),
+            *(self._cooldown, self._budgets, self._room, self._back_offs),
+        )
+        scripts.on_run = lambda name, took: self._script_seconds.labels(name).observe(took)
+        scripts.on_failure = self._store_errors.inc
+
+    def count(self, event: Mapping[bytes, bytes]) -> None:
+        """Count an entry of the audit trail."""
+        resource = event[b"resource"].decode().split("/")
+        app = resource[1] if resource[0] == "apps" and len(resource) > 1 else ""
+        if event[b"kind"] == b"CALL_REFUSED":
+            app = ""  # a name that a stranger chose
+        self._events.labels(app, event[b"kind"].decode().lower()).inc()
+        if b"waited_us" in event:
+            self._waited.labels(app).observe(int(event[b"waited_us"]) / 1e6)
+            self._handed_over.labels(app).observe(max(0, int(event[b"handover_us"])) / 1e6)
+
+    # Calls -----------------------------------------------------------------
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Measure a call of a method that there is."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        _, *names = handler_call_details.method.split("/")
+        kind = "_".join(
+            "stream" if streams else "unary"
+            for streams in (handler.request_streaming, handler.response_streaming)
+        )
+        behaviour = getattr(handler, kind)
+        if inspect.isasyncgenfunction(behaviour):
+            answer = self._measured_stream(behaviour, names)
+        else:
+            answer = self._measured(behaviour, names)
+        wrap = getattr(grpc, f"{kind}_rpc_method_handler")
+        return wrap(answer, handler.request_deserializer, handler.response_serializer)
+
+    def _measured(self, handler: Any, names: Sequence[str]) -> Any:
+        async def answer(request: Any, context: Any) -> Any:
+            began = time.perf_counter()
+            with self._ending(names, context):
+                try:
+                    return await handler(request, context)
+                finally:
+                    self._call_seconds.labels(*names).observe(time.perf_counter() - began)
+
+        return answer
+
+    def _measured_stream(self, handler: Any, names: Sequence[str]) -> Any:
+        async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
+            with self._open.labels(*names).track_inprogress(), self._ending(names, context):
+                async with contextlib.aclosing(handler(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+
+        return answer
+
+    @contextlib.contextmanager
+    def _ending(self, names: Sequence[str], context: Any) -> Iterator[None]:
+        """Count how a call ends."""
+        code = grpc.StatusCode.OK
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except BaseException:
+            code = _status(context.code())
+            raise
+        finally:
+            self._calls.labels(*names, code.name).inc()
+
+    # The page --------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def served(self, listen: str) -> AsyncIterator[str]:
+        """Serve `/metrics` and nothing else; give the address.
+
+        Raises:
+            OSError: The port is taken or the address is not ours.
+        """
+        app = web.Application()
+        app.router.add_get("/metrics", self._page)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        await runner.setup()
+        host, _, port = listen.rpartition(":")
+        try:
+            site = web.TCPSite(runner, host.strip("[]"), int(port))
+            await site.start()
+            yield f"{host}:{runner.addresses[0][1]}"
+        finally:
+            await runner.cleanup()
+
+    async def _page(self, request: web.Request) -> web.Response:
+        async with self._reading:
+            if time.monotonic() - self._read_at >= FRESH_SECONDS:
+                await self._look()
+                self._read_at = time.monotonic()
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        headers = {"Content-Type": content_type}
+        return web.Response(body=encode(self.registry), headers=headers)
+
+    async def _look(self) -> None:
+        """Read how the apps stand; of a store that is away nothing is told."""
+        found: list[tuple[Gauge, tuple[str, ...], float]] = []
+        try:
+            async with asyncio.timeout(READ_SECONDS):
+                if time.monotonic() - self._judged_at >= JUDGE_SECONDS:
+                    self._store_safe.set(not await self._judge())
+                    self._judged_at = time.monotonic()
+                for app in await self._scripts.apps():
+                    found += [
+                        *await self._tokens(app),
+                        *await self._budgets_of(app),
+                        *await self._back_offs_of(app),
+                    ]
+            self._store_up.set(1)
+        except StoreError as error:  # it is not fit any more
+            log.warning("the store is not safe", reason=str(error))
+            self._store_safe.set(0)
+        except (Failure, TimeoutError) as error:
+            log.warning("metrics without the state of apps", reason=type(error).__name__)
+            self._store_up.set(0)
+        for gauge in self._of_apps:
+            gauge.clear()
+        for gauge, labels, value in found:
+            gauge.labels(*labels).set(value)
+
+    async def _tokens(self, app: str) -> list[tuple[Gauge, tuple[str, ...], float]]:
+        found: list[tuple[Gauge, tuple[str, ...], float]] = []
+        busy = await self._scripts.busy_tokens(app)
+        if len(busy) > TOKENS_MOST:
+            found.append((self._not_shown, (app,), len(busy) - TOKENS_MOST))
+        shown = busy[:TOKENS_MOST]
+        for start in range(0, len(shown), READ_BATCH):
+            reply = await self._scripts.run("read", app, *shown[start : start + READ_BATCH])
+            for token_id, flat, lease_id, _, waiting, *_, first_us in reply.values[0]:
+                labels, token = (app, token_id.decode()), record(flat)
+                cooldown_us = max(0, int(token.get("not_before_us", b"0")) - reply.now_us)
+                waits_us = reply.now_us - int(first_us) if int(first_us) else 0
+                found += [
+                    (self._held, labels, float(bool(lease_id) or "foreign" in token)),
+                    (self._waiting, labels, int(waiting)),
+                    (self._longest, labels, max(0, waits_us) / 1e6),
+                    (self._cooldown, labels, cooldown_us / 1e6),
+                ]
+        return found
+
+    async def _budgets_of(self, app: str) -> list[tuple[Gauge, tuple[str, ...], float]]:
+        states: Tally[tuple[str, str]] = Tally()
+        room: dict[str, int] = {}
+        ids = await self._scripts.budgets(app)
+        for start in range(0, len(ids), READ_BATCH):
+            reply = await self._scripts.run("read_budgets", app, *ids[start : start + READ_BATCH])
+            for entry in reply.values[0]:
+                one = budget_message(app, entry, reply.now_us)
+                state = budget_pb2.BudgetState.Name(one.state).removeprefix("BUDGET_STATE_")
+                states[one.limit, state.lower()] += 1
+                room[one.limit] = min(one.room, room.get(one.limit, one.room))
+        return [
+            *((self._budgets, (app, *key), number) for key, number in states.items()),
+            *((self._room, (app, limit), number) for limit, number in room.items()),
+        ]
+
+    async def _back_offs_of(self, app: str) -> list[tuple[Gauge, tuple[str, ...], float]]:
+        reply = await self._scripts.run("read_back_offs", app, "", "", "")
+        kinds: Tally[tuple[str, str]] = Tally()
+        for flat in reply.values[0]:
+            one = back_off_message(app, record(flat), reply.now_us)
+            cause = budget_pb2.BackOffCause.Name(one.cause).removeprefix("BACK_OFF_CAUSE_")
+            state = budget_pb2.BackOffState.Name(one.state).removeprefix("BACK_OFF_STATE_")
+            kinds[cause.lower(), state.lower()] += 1
+        _, quarantine_until_us, _ = await self._scripts.position(app)
+        left_us = max(0, quarantine_until_us - reply.now_us)
+        return [
+            (self._quarantine, (app,), left_us / 1e6),
+            *((self._back_offs, (app, *key), number) for key, number in kinds.items()),
+        ]
+
+
+def _status(code: Any) -> grpc.StatusCode:
+    """Return how a handler that raised ended its call; gRPC gives a number, a code, or nothing."""
+    if isinstance(code, grpc.StatusCode):
+        return code
+    known = {one.value[0]: one for one in grpc.StatusCode}
+    return known.get(code or grpc.StatusCode.UNKNOWN.value[0], grpc.StatusCode.UNKNOWN)
