@@ -1,0 +1,245 @@
+"""What /metrics tells, of a live coordinator, and what it does not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from holdoff.v1 import (
+    admin_service_pb2,
+    budget_pb2,
+    budget_service_pb2,
+    lease_service_pb2,
+)
+from holdoff_coordinator import metrics
+from tests.harness import Replica, Waiter, ask, refusal, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import redis
+
+    from tests.conftest import Server, StartValkey
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+@pytest.fixture
+def measured(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
+    """Give a coordinator that serves metrics, read from the store at each scrape."""
+    monkeypatch.setattr(metrics, "FRESH_SECONDS", 0.0)
+    with Replica(valkey.url, metrics_listen="127.0.0.1:0") as one:
+        yield one
+
+
+async def page(replica: Replica, path: str = "/metrics", **headers: str) -> tuple[int, str, str]:
+    """Ask for a page: status, type, text."""
+    url = f"http://{replica.coordinator.metrics_address}{path}"
+    async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
+        return answer.status, answer.headers["Content-Type"], await answer.text()
+
+
+async def samples(replica: Replica) -> Samples:
+    """Read all samples, by name and labels."""
+    _, _, text = await page(replica)
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(found: Samples, name: str, **labels: str) -> float | None:
+    """Return one sample."""
+    return found.get((f"holdoff_{name}", frozenset(labels.items())))
+
+
+async def test_the_life_of_a_lease(measured: Replica) -> None:
+    """Held, waited for, cooling, idle; and each call, grant and loss is counted once.
+
+    Fails when a gauge of a token stays after it is idle, when a hold of python-redis-lock is not
+    seen, and when a call is counted under another status than it had.
+    """
+    token = measured.create_token(1.5)
+    app, labels = token.split("/")[1], {"app": token.split("/")[1], "token": "t"}
+    offer = measured.hold(token, ttl=1.0)
+    waiter = Waiter(measured, ask(token))
+    wait_until(lambda: waiter.last)
+    found = await samples(measured)
+    assert value(found, "lease_held", **labels) == 1
+    assert value(found, "token_waiters", **labels) == 1
+    assert 0 <= (value(found, "token_first_waiter_seconds", **labels) or -1) < 10
+    assert value(found, "token_cooldown_seconds", **labels) == 0
+    lease = {"service": "holdoff.v1.LeaseService"}
+    streams = {**lease, "method": "StreamAcquireLease"}
+    assert value(found, "rpc_streams_open", **streams) == 1
+
+    wait_until(lambda: not measured.show_token(token).lease)  # it ran out
+    found = await samples(measured)
+    assert value(found, "audit_events_total", app=app, kind="lease_lost") == 1
+    assert value(found, "lease_held", **labels) == 0
+    assert 0 < (value(found, "token_cooldown_seconds", **labels) or 0) <= 1.5
+    assert refusal(measured.renew, offer) == "LEASE_LOST"
+    wait_until(lambda: waiter.last and waiter.last.HasField("offer"))
+    second = waiter.offer()
+    measured.renew(second)
+    measured.release(second)
+    found = await samples(measured)
+    assert value(found, "audit_events_total", app=app, kind="lease_granted") == 2
+    assert value(found, "lease_wait_seconds_count", app=app) == 2
+    waited = value(found, "lease_wait_seconds_sum", app=app) or 0
+    assert 1.5 < waited < 10
+    assert (value(found, "lease_handover_seconds_sum", app=app) or 9) < waited - 1.5
+    renew = {**lease, "method": "RenewLease"}
+    assert value(found, "rpcs_total", **renew, code="OK") == 2
+    assert value(found, "rpcs_total", **renew, code="FAILED_PRECONDITION") == 1
+    assert value(found, "rpc_seconds_count", **renew) == 3
+    waiter.vanish()
+
+    wait_until(lambda: not measured.coordinator.hub.draining)
+    idle = measured.create_token(0.0, name=f"apps/{app}/tokens/idle")
+    assert value(await samples(measured), "lease_held", app=app, token="idle") is None
+    assert idle
+
+
+async def test_budgets_back_offs_and_quarantine(measured: Replica, store: redis.Redis) -> None:
+    """By state, limit and cause; no division, endpoint or holder is a label.
+
+    Fails when a label tells an endpoint, or the fullest budget is not the one that counts.
+    """
+    token = measured.create_token(0.0)
+    app = token.split("/")[1]
+
+    def err(endpoint: str, count: int) -> None:
+        scope = budget_pb2.Scope(token=token, division="535193", endpoint=endpoint)
+        event = budget_pb2.Event(
+            id=str(uuid.uuid4()), kind=budget_pb2.EVENT_KIND_ERROR, scope=scope, count=count
+        )
+        event.holder.job = "nightly-secret-job"
+        measured.budgets.RecordEvents(budget_service_pb2.RecordEventsRequest(events=[event]))
+
+    for endpoint, count in (("a/one", 1), ("a/two", 2), ("a/low", 6), ("a/spent", 9)):
+        err(endpoint, count)
+    wish = admin_service_pb2.SetBackOffRequest(scope=budget_pb2.Scope(app=f"apps/{app}"))
+    wish.length.FromSeconds(60)
+    wish.reason = "the provider asked"
+    measured.admin.SetBackOff(wish)
+    found = await samples(measured)
+    for state, number in (("open", 2), ("low", 1), ("spent", 1)):
+        assert value(found, "budgets", app=app, limit="errors", state=state) == number
+    assert value(found, "budget_least_room", app=app, limit="errors") == 0
+    assert value(found, "back_offs", app=app, cause="spent", state="quiet") == 1
+    assert value(found, "back_offs", app=app, cause="operator", state="quiet") == 1
+    assert value(found, "quarantine_seconds", app=app) == 0
+    now_us = int(store.time()[0]) * 1_000_000
+    store.hset(f"holdoff:{{{app}}}", "quarantine_until_us", str(now_us + 100_000_000))
+    assert 90 < (value(await samples(measured), "quarantine_seconds", app=app) or 0) <= 101
+    _, _, text = await page(measured)
+    for hidden in ("a/low", "535193", "nightly-secret-job", "the provider asked"):
+        assert hidden not in text
+
+
+async def test_the_page_and_nothing_else(measured: Replica) -> None:
+    """Text for Prometheus, or OpenMetrics for who asks for it; any other path is not found.
+
+    Fails when another path answers, or the type is not what was asked for.
+    """
+    status, kind, text = await page(measured)
+    assert (status, kind.partition(";")[0]) == (200, "text/plain")
+    assert "# HELP holdoff_store_up " in text
+    wanted = "application/openmetrics-text; version=1.0.0"
+    _, kind, text = await page(measured, Accept=wanted)
+    assert kind.startswith("application/openmetrics-text")
+    assert text.endswith("# EOF\n")
+    for path in ("/", "/metrics/", "/../etc/passwd", "/metrics%00"):
+        assert (await page(measured, path))[0] == 404
+
+
+async def test_who_is_refused_makes_no_series(measured: Replica) -> None:
+    """Neither an unknown method, nor a name that a stranger made up, nor a secret, is a label.
+
+    Fails when calls are counted by the method that was asked for, or refusals by its app.
+    """
+    secret = uuid.uuid4().hex
+    with grpc.insecure_channel(measured.address) as channel:
+        call: Any = channel.unary_unary(f"/holdoff.v1.LeaseService/{secret}")
+        with pytest.raises(grpc.RpcError):
+            call(b"", timeout=5)
+    token = measured.create_token(0.0)
+    offer = measured.hold(token)
+    request = lease_service_pb2.RenewLeaseRequest(name=offer.lease.name, secret=secret * 2)
+    assert refusal(measured.leases.RenewLease, request) == "WRONG_SECRET"
+    missing = lease_service_pb2.GetLeaseRequest(name=f"apps/{secret}/tokens/t/leases/1")
+    assert refusal(measured.leases.GetLease, missing) in ("TOKEN_NOT_FOUND", "LEASE_NOT_FOUND")
+    found = await samples(measured)
+    assert value(found, "audit_events_total", app="", kind="call_refused") == 1
+    _, _, text = await page(measured)
+    assert secret not in text
+    assert offer.secret not in text
+
+
+async def test_tokens_beyond_the_bound(measured: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many have series of their own; how many have none is told.
+
+    Fails when the number of series is not bounded.
+    """
+    monkeypatch.setattr(metrics, "TOKENS_MOST", 3)
+    app = f"apps/m{uuid.uuid4().hex[:12]}"
+    for number in range(5):
+        measured.hold(measured.create_token(0.0, name=f"{app}/tokens/t{number}"))
+    found = await samples(measured)
+    shown = [labels for name, labels in found if name == "holdoff_lease_held"]
+    assert len([one for one in shown if ("app", app[5:]) in one]) == 3
+    assert value(found, "tokens_not_shown", app=app[5:]) == 2
+
+
+async def test_a_store_that_is_away(
+    start_valkey: StartValkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page comes all the same, within the time of a scrape, and says so.
+
+    Fails when the scrape waits for the store, or old gauges are told as if they were true.
+    """
+    monkeypatch.setattr(metrics, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "READ_SECONDS", 0.3)
+    server = start_valkey()
+    with Replica(server.url, metrics_listen="127.0.0.1:0") as replica:
+        token = replica.create_token(0.0)
+        labels = {"app": token.split("/")[1], "token": "t"}
+        replica.hold(token, ttl=60)
+        found = await samples(replica)
+        assert (value(found, "store_up"), value(found, "lease_held", **labels)) == (1, 1)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            found = await samples(replica)
+            assert (value(found, "store_up"), value(found, "lease_held", **labels)) == (0, None)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        found = await samples(replica)
+        assert (value(found, "store_up"), value(found, "lease_held", **labels)) == (1, 1)
+
+
+async def test_a_store_that_is_not_safe(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the coordinator warns of at its start is a metric, looked at again from time to time.
+
+    Fails when it is looked at once.
+    """
+    monkeypatch.setattr(metrics, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "JUDGE_SECONDS", 0.0)
+    warnings: list[str] = []
+
+    async def judge() -> list[str]:
+        return warnings
+
+    options: dict[str, Any] = {"metrics_listen": "127.0.0.1:0", "judge": judge}
+    with Replica(valkey.url, **options) as replica:
+        assert value(await samples(replica), "store_safe") == 1
+        warnings.append("it does not fsync")
+        assert value(await samples(replica), "store_safe") == 0
