@@ -13,14 +13,14 @@ import pytest
 import yaml
 
 import chart_values
-from tests.chart.helm import CHART, Rendering, differences, helm, render
+from tests.chart.helm import CHART, DEPLOY, Rendering, differences, helm, render
 
 VERSIONS = [
     version
     for version in kubernetes_validate.utils.all_versions()
     if int(version.split(".")[1]) >= 30
 ]
-OTHERS = {"Certificate", "GRPCRoute"}
+OTHERS = {"ServiceMonitor", "PrometheusRule", "Certificate", "GRPCRoute"}
 """Kinds that Kubernetes itself does not have, so that no schema of its own describes them."""
 
 EXTERNAL = {"store": {"mode": "external"}}
@@ -208,6 +208,31 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"networkPolicy": {"enabled": True, "from": [{"podSelector": {}}]}},
         ("NetworkPolicy/holdoff *",),
     ),
+    "metrics": (
+        {"metrics": {"enabled": True}},
+        (
+            argument("--metrics-listen="),
+            f"{POD}.containers?coordinator?.ports?metrics?*",
+            "Service/holdoff-headless spec.ports?metrics?*",
+            "ServiceMonitor/holdoff *",
+            "PrometheusRule/holdoff *",
+        ),
+    ),
+    "no monitor, no rules": (
+        {
+            "metrics": {
+                "enabled": True,
+                "serviceMonitor": {"enabled": False},
+                "prometheusRule": {"enabled": False},
+            }
+        },
+        (
+            argument("--metrics-listen="),
+            f"{POD}.containers?coordinator?.ports?metrics?*",
+            "Service/holdoff-headless spec.ports?metrics?*",
+        ),
+    ),
+    "dashboards": ({"dashboards": {"enabled": True}}, ("ConfigMap/holdoff-dashboards *",)),
     "image": (
         {
             "image": {
@@ -384,6 +409,8 @@ def test_what_is_selected_exists(name: str) -> None:
     for manifest in manifests.values():
         spec = manifest.get("spec", {})
         selector = spec.get("selector") or spec.get("podSelector") or {}
+        if manifest["kind"] == "ServiceMonitor":  # which selects a Service
+            labels = manifests["Service/holdoff-headless"]["metadata"]["labels"]
         assert selector.get("matchLabels", selector).items() <= labels.items()
 
 
@@ -415,6 +442,41 @@ def test_a_change_of_policies_rolls_the_pods() -> None:
         for text in ("interval = 1", "interval = 2")
     )
     assert old != new
+
+
+def test_kinds_of_prometheus_only_where_they_exist() -> None:
+    """Fails when a ServiceMonitor or PrometheusRule is made whatever the cluster knows.
+
+    Kubernetes has no schemas for kinds of others: their few fields are looked at one by one.
+    """
+    monitor = {"interval": "10s", "labels": {"release": "p"}}
+    values = {"metrics": {"enabled": True, "serviceMonitor": monitor}}
+    without = render(values, kinds=())
+    assert not {one["kind"] for one in without.manifests.values()} & OTHERS
+    assert "no ServiceMonitor" in without.notes
+    known = render(values).manifests
+    rules = yaml.safe_load((DEPLOY / "alerts/holdoff.yaml").read_text())
+    assert known["PrometheusRule/holdoff"]["spec"] == rules
+    spec = known["ServiceMonitor/holdoff"]["spec"]
+    assert spec["endpoints"] == [{"port": "metrics", "interval": "10s"}]
+    assert spec["selector"]["matchLabels"].items() <= (
+        known["Service/holdoff-headless"]["metadata"]["labels"].items()
+    )
+    [port] = (
+        one
+        for one in known["Service/holdoff-headless"]["spec"]["ports"]
+        if one["name"] == "metrics"
+    )
+    assert port["targetPort"] == "metrics"
+    assert known["ServiceMonitor/holdoff"]["metadata"]["labels"]["release"] == "p"
+
+
+def test_the_dashboard_is_that_of_deploy() -> None:
+    """Fails when Helm reads the braces in it, or Grafana's sidecar does not find it."""
+    found = render({"dashboards": {"enabled": True}}).manifests["ConfigMap/holdoff-dashboards"]
+    text = (DEPLOY / "dashboards/holdoff.json").read_text()
+    assert json.loads(found["data"]["holdoff.json"]) == json.loads(text)
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
 def test_certificate_and_route() -> None:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ class Pod:
         self._rendering = rendering
         self._folder = folder
         self._secrets = secrets
-        self.ports = {port: free_port() for port in (50051, 50052)}
+        self.ports = {port: free_port() for port in (50051, 50052, 9090)}
 
     def start(self, pod: Mapping[str, Any]) -> subprocess.Popen[str]:
         """Start the only container of a pod."""
@@ -203,3 +204,14 @@ def test_with_tls_it_serves_and_its_probes_need_none(tmp_path: Path, known: str)
             )
             secrets["who"] = {"credential": issued.stdout}
         lease(pod, rendering)
+
+
+def test_metrics_are_served(tmp_path: Path) -> None:
+    """Fails when the metrics are at another port than the Service and the ServiceMonitor say."""
+    rendering = render({"metrics": {"enabled": True}})
+    pod = Pod(rendering, tmp_path, {})
+    with running(pod, rendering.pod()):
+        lease(pod, rendering)
+        url = f"http://127.0.0.1:{pod.ports[9090]}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as page:
+            assert b'kind="lease_granted"} 2.0' in page.read()

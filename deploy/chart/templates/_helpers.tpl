@@ -130,6 +130,9 @@ seccompProfile:
 - serve
 - --listen=0.0.0.0:50051
 - --health-listen=0.0.0.0:50052
+{{- if .Values.metrics.enabled }}
+- --metrics-listen=0.0.0.0:9090
+{{- end }}
 - --log-format={{ .Values.logFormat }}
 - --drain-seconds={{ int .Values.drainSeconds }}
 - --quarantine-seconds={{ int64 .Values.quarantineSeconds }}
@@ -210,6 +213,10 @@ spec:
           containerPort: 50051
         - name: health
           containerPort: 50052
+        {{- if .Values.metrics.enabled }}
+        - name: metrics
+          containerPort: 9090
+        {{- end }}
       startupProbe:
         grpc:
           port: 50052
