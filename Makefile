@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 READY := .venv/.ready
 PYTEST := pytest --numprocesses auto --maxprocesses 8
-SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh deploy/*.sh)
+SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh deploy/*.sh tests/bats/*.bats)
 
 .PHONY: help demo demo-short test lint format types pyright imports shell unit integration model e2e proto chart pytest \
 	stores generate man lock dist wheels bench soak soak-short prove-bare clean

@@ -16,7 +16,7 @@ locked() {
   done
 }
 
-uv pip compile pyproject.toml --extra coordinator --constraint requirements.lock --no-annotate \
+uv pip compile pyproject.toml --extra coordinator --extra tracing --constraint requirements.lock --no-annotate \
   --no-header --quiet | sed 's/==.*//' | locked >"$work/needed.lock"
 printf '%s\n' editables hatchling packaging pathspec pluggy trove-classifiers |
   locked >"$work/build.lock"
