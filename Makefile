@@ -29,6 +29,8 @@ lint: $(READY) ## Style of Python and of shell scripts
 
 types: $(READY) ## mypy, strict
 	mypy
+	mypy --platform win32 --follow-imports silent $(wildcard clients/python/holdoff/_*_windows.py) \
+		clients/python/holdoff/_job.py
 
 pyright: $(READY) ## How the clients read to a user's type checker, beside mypy's view
 	basedpyright

@@ -20,6 +20,6 @@ SUITE = Path(__file__).parents[1] / "bats"
 def test_the_suite_passes(service: Service) -> None:
     """Fails when `with_lease` drops an exit code, an option, or a function's exports."""
     environment = {**service.environment, "TOKEN": service.create_token("bats", "0.1s")}
-    command = [BIN / "bats", "--print-output-on-failure", SUITE]
+    command = [str(BIN / "bats"), "--print-output-on-failure", str(SUITE)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

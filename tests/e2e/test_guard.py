@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from holdoff import _guard, _process
+from holdoff import _fence, _process
 from holdoff._process import CannotRunError, Guard, GuardError, boottime_ns, which
 from tests.e2e.processes import Terminal, eventually, python
 
@@ -620,7 +620,7 @@ def test_end_before_the_launch(run: Run) -> None:
 def test_plan(grace: float) -> None:
     """TERM comes after half of the time left, KILL after TERM and before the fence."""
     for span in (SECOND // 1000, SECOND, 120 * SECOND):
-        term_at, kill_at = _guard.plan(1000, 1000 + span, int(grace * SECOND))
+        term_at, kill_at = _fence.plan(1000, 1000 + span, int(grace * SECOND))
         assert 1000 + span // 2 <= term_at <= kill_at < 1000 + span
         assert kill_at - term_at <= grace * SECOND
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+
+from holdoff import _job
 
 # The parts of the standard library and of others that work there are loaded before the change.
 LIKE_WINDOWS = """
@@ -27,7 +30,7 @@ RUN = "from holdoff.cli import main; main(sys.argv[1:])"
 IMPORT_ALL = """
 import holdoff
 for module in pkgutil.walk_packages(holdoff.__path__, "holdoff."):
-    # The guard never starts there, and the tests' coordinator needs more than the client.
+    # This guard is not that of Windows, and the tests' coordinator needs more than the client.
     if module.name not in ("holdoff._guard", "holdoff.testing") and "__main__" not in module.name:
         importlib.import_module(module.name)
 """
@@ -55,7 +58,7 @@ def test_every_module_is_imported() -> None:
     ("arguments", "code", "says"),
     [
         ("run --help", 0, "Run COMMAND while holding a lease"),
-        ("run --token apps/a/tokens/t -- true", 126, "not supported on Windows yet"),
+        ("run --token apps/a/tokens/t -- no-such", 127, "no-such: command not found"),
         ("token list", 69, "no answer from the coordinator"),
         ("spool list", 0, "no reports wait on this host"),
         (
@@ -70,3 +73,58 @@ def test_commands_work_or_say_why_not(arguments: str, code: int, says: str) -> N
     done = run(RUN, *arguments.split())
     assert says in done.stdout + done.stderr
     assert done.returncode == code
+
+
+class Kernel:
+    """Stands for kernel32: notes what is called, and answers."""
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self._answers = answers
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            self.calls.append((name, arguments))
+            answer = self._answers.get(name, 1)
+            return answer(*arguments) if callable(answer) else answer
+
+        call.restype = None  # type: ignore[attr-defined] # as functions of ctypes have one
+        setattr(self, name, call)
+        return call
+
+
+def test_a_job_is_made_limited_and_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this order, and everybody in it dies with its last handle.
+
+    Fails when the limit is not set, or set after the process is in the job. Sizes are those of
+    64-bit Windows, where 144 bytes are JOBOBJECT_EXTENDED_LIMIT_INFORMATION.
+    """
+    kernel = Kernel({"CreateJobObjectW": 77, "GetCurrentProcess": -1})
+    monkeypatch.setattr(_job, "_kernel", lambda: kernel)
+    _job.Job()
+    names = [name for name, _ in kernel.calls]
+    assert names == [
+        "CreateJobObjectW",
+        "SetInformationJobObject",
+        "GetCurrentProcess",
+        "AssignProcessToJobObject",
+    ]
+    handle, kind, limits, size = kernel.calls[1][1]
+    assert (handle.value, kind, size) == (77, 9, 144)
+    assert limits._obj.BasicLimitInformation.LimitFlags == 0x2000
+    assert [one.value for one in kernel.calls[3][1]] == [77, 2**64 - 1]
+
+
+def test_who_is_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but ourselves. Fails when the list is read beyond its end, or we would end ourselves."""
+
+    def list_processes(_job: Any, kind: int, found: Any, _size: int, _length: None) -> int:
+        assert kind == 3
+        for number, pid in enumerate((os.getpid(), 4711, 4712)):
+            found._obj.ProcessIdList[number] = pid
+        found._obj.NumberOfProcessIdsInList = 3
+        return 1
+
+    kernel = Kernel({"QueryInformationJobObject": list_processes})
+    monkeypatch.setattr(_job, "_kernel", lambda: kernel)
+    assert _job.Job().others() == [4711, 4712]

@@ -45,7 +45,7 @@ it atomically. G to W: ``ready`` or ``failed``, ``started``, ``stopped``, ``paus
 differ between W and G.
 
 This file is started by its path, with ``-I -S`` for speed and isolation, so it imports nothing
-but the standard library and ``_platform`` from its own folder.
+but the standard library, and ``_platform`` and ``_fence`` from its own folder.
 """
 
 from __future__ import annotations
@@ -64,9 +64,11 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from holdoff import _platform
+    from holdoff._fence import plan
 else:
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
     import _platform
+    from _fence import plan
 
 WRAPPER_GONE = "wrapper gone"
 FENCE = "fence"
@@ -74,8 +76,6 @@ INIT_LOST = "guard lost"
 INTERRUPTED = "interrupted while paused"
 
 _NS = 10**9
-# KILL comes this long before the fence, so that all is over when the fence is reached.
-_KILL_ROOM_NS = _NS // 10
 # A pause between two rounds of KILL, and a longer one once it is clear that they don't help.
 _KILL_ROUND_NS = _NS // 100
 _KILL_ROUND_SLOW_NS = _NS
@@ -90,25 +90,6 @@ _INTERRUPTIONS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM}
 
 # Sent by the kernel when W dies. A real-time signal means nothing to anybody else.
 _PARENT_DEATH_SIGNAL = signal.SIGRTMIN if _platform.LINUX else signal.SIGUSR2
-
-
-def plan(now_ns: int, fence_ns: int, grace_ns: int) -> tuple[int, int]:
-    """When to send TERM and when KILL, so that all is over at the fence.
-
-    The grace is cut so that TERM never comes before half of the time to the fence has passed:
-    a wrapper that renews at every third of its lease is not ended while it is healthy.
-
-    Args:
-        now_ns: When the fence was set.
-        fence_ns: When everything must have ended.
-        grace_ns: The wished time between TERM and KILL.
-
-    Returns:
-        The instants of TERM and KILL. All are nanoseconds of ``boottime_ns``.
-    """
-    span = max(fence_ns - now_ns, 0)
-    kill_at = fence_ns - min(_KILL_ROOM_NS, span // 10)
-    return max(kill_at - grace_ns, now_ns + span // 2), kill_at
 
 
 class _Lines:

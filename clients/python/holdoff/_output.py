@@ -19,7 +19,6 @@ import errno
 import math
 import os
 import select
-import signal
 import stat
 import threading
 import time
@@ -205,7 +204,7 @@ class _Stream:
     def _run(self) -> None:
         # Signals are the main thread's. And with SIGTTOU blocked no write to the terminal, which
         # is lent to the command, can stop us.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        _platform.block_signals()
         try:
             self._pass_on()
         except OSError as error:
@@ -300,7 +299,7 @@ class LogTail:
             self._listener.warn(f"the log file {self._path} was never there, so nothing was read")
 
     def _run(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        _platform.block_signals()
         try:
             while not self._over.wait(_TICK_SECONDS):
                 self._look()
@@ -346,7 +345,7 @@ class _LogFile:
         try:
             # Looked at before it is opened, since opening a FIFO has consequences for its writer.
             regular = stat.S_ISREG(path.stat().st_mode)
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if regular else -1
+            self._fd = os.open(path, _platform.READ_LOG) if regular else -1
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -364,7 +363,7 @@ class _LogFile:
             if self._decoder is not None:
                 self._position -= self._position % 2  # half a unit of UTF-16 belongs to what comes
             start = max(self._position - _REMEMBERED_BYTES, 0)
-            self._last = os.pread(self._fd, self._position - start, start)
+            self._last = _platform.read_at(self._fd, self._position - start, start)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -388,7 +387,7 @@ class _LogFile:
             self._position = self._recognise()
         while self._position < size:
             wanted = min(_CHUNK_BYTES, size - self._position)
-            data = os.pread(self._fd, wanted, self._position)
+            data = _platform.read_at(self._fd, wanted, self._position)
             if not data:
                 return  # truncated in this moment
             self._position += len(data)
@@ -403,7 +402,7 @@ class _LogFile:
 
     def _recognise(self) -> int:
         """Finds out the encoding. Returns how long the mark is that tells it."""
-        head = os.pread(self._fd, _LONGEST_MARK, 0)
+        head = _platform.read_at(self._fd, _LONGEST_MARK, 0)
         mark = next((mark for mark in _MARKS if head.startswith(mark)), b"")
         if encoding := _MARKS.get(mark):
             self._decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
@@ -412,5 +411,5 @@ class _LogFile:
 
     def _is_rewritten(self) -> bool:
         """Whether it was truncated and has grown beyond our position since."""
-        last = os.pread(self._fd, len(self._last), self._position - len(self._last))
+        last = _platform.read_at(self._fd, len(self._last), self._position - len(self._last))
         return last != self._last

@@ -6,7 +6,8 @@ therefore needs nothing but the standard library, and only the parts that load f
 
 Linux has everything. macOS has no parent-death signal, no subreaper and no namespaces: there the
 guard still ends what it can see (the command's process group and all who have not been orphaned),
-but a descendant that left both is not found. Windows waits for Job Objects.
+but a descendant that left both is not found. Windows has a guard of its own (``_guard_windows``),
+with a Job Object instead of all that.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _CLONE_NEWPID = 0x20000000
 _MS_NOSUID_NODEV_NOEXEC = 2 | 4 | 8
 _MS_SLAVE_REC = 1 << 19 | 0x4000
 
-# On Windows there is no C library of this kind; `require_supported` has then refused before.
+# On Windows there is no C library of this kind, and nobody who needs it.
 _libc = None if sys.platform == "win32" else ctypes.CDLL(None, use_errno=True)
 
 
@@ -51,10 +52,8 @@ def require_supported() -> None:
     """Refuses a platform on which the guard could not keep its promises.
 
     Raises:
-        UnsupportedPlatformError: On Windows, and on a Linux without /proc.
+        UnsupportedPlatformError: On a Linux without /proc.
     """
-    if sys.platform == "win32":
-        raise UnsupportedPlatformError("running a command is not supported on Windows yet")
     if LINUX and not os.path.exists("/proc/self/stat"):  # noqa: PTH110 - pathlib loads slowly
         raise UnsupportedPlatformError("/proc must be mounted to find a command's descendants")
 
@@ -210,6 +209,26 @@ def signal_descendants(
             except (ProcessLookupError, PermissionError):
                 continue  # gone, or no longer ours (a set-id program): the caller counts
     return found
+
+
+# Without waiting, should it be no file after all; and on Windows byte by byte.
+READ_LOG = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+def read_at(fd: int, size: int, position: int) -> bytes:
+    """Reads from a file that only this thread reads."""
+    if sys.platform == "win32":
+        os.lseek(fd, position, os.SEEK_SET)
+        return os.read(fd, size)
+    return os.pread(fd, size, position)
+
+
+def block_signals() -> None:
+    """Leaves all signals to other threads; Windows sends them to the main thread alone."""
+    if sys.platform != "win32":
+        import signal  # noqa: PLC0415 - not for the guard, which does this by itself
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
 
 def open_wide_pipe() -> tuple[int, int]:

@@ -14,10 +14,10 @@ What the guard does, and what it cannot promise, is told in ``_guard``.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import select
+import shutil
 import signal
 import stat
 import subprocess
@@ -26,14 +26,26 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from holdoff import _platform
-from holdoff.errors import HoldoffError
+from holdoff._outcome import (
+    GUARD_LOST,
+    NOT_EXECUTABLE,
+    NOT_FOUND,
+    CannotRunError,
+    Event,
+    GuardError,
+    Outcome,
+    Stdio,
+    outcome_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import FrameType, TracebackType
+
+    from holdoff._outcome import Isolate
 
 __all__ = [
     "CannotRunError",
@@ -49,16 +61,10 @@ __all__ = [
 
 boottime_ns = _platform.boottime_ns
 
-Isolate = Literal["auto", "always", "never"]
-
-GUARD_LOST = "guard lost"
-"""``Outcome.ended_by`` when the guard itself was killed, and its tree with it."""
-
 _START_SECONDS = 30.0
 _LONGEST_WAIT_SECONDS = 0.1
 # Who has survived KILL for this long is reported instead of waited for.
 _GIVE_UP_SECONDS = 5.0
-_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
 
 
 def _signals(*names: str) -> frozenset[int]:
@@ -80,22 +86,6 @@ _NOT_FORWARDED = _signals(
 )
 
 
-class GuardError(HoldoffError):
-    """The guard did not start, or was gone before it could launch the command."""
-
-
-class CannotRunError(HoldoffError):
-    """A command cannot be run.
-
-    Attributes:
-        exit_code: 127 when it was not found, 126 when it is there but cannot be executed.
-    """
-
-    def __init__(self, exit_code: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 def require_supported() -> None:
     """Refuses a platform without a guard.
 
@@ -108,59 +98,17 @@ def require_supported() -> None:
         raise GuardError(str(error)) from error
 
 
-@dataclass(frozen=True, slots=True)
-class Stdio:
-    """The three descriptors that a command gets: the one seam for its input and output."""
-
-    stdin: int = 0
-    stdout: int = 1
-    stderr: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened to the command while it runs."""
-
-    kind: Literal["started", "stopped", "ending"]
-    at_boottime_ns: int | None = None
-    """When the command was started."""
-    signal: int | None = None
-    """What stopped the command."""
-    reason: str | None = None
-    """Why its tree gets TERM now: ``fence``, or what was passed to ``Guard.end``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a command ended.
-
-    Exactly one of exit_code, signal and cannot_run is set, or none when the guard refused to
-    launch because the fence had passed or an end was asked for.
-    """
-
-    exit_code: int | None = None
-    signal: int | None = None
-    cannot_run: CannotRunError | None = None
-    ended_by: str | None = None
-    """Why the guard ended it: ``fence``, ``guard lost``, ``interrupted while paused``, or the
-    reason passed to ``end``."""
-    survivors: int = 0
-    """How many processes survived KILL: in uninterruptible sleep, or no longer ours."""
-
-    @property
-    def status(self) -> int | None:
-        """The outcome as an exit status of a shell: N, 128 + signal, 126 or 127."""
-        if self.cannot_run is not None:
-            return self.cannot_run.exit_code
-        return self.exit_code if self.signal is None else 128 + self.signal
-
-
 def which(command: str) -> str:
     """The path of a command, found as ``execvp`` would, but told beforehand.
 
     Raises:
         CannotRunError: It was not found (127), or it may not be executed (126).
     """
+    if sys.platform == "win32":  # which looks in the current folder too, and adds .exe or .cmd
+        found = shutil.which(command)
+        if found is None:
+            raise CannotRunError(NOT_FOUND, f"{command}: command not found")
+        return found
     typed_path = os.sep in command
     refused = False
     for folder in [""] if typed_path else os.get_exec_path():
@@ -170,8 +118,8 @@ def which(command: str) -> str:
             return command if typed_path else str(path.absolute())
         refused = refused or path.is_file() or (typed_path and path.exists())
     if refused:
-        raise CannotRunError(_NOT_EXECUTABLE, f"{command}: cannot be executed")
-    raise CannotRunError(_NOT_FOUND, f"{command}: command not found")
+        raise CannotRunError(NOT_EXECUTABLE, f"{command}: cannot be executed")
+    raise CannotRunError(NOT_FOUND, f"{command}: command not found")
 
 
 @contextlib.contextmanager
@@ -241,13 +189,17 @@ class _Terminal:
 
 
 @dataclass(eq=False, slots=True)
-class Guard:
+class PosixGuard:
     """A guard process, waiting for or watching over one command. See ``start``.
 
     There can be one at a time in a process, and it makes the process a child subreaper. ``extend``,
     ``end``, ``pause`` and ``resume`` may be called from any thread, ``signal`` from the main thread
     or a signal handler, all else from the main thread.
     """
+
+    CAN_PAUSE: ClassVar[bool] = True
+    CAN_READ_OUTPUT: ClassVar[bool] = True
+    """Whether `_output` can pass on what the command writes."""
 
     isolated: bool
     """Whether the command runs in a PID namespace of its own."""
@@ -264,7 +216,7 @@ class Guard:
     _outcome: Outcome | None = None
 
     @classmethod
-    def start(cls, stdio: Stdio | None = None, isolate: Isolate = "auto") -> Guard:
+    def start(cls, stdio: Stdio | None = None, isolate: Isolate = "auto") -> PosixGuard:
         """Starts a guard, which then waits for ``launch``; best before a lease is asked for.
 
         The command will have the signal mask and the ignored signals that the wrapper has now.
@@ -474,7 +426,7 @@ class Guard:
                     signal=signal.SIGKILL, ended_by=GUARD_LOST, survivors=self._end_orphans()
                 )
             elif "outcome" in message:
-                self._outcome = _outcome(**message["outcome"])
+                self._outcome = outcome_of(**message["outcome"])
             elif "started" in message:
                 on_event(Event("started", at_boottime_ns=message["started"]))
             elif "ending" in message:
@@ -564,22 +516,6 @@ class Guard:
         return len(found)
 
 
-def _outcome(
-    status: int | None, cannot_run: tuple[int, str] | None, ended_by: str | None, survivors: int
-) -> Outcome:
-    """An outcome as the guard reports it: ``status`` is negative for a signal."""
-    if cannot_run is not None:
-        number, message = cannot_run
-        code = _NOT_FOUND if number == errno.ENOENT else _NOT_EXECUTABLE
-        return Outcome(cannot_run=CannotRunError(code, message))
-    return Outcome(
-        exit_code=status if status is not None and status >= 0 else None,
-        signal=-status if status is not None and status < 0 else None,
-        ended_by=ended_by,
-        survivors=survivors,
-    )
-
-
 def _exec_text(text: str) -> str:
     """The bytes that exec is to get, as Latin-1, which JSON carries whatever they are."""
     return os.fsencode(text).decode("latin-1")
@@ -606,3 +542,9 @@ def occupy_standard_descriptors() -> None:
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stdin, stdout, stderr
         pass
     os.close(fd)
+
+
+if sys.platform == "win32":
+    from holdoff._process_windows import WindowsGuard as Guard
+else:
+    Guard = PosixGuard

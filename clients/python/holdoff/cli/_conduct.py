@@ -122,6 +122,8 @@ class Conduct:
                 self._rooms.refill(lease.rooms)
             self._began = time.monotonic()
             self._when_quiet = self._when_quiet or _WORDS.get(policy.when_quiet, "pause")
+            if self._when_quiet == "pause" and not guard.CAN_PAUSE:
+                self._when_quiet = "terminate"
             self._judge()
         self._thread.start()
 

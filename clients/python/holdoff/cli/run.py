@@ -30,8 +30,9 @@ from holdoff import (
     Unavailable,
 )
 from holdoff._core import DEFAULT_TTL_SECONDS, Timing
+from holdoff._outcome import CannotRunError, GuardError, Outcome
 from holdoff._output import LogTail, Passage
-from holdoff._process import CannotRunError, Guard, GuardError, Outcome, caught_signals, which
+from holdoff._process import Guard, caught_signals, which
 from holdoff._reporting import Reporter, flush_leftovers
 from holdoff._spool import Spool
 from holdoff.cli import exits
@@ -47,7 +48,7 @@ from holdoff.v1 import lease_pb2
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from holdoff._process import Event, Isolate
+    from holdoff._outcome import Event, Isolate
     from holdoff.cli._conduct import WhenQuiet
 
 LEAST_TTL_SECONDS = 1
@@ -401,6 +402,8 @@ class _Run:
             stack.callback(self._reporter.close, REPORT_SECONDS)
             if log_file:
                 self._log = LogTail(log_file, self._conduct.on_data, self._say)
+            elif read_output and not Guard.CAN_READ_OUTPUT:
+                self._say("what the command writes is not looked through here: name its --log-file")
             elif read_output:
                 self._passage = stack.enter_context(Passage(self._conduct.on_data, self._say))
             stdio = self._passage.stdio if self._passage else None

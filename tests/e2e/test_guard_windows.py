@@ -1,0 +1,266 @@
+"""The guard for Windows, run where there is no Windows.
+
+All of it is real but the Job Object, in whose place stand this platform's own means: wrapper,
+guard, pipes, threads, the deadline, the command and its children. The few calls of Win32 (`_job`)
+are only counted and compared with their declarations, in tests/unit/test_windows.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import holdoff
+from holdoff._outcome import Event, GuardError, Stdio
+from holdoff._platform import boottime_ns
+from holdoff._process_windows import WindowsGuard
+from holdoff.v1 import lease_pb2
+from tests.harness import wait_until
+
+if TYPE_CHECKING:
+    from tests.e2e.service import Service
+
+SECOND = 10**9
+FOLDER = Path(holdoff.__file__).parent
+JOB = f"""
+import os, sys
+sys.path.insert(0, {str(FOLDER)!r})
+import _guard_windows, _platform
+
+class Job:
+    def __init__(self):
+        _platform.become_subreaper()
+
+    def others(self):
+        found, ancestors = [], [os.getpid()]
+        while ancestors:
+            for pid in _platform.children(ancestors.pop()):
+                ancestors.append(pid)
+                with open(f"/proc/{{pid}}/stat") as file:
+                    if file.read().rpartition(")")[2].split()[0] != "Z":
+                        found.append(pid)
+        return found
+
+_guard_windows.main(Job)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have guards use the stand-in for the job."""
+    program = tmp_path / "guard.py"
+    program.write_text(JOB)
+    monkeypatch.setattr(WindowsGuard, "PROGRAM", (str(program),))
+
+
+def run(
+    *argv: str, fence: float | None = None, grace: float = 0.3, stdio: Stdio | None = None
+) -> tuple[Any, list[Event]]:
+    """Run a command to its end."""
+    events: list[Event] = []
+    with WindowsGuard.start(stdio) as guard:
+        launch(guard, *argv, fence=fence, grace=grace)
+        return guard.wait(events.append), events
+
+
+def launch(guard: WindowsGuard, *argv: str, fence: float | None = None, grace: float = 0.3) -> None:
+    """Launch a command, with a fence so many seconds from now."""
+    fence_ns = None if fence is None else boottime_ns() + int(fence * SECOND)
+    path = argv[0] if "/" in argv[0] else f"/bin/{argv[0]}"
+    guard.launch(path, argv, os.environ, fence_boottime_ns=fence_ns, grace_seconds=grace)
+
+
+def gone(*pids: int) -> bool:
+    """Whether these processes have ended, also those that nobody has asked about yet."""
+    states = [Path(f"/proc/{pid}/stat") for pid in pids]
+    return all(not one.exists() or one.read_text().rpartition(")")[2][1] == "Z" for one in states)
+
+
+def test_input_output_and_exit_code_pass(tmp_path: Path) -> None:
+    """Fails when the guard keeps an end of a pipe, or reports another code."""
+    with (
+        (tmp_path / "in").open("w+b") as given,
+        (tmp_path / "out").open("w+b") as written,
+    ):
+        given.write(b"hello\n")
+        given.seek(0)
+        stdio = Stdio(given.fileno(), written.fileno(), 2)
+        outcome, events = run("sh", "-c", "cat; exit 7", stdio=stdio)
+        written.seek(0)
+        assert written.read() == b"hello\n"
+    assert (outcome.exit_code, outcome.ended_by, outcome.survivors) == (7, None, 0)
+    assert [event.kind for event in events] == ["started"]
+
+
+def test_the_fence_ends_who_does_not_listen(tmp_path: Path) -> None:
+    """All is over before the fence, and the command was asked first.
+
+    Fails when the fence is not kept, or only the command itself is ended.
+    """
+    pids = tmp_path / "pids"
+    script = f"""
+    trap 'echo asked >>{pids}.asked' TERM
+    (trap '' TERM; echo $BASHPID >>{pids}; while :; do sleep 1; done) &
+    echo $$ >>{pids}
+    while :; do sleep 0.05; done
+    """
+    fence = boottime_ns() + 2 * SECOND
+    outcome, events = run("bash", "-c", script, fence=2.0)
+    assert boottime_ns() < fence
+    assert outcome.ended_by == "fence"
+    assert [event.reason for event in events] == [None, "fence"]
+    assert Path(f"{pids}.asked").exists()
+    assert gone(*map(int, pids.read_text().split()))
+
+
+def test_renewals_move_the_fence() -> None:
+    """Fails when the first fence stays, or an earlier one counts."""
+    with WindowsGuard.start() as guard:
+        launch(guard, "sleep", "1.5", fence=1.0)
+        for _ in range(12):
+            guard.extend(boottime_ns() + SECOND)
+            guard.extend(boottime_ns() + SECOND // 100)
+            time.sleep(0.1)
+        assert guard.wait().exit_code == 0
+
+
+def test_what_is_left_behind_is_ended(tmp_path: Path) -> None:
+    """The lease may be given back when nothing runs any more.
+
+    Fails when the guard waits for the command alone.
+    """
+    pid = tmp_path / "pid"
+    script = f"sleep 60 </dev/null >/dev/null 2>&1 & echo $! >{pid}; exit 3"
+    outcome, _ = run("sh", "-c", script)
+    assert (outcome.exit_code, outcome.ended_by, outcome.survivors) == (3, None, 0)
+    assert gone(int(pid.read_text()))
+
+
+def test_an_end_that_was_asked_for() -> None:
+    """Softly, with the reason; and before the launch nothing is launched at all.
+
+    Fails when `end` is forgotten before the launch, or gives no reason.
+    """
+    with WindowsGuard.start() as guard:
+        launch(guard, "sleep", "60", grace=5)
+        guard.end("lease lost")
+        outcome = guard.wait()
+        assert (outcome.ended_by, outcome.exit_code) == ("lease lost", None)
+    with WindowsGuard.start() as guard:
+        guard.end("withdrawn")
+        launch(guard, "sleep", "60")
+        outcome = guard.wait()
+        assert (outcome.ended_by, outcome.status) == ("withdrawn", None)
+
+
+def test_a_signal_interrupts_the_command(tmp_path: Path) -> None:
+    """Ctrl-C at the wrapper is passed on, and what the command makes of it counts.
+
+    Fails when the signal ends the command without asking.
+    """
+    ready = tmp_path / "ready"
+    with WindowsGuard.start() as guard:
+        assert not guard.signal(signal.SIGINT)
+        script = f"trap 'exit 9' TERM; touch {ready}; while :; do sleep 0.05; done"
+        launch(guard, "sh", "-c", script)
+        wait_until(ready.exists)
+        assert guard.signal(signal.SIGINT)
+        outcome = guard.wait()
+    assert (outcome.exit_code, outcome.ended_by) == (9, None)
+
+
+@pytest.mark.parametrize(("name", "code"), [("no-such-command", 127), ("plain", 126)])
+def test_what_cannot_be_run(tmp_path: Path, name: str, code: int) -> None:
+    """Fails when an error of the start is taken for one of the command."""
+    (tmp_path / "plain").write_text("no program")
+    outcome, _ = run(str(tmp_path / name))
+    assert outcome.cannot_run is not None
+    assert outcome.cannot_run.exit_code == code
+
+
+def test_a_wrapper_that_dies_takes_the_command_with_it(tmp_path: Path) -> None:
+    """Fails when the guard does not notice the end of its pipe."""
+    pid = tmp_path / "pid"
+    program = f"""
+import os, sys
+from holdoff._process_windows import WindowsGuard
+WindowsGuard.PROGRAM = ({str(tmp_path / "guard.py")!r},)
+guard = WindowsGuard.start()
+guard.launch("/bin/sh", ["sh", "-c", "echo $$ >{pid}; exec sleep 60"], os.environ,
+    fence_boottime_ns=None, grace_seconds=0.2)
+guard.wait()
+"""
+    wrapper = subprocess.Popen([sys.executable, "-c", program])
+    command = int(wait_until(lambda: pid.exists() and pid.read_text()))
+    wrapper.kill()
+    wrapper.wait()
+    wait_until(lambda: gone(command), 5)
+
+
+def test_a_guard_that_dies_is_told() -> None:
+    """Fails when the wrapper waits for an outcome that nobody sends.
+
+    That the command dies with it is the Job Object's doing, and cannot be shown here.
+    """
+    with WindowsGuard.start() as guard:
+        launch(guard, "sleep", "60")
+        os.kill(guard.pid, signal.SIGKILL)
+        outcome = guard.wait()
+    assert outcome.ended_by == "guard lost"
+    subprocess.run(["pkill", "-f", "^sleep 60$", "--parent", str(os.getpid())], check=False)
+
+
+def test_without_a_job_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when a guard without its job goes on, and could not end what it starts."""
+    program = str(FOLDER / "_guard_windows.py")
+    monkeypatch.setattr(WindowsGuard, "PROGRAM", (program,))
+    with pytest.raises(GuardError, match="there are Job Objects on Windows alone"):
+        WindowsGuard.start()
+
+
+def test_holdoff_run_with_this_guard(service: Service, tmp_path: Path) -> None:
+    """A whole run: its lease is given back, and one that must be quiet is ended, not paused.
+
+    Fails when the run asks this guard for what it cannot do.
+    """
+    program = f"""
+import sys
+from holdoff._process_windows import WindowsGuard
+WindowsGuard.PROGRAM = ({str(tmp_path / "guard.py")!r},)
+import holdoff.cli.run
+holdoff.cli.run.Guard = WindowsGuard
+from holdoff.cli import main
+main(sys.argv[1:])
+"""
+
+    def holdoff_run(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", program, "run", "--token", token, *arguments],
+            env=service.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    token = service.create_token("windows", "0.1s")
+    for code in (0, 4):
+        done = holdoff_run("--", "sh", "-c", f"echo $HOLDOFF_TOKEN; exit {code}")
+        stdout, stderr = done.communicate(timeout=20)
+        assert (done.returncode, stdout) == (code, f"{token}\n"), stderr
+        assert "name its --log-file" in stderr
+    with holdoff.Client(service.address) as client:
+        states = [lease.state for lease in client.list_lease_history(token)]
+        assert states == [lease_pb2.LEASE_STATE_RELEASED] * 2
+        running = holdoff_run("--when-quiet", "pause", "--", "sleep", "60")
+        wait_until(lambda: list(client.list_leases(token)))
+        client.set_back_off(token, 60, "the provider asked")
+        _, stderr = running.communicate(timeout=20)
+        assert running.returncode == 75, stderr
+        assert "ending the command" in stderr
