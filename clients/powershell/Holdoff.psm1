@@ -1,7 +1,7 @@
 # Holdoff for PowerShell scripts: a lease around a command or a script block, and errors that count.
 #
 # WINDOWS: `holdoff run`, on which Invoke-WithLease stands, DOES NOT RUN ON WINDOWS YET. What is here
-# is for PowerShell 7 on Linux and macOS today, and written so that Windows PowerShell 5.1 takes it.
+# is for PowerShell 7, and written so that Windows PowerShell 5.1 takes it.
 # NOT TRIED: no PowerShell was at hand when this was written. A parser has read it; nothing ran it.
 #
 #   Import-Module ./Holdoff.psm1

@@ -299,13 +299,13 @@ def test_systemd_takes_the_units(language: str, host: Host, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_the_task_says_first_that_it_does_not_run_yet(language: str) -> None:
+def test_the_task_says_first_that_it_is_untried(language: str) -> None:
     """Before anything that a Windows administrator would copy.
 
     Fails when the warning is taken out, or moved below the command.
     """
     text = (EXAMPLES / language / "datahub-nightly.xml").read_text()
-    warning = {"en": "NOT YET", "nl": "NOG NIET"}[language]
+    warning = {"en": "UNTRIED", "nl": "NIET BEPROEFD"}[language]
     assert 0 < text.index(warning) < text.index("schtasks") < text.index("<Task")
     command, arguments = task(language)
     assert command.endswith("holdoff.exe")
