@@ -108,12 +108,11 @@ def test_it_has_nothing_that_windows_powershell_lacks(newer: str) -> None:
 
 
 @pytest.mark.parametrize("text", [MODULE, PAGE], ids=["module", "page"])
-def test_a_windows_user_reads_first_what_does_not_work(text: str) -> None:
+def test_a_windows_user_reads_first_what_was_not_tried(text: str) -> None:
     """Before any line to copy.
 
     Fails when the warning is taken out or moved down.
     """
-    assert re.search(r"does not run on windows", text, re.IGNORECASE)
     head = text[: text.index("Import-Module")].casefold()
-    assert "does not run on windows" in head
+    assert "windows" in head
     assert re.search(r"not tried|never been run", head)

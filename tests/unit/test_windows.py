@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from holdoff import _job
+from holdoff._process import PosixGuard
+from holdoff._process_windows import WindowsGuard
 
 # The parts of the standard library and of others that work there are loaded before the change.
 LIKE_WINDOWS = """
@@ -73,6 +76,22 @@ def test_commands_work_or_say_why_not(arguments: str, code: int, says: str) -> N
     done = run(RUN, *arguments.split())
     assert says in done.stdout + done.stderr
     assert done.returncode == code
+
+
+def test_both_guards_can_be_asked_the_same() -> None:
+    """Fails when one of them gets a method, or an argument, that the other has not."""
+
+    def face(guard: type) -> dict[str, list[str]]:
+        return {
+            name: list(inspect.signature(value).parameters)
+            for name, value in inspect.getmembers(guard, callable)
+            if not name.startswith("_")
+        }
+
+    assert face(WindowsGuard) == face(PosixGuard)
+    assert {name for name in vars(WindowsGuard) if name.startswith("CAN_")} == {
+        name for name in vars(PosixGuard) if name.startswith("CAN_")
+    }
 
 
 class Kernel:
