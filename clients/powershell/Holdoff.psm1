@@ -1,8 +1,8 @@
 # Holdoff for PowerShell scripts: a lease around a command or a script block, and errors that count.
 #
-# WINDOWS: `holdoff run`, on which Invoke-WithLease stands, DOES NOT RUN ON WINDOWS YET. What is here
-# is for PowerShell 7, and written so that Windows PowerShell 5.1 takes it.
-# NOT TRIED: no PowerShell was at hand when this was written. A parser has read it; nothing ran it.
+# NOT TRIED: no PowerShell was at hand when this was written, and no Windows, on which `holdoff run` was
+# never run either. A parser has read it; nothing ran it. It is for PowerShell 7, and written so that
+# Windows PowerShell 5.1 takes it.
 #
 #   Import-Module ./Holdoff.psm1
 #   Invoke-WithLease -Token apps/exact-nl/tokens/finance -Wait 2h -Job nightly { ./Import-All.ps1 }
