@@ -232,19 +232,16 @@ class Metrics(grpc.aio.ServerInterceptor):
         found: list[tuple[Gauge, tuple[str, ...], float]] = []
         try:
             async with asyncio.timeout(READ_SECONDS):
-                if time.monotonic() - self._judged_at >= JUDGE_SECONDS:
-                    self._store_safe.set(not await self._judge())
-                    self._judged_at = time.monotonic()
                 for app in await self._scripts.apps():
                     found += [
                         *await self._tokens(app),
                         *await self._budgets_of(app),
                         *await self._back_offs_of(app),
                     ]
+                if time.monotonic() - self._judged_at >= JUDGE_SECONDS:
+                    self._store_safe.set(await self._is_safe())
+                    self._judged_at = time.monotonic()
             self._store_up.set(1)
-        except StoreError as error:  # it is not fit any more
-            log.warning("the store is not safe", reason=str(error))
-            self._store_safe.set(0)
         except (Failure, TimeoutError) as error:
             log.warning("metrics without the state of apps", reason=type(error).__name__)
             self._store_up.set(0)
@@ -252,6 +249,14 @@ class Metrics(grpc.aio.ServerInterceptor):
             gauge.clear()
         for gauge, labels, value in found:
             gauge.labels(*labels).set(value)
+
+    async def _is_safe(self) -> bool:
+        """Judge a store that answers."""
+        try:
+            return not await self._judge()
+        except StoreError as error:  # it is not fit any more
+            log.warning("the store is not safe", reason=str(error))
+            return False
 
     async def _tokens(self, app: str) -> list[tuple[Gauge, tuple[str, ...], float]]:
         found: list[tuple[Gauge, tuple[str, ...], float]] = []

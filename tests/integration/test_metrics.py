@@ -20,6 +20,7 @@ from holdoff.v1 import (
     lease_service_pb2,
 )
 from holdoff_coordinator import metrics
+from holdoff_coordinator.store import StoreError
 from tests.harness import Replica, Waiter, ask, refusal, wait_until
 
 if TYPE_CHECKING:
@@ -211,8 +212,15 @@ async def test_a_store_that_is_away(
     """
     monkeypatch.setattr(metrics, "FRESH_SECONDS", 0.0)
     monkeypatch.setattr(metrics, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(metrics, "JUDGE_SECONDS", 0.0)
     server = start_valkey()
-    with Replica(server.url, metrics_listen="127.0.0.1:0") as replica:
+    judged: list[bool] = []
+
+    async def judge() -> list[str]:
+        judged.append(True)
+        return []
+
+    with Replica(server.url, metrics_listen="127.0.0.1:0", judge=judge) as replica:
         token = replica.create_token(0.0)
         labels = {"app": token.split("/")[1], "token": "t"}
         replica.hold(token, ttl=60)
@@ -224,6 +232,8 @@ async def test_a_store_that_is_away(
             found = await samples(replica)
             assert time.monotonic() - began < 1.5  # not the seconds that a call may take
             assert (value(found, "store_up"), value(found, "lease_held", **labels)) == (0, None)
+            assert value(found, "store_safe") == 1  # nobody can tell
+            assert len(judged) == 1
         finally:
             os.kill(server.pid, signal.SIGCONT)
         found = await samples(replica)
@@ -240,10 +250,14 @@ async def test_a_store_that_is_not_safe(valkey: Server, monkeypatch: pytest.Monk
     warnings: list[str] = []
 
     async def judge() -> list[str]:
+        if "evicts" in warnings:
+            raise StoreError("it evicts")
         return warnings
 
     options: dict[str, Any] = {"metrics_listen": "127.0.0.1:0", "judge": judge}
     with Replica(valkey.url, **options) as replica:
         assert value(await samples(replica), "store_safe") == 1
-        warnings.append("it does not fsync")
-        assert value(await samples(replica), "store_safe") == 0
+        for warning in ("it does not fsync", "evicts"):
+            warnings.append(warning)
+            found = await samples(replica)
+            assert (value(found, "store_safe"), value(found, "store_up")) == (0, 1)
