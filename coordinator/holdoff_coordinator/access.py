@@ -227,7 +227,7 @@ def refusal(identity: str, need: Need) -> Failure:
     where = ", ".join(sorted({str(place) for place in need.places}))
     return Failure(
         "NOT_ALLOWED",
-        f"{identity!r} is not a {need.role} of {where}: an administrator can grant that in the "
+        f"{identity!r} lacks the role {need.role} on {where}: an administrator can grant that in the "
         "coordinator's access file",
         metadata={"role": need.role, "resource": where, "identity": identity},
     )

@@ -297,7 +297,7 @@ def test_who_sees_a_token_sees_no_other(service: GuardedService) -> None:
             with pytest.raises(holdoff.errors.NotAllowed) as error:
                 client.get_token(refused)
             text = str(error.value).replace(refused, "TOKEN")
-            assert text.startswith("'viewer' is not a viewer of TOKEN: ")
+            assert text.startswith("'viewer' lacks the role viewer on TOKEN: ")
         snapshot = next(iter(client.watch_leases("apps/a"))).snapshot
         assert [token.token for token in snapshot.tokens] == [OURS]
 
