@@ -126,7 +126,7 @@ def test_a_collector_that_is_away_holds_nobody_up(tmp_path: Path) -> None:
         token = service.create_token("t")
         began = time.monotonic()
         done = service.holdoff("run", "--token", token, "--", "sh", "-c", "exit 3")
-        assert time.monotonic() - began < 5  # 2 s to export, and eight without that limit
+        assert time.monotonic() - began < 7  # 2 s to export, and eight without that limit
         assert (done.returncode, done.stderr) == (3, "")
         service.end(signal.SIGTERM)
         assert not any("opentelemetry" in line for line in service.log)
