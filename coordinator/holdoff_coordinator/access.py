@@ -134,16 +134,16 @@ class Rights:
     identity: str
     grants: Sequence[Grant]
 
-    def may(self, need: Need) -> bool:
-        """Whether a call is allowed."""
-        return all(
-            any(
+    def missing(self, need: Need) -> Place | None:
+        """Return a place for which the role is missing; None if the call is allowed."""
+        for place in need.places:
+            if not any(
                 need.role in _INCLUDES[grant.role]
                 and (grant.touches(place) if need.part else grant.covers(place))
                 for grant in self.grants
-            )
-            for place in need.places
-        )
+            ):
+                return place
+        return None
 
     def trim(self, response: MessageT) -> MessageT | None:
         """Leave out of a list what may not be seen; None if the response is about such a thing."""
@@ -176,7 +176,7 @@ class Rights:
                 place = place_of_scope("scope", message.scope)
             case _:
                 return True
-        return self.may(Need(Role.VIEWER, (place,), part=True))
+        return self.missing(Need(Role.VIEWER, (place,), part=True)) is None
 
 
 def read_access(path: Path) -> Sequence[Grant]:
@@ -222,14 +222,13 @@ def need_of(request: Message) -> Need:
     return Need(role, places(request), part)
 
 
-def refusal(identity: str, need: Need) -> Failure:
+def refusal(identity: str, role: Role, place: Place) -> Failure:
     """Say what was missing, and nothing of what there is."""
-    where = ", ".join(sorted({str(place) for place in need.places}))
     return Failure(
         "NOT_ALLOWED",
-        f"{identity!r} lacks the role {need.role} on {where}: an administrator can grant that in the "
+        f"{identity!r} lacks the role {role} on {place}: an administrator can grant that in the "
         "coordinator's access file",
-        metadata={"role": need.role, "resource": where, "identity": identity},
+        metadata={"role": role, "resource": str(place), "identity": identity},
     )
 
 

@@ -100,8 +100,8 @@ class Gate:
             identity = await self._identity(context)
             need = need_of(request)
             rights = rights_of(identity, self._access.grants())
-            if not rights.may(need):
-                raise refusal(identity, need)
+            if place := rights.missing(need):
+                raise refusal(identity, need.role, place)
         except Failure as failure:
             if failure.reason in ("STORE_UNAVAILABLE", "INVALID_FIELD"):
                 raise
