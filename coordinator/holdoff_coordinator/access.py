@@ -160,6 +160,10 @@ class Rights:
                 return None
         return response
 
+    def sees(self, app: str, token: str) -> bool:
+        """Whether a token may be seen."""
+        return self.missing(Need(Role.VIEWER, (Place(app, token),))) is None
+
     def _sees(self, message: Any) -> bool:
         """Whether a thing may be seen; what belongs to a whole app concerns each of its tokens."""
         match message:

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _everything(_app: str, _token: str) -> bool:
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +19,8 @@ class Caller:
 
     identity: str
     peer: str
+    sees: Callable[[str, str], bool] = _everything
+    """Whether it may know of a token of an app: what it may not is no part of its lists' pages."""
 
 
 NOBODY = Caller(identity="", peer="")

@@ -107,7 +107,9 @@ class Gate:
                 raise
             await self.refused(request, Caller(identity, peer), failure)
             raise
-        return Admitted(Caller(identity, peer), rights if need.part else None)
+        if not need.part:
+            return Admitted(Caller(identity, peer))
+        return Admitted(Caller(identity, peer, rights.sees), rights)
 
     async def refused(self, request: Message, caller: Caller, failure: Failure) -> None:
         """Put a refusal into the audit trail."""

@@ -291,7 +291,7 @@ class Leases:
         return lease_service_pb2.GetLeaseResponse(lease=_lease(reply, name))
 
     async def list(
-        self, request: lease_service_pb2.ListLeasesRequest, _: Caller
+        self, request: lease_service_pb2.ListLeasesRequest, caller: Caller
     ) -> lease_service_pb2.ListLeasesResponse:
         """List live leases, by name of their token."""
         parent = validation.parent(request.parent)
@@ -303,7 +303,11 @@ class Leases:
                 tokens = [parent.token]
             else:
                 tokens = await self._scripts.busy_tokens(app)
-            wanted = [token for token in tokens if after is None or (app, token) > after]
+            wanted = [
+                token
+                for token in tokens
+                if (after is None or (app, token) > after) and caller.sees(app, token)
+            ]
             for start in range(0, len(wanted), READ_BATCH):
                 reply = await self._scripts.run("read", app, *wanted[start : start + READ_BATCH])
                 for token_id, _, lease_id, flat, *_ in reply.values[0]:

@@ -104,7 +104,7 @@ class Tokens:
         return token_service_pb2.GetTokenResponse(token=await self._read(name))
 
     async def list(
-        self, request: token_service_pb2.ListTokensRequest, _: Caller
+        self, request: token_service_pb2.ListTokensRequest, caller: Caller
     ) -> token_service_pb2.ListTokensResponse:
         """List tokens by name."""
         parent = validation.app_parent(request.parent)
@@ -117,7 +117,8 @@ class Tokens:
             last = after[1] if app == after[0] else ""
             while tokens := await self._scripts.tokens(app, last, READ_BATCH):
                 last = tokens[-1]
-                reply = await self._scripts.run("read", app, *tokens)
+                seen = [token for token in tokens if caller.sees(app, token)]
+                reply = await self._scripts.run("read", app, *seen)
                 for entry in reply.values[0]:
                     if len(found) == size:
                         return token_service_pb2.ListTokensResponse(

@@ -20,9 +20,11 @@ from holdoff.v1 import (
     budget_pb2,
     budget_service_pb2,
     lease_service_pb2,
+    lease_service_pb2_grpc,
     policy_service_pb2,
     token_pb2,
     token_service_pb2,
+    token_service_pb2_grpc,
 )
 from tests.e2e.service import BIN, Service
 from tests.e2e.tls import TlsService
@@ -298,8 +300,36 @@ def test_who_sees_a_token_sees_no_other(service: GuardedService) -> None:
                 client.get_token(refused)
             text = str(error.value).replace(refused, "TOKEN")
             assert text.startswith("'viewer' lacks the role viewer on TOKEN: ")
+        for page in ("tokens", "leases"):
+            told = names_of_pages(service, viewer, page)
+            assert NEIGHBOUR not in told
+            assert THEIRS not in told
         snapshot = next(iter(client.watch_leases("apps/a"))).snapshot
         assert [token.token for token in snapshot.tokens] == [OURS]
+
+
+def names_of_pages(service: GuardedService, credential: Path, kind: str) -> str:
+    """Return all that pages of one entry tell, their page tokens included."""
+    secure = grpc.ssl_channel_credentials(service.files.ca.read_bytes())
+    metadata = (("authorization", f"Bearer {credential.read_text().strip()}"),)
+    told, page_token = "", "first"
+    with grpc.secure_channel(service.address, secure) as channel:
+        while page_token:
+            page_token = "" if page_token == "first" else page_token
+            page: Any
+            if kind == "tokens":
+                page = token_service_pb2_grpc.TokenServiceStub(channel).ListTokens(
+                    token_service_pb2.ListTokensRequest(page_size=1, page_token=page_token),
+                    metadata=metadata,
+                )
+            else:
+                page = lease_service_pb2_grpc.LeaseServiceStub(channel).ListLeases(
+                    lease_service_pb2.ListLeasesRequest(page_size=1, page_token=page_token),
+                    metadata=metadata,
+                )
+            page_token = page.next_page_token
+            told += str(page)
+    return told
 
 
 def test_credentials_come_and_go(service: GuardedService) -> None:

@@ -204,17 +204,19 @@ guard.wait()
     wait_until(lambda: gone(command), 5)
 
 
-def test_a_guard_that_dies_is_told() -> None:
+def test_a_guard_that_dies_is_told(tmp_path: Path) -> None:
     """Fails when the wrapper waits for an outcome that nobody sends.
 
     That the command dies with it is the Job Object's doing, and cannot be shown here.
     """
+    pid = tmp_path / "pid"
     with WindowsGuard.start() as guard:
-        launch(guard, "sleep", "60")
+        launch(guard, "sh", "-c", f"echo $$ >{pid}; exec sleep 60")
+        command = int(wait_until(lambda: pid.exists() and pid.read_text()))
         os.kill(guard.pid, signal.SIGKILL)
         outcome = guard.wait()
     assert outcome.ended_by == "guard lost"
-    subprocess.run(["pkill", "-f", "^sleep 60$", "--parent", str(os.getpid())], check=False)
+    os.kill(command, signal.SIGKILL)
 
 
 def test_without_a_job_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:

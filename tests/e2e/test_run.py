@@ -216,8 +216,9 @@ def test_runs_in_a_row_keep_the_interval(
 
 def test_a_command_that_handles_a_signal_decides(service: Service, token: str) -> None:
     """A signal to the wrapper reaches the command, whose exit code stands."""
-    script = 'trap "exit 3" HUP; echo ready; read x'
-    process = run(service, token, "--", "sh", "-c", script, stdin=subprocess.PIPE)
+    # Not `read`: a signal right before it would be heard when the line comes, which is never.
+    script = 'trap "exit 3" HUP; echo ready; while :; do :; done'
+    process = run(service, token, "--", "sh", "-c", script)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGHUP)
