@@ -280,6 +280,8 @@ def issue(identity: str, expires_in: str, **options: Any) -> None:
         life = 0 if expires_in == "never" else int(parse_duration(expires_in))
     except ValueError as error:
         _fail(EX_USAGE, f"--expires-in: {error}; or never")
+    if not life and expires_in != "never":
+        _fail(EX_USAGE, "--expires-in: write at least 1s, or never")
 
     async def work(known: Credentials) -> None:
         credential_id, text, expires = await known.issue(identity, life, _operator())
@@ -341,8 +343,12 @@ def list_credentials(output: str, **options: Any) -> None:
 
 
 def _operator() -> str:
-    """Say who is at the keyboard, for the audit trail."""
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+    """Say who is at the keyboard, for the audit trail; in a container the user has no name."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
 
 
 def _utc(seconds: int) -> str:

@@ -66,7 +66,7 @@ class Credentials:
             Its id; the text to send, which is nowhere kept; and when it expires, in s since the
             epoch, 0 for never.
         """
-        # Of these characters there is no `_`, which parts the text.
+        # The id has no `_`, which parts the text; the secret may.
         credential_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
         digest = hashlib.sha256(secret.encode()).hexdigest()
         try:

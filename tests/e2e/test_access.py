@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -387,6 +388,35 @@ def test_credentials_come_and_go(service: GuardedService) -> None:
     for file in service.data_dir.rglob("*"):
         if file.is_file():
             assert secret.split("_", 2)[2].encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize("life", ["0s", "0.9s", "-1h", "soon", ""])
+def test_no_end_has_to_be_asked_for(service: GuardedService, life: str) -> None:
+    """Fails when a life of less than a second is taken for one without an end."""
+    issued = service.token("issue", "viewer", "--expires-in", life)
+    assert (issued.returncode, issued.stdout) == (64, "")
+    assert "never" in issued.stderr
+
+
+def test_a_user_without_a_name_may_issue(service: GuardedService) -> None:
+    """As in the image, whose user stands in no password file.
+
+    Fails when the audit trail wants the name of whoever issued a credential.
+    """
+    issue = ["issue", "viewer", "--data-dir", str(service.data_dir)]
+    program = (
+        "import os, sys; from holdoff_coordinator import cli; os.environ.pop('USER', None); "
+        "[os.environ.pop(name, None) for name in ('LOGNAME', 'LNAME', 'USERNAME')]; "
+        "os.getuid = lambda: 65532; cli.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, "token", *issue]
+    issued = subprocess.run(
+        command, capture_output=True, text=True, env=service.environment, check=False, timeout=20
+    )
+    assert issued.returncode == 0, issued.stderr
+    with service.client(service.issue("operator")) as operator:
+        trail = list(operator.list_audit_events())
+    assert any(event.identity.startswith("uid 65532@") for event in trail)
 
 
 def refused(client: holdoff.Client) -> Exception | None:
