@@ -93,8 +93,9 @@ def test_a_run_is_one_trace(tmp_path: Path, collector: tuple[Collector, dict[str
         def told() -> set[str]:
             return {one.name.rpartition("/")[2] for one in answered()}
 
-        streams = {"StreamAcquireLease", "FollowLease"}
-        wait_until(lambda: told() >= {*streams, "RenewLease", "script renew", "script release"})
+        scripts = {"script renew", "script release"}
+        calls = {"StreamAcquireLease", "FollowLease", "RenewLease", "ReleaseLease"}
+        wait_until(lambda: told() >= calls | scripts)
         by_id = {one.span_id: one for one in (run, *answered())}
         [script] = [one for one in answered() if one.name == "script release"]
         way = []
