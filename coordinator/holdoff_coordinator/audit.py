@@ -1,7 +1,7 @@
 """The audit trail: who did what, from where, when and why, as the store keeps it and as our log.
 
-What happens to an app is added by the script in which it happens; what belongs to no app, by the
-coordinator. Both are streams of bounded length.
+What happens is added by the script in which it happens; calls that are refused, by the coordinator.
+Apps, credentials and refusals have streams of their own, each of bounded length.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from holdoff.v1 import admin_service_pb2, audit_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.records import audit_message
+from holdoff_coordinator.scripts import CREDENTIAL_CHANGES, REFUSALS, audit_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ REPEATED_SECONDS = 60.0
 """The same refusal is recorded once in so long, with how often it came."""
 _REFUSALS_MOST = 1_000
 _LAST = (1 << 62, 0, "")
-_PAGE_TOKEN = re.compile(r"([0-9]{1,18})-([0-9]{1,18})/([a-z0-9-]{0,63})")
+_PAGE_TOKEN = re.compile(r"([0-9]{1,18})-([0-9]{1,18})/([a-z0-9{}:-]{1,100})")
 
 
 class AuditTrail:
@@ -50,12 +51,13 @@ class AuditTrail:
         size = validation.page_size(request.page_size)
         before = _read_page_token(request.page_token)
         apps = [parent.app] if parent else await self._scripts.apps()
+        streams = [CREDENTIAL_CHANGES, REFUSALS, *map(audit_key, apps)]
         found: list[tuple[tuple[int, int, str], Mapping[bytes, bytes]]] = []
-        for app in ("", *apps):
+        for stream in streams:
             bound = f"{before[0]}-{before[1]}"
             # One more than the page tells whether there is another; one is where that before ended.
-            for entry_id, flat in await self._scripts.audit_trail(app, bound, size + 2):
-                place = (*map(int, entry_id.split(b"-")), app)
+            for entry_id, flat in await self._scripts.audit_trail(stream, bound, size + 2):
+                place = (*map(int, entry_id.split(b"-")), stream)
                 if place < before:
                     found.append((place, flat))  # type: ignore[arg-type] # of three
         found.sort(key=lambda one: one[0], reverse=True)
@@ -89,8 +91,7 @@ class AuditTrail:
         self._refusals[key] = time.monotonic(), 0
         repeated = f", and {more} more like it" if more else ""
         try:
-            await self._scripts.audit(
-                kind="CALL_REFUSED",
+            await self._scripts.refused(
                 resource=where,
                 identity=caller.identity,
                 peer=caller.peer,

@@ -10,31 +10,47 @@ import hashlib
 import hmac
 import secrets
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from redis.exceptions import RedisError
 
 from holdoff_coordinator.failures import Failure
-from holdoff_coordinator.scripts import add_to_trail, store_failure
+from holdoff_coordinator.scripts import AUDIT_KEPT, CREDENTIAL_CHANGES, store_failure
 
 if TYPE_CHECKING:
     from holdoff_coordinator.cluster import StoreClient
 
-KEY = "holdoff:credentials"
+KEY = "{holdoff}:credentials"
 """A hash of all credentials by id; it belongs to no app."""
 LOOK_AGAIN_SECONDS = 5.0
 """A credential that was revoked is refused so much later, at most."""
 _CACHE_MOST = 10_000
 _PREFIX = "holdoff_"
 _READ = "return {redis.call('HGET', KEYS[1], ARGV[1]), redis.call('TIME')[1]}"
-_WRITE = """
+_AUDIT = """
+local function audit(kind, identity, by, kept)
+  redis.call('XADD', KEYS[2], 'MAXLEN', '~', kept, '*', 'kind', kind, 'identity', by,
+    'resource', 'credentials/' .. ARGV[1], 'reason', "of '" .. identity .. "'")
+end
+"""
+_ISSUE = f"""{_AUDIT}
+local id, by, kept, identity, digest, life = unpack(ARGV)
 local now = tonumber(redis.call('TIME')[1])
-local expires = tonumber(ARGV[4]) > 0 and now + tonumber(ARGV[4]) or 0
-redis.call('HSET', KEYS[1], ARGV[1], cjson.encode({
-  identity = ARGV[2], digest = ARGV[3], issued = now, expires = expires,
-}))
+local expires = tonumber(life) > 0 and now + tonumber(life) or 0
+audit('CREDENTIAL_ISSUED', identity, by, kept)
+redis.call('HSET', KEYS[1], id, cjson.encode({{
+  identity = identity, digest = digest, issued = now, expires = expires,
+}}))
 return expires
+"""
+_REVOKE = f"""{_AUDIT}
+local id, by, kept = unpack(ARGV)
+local found = redis.call('HGET', KEYS[1], id)
+if not found then return nil end
+audit('CREDENTIAL_REVOKED', cjson.decode(found).identity, by, kept)
+redis.call('HDEL', KEYS[1], id)
+return found
 """
 
 
@@ -70,10 +86,7 @@ class Credentials:
         credential_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
         digest = hashlib.sha256(secret.encode()).hexdigest()
         try:
-            expires = await self._redis.eval(
-                _WRITE, 1, KEY, credential_id, identity, digest, life_seconds
-            )
-            await self._audit("CREDENTIAL_ISSUED", credential_id, identity, by)
+            expires = await self._change(_ISSUE, credential_id, by, identity, digest, life_seconds)
         except RedisError as error:
             raise store_failure(error) from error
         return credential_id, f"{_PREFIX}{credential_id}_{secret}", int(expires)
@@ -81,18 +94,14 @@ class Credentials:
     async def revoke(self, credential_id: str, by: str) -> str | None:
         """Forget one; return whose it was, None if there is none such."""
         try:
-            found = await self._redis.hget(KEY, credential_id)
-            if not found:
-                return None
-            await self._redis.hdel(KEY, credential_id)
-            await self._audit("CREDENTIAL_REVOKED", credential_id, _read(found).identity, by)
+            found = await self._change(_REVOKE, credential_id, by)
         except RedisError as error:
             raise store_failure(error) from error
-        return _read(found).identity
+        return _read(found).identity if found else None
 
-    async def _audit(self, kind: str, credential_id: str, identity: str, by: str) -> None:
-        facts = {"resource": f"credentials/{credential_id}", "reason": f"of {identity!r}"}
-        await add_to_trail(self._redis, {"kind": kind, "identity": by, **facts})
+    async def _change(self, script: str, credential_id: str, by: str, *facts: str | int) -> Any:
+        keys = (KEY, CREDENTIAL_CHANGES)
+        return await self._redis.eval(script, 2, *keys, credential_id, by, AUDIT_KEPT, *facts)
 
     async def list(self) -> list[tuple[str, Credential]]:
         """Return all of them with their ids, by identity."""

@@ -23,7 +23,7 @@ from holdoff_coordinator.cluster import Cluster, node_of
 from holdoff_coordinator.failures import Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable
 
     from redis.asyncio import Redis
 
@@ -36,8 +36,10 @@ READ_BATCH = 100
 """Records read in one script call, so that no call holds up the store."""
 APPS = "holdoff:apps"
 """Index of all apps; written before anything of the app, so that it may name too many."""
-AUDIT = "holdoff:audit"
-"""The audit trail of what belongs to no app: credentials, and calls that were refused."""
+CREDENTIAL_CHANGES = "{holdoff}:audit"
+"""The audit trail of credentials, in the slot of what it tells of."""
+REFUSALS = "{holdoff}:refusals"
+"""That of calls that were refused: apart, so that who is refused pushes nothing else out."""
 AUDIT_KEPT = 10_000
 LOST = "lost"
 """Stands for the epoch of an app whose store is known to have lost its data."""
@@ -86,6 +88,11 @@ def digest(name: str) -> str:
 def shard_key(app: str) -> str:
     """Return the first key of an app; all keys of an app carry its hash tag."""
     return f"holdoff:{{{app}}}"
+
+
+def audit_key(app: str) -> str:
+    """Return the key of an app's audit trail."""
+    return f"{shard_key(app)}:audit"
 
 
 def lock_name(app: str, token: str) -> str:
@@ -346,22 +353,20 @@ class Scripts:
         return [(fields[b"at_us"], fields[b"event"]) for _, fields in entries]
 
     async def audit_trail(
-        self, app: str, before: str, count: int
+        self, key: str, before: str, count: int
     ) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        """Return entries of an app's audit trail, the newest first, from an id on back.
-
-        '' stands for what belongs to no app.
-        """
-        key = f"{shard_key(app)}:audit" if app else AUDIT
+        """Return entries of one stream of the trail, the newest first, from an id on back."""
         entries: list[tuple[bytes, dict[bytes, bytes]]] = await _answer(
             self.redis.xrevrange(key, max=before, count=count)
         )
         return entries
 
-    async def audit(self, **fields: str) -> None:
-        """Add to the audit trail what belongs to no app."""
-        entry_id = await _answer(add_to_trail(self.redis, fields))
-        self.on_audit(entry_id, {key.encode(): value.encode() for key, value in fields.items()})
+    async def refused(self, **fields: str) -> None:
+        """Add a call that was refused to the audit trail."""
+        entry: dict[Any, Any] = {"kind": "CALL_REFUSED", **fields}
+        adding = self.redis.xadd(REFUSALS, entry, maxlen=AUDIT_KEPT, approximate=True)
+        entry_id = await _answer(adding)
+        self.on_audit(entry_id, {key.encode(): value.encode() for key, value in entry.items()})
 
     async def policy(self, app: str, token: str) -> str | None:
         """Return the name of a token's policy; None if there is no such token."""
@@ -372,12 +377,6 @@ class Scripts:
         """List the ids of an app's tokens that are leased, offered, or cooling, in order."""
         found = await _answer(self.redis.zrange(f"{shard_key(app)}:due", 0, -1))
         return sorted(token.decode() for token in found)
-
-
-def add_to_trail(redis: StoreClient, fields: Mapping[str, str]) -> Awaitable[Any]:
-    """Add to the audit trail what belongs to no app; return the entry's id."""
-    entry: dict[Any, Any] = {**fields}
-    return redis.xadd(AUDIT, entry, maxlen=AUDIT_KEPT, approximate=True)
 
 
 async def _answer(command: Awaitable[Any]) -> Any:

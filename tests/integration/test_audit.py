@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import pytest
 import structlog
 
 from holdoff.v1 import (
@@ -18,10 +20,20 @@ from holdoff.v1 import (
     token_pb2,
     token_service_pb2,
 )
+from holdoff_coordinator.connecting import connect
+from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.scripts import AUDIT_KEPT, CREDENTIAL_CHANGES, REFUSALS
 from tests.harness import Replica, refusal, wait_until
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     import redis
+
+    from tests.conftest import Server
+
+T = TypeVar("T")
 
 
 def trail(replica: Replica, parent: str, **fields: object) -> list[audit_pb2.AuditEvent]:
@@ -237,3 +249,59 @@ def test_it_is_the_log_too(replica: Replica) -> None:
     assert told[1]["event"] == "lease granted"
     assert (told[1]["job"], told[1]["identity"]) == ("nightly", "anonymous")
     assert offer.secret not in json.dumps(lines, default=str)
+
+
+def with_credentials(valkey: Server, work: Callable[[Credentials], Awaitable[T]]) -> T:
+    """Work on the credentials of a store."""
+
+    async def run() -> T:
+        client = connect(valkey.url)
+        try:
+            return await work(Credentials(client))
+        finally:
+            await client.aclose()
+
+    return asyncio.run(run())
+
+
+def test_refusals_push_nothing_else_out(
+    replica: Replica, store: redis.Redis, valkey: Server
+) -> None:
+    """However often a caller is refused, of ever other things, changes of credentials stay.
+
+    Fails when refusals are in the stream of credentials.
+    """
+    who = f"jobs-{uuid.uuid4().hex[:12]}"
+    one, *_ = with_credentials(valkey, lambda them: them.issue(who, 60, "admin@x"))
+    try:
+        with store.pipeline(transaction=False) as pipeline:
+            for number in range(10_300):
+                refused: dict[Any, Any] = {"kind": "CALL_REFUSED", "resource": f"apps/a{number}"}
+                pipeline.xadd(REFUSALS, refused, maxlen=AUDIT_KEPT)
+            pipeline.execute()
+        issued = trail(replica, "", kinds=[audit_pb2.AUDIT_KIND_CREDENTIAL_ISSUED], page_size=1000)
+    finally:
+        store.delete(REFUSALS)
+    assert (f"credentials/{one}", f"of '{who}'") in {(it.resource, it.reason) for it in issued}
+
+
+def test_no_credential_without_its_entry(store: redis.Redis, valkey: Server) -> None:
+    """What cannot be recorded is not done: neither is a credential issued, nor revoked.
+
+    Fails when the change comes before its entry, and when they are two commands.
+    """
+    one, *_ = with_credentials(valkey, lambda them: them.issue("jobs", 60, "admin@x"))
+    before = with_credentials(valkey, lambda them: them.list())
+    kept: Any = store.dump(CREDENTIAL_CHANGES)
+    store.set(CREDENTIAL_CHANGES, "no stream")
+    try:
+        for change in (
+            lambda them: them.issue("jobs", 60, "admin@x"),
+            lambda them: them.revoke(one, "admin@x"),
+        ):
+            with pytest.raises(Failure):
+                with_credentials(valkey, change)
+        assert with_credentials(valkey, lambda them: them.list()) == before
+    finally:
+        store.restore(CREDENTIAL_CHANGES, 0, kept, replace=True)
+    assert with_credentials(valkey, lambda them: them.revoke(one, "admin@x")) == "jobs"

@@ -70,7 +70,7 @@ class World:
         """Return all that the store holds, but for what moves with time alone."""
         found: dict[bytes, Any] = {}
         for key in self.store.scan_iter(count=1000):
-            if key in (b"lock:holdoff:sweeper", b"holdoff:audit"):
+            if key in (b"lock:holdoff:sweeper", b"{holdoff}:refusals"):
                 continue  # renewed by whoever sweeps; where refusals belong
             kind = self.store.type(key)
             if kind == b"hash":

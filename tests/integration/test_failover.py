@@ -20,7 +20,7 @@ from tests.harness import Replica, wait_until
 from tests.integration.test_stores import app_in
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from tests.stores import Store
@@ -70,10 +70,14 @@ class Worker:
         times = [*self.ended_at, time.monotonic()]
         return max(later - earlier for earlier, later in itertools.pairwise(times))
 
-    def goes_on(self) -> Callable[[], bool]:
-        """Return whether it did much more from now on."""
-        before = len(self.numbers)
-        return lambda: len(self.numbers) > before + 20
+
+def wait_until_all_go_on(workers: Sequence[Worker], seconds: float) -> None:
+    """Wait until each did much more from now on."""
+    enough = [len(worker.numbers) + 20 for worker in workers]
+    wait_until(
+        lambda: all(len(one.numbers) > many for one, many in zip(workers, enough, strict=True)),
+        seconds,
+    )
 
 
 def watched() -> AbstractContextManager[Store]:
@@ -127,17 +131,14 @@ def test_a_failover_under_load(
                 client.acquire(idle_token, ttl_seconds=TTL_SECONDS).release()
                 held = client.acquire(held_token, ttl_seconds=20)
                 workers = [Worker(endpoint, token) for token in tokens]
-                for worker in workers:
-                    wait_until(worker.goes_on(), 20)
+                wait_until_all_go_on(workers, 20)
                 fails(primary)
-                for worker in workers:
-                    wait_until(worker.goes_on(), 40)
+                wait_until_all_go_on(workers, 40)
                 client.acquire(idle_token, wait_seconds=TTL_SECONDS / 2).release()
                 if fails is hangs:  # it comes back, and still takes itself for the primary
                     os.kill(primary.process.pid, signal.SIGCONT)
                     wait_until(lambda: primary.role() == "slave", 20)
-                    for worker in workers:
-                        wait_until(worker.goes_on(), 20)
+                    wait_until_all_go_on(workers, 20)
                 for worker in workers:
                     worker.stop.set()
                 for worker in workers:

@@ -31,7 +31,7 @@ from holdoff._guarding import Guarding
 from holdoff._held import Callbacks
 from holdoff._lease import Conversation, HeldLease
 from holdoff._platform import boottime_ns
-from holdoff.errors import HoldoffError, LeaseLost, OfferExpired, Unavailable
+from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, OfferExpired, Unavailable
 from holdoff.v1 import (
     audit_pb2,
     budget_pb2,
@@ -169,7 +169,9 @@ class Client(Connection):
                 time.sleep(pause)
 
     def _accept(self, offer: lease_service_pb2.LeaseOffer) -> int | None:
-        """Accept an offer; return when that was sent, or None if it was too late.
+        """Accept an offer; return when that was sent, or None if there is no such offer any more.
+
+        It ran out, or a failover of the store lost it; the request waits on.
 
         Interrupted in the middle it gives the lease back, accepted or not.
         """
@@ -177,7 +179,7 @@ class Client(Connection):
         try:
             sent_ns, _ = self._insist(_calls.renew_lease(offer), patience)
             return sent_ns
-        except OfferExpired:
+        except (OfferExpired, LeaseNotFound):
             return None
         except HoldoffError:
             raise
