@@ -13,15 +13,13 @@ import redis_lock
 import holdoff
 import holdoff.aio
 from holdoff.v1 import admin_service_pb2, lease_pb2, token_service_pb2
+from holdoff.v1.lease_service_pb2 import LeaseOffer
 from holdoff_coordinator.scripts import boottime_us
 from tests.harness import Replica, Waiter, ask, refusal, request_hash, wait_until, wake
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import redis
 
-    from holdoff.v1.lease_service_pb2 import LeaseOffer
     from tests.conftest import Server, StartValkey
 
 
@@ -217,57 +215,65 @@ def test_a_second_break_tells_the_first_reason(replica: Replica) -> None:
         replica.renew(offer)
 
 
-def loses_first_offer(store: redis.Redis, token: str) -> Callable[[], None]:
-    """Return what puts an app back to how it is now, the first time that it is called."""
+def state_of(store: redis.Redis, token: str) -> dict[bytes, bytes]:
+    """Return all that the store knows of a token's app."""
     shard = f"holdoff:{{{token.split('/')[1]}}}"
-    kept = {key: store.dump(key) for key in store.scan_iter(f"{shard}*", count=1000)}
-
-    def lose() -> None:
-        if kept:
-            for key in store.scan_iter(f"*{shard}*", count=1000):
-                store.delete(key)
-            while kept:
-                key, dumped = kept.popitem()
-                store.restore(key, 0, dumped, replace=True)  # type: ignore[arg-type] # it was there
-
-    return lose
+    return {key: store.dump(key) for key in store.scan_iter(f"*{shard}*", count=1000)}  # type: ignore[misc] # it is there
 
 
-def test_an_offer_that_a_failover_lost(
+def lose_what_came_since(store: redis.Redis, token: str, before: dict[bytes, bytes]) -> None:
+    """Put an app back to how it was, as a failover does to a replica that lags."""
+    for key in state_of(store, token):
+        store.delete(key)
+    for key, dumped in before.items():
+        store.restore(key, 0, dumped)
+
+
+def test_what_a_failover_lost(
     replica: Replica, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever finds that the store knows nothing of its offer waits on, and gets a lease.
 
-    Fails when the client takes LEASE_NOT_FOUND for the end of its request.
+    And a lease that the store forgot is lost. Fails when the client takes LEASE_NOT_FOUND for the
+    end of its request, or raises it where a lease is given back.
     """
     token = replica.create_token(0.0)
-    lose = loses_first_offer(store, token)
+    before, offers = state_of(store, token), list[LeaseOffer]()
     accept = holdoff.Client._accept
 
     def accept_later(client: holdoff.Client, offer: LeaseOffer) -> int | None:
-        lose()
+        offers.append(offer)
+        if len(offers) == 1:
+            lose_what_came_since(store, token, before)
         return accept(client, offer)
 
     monkeypatch.setattr(holdoff.Client, "_accept", accept_later)
-    with holdoff.Client(replica.address) as client, client.acquire(token, wait_seconds=20) as lease:
+    with holdoff.Client(replica.address) as client:
+        lease = client.acquire(token, wait_seconds=20)
         lease.check()
+        lose_what_came_since(store, token, before)
+        with pytest.raises(holdoff.LeaseLost):
+            lease.release()
 
 
-async def test_an_offer_that_a_failover_lost_with_asyncio(
+async def test_what_a_failover_lost_with_asyncio(
     replica: Replica, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same with asyncio. Fails when only the synchronous client waits on."""
     token = replica.create_token(0.0)
-    lose = loses_first_offer(store, token)
+    before, offers = state_of(store, token), list[LeaseOffer]()
     accept = holdoff.aio.Client._accept
 
     async def accept_later(client: holdoff.aio.Client, offer: LeaseOffer) -> int | None:
-        lose()
+        offers.append(offer)
+        if len(offers) == 1:
+            lose_what_came_since(store, token, before)
         return await accept(client, offer)
 
     monkeypatch.setattr(holdoff.aio.Client, "_accept", accept_later)
-    async with (
-        holdoff.aio.Client(replica.address) as client,
-        await client.acquire(token, wait_seconds=20) as lease,
-    ):
+    async with holdoff.aio.Client(replica.address) as client:
+        lease = await client.acquire(token, wait_seconds=20)
         lease.check()
+        lose_what_came_since(store, token, before)
+        with pytest.raises(holdoff.LeaseLost):
+            await lease.release()

@@ -20,7 +20,7 @@ from holdoff._core import (
 )
 from holdoff._held import Held, pause_seconds
 from holdoff._platform import boottime_ns
-from holdoff.errors import HoldoffError, LeaseLost, Unavailable
+from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, Unavailable
 from holdoff.v1 import lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ class HeldLease(Held):
         try:
             # Also when it was broken: that confirms that nothing runs under it any more.
             await self._client._insist(call, self._renewals.release_patience(boottime_ns()))  # noqa: SLF001
+        except LeaseNotFound as error:  # a failover of the store lost it
+            raise LeaseLost(str(error)) from error
         except HoldoffError:
             if self._renewals.lost is None:
                 raise
