@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from click.testing import CliRunner
 
 import holdoff
 import holdoff.aio
@@ -27,6 +30,10 @@ from holdoff.v1 import (
     token_service_pb2,
     token_service_pb2_grpc,
 )
+from holdoff_coordinator import cli
+from holdoff_coordinator.connecting import connect
+from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.embedded import EmbeddedStore
 from tests.e2e.service import BIN, Service
 from tests.e2e.tls import TlsService
 from tests.harness import wait_until
@@ -171,12 +178,22 @@ class GuardedService(TlsService):
             timeout=20,
         )
 
-    def issue(self, identity: str, *options: str) -> Path:
-        """Issue a credential into a file."""
-        issued = self.token("issue", identity, *options)
-        assert issued.returncode == 0, issued.stderr
+    def issue(self, identity: str, life_seconds: int = 3600) -> Path:
+        """Issue a credential into a file, as `token issue` does, which takes a second to start."""
         path = self.folder / f"{identity}.credential"
-        path.write_text(issued.stdout)
+
+        async def issue() -> None:
+            url = await EmbeddedStore(self.data_dir).running_url()
+            assert url
+            client = connect(url)
+            try:
+                _, text, _ = await Credentials(client).issue(identity, life_seconds, "admin@host")
+            finally:
+                await client.aclose()
+            path.write_text(f"{text}\n")
+
+        with ThreadPoolExecutor(1) as thread:  # the test may have a loop of its own
+            thread.submit(asyncio.run, issue()).result()
         return path
 
     def client(self, credential: Path | None) -> holdoff.Client:
@@ -339,7 +356,10 @@ def test_credentials_come_and_go(service: GuardedService) -> None:
     Fails when the hash is not compared, when expiry is not looked at, when a revoked one stays
     known, and when the secret is kept.
     """
-    path = service.issue("holder", "--expires-in", "1h")
+    issued = service.token("issue", "holder", "--expires-in", "1h")
+    assert issued.returncode == 0, issued.stderr
+    path = service.folder / "holder.credential"
+    path.write_text(issued.stdout)
     secret = path.read_text().strip()
     listed = service.token("list", "--output", "json")
     credentials = json.loads(listed.stdout)["credentials"]
@@ -352,7 +372,7 @@ def test_credentials_come_and_go(service: GuardedService) -> None:
     done = service.holdoff("run", "--token", OURS, "--", "echo", "done", env=environment)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
-    short = service.issue("viewer", "--expires-in", "1s")
+    short = service.issue("viewer", life_seconds=1)
     with service.client(short) as client:
         wait_until(lambda: isinstance(refused(client), holdoff.errors.CredentialExpired), 15)
         assert "holdoff-coordinator token issue viewer" in str(refused(client))
@@ -372,9 +392,9 @@ def test_credentials_come_and_go(service: GuardedService) -> None:
     assert "call refused" in told
     with service.client(service.issue("operator")) as operator:
         trail = list(operator.list_audit_events())
-    issued, gone = audit_pb2.AUDIT_KIND_CREDENTIAL_ISSUED, audit_pb2.AUDIT_KIND_CREDENTIAL_REVOKED
+    made, gone = audit_pb2.AUDIT_KIND_CREDENTIAL_ISSUED, audit_pb2.AUDIT_KIND_CREDENTIAL_REVOKED
     about = [event for event in trail if event.resource == f"credentials/{one['id']}"]
-    assert [event.kind for event in about] == [gone, issued]
+    assert [event.kind for event in about] == [gone, made]
     assert {event.reason for event in about} == {"of 'holder'"}
     assert all("@" in event.identity for event in about)
     refusals = [one for one in trail if one.kind == audit_pb2.AUDIT_KIND_CALL_REFUSED]
@@ -391,10 +411,11 @@ def test_credentials_come_and_go(service: GuardedService) -> None:
 
 
 @pytest.mark.parametrize("life", ["0s", "0.9s", "-1h", "soon", ""])
-def test_no_end_has_to_be_asked_for(service: GuardedService, life: str) -> None:
+def test_no_end_has_to_be_asked_for(tmp_path: Path, life: str) -> None:
     """Fails when a life of less than a second is taken for one without an end."""
-    issued = service.token("issue", "viewer", "--expires-in", life)
-    assert (issued.returncode, issued.stdout) == (64, "")
+    options = ["--expires-in", life, "--data-dir", str(tmp_path)]
+    issued = CliRunner().invoke(cli.main, ["token", "issue", "viewer", *options])
+    assert (issued.exit_code, issued.stdout) == (64, "")
     assert "never" in issued.stderr
 
 
@@ -566,9 +587,9 @@ def test_an_access_file_that_is_wrong_is_refused_at_the_start(
     """Exit code 64, with the file, the place, and what to write."""
     path = tmp_path / "access.toml"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    command = [str(BIN / "holdoff-coordinator"), "serve", "--access-file", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    assert done.returncode == 64
+    options = ["--access-file", str(path), "--data-dir", str(tmp_path / "data")]
+    done = CliRunner().invoke(cli.main, ["serve", *options])
+    assert done.exit_code == 64
     assert str(path) in done.stderr
     assert says in done.stderr
     assert "viewer, reporter, holder, custodian, admin" in done.stderr
