@@ -58,12 +58,17 @@ venv_works() {
   fi
 }
 
+# Our own uv does in seconds what takes pip more than a minute, but knows nothing of pip's settings:
+# where packages come from a place that only those name, pip does it.
 install() {
-  if has_uv; then
-    uv pip install --python "$VENV/bin/python" --no-build-isolation "$@"
-  else
-    "$VENV/bin/python" -m pip install --quiet --use-pep517 --no-build-isolation "$@"
-  fi
+  local uv=uv
+  has_uv || uv=$VENV/bin/uv
+  "$uv" pip install --quiet --compile-bytecode --python "$VENV/bin/python" --no-build-isolation "$@" ||
+    install_by_pip "$@"
+}
+
+install_by_pip() {
+  "$VENV/bin/python" -m pip install --quiet --use-pep517 --no-build-isolation "$@"
 }
 
 # The lock's entries, hashes included, of the named packages.
@@ -78,8 +83,9 @@ command -v python3 >/dev/null || has_uv || fail 'python3 is not to be found'
 venv_works || create_venv
 
 say 'installing what requirements.lock names'
-locked setuptools >"$VENV/setuptools.lock"
-install --require-hashes --no-deps --only-binary :all: -r "$VENV/setuptools.lock"
+locked setuptools uv >"$VENV/first.lock"
+has_uv || install_by_pip --require-hashes --no-deps --only-binary :all: -r "$VENV/first.lock"
+install --require-hashes --no-deps --only-binary :all: -r "$VENV/first.lock"
 install --require-hashes --no-deps --only-binary :all: --no-binary "$WITHOUT_WHEEL" \
   -r requirements.lock
 install --no-deps --editable .

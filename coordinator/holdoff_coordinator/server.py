@@ -19,7 +19,6 @@ from holdoff_coordinator.followers import Followers
 from holdoff_coordinator.gate import Gate
 from holdoff_coordinator.hub import Hub
 from holdoff_coordinator.leases import Leases
-from holdoff_coordinator.metrics import Metrics
 from holdoff_coordinator.places import Places
 from holdoff_coordinator.policies import Policies
 from holdoff_coordinator.scripts import Scripts, boottime_us
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from holdoff.policies import Policy
     from holdoff_coordinator.cluster import StoreClient
     from holdoff_coordinator.gate import AccessFile
+    from holdoff_coordinator.metrics import Metrics
     from holdoff_coordinator.store import Epoch
     from holdoff_coordinator.tls import Certificates
 
@@ -101,8 +101,11 @@ class Coordinator:
         self._sweeper = Sweeper(self.scripts)
         trail = AuditTrail(self.scripts)
         self._metrics_listen = metrics_listen
-        self._metrics = Metrics(self.scripts, judge) if metrics_listen else None
-        if self._metrics:
+        self._metrics: Metrics | None = None
+        if metrics_listen:
+            from holdoff_coordinator.metrics import Metrics  # noqa: PLC0415 - slow to load
+
+            self._metrics = Metrics(self.scripts, judge)
             trail.on_event = self._metrics.count
         self._server = grpc.aio.server(
             interceptors=[self._metrics] if self._metrics else [], options=_OPTIONS

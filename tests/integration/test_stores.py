@@ -296,7 +296,7 @@ def test_after_a_restore_nothing_is_granted_at_first(start_valkey: StartValkey) 
     with Replica(url) as replica:
         token = replica.create_token(0)
         app = token.partition("/tokens/")[0]
-        held = replica.hold(token)
+        held = replica.hold(token, ttl=20.0)
         ended = coordinator("after-restore", "--redis-url", url, "--quarantine-seconds", "30")
         assert ended.returncode == 0, ended.stderr
         assert f"{app}: no new lease for 30s" in ended.stdout
