@@ -11,6 +11,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from holdoff import Client
+from holdoff.cli.output import resource
+from holdoff.durations import parse_duration
 from tests.harness import wait_until
 
 if TYPE_CHECKING:
@@ -121,22 +124,28 @@ class Service:
         assert shown.returncode == 0, shown.stderr
         return json.loads(shown.stdout)
 
+    def asked(self) -> Client:
+        """Ask it from this process: a command takes half a second to start."""
+        return Client(self.address, ca_file=self.environment.get("HOLDOFF_CA_FILE"))
+
     def create_token(self, name: str, interval: str = "0.3s") -> str:
         """Create a token."""
         token = f"apps/e2e/tokens/{name}"
-        made = self.holdoff("token", "create", token, "--refresh-interval", interval)
-        assert made.returncode == 0, made.stderr
+        with self.asked() as client:
+            client.create_token(token, refresh_interval_seconds=float(parse_duration(interval)))
         return token
 
     def wait_for_queue(self, token: str, length: int) -> None:
         """Wait until so many wait for a token."""
-        wait_until(lambda: self.json("token", "show", token)["queue_length"] == length)
+        with self.asked() as client:
+            wait_until(lambda: client.get_token(token).queue_length == length)
 
     def only_lease(self, token: str) -> Any:
-        """Wait for a live, accepted lease of a token and return it."""
+        """Wait for a live lease of a token under which the command has started; return it."""
 
-        def accepted() -> Any:
-            leases = self.json("lease", "list", token)["leases"]
-            return next((lease for lease in leases if lease.get("accept_time")), None)
+        def started() -> Any:
+            leases = map(resource, client.list_leases(token))
+            return next((lease for lease in leases if lease.get("command_start_time")), None)
 
-        return wait_until(accepted)
+        with self.asked() as client:
+            return wait_until(started)

@@ -936,7 +936,7 @@ def test_the_back_off_scripts_do_what_the_model_says(valkey: Server) -> None:
         run_state_machine_as_test(
             BackOffMachine,
             settings=settings(
-                max_examples=int(EXAMPLES or 150),
+                max_examples=int(EXAMPLES or 100),
                 stateful_step_count=40,
                 deadline=None,
                 print_blob=True,
