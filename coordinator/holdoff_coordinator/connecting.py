@@ -7,6 +7,7 @@ A server, or the primary that Sentinels name, is a `redis.asyncio.Redis`; a Clus
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -119,6 +120,24 @@ class _PrimaryPool(SentinelConnectionPool, BlockingConnectionPool):
         await super().disconnect(inuse_connections)
         if inuse_connections:  # the client is closed; else only the primary is another one
             await self.sentinel_manager.aclose()
+
+
+class _Sentinels(Sentinel):
+    """Sentinels of which none is forgotten when several calls look for the primary at once.
+
+    redis-py moves the one that answered to the front of a list that all calls share, by an index
+    that may be stale by then: one is in it twice, and another gone for as long as the process
+    lives (https://github.com/redis/redis-py/pull/4331 tells of the same).
+    """
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        """Ask one after another; raise MasterNotFoundError if none knows the primary."""
+        asked = copy.copy(self)
+        asked.sentinels = [*self.sentinels]
+        address: tuple[str, int] = await Sentinel.discover_master(asked, service_name)
+        answered = asked.sentinels[0]
+        self.sentinels.sort(key=lambda one: one is not answered)  # that one is asked first
+        return address
 
 
 class _PasswordFile(CredentialProvider):
@@ -322,7 +341,7 @@ def _behind_sentinels(
     own |= {key: value for key, value in options.items() if key.startswith("ssl_")}
     own |= {"socket_timeout": _SENTINEL_SECONDS, "socket_connect_timeout": _SENTINEL_SECONDS}
     direct = _TlsConnection if tls else _TcpConnection
-    sentinels = Sentinel([])  # type: ignore[no-untyped-call]
+    sentinels = _Sentinels([])  # type: ignore[no-untyped-call]
     sentinels.sentinels = [
         Redis.from_pool(_pool(BlockingConnectionPool, direct, {**own, "host": host, "port": port}))
         for host, port in hosts

@@ -190,6 +190,20 @@ async def test_sentinels_have_a_password_of_their_own(
 # TLS -----------------------------------------------------------------------
 
 
+async def test_no_sentinel_is_forgotten(watched_primary: Store) -> None:
+    """Many connections ask for the primary at once while one Sentinel is away; all stay known.
+
+    Fails when calls share the order in which Sentinels are asked, as in redis-py.
+    """
+    _, *others = watched_primary.sentinels
+    away, *there = [stores.free_port(), *(one.port for one in others)]
+    hosts = ",".join(f"127.0.0.1:{port}" for port in sorted([away, *there]))
+    first = ",".join(f"127.0.0.1:{port}" for port in (away, *there))
+    async with opened(f"redis+sentinel://{first}/main") as client:
+        await asyncio.gather(*(client.ping() for _ in range(16)))
+        assert store.describe(client) == f"redis+sentinel://{hosts}/main"
+
+
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a folder with an authority, and a certificate for 127.0.0.1 from it."""
