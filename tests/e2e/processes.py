@@ -57,6 +57,10 @@ class Terminal:
                     assert text in self.screen, f"{text!r} not in {self.screen!r}"
         self.screen = self.screen.partition(text)[2]
 
+    def foreground(self) -> int:
+        """Return the process group that the terminal's keys go to."""
+        return os.tcgetpgrp(self._fd)
+
     def resize(self, rows: int, columns: int) -> None:
         """Drag the window to another size."""
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))

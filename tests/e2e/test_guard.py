@@ -24,6 +24,7 @@ import pytest
 from holdoff import _fence, _process
 from holdoff._process import CannotRunError, Guard, GuardError, boottime_ns, which
 from tests.e2e.processes import Terminal, eventually, python
+from tests.harness import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux promises")
 
@@ -1005,6 +1006,7 @@ def test_terminal_stops_and_continues(run: Run, shell: Terminal, isolate: str) -
         shell.type("fg\n")
         shell.type(f"{word}\n")
         shell.expect(f"got {word}")
+    wait_until(lambda: shell.foreground() == os.getpgid(command))
     shell.type("\x03")
     shell.expect("interrupted")
 

@@ -116,7 +116,7 @@ def test_the_fence_ends_who_does_not_listen(tmp_path: Path) -> None:
     assert outcome.ended_by == "fence"
     assert [event.reason for event in events] == [None, "fence"]
     assert Path(f"{pids}.asked").exists()
-    assert gone(*map(int, pids.read_text().split()))
+    wait_until(lambda: gone(*map(int, pids.read_text().split())))
     assert fence - 1 < float(beats.read_text().split()[-1]) < fence
 
 

@@ -123,14 +123,15 @@ def show_table(endpoint: str, watch: Watch[ResponseT], board: Board[ResponseT]) 
             inbox.put(error)
 
     screen = _Screen(endpoint, board)
-    with _ended_by_sigterm(), contextlib.closing(screen), screen.live:
+    with _sigterm() as ended, contextlib.closing(screen), screen.live:
         threading.Thread(target=listen, daemon=True).start()
-        while True:
+        while not ended.is_set():
             with contextlib.suppress(queue.Empty):
                 screen.take(inbox.get(timeout=_TICK_SECONDS))
                 for _ in range(_INBOX_SIZE):
                     screen.take(inbox.get_nowait())
             screen.draw()
+    raise click.exceptions.Exit(exits.SIGNAL_BASE + signal.SIGTERM)
 
 
 class _Screen(Generic[ResponseT]):
@@ -226,14 +227,14 @@ def line(value: str, style: str = "") -> Text:
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Leave a terminal as it was, with a cursor, also after a SIGTERM."""
+def _sigterm() -> Iterator[threading.Event]:
+    """Say that a SIGTERM came, so that the terminal is left as it was, with a cursor.
 
-    def end(signum: int, _: object) -> None:
-        raise click.exceptions.Exit(exits.SIGNAL_BASE + signum)
-
-    before = signal.signal(signal.SIGTERM, end)
+    An exception out of the handler would come in the midst of whatever is being drawn.
+    """
+    came = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
     try:
-        yield
+        yield came
     finally:
         signal.signal(signal.SIGTERM, before)
