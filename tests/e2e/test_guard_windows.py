@@ -7,6 +7,7 @@ are only counted and compared with their declarations, in tests/unit/test_window
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -79,8 +80,11 @@ def launch(guard: WindowsGuard, *argv: str, fence: float | None = None, grace: f
 
 def gone(*pids: int) -> bool:
     """Whether these processes have ended, also those that nobody has asked about yet."""
-    states = [Path(f"/proc/{pid}/stat") for pid in pids]
-    return all(not one.exists() or one.read_text().rpartition(")")[2][1] == "Z" for one in states)
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][1] != "Z":
+                return False
+    return True
 
 
 def test_input_output_and_exit_code_pass(tmp_path: Path) -> None:
@@ -111,8 +115,11 @@ def test_the_fence_ends_who_does_not_listen(tmp_path: Path) -> None:
     echo $$ >>{pids}
     while :; do sleep 0.05; done
     """
-    fence = time.time() + 2
-    outcome, events = run("bash", "-c", script, fence=2.0)
+    events: list[Event] = []
+    with WindowsGuard.start() as guard:
+        fence = time.time() + 2
+        launch(guard, "bash", "-c", script, fence=2.0)
+        outcome = guard.wait(events.append)
     assert outcome.ended_by == "fence"
     assert [event.reason for event in events] == [None, "fence"]
     assert Path(f"{pids}.asked").exists()
@@ -140,7 +147,7 @@ def test_what_is_left_behind_is_ended(tmp_path: Path) -> None:
     script = f"sleep 60 </dev/null >/dev/null 2>&1 & echo $! >{pid}; exit 3"
     outcome, _ = run("sh", "-c", script)
     assert (outcome.exit_code, outcome.ended_by, outcome.survivors) == (3, None, 0)
-    assert gone(int(pid.read_text()))
+    wait_until(lambda: gone(int(pid.read_text())))
 
 
 def test_an_end_that_was_asked_for() -> None:
