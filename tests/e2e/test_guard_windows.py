@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SECOND = 10**9
 FOLDER = Path(holdoff.__file__).parent
 JOB = f"""
-import os, sys
+import contextlib, os, sys
 sys.path.insert(0, {str(FOLDER)!r})
 import _guard_windows, _platform
 
@@ -44,9 +44,10 @@ class Job:
         while ancestors:
             for pid in _platform.children(ancestors.pop()):
                 ancestors.append(pid)
-                with open(f"/proc/{{pid}}/stat") as file:
-                    if file.read().rpartition(")")[2].split()[0] != "Z":
-                        found.append(pid)
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended
+                    with open(f"/proc/{{pid}}/stat") as file:
+                        if file.read().rpartition(")")[2].split()[0] != "Z":
+                            found.append(pid)
         return found
 
 _guard_windows.main(Job)
