@@ -27,10 +27,10 @@ import pytest
 import holdoff
 from holdoff.v1 import budget_pb2
 from tests.checkers import calls_of, fullest_window
-from tests.e2e import caller
-from tests.e2e.caller import Plan
+from tests.e2e.programs import caller
+from tests.e2e.programs.caller import Plan
 from tests.e2e.service import BIN, Service
-from tests.harness import wait_until
+from tests.harness import LONG, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -47,7 +47,7 @@ HOUR_SECONDS = 3600 / TIME_SCALE
 REFRESH_SECONDS = 570 / TIME_SCALE + 0.03
 ERRORS = 10
 """The simulator blocks an app with more of them in an hour in one division and endpoint."""
-CALLS, CALLS_SECONDS = 30, 2.0
+CALLS, CALLS_SECONDS = 30 if LONG else 16, 2.0
 """What the policy allows for each division besides: the simulator would take more."""
 COUNTED = (400, 401, 403, 404)
 DRIFT_SECONDS = 0.01
@@ -78,29 +78,15 @@ scope = ["app", "division"]
 """
 TTL_SECONDS = 3.0
 """Of a reservation: far longer than a call takes, and shorter than the window."""
-SCOPES = tuple(
-    product(
-        ("535193", "535194"),
-        ("crm/Accounts", "crm/Contacts", "logistics/Items", "salesorder/SalesOrders"),
-    )
-)
+ENDPOINTS = ("crm/Accounts", "crm/Contacts", "logistics/Items", "salesorder/SalesOrders")
+SCOPES = tuple(product(("535193", "535194"), ENDPOINTS if LONG else ENDPOINTS[:2]))
+PROCESSES, CALLERS = (16, 4) if LONG else (8, 2)
 
-EVENTS = 480
+EVENTS = 480 if LONG else 240
 EVENTS_A_REPORT = 3
 REPORTERS = 8
 COUNTED_NOW = budget_pb2.EVENT_OUTCOME_COUNTED
 COUNTED_BEFORE = budget_pb2.EVENT_OUTCOME_KNOWN
-
-
-class PolicyService(Service):
-    """A coordinator process that knows the policy `hasty`."""
-
-    def command(self) -> list[str]:
-        """Return the command line."""
-        folder = self.data_dir.parent / "policies"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "hasty.toml").write_text(POLICY)
-        return [*super().command(), "--policy-dir", str(folder)]
 
 
 class Provider:
@@ -233,7 +219,7 @@ def calling(plan: Plan) -> Iterator[None]:
 
 @pytest.mark.timeout(150)
 def test_callers_that_crash_never_exceed_a_limit(tmp_path: Path, start_valkey: StartValkey) -> None:
-    """Promise 6, with reservations: 64 callers over two replicas, half of which crash.
+    """Promise 6, with reservations: many callers over two replicas, half of which crash.
 
     Callers err in most of their calls. Two judges look at it: the simulated provider, which blocks
     at the first error too many, and the history, which the callers write before and after each
@@ -266,8 +252,8 @@ def test_callers_that_crash_never_exceed_a_limit(tmp_path: Path, start_valkey: S
     """
     url = start_valkey().url
     with (
-        PolicyService(tmp_path / "first", url) as first,
-        PolicyService(tmp_path / "second", url) as second,
+        Service(tmp_path / "first", url, {"hasty": POLICY}) as first,
+        Service(tmp_path / "second", url, {"hasty": POLICY}) as second,
         Provider(tmp_path) as provider,
     ):
         token = f"apps/{uuid.uuid4()}/tokens/t"
@@ -285,6 +271,8 @@ def test_callers_that_crash_never_exceed_a_limit(tmp_path: Path, start_valkey: S
             history=str(history),
             stop_file=str(tmp_path / "stop"),
             seed=SEED,
+            processes=PROCESSES,
+            callers=CALLERS,
         )
 
         def is_over() -> bool:

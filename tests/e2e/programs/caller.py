@@ -58,8 +58,9 @@ class Plan:
     stop_file: str
     """They end when it exists."""
     seed: int
-    processes: int = 16
-    callers: int = 4
+    processes: int
+    callers: int
+    """In each of them."""
 
 
 class Crew:
