@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -11,12 +12,14 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import structlog
 from click.testing import CliRunner
 
 from holdoff import Client
 from holdoff.cli import main
 from holdoff.cli.output import resource
 from holdoff.durations import parse_duration
+from holdoff_coordinator import cli
 from tests.harness import wait_until
 
 if TYPE_CHECKING:
@@ -40,6 +43,21 @@ def host_named(name: str) -> list[str]:
     except FileNotFoundError:
         return []
     return command if possible.returncode == 0 else []
+
+
+def coordinator(*arguments: str, **variables: str) -> Result:
+    """Run a `holdoff-coordinator` command that ends by itself in this process."""
+    handlers = logging.root.handlers[:]
+    logs = structlog.get_config() if structlog.is_configured() else None
+    try:
+        done = CliRunner().invoke(cli.main, arguments, env=variables)
+    finally:
+        logging.root.handlers[:] = handlers
+        structlog.reset_defaults()
+        if logs:
+            structlog.configure(**logs)
+    sys.stderr.write(done.stderr)  # which pytest shows if the test fails
+    return done
 
 
 class Service:
@@ -159,12 +177,12 @@ class Service:
         sys.stderr.write(stderr)  # which pytest shows if the test fails
         return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
-    def invoke(self, *arguments: str, **variables: str) -> Result:
+    def invoke(self, *arguments: str, **variables: str | None) -> Result:
         """Run a `holdoff` command in this process, without the time that a new one takes to start.
 
         Args:
             arguments: Of a command that neither waits nor needs a terminal.
-            variables: Of its environment, where it is to differ from ours.
+            variables: Of its environment, where it is to differ from ours; None takes one out.
         """
         done = CliRunner().invoke(main, arguments, env={**self.environment, **variables})
         sys.stderr.write(done.stderr)  # which pytest shows if the test fails

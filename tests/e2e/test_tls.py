@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
-import os
 import re
-import signal
 import ssl
-import subprocess
 import threading
+import uuid
 from typing import TYPE_CHECKING
 
 import grpc
@@ -19,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import holdoff
 import holdoff.aio
 from holdoff.v1 import lease_service_pb2, lease_service_pb2_grpc
-from tests.e2e.service import BIN, Service
+from tests.e2e.service import Service, coordinator
 from tests.e2e.tls import Files, TlsService, with_certificate
 from tests.harness import wait_until
 
@@ -27,19 +25,30 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-TOKEN = "apps/a/tokens/t"
+    from click.testing import Result
+
 YESTERDAY = dt.datetime.now(dt.UTC) - dt.timedelta(days=1)
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsService]:
+    """Give a coordinator that asks for certificates, which the tests of this module share."""
+    service = TlsService(tmp_path_factory.mktemp("tls"))
+    service.environment["HOLDOFF_HEALTH_LISTEN"] = "127.0.0.1:0"
+    with service:
+        yield service
+
+
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[TlsService]:
-    """Give a coordinator that asks for certificates."""
-    with TlsService(tmp_path) as one:
-        yield one
+def token() -> str:
+    """Give the name of a token that is not there yet."""
+    return f"apps/{uuid.uuid4().hex}/tokens/t"
 
 
-async def test_all_clients_speak_mutual_tls(service: TlsService, tmp_path: Path) -> None:
+async def test_all_clients_speak_mutual_tls(
+    service: TlsService, tmp_path: Path, token: str
+) -> None:
     """The wrapper, and both clients in Python; no key shows in a log.
 
     Fails when the channel, or one client, takes no certificate.
@@ -48,17 +57,16 @@ async def test_all_clients_speak_mutual_tls(service: TlsService, tmp_path: Path)
     with holdoff.Client(
         service.address, ca_file=files.ca, cert_file=files.cert, key_file=str(files.key)
     ) as client:
-        client.create_token(TOKEN)
-    service.environment |= with_certificate(files)
-    done = service.holdoff("run", "--token", TOKEN, "--", "echo", "done")
+        client.create_token(token)
+    environment = service.environment | with_certificate(files)
+    done = service.holdoff("run", "--token", token, "--", "echo", "done", env=environment)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
     async with holdoff.aio.Client(
         service.address, ca_file=files.ca, cert_file=files.cert, key_file=files.key
     ) as client:
-        assert [token.name async for token in client.list_tokens()] == [TOKEN]
-    service.end(signal.SIGTERM)
+        assert token in [one.name async for one in client.list_tokens()]
+    wait_until(lambda: any(token in line and "released" in line for line in service.log))
     told = "".join(service.log)
-    service.start()
     assert '"tls": true' in told
     assert "PRIVATE" not in told
     assert "insecure" not in told
@@ -76,7 +84,7 @@ def test_several_coordinators_have_the_name_of_the_first(
     with holdoff.Client(
         endpoint, ca_file=files.ca, cert_file=files.cert, key_file=files.key
     ) as client:
-        assert list(client.list_tokens()) == []
+        assert list(client.list_tokens("apps/nothing")) == []
 
 
 @pytest.mark.parametrize("what", ["plain", "no certificate", "expired", "stranger", "impostor"])
@@ -93,19 +101,20 @@ def test_who_is_not_known_gets_no_answer(service: TlsService, tmp_path: Path, wh
         files.write(other.issue_cert("etl@corp.example"), service.authority)
     elif what == "impostor":
         files.write(service.authority.issue_cert("etl@corp.example"), other)
-    variables = with_certificate(files)
+    variables: dict[str, str | None] = {**with_certificate(files)}
     if what in ("plain", "no certificate"):
-        del variables["HOLDOFF_CERT_FILE"], variables["HOLDOFF_KEY_FILE"]
-    environment = {**service.environment, **variables}
+        variables |= {"HOLDOFF_CERT_FILE": None, "HOLDOFF_KEY_FILE": None}
     if what == "plain":
-        del environment["HOLDOFF_CA_FILE"]
-    refused = service.holdoff("token", "list", env=environment)
-    assert refused.returncode == 69, refused.stderr
+        variables["HOLDOFF_CA_FILE"] = None
+    refused = service.invoke("token", "list", **variables)
+    assert refused.exit_code == 69, refused.stderr
     assert "no answer from the coordinator" in refused.stderr
     assert "HOLDOFF_CA_FILE" in refused.stderr
 
 
-def test_what_one_began_another_cannot_take_over(service: TlsService, tmp_path: Path) -> None:
+def test_what_one_began_another_cannot_take_over(
+    service: TlsService, tmp_path: Path, token: str
+) -> None:
     """A request id belongs to the name in the certificate that it came with.
 
     Fails when everybody is `anonymous`.
@@ -123,13 +132,13 @@ def test_what_one_began_another_cannot_take_over(service: TlsService, tmp_path: 
             grpc.secure_channel(service.address, credentials) as channel,
         ):
             if not answers:
-                client.create_token(TOKEN)
+                client.create_token(token)
             request = lease_service_pb2.AcquireLeaseRequest(
-                token=TOKEN, request_id="6f1f3c1e-5d3a-4f5e-9d0e-0a3b1c2d3e4f"
+                token=token, request_id="6f1f3c1e-5d3a-4f5e-9d0e-0a3b1c2d3e4f"
             )
             request.ttl.FromSeconds(30)
             try:
-                lease_service_pb2_grpc.LeaseServiceStub(channel).AcquireLease(request, timeout=5)
+                lease_service_pb2_grpc.LeaseServiceStub(channel).AcquireLease(request, timeout=10)
                 answers.append("OK")
             except grpc.RpcError as error:
                 answers.append(error.code().name)
@@ -185,41 +194,32 @@ def served(service: Service) -> str:
     return ssl.get_server_certificate((host, int(port)))
 
 
-def test_health_is_asked_in_the_clear(tmp_path: Path) -> None:
+def test_health_is_asked_in_the_clear(service: TlsService) -> None:
     """Kubernetes' probes speak no TLS: for them is a port that answers nothing else.
 
     Fails when the port is not opened, or serves more than health.
     """
-    service = TlsService(tmp_path)
-    service.environment["HOLDOFF_HEALTH_LISTEN"] = "127.0.0.1:0"
-    with service:
-        line = wait_until(lambda: next((one for one in service.log if "health" in one), ""))
-        address = re.search(r'"health": "([^"]+)"', line)
-        assert address
-        with grpc.insecure_channel(address[1]) as channel:
-            answer = health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=5
+    line = wait_until(lambda: next((one for one in service.log if "health" in one), ""))
+    address = re.search(r'"health": "([^"]+)"', line)
+    assert address
+    with grpc.insecure_channel(address[1]) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), timeout=10
+        )
+        assert answer.status == SERVING
+        with pytest.raises(grpc.RpcError) as refused:
+            lease_service_pb2_grpc.LeaseServiceStub(channel).ListLeases(
+                lease_service_pb2.ListLeasesRequest(), timeout=10
             )
-            assert answer.status == SERVING
-            with pytest.raises(grpc.RpcError) as refused:
-                lease_service_pb2_grpc.LeaseServiceStub(channel).ListLeases(
-                    lease_service_pb2.ListLeasesRequest(), timeout=5
-                )
-            assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 # Mistakes ------------------------------------------------------------------------------------
 
 
-def serve(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def serve(folder: Path, *arguments: str) -> Result:
     """Start a coordinator that is not to start."""
-    return subprocess.run(
-        [BIN / "holdoff-coordinator", "serve", "--data-dir", str(folder / "data"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    return coordinator("serve", "--data-dir", str(folder / "data"), *arguments)
 
 
 def test_beyond_loopback_only_with_certificates_or_if_told(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_beyond_loopback_only_with_certificates_or_if_told(tmp_path: Path) -> No
     tls = ("--tls-cert-file", str(service.files.cert), "--tls-key-file", str(service.files.key))
     for options in ((), tls):
         refused = serve(tmp_path, "--listen", "0.0.0.0:0", *options)
-        assert refused.returncode == 64
+        assert refused.exit_code == 64
         assert "tls_client_ca_file" in refused.stderr
         assert "insecure" in refused.stderr
     service.address = "0.0.0.0:0"
@@ -268,7 +268,7 @@ def test_files_that_cannot_be(tmp_path: Path, options: list[str], says: str) -> 
         path = str(tmp_path / path) if path == "ca.txt" else path
         arguments += [f"--tls-{name}-file", path]
     refused = serve(tmp_path, *arguments)
-    assert refused.returncode == 64
+    assert refused.exit_code == 64
     assert says in refused.stderr
 
 
@@ -292,12 +292,6 @@ def test_files_of_a_client_that_cannot_be(
     files = TlsService(tmp_path).files
     paths = {"ca": str(files.ca), "cert": str(files.cert), "key": str(files.key)}
     given = {name: value.format(**paths) for name, value in variables.items()}
-    refused = subprocess.run(
-        [BIN / "holdoff", "token", "list"],
-        env={**os.environ, **given},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert refused.returncode == 64, refused.stderr
+    refused = Service(tmp_path).invoke("token", "list", **given)
+    assert refused.exit_code == 64, refused.stderr
     assert says in refused.stderr
