@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import grpc
 
 from holdoff._core import duration
-from holdoff.errors import from_rpc_error
+from holdoff._status import from_rpc_error
 from holdoff.testing import CoordinatorThread
 from holdoff.v1 import (
     admin_service_pb2_grpc,

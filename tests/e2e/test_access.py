@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 import holdoff
 import holdoff.aio
-from holdoff.errors import from_rpc_error
+from holdoff._status import from_rpc_error
 from holdoff.v1 import (
     admin_service_pb2,
     audit_pb2,

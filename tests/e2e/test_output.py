@@ -56,7 +56,7 @@ def renew(guard):
 
 _output._PATIENCE_SECONDS = options.get("patience", 5)
 with (
-    _output.Passage(on_data, lambda text: report(warning=text)) as passage,
+    _output.Passage() as passage,
     Guard.start(passage.stdio, isolate="never") as guard,
 ):
     if options.get("leak") and os.fork() == 0:
@@ -64,7 +64,7 @@ with (
         while time.sleep(0.001 if options["leak"] == "chatter" else 60) is None:
             os.write(passage.stdio.stdout, b"x" * 1000)
         os._exit(0)
-    passage.start(guard)
+    passage.start(guard, on_data, lambda text: report(warning=text))
     with caught_signals(guard.signal):
         fence = options.get("fence")
         guard.launch(

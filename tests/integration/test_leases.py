@@ -11,7 +11,7 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from holdoff.errors import from_rpc_error
+from holdoff._status import from_rpc_error
 from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2
 from tests.harness import Replica, Waiter, ask, refusal, wait_until, wake
 
