@@ -21,6 +21,17 @@ __all__ = ["Server", "StartValkey"]
 StartValkey = Callable[..., Server]
 
 
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say how to repeat each test that failed, with the seed of this run."""
+    seed = config.getoption("--hypothesis-seed", None)
+    options = f" --hypothesis-seed {seed}" if seed is not None else ""
+    for kind in ("failed", "error"):
+        for report in terminalreporter.getreports(kind):
+            terminalreporter.write_line(f"repeat it: .venv/bin/pytest{options} '{report.nodeid}'")
+
+
 @pytest.fixture(scope="session")
 def start_valkey() -> Iterator[StartValkey]:
     """Start real Valkey servers with the given options; they end with the session.
