@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes one target as a stage of `make test`: one line with its time, and its whole log if it failed.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 readonly STAGE=$1 LOG=build/stages/$1.log
 unset MAKEFLAGS MFLAGS MAKELEVEL # the stage's own make knows nothing of the one that started it
