@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 import queue
 import threading
 import time
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from holdoff.v1 import token_pb2
 
+LONG = os.environ.get("HOLDOFF_TEST_LENGTH") == "long"
 _numbers = itertools.count()
 
 
