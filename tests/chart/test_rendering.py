@@ -358,6 +358,11 @@ def manifests_are_valid(name: str) -> None:
     assert {key: found for key, found in faults.items() if found} == {}
 
 
+def the_pod_runs_a_coordinator(name: str) -> None:
+    """Fails when a mode of store has no workload."""
+    assert rendered(name).pod()["containers"][0]["name"] == "coordinator"
+
+
 def a_value_changes_just_what_it_should(name: str) -> None:
     """Fails when `--insecure` stays with mutual TLS, or a Secret is mounted in any mode."""
     if name not in TOGGLES:
@@ -425,6 +430,7 @@ def what_is_selected_exists(name: str) -> None:
 
 CHECKS = (
     manifests_are_valid,
+    the_pod_runs_a_coordinator,
     a_value_changes_just_what_it_should,
     pods_are_safe,
     insecure_is_what_is_not_safe,
@@ -435,9 +441,9 @@ CHECKS = (
 
 @pytest.mark.timeout(180)
 def test_every_case_passes_every_check(subtests: pytest.Subtests) -> None:
-    """Each failure names the case and the check, whose sentence says when it fails.
+    """Fails as the sentence of the failed check says; the failure names the case and the check.
 
-    All cases are in one test because each process that renders one loads Helm and the schemas.
+    One test has all cases because each process that renders one loads Helm and the schemas.
     """
     assert len(CASES) >= 30
     for name in CASES:
