@@ -77,7 +77,7 @@ every-store: $(READY) ## All tests that use a store, on each kind of store
 models: $(READY) ## The models, with many examples
 	HOLDOFF_MODEL_EXAMPLES=3000 $(PYTEST) tests/model
 
-demo-short: $(READY) ## The demo on a faster clock
+demo-short: $(DEMO_READY) ## The demo on a faster clock
 	python clients/demo/demo.py --short
 
 bench: $(READY) ## Measure; nothing is asserted
@@ -139,6 +139,7 @@ $(DEMO_READY): requirements-demo.lock pyproject.toml scripts/bootstrap.sh
 	@scripts/bootstrap.sh $<
 	@touch $@
 
+# It has all that the demo needs.
 $(READY): requirements.lock pyproject.toml scripts/bootstrap.sh
 	@scripts/bootstrap.sh $<
-	@touch $@
+	@touch $@ $(DEMO_READY)
