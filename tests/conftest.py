@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# What gRPC's core has to say would stand between pytest's lines. It reads this at its import.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 from holdoff import testing
 from tests import stores
 from tests.stores import Server, Store

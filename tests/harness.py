@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from typing import TYPE_CHECKING, Any, Self
+from unittest import mock
 
 import grpc
 
@@ -27,6 +28,7 @@ from holdoff.v1 import (
     token_service_pb2,
     token_service_pb2_grpc,
 )
+from holdoff_coordinator import hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +38,11 @@ if TYPE_CHECKING:
     from holdoff.v1 import token_pb2
 
 LONG = os.environ.get("HOLDOFF_TEST_LENGTH") == "long"
+"""Whether tests that have a short and a long form take the long one."""
+
+SILENT_SECONDS = 6
+"""A waiter that was not heard for so long is passed over."""
+
 _numbers = itertools.count()
 
 
@@ -119,7 +126,7 @@ def ask(  # noqa: PLR0913 - the fields of the request
     token: str,
     *,
     wait: float | None = None,
-    ttl: float = 2.0,
+    ttl: float = 30.0,
     request_id: str | None = None,
     job: str = "",
     last_fencing_token: int = 0,
@@ -151,6 +158,23 @@ def wake(store: redis.Redis, request: lease_service_pb2.AcquireLeaseRequest) -> 
     store.spublish(f"holdoff:{{{app}}}:wake", request_hash(request))
 
 
+def lease_key(name: str) -> str:
+    """Return the key of a lease's record."""
+    _, app, _, token, _, lease = name.split("/")
+    return f"holdoff:{{{app}}}:lease:{token}:{lease}"
+
+
+def run_out(store: redis.Redis, offer: lease_service_pb2.LeaseOffer) -> int:
+    """Let a lease, or an offer that was not accepted, run out at this instant; return it, in µs.
+
+    Its record says so: whoever looks next settles it.
+    """
+    seconds, microseconds = store.time()
+    now_us: int = seconds * 1_000_000 + microseconds
+    store.hset(lease_key(offer.lease.name), "expires_us", str(now_us))
+    return now_us
+
+
 def refusal(call: Callable[..., object], *arguments: object) -> str:
     """Return the reason with which a call is refused."""
     try:
@@ -163,9 +187,15 @@ def refusal(call: Callable[..., object], *arguments: object) -> str:
 class Waiter:
     """A stream that waits for a lease, with heartbeats that a test can stop."""
 
-    def __init__(self, replica: Replica, request: lease_service_pb2.AcquireLeaseRequest) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        request: lease_service_pb2.AcquireLeaseRequest,
+        *,
+        silent: bool = False,
+    ) -> None:
         self.request = request
-        self.silent = False
+        self.silent = silent
         self.events: list[lease_service_pb2.AcquireLeaseResponse] = []
         self.ended: grpc.RpcError | str | None = None
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -235,6 +265,16 @@ class Waiter:
         self._outbox.put(None)
         with contextlib.suppress(RuntimeError):
             self._thread.join(timeout=5)
+
+
+def silent_waiter(replica: Replica, request: lease_service_pb2.AcquireLeaseRequest) -> Waiter:
+    """Start a waiter whose replica heard it for the last time six seconds ago."""
+    with mock.patch.object(hub.Waiter, "heard_age_us", SILENT_SECONDS * 1_000_000):
+        waiter = Waiter(replica, request, silent=True)
+        waiter.waiting()
+        for conversation in replica.coordinator.hub._waiters[request_hash(request)]:
+            conversation._heard -= SILENT_SECONDS
+    return waiter
 
 
 class Follower:
