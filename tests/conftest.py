@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["Server", "StartValkey"]
 
 StartValkey = Callable[..., Server]
+
+# A signal that is ignored here (`nohup make test`, `make test &`) would be ignored by all processes
+# that tests start. One with a handler has its default action there.
+for _signum in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
+    if signal.getsignal(_signum) == signal.SIG_IGN:
+        signal.signal(_signum, lambda _signum, _frame: None)
 
 
 def pytest_terminal_summary(

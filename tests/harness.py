@@ -45,8 +45,11 @@ SILENT_SECONDS = 6
 
 _numbers = itertools.count()
 
+LONG = os.environ.get("HOLDOFF_TEST_LENGTH") == "long"
+"""Whether tests run at full size, as `make test-all` has it, and not in their short form."""
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     """Return the condition's first true value; fail the test when there is none in time."""
     give_up = time.monotonic() + seconds
     while not (value := condition()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,17 +18,45 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Give a coordinator process that the tests of a worker share, each with tokens of its own."""
+def _shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with Service(tmp_path_factory.mktemp("service")) as one:
         yield one
 
 
-@pytest.fixture
-def own_service(tmp_path: Path) -> Iterator[Service]:
-    """Give a coordinator process that a test may treat roughly."""
-    with Service(tmp_path) as one:
+@pytest.fixture(scope="session")
+def _sturdy_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with Service(tmp_path_factory.mktemp("sturdy")) as one:
         yield one
+
+
+@pytest.fixture
+def service(_shared_service: Service, tmp_path: Path) -> Iterator[Service]:
+    """Give a coordinator process that a worker's tests share.
+
+    Each test has an app and a state folder of its own; none may end the process.
+    """
+    with lent(_shared_service, tmp_path):
+        yield _shared_service
+
+
+@pytest.fixture
+def own_service(_sturdy_service: Service, tmp_path: Path) -> Iterator[Service]:
+    """Give a coordinator process that a test may end and start again, with its data as it was."""
+    if not _sturdy_service.runs:  # a test failed
+        _sturdy_service.start()
+    with lent(_sturdy_service, tmp_path):
+        yield _sturdy_service
+
+
+@contextlib.contextmanager
+def lent(service: Service, folder: Path) -> Iterator[None]:
+    """Let one test use a coordinator that others use later."""
+    environment = dict(service.environment)
+    service.environment["XDG_STATE_HOME"] = str(folder / "state")
+    service.app = f"apps/{uuid.uuid4().hex}"
+    yield
+    service.end_commands()
+    service.environment = environment
 
 
 @pytest.fixture

@@ -12,24 +12,24 @@ import struct
 import sys
 import termios
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 10) -> Any:
-    """Wait until the condition holds, and give what it gave."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
-    return result
+PROGRAMS = Path(__file__).parent / "programs"
 
 
 def python(program: str, *arguments: object) -> list[str]:
-    """A command that runs a Python program."""
+    """A command that runs a short Python program, which has the standard library alone."""
     return [sys.executable, "-I", "-S", "-c", program, *map(str, arguments)]
+
+
+def program(name: str, *arguments: object) -> list[str]:
+    """A command that runs one of `programs/`, which has the standard library alone."""
+    return [sys.executable, "-I", "-S", str(PROGRAMS / f"{name}.py"), *map(str, arguments)]
+
+
+def driver(name: str, *arguments: object) -> list[str]:
+    """A command that runs one of `programs/` that uses the library."""
+    return [sys.executable, "-I", str(PROGRAMS / f"{name}.py"), *map(str, arguments)]
 
 
 class Terminal:
@@ -45,7 +45,7 @@ class Terminal:
         """Press these keys."""
         os.write(self._fd, text.encode())
 
-    def expect(self, text: str, seconds: float = 10) -> None:
+    def expect(self, text: str, seconds: float = 30) -> None:
         """Wait until the text appears after what was expected before."""
         deadline = time.monotonic() + seconds
         while text not in self.screen:

@@ -11,13 +11,18 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from click.testing import CliRunner
+
 from holdoff import Client
+from holdoff.cli import main
 from holdoff.cli.output import resource
 from holdoff.durations import parse_duration
 from tests.harness import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from click.testing import Result
 
 BIN = Path(sys.executable).parent
 
@@ -38,9 +43,17 @@ def host_named(name: str) -> list[str]:
 
 
 class Service:
-    """`holdoff-coordinator serve`, restartable in place: by default with an embedded store."""
+    """`holdoff-coordinator serve`, restartable in place: by default with an embedded store.
 
-    def __init__(self, folder: Path, redis_url: str = "") -> None:
+    Args:
+        folder: For all that it writes.
+        redis_url: A store to use instead of its own.
+        policies: Texts of policies that it knows beside the presets, by name.
+    """
+
+    def __init__(
+        self, folder: Path, redis_url: str = "", policies: Mapping[str, str] | None = None
+    ) -> None:
         self.data_dir = folder / "data"
         self._redis_url = redis_url
         self.environment = {
@@ -48,6 +61,14 @@ class Service:
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "XDG_STATE_HOME": str(folder / "state"),
         }
+        if policies:
+            policy_dir = folder / "policies"
+            policy_dir.mkdir(parents=True)
+            for name, text in policies.items():
+                (policy_dir / f"{name}.toml").write_text(text)
+            self.environment["HOLDOFF_POLICY_DIR"] = str(policy_dir)
+        self.app = "apps/e2e"
+        """Where `create_token` makes tokens."""
         self.address = "127.0.0.1:0"
         self.log: list[str] = []
         self._commands: list[subprocess.Popen[str]] = []
@@ -57,11 +78,15 @@ class Service:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Those that a failed test left behind; a guard ends what its wrapper ran.
-        for command in self._commands:
+        self.end_commands()
+        self.end(signal.SIGTERM)
+
+    def end_commands(self) -> None:
+        """End those that a failed test left behind; a guard ends what its wrapper ran."""
+        while self._commands:
+            command = self._commands.pop()
             command.kill()
             command.wait(timeout=20)
-        self.end(signal.SIGTERM)
 
     def start(self) -> None:
         """Start, on the same port and directory as before, and wait until it serves."""
@@ -71,7 +96,9 @@ class Service:
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
-        line = wait_until(lambda: next((one for one in self.log if "serving" in one), None), 20)
+        wait_until(lambda: self._serving() or not self._reader.is_alive())
+        line = self._serving()
+        assert line, "".join(self.log)
         self.address = json.loads(line)["address"]
         self.environment["HOLDOFF_ENDPOINT"] = self.address
 
@@ -82,9 +109,17 @@ class Service:
         store = ["--redis-url", self._redis_url] if self._redis_url else data_dir
         return [program, "serve", "--listen", self.address, *store]
 
+    def _serving(self) -> str:
+        return next((one for one in self.log if "serving" in one), "")
+
     def _read_log(self) -> None:
         assert self.process.stderr is not None
         self.log.extend(self.process.stderr)
+
+    @property
+    def runs(self) -> bool:
+        """Whether its process has not ended."""
+        return self.process.poll() is None
 
     def end(self, signum: signal.Signals) -> None:
         """End the process and wait for it."""
@@ -113,24 +148,41 @@ class Service:
         return process
 
     def holdoff(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run a `holdoff` command to its end."""
+        """Run a `holdoff` command to its end, in a process of its own."""
         process = self.start_holdoff(*arguments, **options)
-        stdout, stderr = process.communicate(timeout=40)
+        try:
+            stdout, stderr = process.communicate(timeout=40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = process.communicate(timeout=20)
+            raise AssertionError(f"{arguments} does not end; it wrote {said}") from None
+        sys.stderr.write(stderr)  # which pytest shows if the test fails
         return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
 
+    def invoke(self, *arguments: str, **variables: str) -> Result:
+        """Run a `holdoff` command in this process, without the time that a new one takes to start.
+
+        Args:
+            arguments: Of a command that neither waits nor needs a terminal.
+            variables: Of its environment, where it is to differ from ours.
+        """
+        done = CliRunner().invoke(main, arguments, env={**self.environment, **variables})
+        sys.stderr.write(done.stderr)  # which pytest shows if the test fails
+        return done
+
     def json(self, *arguments: str) -> Any:
-        """Run a command and read its document."""
-        shown = self.holdoff(*arguments, "--output", "json")
-        assert shown.returncode == 0, shown.stderr
+        """Run a command, in this process, and read its document."""
+        shown = self.invoke(*arguments, "--output", "json")
+        assert shown.exit_code == 0, shown.stderr
         return json.loads(shown.stdout)
 
     def asked(self) -> Client:
-        """Ask it from this process: a command takes half a second to start."""
+        """Ask it from this process: a command takes a while to start."""
         return Client(self.address, ca_file=self.environment.get("HOLDOFF_CA_FILE"))
 
     def create_token(self, name: str, interval: str = "0.3s") -> str:
-        """Create a token."""
-        token = f"apps/e2e/tokens/{name}"
+        """Create a token, in the app of the test."""
+        token = f"{self.app}/tokens/{name}"
         with self.asked() as client:
             client.create_token(token, refresh_interval_seconds=float(parse_duration(interval)))
         return token
