@@ -434,8 +434,10 @@ class _Guard:
         control = self._control.read()
         # Read after the other pipe, so that no message that followed the launch comes before it;
         # but an end or a pause that came in time stops it.
-        messages = self._launch.read() + control
-        messages.sort(key=lambda message: "end" not in message and "pause" not in message)
+        launch = self._launch.read()
+        messages = launch + control
+        if launch:
+            messages.sort(key=lambda message: "end" not in message and "pause" not in message)
         for message in messages:
             self._obey(message, now)
 
