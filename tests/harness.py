@@ -182,8 +182,9 @@ def let_pass(store: redis.Redis, token: str, seconds: float) -> None:
     """Make what was counted or reserved for a token's app so much older."""
     shard = f"holdoff:{{{token.split('/')[1]}}}"
     past_us = round(seconds * 1e6)
-    for reservation in store.zrange(f"{shard}:reservations", 0, -1):
-        store.hincrby(f"{shard}:reservation:{reservation.decode()}", "expires_us", -past_us)
+    entry: Any
+    for entry in store.zrange(f"{shard}:reservations", 0, -1):
+        store.hincrby(f"{shard}:reservation:{entry.decode()}", "expires_us", -past_us)
     keys = [f"{shard}:reservations", f"{shard}:budgets"]
     for key in (*keys, *store.scan_iter(f"{shard}:log:*", count=1000)):
         for entry in store.zrange(key, 0, -1):
