@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Self
 from unittest import mock
 
 import grpc
+import structlog
+from click.testing import CliRunner
 
 from holdoff._core import duration
 from holdoff._status import from_rpc_error
@@ -28,12 +30,13 @@ from holdoff.v1 import (
     token_service_pb2,
     token_service_pb2_grpc,
 )
-from holdoff_coordinator import hub
+from holdoff_coordinator import cli, hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import redis
+    from click.testing import Result
 
     from holdoff.v1 import token_pb2
 
@@ -148,6 +151,18 @@ def ask(  # noqa: PLR0913 - the fields of the request
     )
     request.holder.job = job
     return request
+
+
+def coordinator_command(*arguments: str, **variables: str) -> Result:
+    """Run a command of `holdoff-coordinator` in this process, with these variables of its own."""
+    ours = {name: None for name in os.environ if name.startswith("HOLDOFF_")}
+    logs = structlog.get_config() if structlog.is_configured() else None
+    try:
+        return CliRunner(env={**ours, **variables}).invoke(cli.main, arguments)
+    finally:
+        structlog.reset_defaults()
+        if logs:
+            structlog.configure(**logs)
 
 
 def request_hash(request: lease_service_pb2.AcquireLeaseRequest) -> str:
