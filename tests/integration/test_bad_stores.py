@@ -205,7 +205,7 @@ def test_a_wrong_variable_is_named_like_its_option() -> None:
 @pytest.mark.parametrize("address", ["taken", "192.0.2.1:0", "a..b:0"])
 def test_an_address_that_cannot_be_listened_on(stage: Stage, address: str) -> None:
     """A port in use, an address that is not ours and a name that is none end in one line."""
-    way = start_here
+    way: Callable[..., Ended] = start_here
     if address == "taken":
         way, address = start, f"127.0.0.1:{stage.mute_port()}"
     where = ("--insecure", "--listen", address)

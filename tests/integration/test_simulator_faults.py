@@ -130,9 +130,9 @@ async def test_hang() -> None:
 async def test_a_hang_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """A simulator that hangs for an hour ends at once when it is told to.
 
-    Fails when the end waits for requests under way, here for a minute.
+    Fails when the end waits for requests under way, here for 40 s.
     """
-    patient = functools.partial(web.AppRunner, shutdown_timeout=60.0)
+    patient = functools.partial(web.AppRunner, shutdown_timeout=40.0)
     monkeypatch.setattr(web, "AppRunner", lambda *args, **_: patient(*args, access_log=None))
     async with aiohttp.ClientSession() as http:
         async with serving() as url:

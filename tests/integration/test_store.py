@@ -211,6 +211,7 @@ async def test_a_connection_that_the_server_closed_is_replaced(start_valkey: Sta
         await client.ping()
         await other.client_kill_filter(_type="normal", skipme=True)
         (idle,) = client.connection_pool._available_connections
+        assert idle._reader is not None
         async with asyncio.timeout(20):
             while not idle._reader.at_eof():  # noqa: ASYNC110 - nothing tells of it
                 await asyncio.sleep(0.001)
