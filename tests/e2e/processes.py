@@ -27,7 +27,7 @@ def program(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-I", "-S", str(PROGRAMS / f"{name}.py"), *map(str, arguments)]
 
 
-def driver(name: str, *arguments: object) -> list[str]:
+def library_program(name: str, *arguments: object) -> list[str]:
     """A command that runs one of `programs/` that uses the library."""
     return [sys.executable, "-I", str(PROGRAMS / f"{name}.py"), *map(str, arguments)]
 

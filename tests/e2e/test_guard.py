@@ -24,7 +24,8 @@ import pytest
 
 from holdoff import _fence, _process
 from holdoff._process import CannotRunError, Guard, GuardError, boottime_ns, which
-from tests.e2e.processes import Terminal, driver, program, python
+from tests.e2e.family import KILL_ROOM_SECONDS, Family
+from tests.e2e.processes import Terminal, library_program, program, python
 from tests.harness import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux promises")
@@ -77,7 +78,7 @@ class Run:
         """The driver's command line."""
         report = str(self.folder / "report")
         settings = {"isolate": "never", "report": report, "mark": self.mark, "argv": argv}
-        return driver("guard_driver", json.dumps(settings | options))
+        return library_program("guard_driver", json.dumps(settings | options))
 
     def start(self, argv: list[str], *, popen: Any = None, **options: object) -> None:
         """Start the driver, in a session of its own without a terminal."""
@@ -87,11 +88,13 @@ class Run:
         command = self.command(argv, orders=str(orders), **options)
         self.process = subprocess.Popen(command, start_new_session=True, **streams)
 
-    def start_family(self, *how: str, **options: object) -> None:
+    def start_family(self, *, stubborn: bool = False, **options: object) -> Family:
         """Start three generations, and wait until they live."""
-        self.start(program("family", self.note, *how), **options)
-        wait_until(lambda: {line.split()[0] for line in self.notes()} == {"1", "2", "3"})
+        family = Family(self.note, stubborn=stubborn)
+        self.start(family.command, **options)
+        family.await_all()
         wait_until(lambda: len(self.alive()) == 3)  # and no longer who made the last an orphan
+        return family
 
     def start_listener(self, **options: object) -> None:
         """Start a command that notes its signals, and wait until it does."""
@@ -130,13 +133,9 @@ class Run:
         """The living processes that the command started, and itself."""
         return [pid for pid in _pids() if self.mark.encode() in _read(pid, "environ")]
 
-    def notes(self) -> list[str]:
-        """The lines that the command has written to its note."""
-        return self.note.read_text().splitlines() if self.note.exists() else []
-
     def heard(self) -> list[int]:
         """The signals that a listener noted."""
-        return [int(line.split()[0]) for line in self.notes()]
+        return [int(line.split()[0]) for line in self.note.read_text().splitlines()]
 
     def stop(self) -> None:
         """Leave nothing behind, whatever the test found."""
@@ -352,7 +351,7 @@ def test_wrapper_killed_before_the_launch(run: Run) -> None:
 @both_modes
 def test_wrapper_lets_go(run: Run, isolate: str) -> None:
     """A wrapper that leaves the guard's context in mid-run has ended the tree by then."""
-    run.start(program("family", run.note), isolate=isolate, abandon=True)
+    run.start(Family(run.note).command, isolate=isolate, abandon=True)
     assert run.process.wait(30) == 3
     assert not run.alive()
 
@@ -385,12 +384,12 @@ def test_wrapper_stopped_past_the_fence(run: Run, isolate: str) -> None:
 
     Fails when the guard has no timer of its own.
     """
-    run.start_family(isolate=isolate, fence=3, grace=2, renew=0.2)
+    family = run.start_family(isolate=isolate, fence=3, grace=2, renew=0.2)
     run.process.send_signal(signal.SIGSTOP)
     wait_until(lambda: _state(run.process.pid) == "T")
     wait_until(lambda: not run.alive())
     fences = [report["fence"] for report in run.reports if "fence" in report]
-    assert max(float(line.split()[1]) for line in run.notes()) < _wall_seconds(max(fences))
+    assert family.ended_before(_wall_seconds(max(fences)))
     run.process.send_signal(signal.SIGCONT)
     assert run.finish()["ended_by"] == "fence"
 
@@ -405,16 +404,13 @@ def test_fence(run: Run, isolate: str) -> None:
 
     Fails when KILL is left out, or comes a grace after the fence.
     """
-    run.start_family("stubborn", isolate=isolate, grace=1)
+    family = run.start_family(stubborn=True, isolate=isolate, grace=1)
     fence = boottime_ns() + 3 * SECOND
     run.order("extend", fence)
     outcome = run.finish()
     assert (outcome["ended_by"], outcome["signal"]) == ("fence", signal.SIGKILL)
-    # KILL keeps a tenth of a second from the fence, and TERM the grace from KILL.
-    notes = [line.split() for line in run.notes()]
-    told_at = min(float(at) for _, at, word in notes if word == "TERM")
-    last_at = max(float(at) for _, at, _ in notes)
-    assert _wall_seconds(fence) - 1.11 < told_at < last_at < _wall_seconds(fence)
+    assert _wall_seconds(fence) - KILL_ROOM_SECONDS - 1.01 < family.told() < family.last()
+    assert family.ended_before(_wall_seconds(fence))
     assert not run.alive()
 
 

@@ -23,6 +23,8 @@ from holdoff._outcome import Event, GuardError, Stdio
 from holdoff._platform import boottime_ns
 from holdoff._process_windows import WindowsGuard
 from holdoff.v1 import lease_pb2
+from tests.e2e.family import Family
+from tests.e2e.processes import PROGRAMS
 from tests.harness import wait_until
 
 if TYPE_CHECKING:
@@ -30,36 +32,13 @@ if TYPE_CHECKING:
 
 SECOND = 10**9
 FOLDER = Path(holdoff.__file__).parent
-JOB = f"""
-import contextlib, os, sys
-sys.path.insert(0, {str(FOLDER)!r})
-import _guard_windows, _platform
-
-class Job:
-    def __init__(self):
-        _platform.become_subreaper()
-
-    def others(self):
-        found, ancestors = [], [os.getpid()]
-        while ancestors:
-            for pid in _platform.children(ancestors.pop()):
-                ancestors.append(pid)
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended
-                    with open(f"/proc/{{pid}}/stat") as file:
-                        if file.read().rpartition(")")[2].split()[0] != "Z":
-                            found.append(pid)
-        return found
-
-_guard_windows.main(Job)
-"""
+PROGRAM = (str(PROGRAMS / "windows_guard.py"), str(FOLDER))
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have guards use the stand-in for the job."""
-    program = tmp_path / "guard.py"
-    program.write_text(JOB)
-    monkeypatch.setattr(WindowsGuard, "PROGRAM", (str(program),))
+    monkeypatch.setattr(WindowsGuard, "PROGRAM", PROGRAM)
 
 
 def run(
@@ -109,33 +88,39 @@ def test_the_fence_ends_who_does_not_listen(tmp_path: Path) -> None:
 
     Fails when the fence is not kept, or only the command itself is ended.
     """
-    pids, beats = tmp_path / "pids", tmp_path / "beats"
-    script = f"""
-    trap 'echo asked >>{pids}.asked' TERM
-    (trap '' TERM; echo $BASHPID >>{pids}; while :; do date +%s.%N >>{beats}; sleep 0.02; done) &
-    echo $$ >>{pids}
-    while :; do sleep 0.05; done
-    """
-    events: list[Event] = []
+    family, events = Family(tmp_path / "diary", stubborn=True), list[Event]()
     with WindowsGuard.start() as guard:
+
+        def all_live() -> bool:
+            guard.extend(boottime_ns() + 2 * SECOND)
+            return family.lives()
+
+        launch(guard, *family.command, fence=2, grace=1)
+        wait_until(all_live)
         fence = time.time() + 2
-        launch(guard, "bash", "-c", script, fence=2.0)
         outcome = guard.wait(events.append)
     assert outcome.ended_by == "fence"
     assert [event.reason for event in events] == [None, "fence"]
-    assert Path(f"{pids}.asked").exists()
-    wait_until(lambda: gone(*map(int, pids.read_text().split())))
-    assert fence - 1 < float(beats.read_text().split()[-1]) < fence
+    assert family.told() < family.last()
+    assert family.ended_before(fence)
 
 
-def test_renewals_move_the_fence() -> None:
+def test_renewals_move_the_fence(tmp_path: Path) -> None:
     """Fails when the first fence stays, or an earlier one counts."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
     with WindowsGuard.start() as guard:
-        launch(guard, "sleep", "1.5", fence=1.0)
-        for _ in range(12):
-            guard.extend(boottime_ns() + SECOND)
-            guard.extend(boottime_ns() + SECOND // 100)
-            time.sleep(0.1)
+        first = boottime_ns() + 2 * SECOND
+        launch(guard, "sh", "-c", f"read _ <{gate}", fence=2)
+
+        def has_passed() -> bool:
+            now = boottime_ns()
+            guard.extend(now + 2 * SECOND)
+            guard.extend(now + SECOND // 100)
+            return now > first
+
+        wait_until(has_passed)
+        gate.write_text("\n")
         assert guard.wait().exit_code == 0
 
 
@@ -196,20 +181,20 @@ def test_what_cannot_be_run(tmp_path: Path, name: str, code: int) -> None:
 def test_a_wrapper_that_dies_takes_the_command_with_it(tmp_path: Path) -> None:
     """Fails when the guard does not notice the end of its pipe."""
     pid = tmp_path / "pid"
-    program = f"""
+    source = f"""
 import os, sys
 from holdoff._process_windows import WindowsGuard
-WindowsGuard.PROGRAM = ({str(tmp_path / "guard.py")!r},)
+WindowsGuard.PROGRAM = {PROGRAM!r}
 guard = WindowsGuard.start()
 guard.launch("/bin/sh", ["sh", "-c", "echo $$ >{pid}; exec sleep 60"], os.environ,
     fence_boottime_ns=None, grace_seconds=0.2)
 guard.wait()
 """
-    wrapper = subprocess.Popen([sys.executable, "-c", program])
+    wrapper = subprocess.Popen([sys.executable, "-c", source])
     command = int(wait_until(lambda: pid.exists() and pid.read_text()))
     wrapper.kill()
     wrapper.wait()
-    wait_until(lambda: gone(command), 5)
+    wait_until(lambda: gone(command))
 
 
 def test_a_guard_that_dies_is_told(tmp_path: Path) -> None:
@@ -229,21 +214,20 @@ def test_a_guard_that_dies_is_told(tmp_path: Path) -> None:
 
 def test_without_a_job_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails when a guard without its job goes on, and could not end what it starts."""
-    program = str(FOLDER / "_guard_windows.py")
-    monkeypatch.setattr(WindowsGuard, "PROGRAM", (program,))
+    monkeypatch.setattr(WindowsGuard, "PROGRAM", (str(FOLDER / "_guard_windows.py"),))
     with pytest.raises(GuardError, match="there are Job Objects on Windows alone"):
         WindowsGuard.start()
 
 
-def test_holdoff_run_with_this_guard(service: Service, tmp_path: Path) -> None:
+def test_holdoff_run_with_this_guard(service: Service) -> None:
     """A whole run: its lease is given back, and one that must be quiet is ended, not paused.
 
     Fails when the run asks this guard for what it cannot do.
     """
-    program = f"""
+    source = f"""
 import sys
 from holdoff._process_windows import WindowsGuard
-WindowsGuard.PROGRAM = ({str(tmp_path / "guard.py")!r},)
+WindowsGuard.PROGRAM = {PROGRAM!r}
 import holdoff.cli.run
 holdoff.cli.run.Guard = WindowsGuard
 from holdoff.cli import main
@@ -252,7 +236,7 @@ main(sys.argv[1:])
 
     def holdoff_run(*arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", program, "run", "--token", token, *arguments],
+            [sys.executable, "-c", source, "run", "--token", token, *arguments],
             env=service.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
