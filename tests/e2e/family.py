@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
-from tests.e2e.processes import program
+from tests.e2e.processes import held_up, program
 from tests.harness import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
 KILL_ROOM_SECONDS = 0.1
@@ -62,8 +60,3 @@ class Family:
             for generation in (1, 2, 3)
         )
         return self.last() < instant + (longest if longest > KILL_ROOM_SECONDS else 0)
-
-
-def held_up(stamps: Iterable[float]) -> float:
-    """Return the longest time between two stamps of a command that makes many a second."""
-    return max((later - sooner for sooner, later in itertools.pairwise(stamps)), default=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import pty
 import select
@@ -13,6 +14,10 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -30,6 +35,11 @@ def program(name: str, *arguments: object) -> list[str]:
 def library_program(name: str, *arguments: object) -> list[str]:
     """A command that runs one of `programs/` that uses the library."""
     return [sys.executable, "-I", str(PROGRAMS / f"{name}.py"), *map(str, arguments)]
+
+
+def held_up(stamps: Iterable[float]) -> float:
+    """Return the longest time between two stamps of a program that makes many a second."""
+    return max((later - sooner for sooner, later in itertools.pairwise(stamps)), default=0.0)
 
 
 class Terminal:

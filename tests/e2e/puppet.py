@@ -2,31 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from tests.e2e.processes import program
 from tests.harness import wait_until
-
-# A stamp each 30 ms costs next to nothing. An order is a piece of Python in a file of its own.
-PROGRAM = """
-import os, signal, sys, time
-path, number = sys.argv[1], 0
-file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-def note(word):
-    os.write(file, f"{time.time():.6f} {word}\\n".encode())
-def say(text, end="\\n"):
-    print(text, end=end, flush=True)
-while True:
-    note("runs")
-    try:
-        order = open(f"{path}.{number}").read()
-    except FileNotFoundError:
-        time.sleep(0.03)
-        continue
-    number += 1
-    note("told")
-    exec(order)
-"""
 
 
 class Puppet:
@@ -39,13 +18,8 @@ class Puppet:
         self._line = ""
         self._orders = 0
         self._pid = 0
-        self._runs: list[float] = []
-        self._told: list[float] = []
-
-    @property
-    def command(self) -> list[str]:
-        """Its command line."""
-        return [sys.executable, "-I", "-S", "-c", PROGRAM, str(self._path)]
+        self._stamps: dict[str, list[float]] = {}
+        self.command = program("puppet", self._path)
 
     def do(self, order: str) -> None:
         """Tell it to do something, if it runs; else as soon as it does."""
@@ -59,6 +33,11 @@ class Puppet:
         self.do(f"say({text!r})")
         return wait_until(lambda: self.told[self._orders - 1 :])[0]  # type: ignore[no-any-return]
 
+    def have_done(self, order: str) -> None:
+        """Tell it to do something, and wait until it has."""
+        self.do(order)
+        wait_until(lambda: len(self._noted("did")) == self._orders)
+
     def end(self, code: int = 0) -> None:
         """Have it exit."""
         self.do(f"sys.exit({code})")
@@ -66,27 +45,25 @@ class Puppet:
     @property
     def runs(self) -> list[float]:
         """When it was seen to run, in seconds since 1970 as the store counts them."""
-        self._read()
-        return self._runs
+        return self._noted("runs")
 
     @property
     def told(self) -> list[float]:
         """When it began to do what it was told."""
-        self._read()
-        return self._told
+        return self._noted("told")
 
     def runs_after(self, instant: float) -> list[float]:
         """When it was seen to run later than that."""
         return [at for at in reversed(self.runs) if at > instant][::-1]
 
-    def _read(self) -> None:
+    def _noted(self, word: str) -> list[float]:
         while line := self._file.readline():
             self._line += line
-            if not self._line.endswith("\n"):
-                return
-            at, word = self._line.split()
-            (self._told if word == "told" else self._runs).append(float(at))
-            self._line = ""
+            if self._line.endswith("\n"):
+                at, noted = self._line.split()
+                self._stamps.setdefault(noted, []).append(float(at))
+                self._line = ""
+        return self._stamps.setdefault(word, [])
 
     @property
     def is_stopped(self) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import json
 import re
 import signal
+import termios
 import time
 import uuid
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,7 +19,7 @@ import holdoff
 from holdoff.v1 import budget_pb2
 from tests.e2e.puppet import Puppet
 from tests.e2e.service import Service
-from tests.harness import wait_until
+from tests.harness import LONG, wait_until
 
 if TYPE_CHECKING:
     import subprocess
@@ -54,32 +56,29 @@ statuses = [400, 404]
 first = "BLOCK"
 most = "1h"
 """
-USUAL = {"DEFAULT": "pause", "LIFE": "0s", "WINDOW": "1h", "BLOCK": "1.5s"}
+USUAL = {"DEFAULT": "pause", "LIFE": "0s", "WINDOW": "1h", "BLOCK": "2s"}
 POLICIES = {
     "pause": {},
     "finish": {"DEFAULT": "finish"},
     "terminate": {"DEFAULT": "terminate"},
-    "short-life": {"LIFE": "2s", "BLOCK": "10s"},
-    "short-window": {"WINDOW": "2s"},
+    "short-life": {"LIFE": "2s", "BLOCK": "10m"},
+    "short-window": {"WINDOW": "3s"},
 }
 
 
-def policed(folder: Path) -> Service:
-    """Return a coordinator that knows the policies, and was not started."""
-    for name, facts in POLICIES.items():
-        policy = POLICY
-        for field, value in {"NAME": name, **USUAL, **facts}.items():
-            policy = policy.replace(field, value)
-        (folder / f"{name}.toml").write_text(policy)
-    service = Service(folder)
-    service.environment["HOLDOFF_POLICY_DIR"] = str(folder)
-    return service
+def policy(name: str) -> str:
+    """Return the text of a policy."""
+    text = POLICY
+    for field, value in {"NAME": name, **USUAL, **POLICIES[name]}.items():
+        text = text.replace(field, value)
+    return text
 
 
 @pytest.fixture(scope="module")
 def coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Give a coordinator that the tests of this module share, each with an app of its own."""
-    with policed(tmp_path_factory.mktemp("conduct")) as service:
+    texts = {name: policy(name) for name in POLICIES}
+    with Service(tmp_path_factory.mktemp("conduct"), policies=texts) as service:
         yield service
 
 
@@ -104,7 +103,7 @@ class App:
         result = self._folder / f"{len(self._runs)}.json"
         puppet = Puppet(self._folder, len(self._runs))
         command = () if "--" in arguments else ("--", *puppet.command)
-        options = ("--token", token, "--ttl", "30s", "--result-file", str(result))
+        options = ("--token", token, "--result-file", str(result))
         process = self.service.start_holdoff("run", *options, *arguments, *command)
         self._runs.append(Run(process, puppet, result))
         return self._runs[-1]
@@ -155,7 +154,9 @@ class Run:
 
 @pytest.fixture
 def app(coordinator: Service, tmp_path: Path) -> Iterator[App]:
-    """Give an app of its own at the shared coordinator."""
+    """Give an app of its own at the shared coordinator, which a test may end and start again."""
+    if not coordinator.runs:  # a test failed
+        coordinator.start()
     with (
         holdoff.Client(coordinator.address) as client,
         contextlib.closing(App(coordinator, client, tmp_path)) as one,
@@ -180,11 +181,12 @@ def test_paused_until_the_scope_is_open(app: App, policy: str, options: tuple[st
     Fails when the option does not go before the policy, or a pause does not end.
     """
     run = app.start(app.token(policy), *options)
-    met = run.puppet.say(BLOCKED)
+    run.puppet.say(BLOCKED)
     end = seconds(app.back_off().end_time)
     wait_until(lambda: run.puppet.is_stopped)
+    stopped_at = time.time()
     wait_until(lambda: run.puppet.runs_after(end))
-    assert [at for at in run.puppet.runs_after(met + 1) if at < end] == []
+    assert [at for at in run.puppet.runs_after(stopped_at) if at < end] == []
     run.puppet.end(3)
     code, stdout, stderr = run.wait()
     assert (code, stdout) == (3, f"{BLOCKED}\n")
@@ -205,10 +207,10 @@ def test_let_finish(app: App, policy: str, options: tuple[str, ...]) -> None:
     Fails when `finish` pauses, or the policy's word is not asked.
     """
     run = app.start(app.token(policy), *options)
-    met = run.puppet.say(BLOCKED)
-    app.back_off()
-    wait_until(lambda: run.puppet.runs_after(met + 1))
-    assert max(later - sooner for sooner, later in pairwise(run.puppet.runs_after(met))) < 0.9
+    run.puppet.say(BLOCKED)
+    end = seconds(app.back_off().end_time)
+    wait_until(lambda: run.puppet.runs_after(end))
+    assert [at for at in run.puppet.runs_after(end - 1) if at < end] != []
     run.puppet.end()
     code, _, stderr = run.wait()
     assert code == 0
@@ -240,14 +242,13 @@ def test_terminated(app: App, policy: str, options: tuple[str, ...]) -> None:
 
 
 def test_paused_no_longer_than_the_access_token_lives(app: App) -> None:
-    """A token that lives 2 s is dead after a block of 10 s: the command is ended, with 75.
+    """A token that lives 2 s is dead after a block of ten minutes: the command is ended, with 75.
 
     Fails when a paused command goes on with a dead token, or is kept for the whole block.
     """
     run = app.start(app.token("short-life"))
-    met = run.puppet.say(BLOCKED)
+    run.puppet.say(BLOCKED)
     code, _, stderr = run.wait()
-    assert time.time() - met < 8
     assert code == 75
     assert re.search(r"the command is paused, for [012]s at most", stderr)
     assert "its access token has run out meanwhile: ending the command" in stderr
@@ -262,8 +263,7 @@ def test_a_paused_command_can_be_ended(app: App, signum: signal.Signals) -> None
     """
     token = app.token()
     run = app.start(token)
-    run.puppet.do(f"signal.signal({signum.value}, lambda *_: sys.exit(4))")
-    wait_until(lambda: run.puppet.told)
+    run.puppet.have_done(f"signal.signal({signum.value}, lambda *_: sys.exit(4))")
     app.client.set_back_off(token, 60, "test")
     wait_until(lambda: run.puppet.is_stopped)
     run.process.send_signal(signum)
@@ -272,9 +272,9 @@ def test_a_paused_command_can_be_ended(app: App, signum: signal.Signals) -> None
 
 @pytest.mark.parametrize("paused", [False, True])
 def test_a_break_ends_the_command_at_once(app: App, paused: bool) -> None:
-    """The lease would live for half a minute, and the command is gone a second after the break.
+    """The lease would live for two minutes, and the command is gone as soon as it is broken.
 
-    Fails when a break is noticed by the next renewal only.
+    Fails when a break is noticed by the next renewal only, which comes in 40 s.
     """
     token = app.token()
     run = app.start(token)
@@ -284,9 +284,7 @@ def test_a_break_ends_the_command_at_once(app: App, paused: bool) -> None:
         wait_until(lambda: run.puppet.is_stopped)
     [lease] = app.client.list_leases(token)
     app.client.break_lease(lease.name, "wrong file")
-    broken = time.monotonic()
-    wait_until(lambda: run.puppet.is_gone)
-    assert time.monotonic() - broken < 1.5
+    wait_until(lambda: run.puppet.is_gone, 30)
     code, _, stderr = run.wait()
     assert code == 79
     assert "wrong file" in stderr
@@ -296,46 +294,49 @@ def test_a_break_ends_the_command_at_once(app: App, paused: bool) -> None:
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_paused_by_its_own_count_while_the_coordinator_is_away(
-    tmp_path: Path, killed: bool
-) -> None:
+def test_paused_by_its_own_count_while_the_coordinator_is_away(app: App, killed: bool) -> None:
     """Eight errors are too many whoever is away; later each of them is counted once.
 
     Fails when the wrapper does not count by itself, or does not report what it has counted.
     """
-    with contextlib.ExitStack() as stack:
-        service = stack.enter_context(policed(tmp_path))
-        stack.callback(lambda: service.process.send_signal(signal.SIGCONT))
-        client = stack.enter_context(holdoff.Client(service.address))
-        app = stack.enter_context(contextlib.closing(App(service, client, tmp_path)))
-        run = app.start(app.token(), *CRM)
-        wait_until(lambda: run.puppet.runs)
-        if killed:
-            service.end(signal.SIGKILL)
-        else:
-            service.process.send_signal(signal.SIGSTOP)
+    run = app.start(app.token(), *CRM)
+    wait_until(lambda: run.puppet.runs)
+    with away(app.service, killed=killed):
         run.puppet.do(f"for _ in range(7): say({ERROR!r})")
         seven = wait_until(lambda: run.puppet.told)[0]
         wait_until(lambda: run.puppet.runs_after(seven + 1))
-        eighth = run.puppet.say(ERROR)
+        run.puppet.say(ERROR)
         wait_until(lambda: run.puppet.is_stopped)
-        assert run.puppet.runs_after(eighth + 1) == []
+        stopped_at = time.time()
+    wait_until(lambda: app.used() == 8)
+    assert app.back_off().cause == budget_pb2.BACK_OFF_CAUSE_SPENT
+    assert run.puppet.is_stopped
+    assert run.puppet.runs_after(stopped_at) == []
+    [budget] = app.client.list_budgets(app.name)
+    app.client.reset_budget(budget.name, "test")
+    wait_until(lambda: not run.puppet.is_stopped)
+    run.puppet.end()
+    code, _, stderr = run.wait()
+    assert code == 0
+    assert "as many errors as there is room for: the command is paused" in stderr
+    assert run.account()["errors_seen"] == 8
+    assert app.used() == 0
+
+
+@contextlib.contextmanager
+def away(service: Service, *, killed: bool) -> Iterator[None]:
+    """Keep a coordinator from answering."""
+    if killed:
+        service.end(signal.SIGKILL)
+    else:
+        service.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
         if killed:
             service.start()
         else:
             service.process.send_signal(signal.SIGCONT)
-        wait_until(lambda: app.used() == 8, 20)
-        assert app.back_off().cause == budget_pb2.BACK_OFF_CAUSE_SPENT
-        assert run.puppet.is_stopped
-        [budget] = client.list_budgets(app.name)
-        client.reset_budget(budget.name, "test")
-        wait_until(lambda: not run.puppet.is_stopped)
-        run.puppet.end()
-        code, _, stderr = run.wait()
-        assert code == 0
-        assert "as many errors as there is room for: the command is paused" in stderr
-        assert run.account()["errors_seen"] == 8
-        assert app.used() == 0
 
 
 def test_other_places_have_room_of_their_own(app: App) -> None:
@@ -398,7 +399,7 @@ def test_an_error_in_the_last_words_spoils_the_probe(app: App) -> None:
     first, second = app.token(name="a"), app.token(name="b")
     app.client.record_block(first, status=403)
     probe = app.start(first)
-    wait_until(lambda: probe.puppet.runs, 20)
+    wait_until(lambda: probe.puppet.runs)
     assert app.back_off().state == budget_pb2.BACK_OFF_STATE_PROBING
     waiter = app.start(second)
     wait_until(lambda: list(app.client.list_waiters(second)))
@@ -442,11 +443,13 @@ def test_a_run_that_waits_says_why(app: App) -> None:
     Fails when a back-off is told as something else, or ends unnoticed.
     """
     token = app.token("short-window")
-    app.spend(token)
-    waited = app.start(token, "--wait", "20s", *CRM, "--", "true")
+    with app.client.acquire(token):
+        waited = app.start(token, "--wait", "30s", *CRM, "--", "true")
+        wait_until(lambda: list(app.client.list_waiters(token)))
+        app.spend(token)
     code, _, stderr = waited.wait()
     assert code == 0
-    waiting = stderr.splitlines()[0]
+    [waiting] = [line for line in stderr.splitlines() if "is spent" in line]
     for words in ("waiting for", "place 1 of 1", "crm/accounts is spent", "earliest start in"):
         assert words in waiting, stderr
     assert f"holdoff explain {token}" in waiting
@@ -481,8 +484,7 @@ def test_exit_codes_and_signals_pass_while_output_is_read(app: App) -> None:
     """
     token = app.token()
     run = app.start(token)
-    run.puppet.do("signal.signal(signal.SIGUSR1, lambda *_: say('heard'))")
-    wait_until(lambda: run.puppet.told)
+    run.puppet.have_done("signal.signal(signal.SIGUSR1, lambda *_: say('heard'))")
     run.process.send_signal(signal.SIGUSR1)
     assert run.process.stdout is not None
     assert run.process.stdout.readline() == "heard\n"
@@ -496,7 +498,7 @@ def test_exit_codes_and_signals_pass_while_output_is_read(app: App) -> None:
 
 
 def test_a_reader_that_blocks_delays_no_renewal(app: App) -> None:
-    """Nobody reads for five lives of the lease: the command waits in its write, the lease lives on.
+    """Nobody reads for some lives of the lease: the command waits in its write, the lease lives on.
 
     Fails when renewals come from a thread that passes output on.
     """
@@ -504,16 +506,15 @@ def test_a_reader_that_blocks_delays_no_renewal(app: App) -> None:
     runs, leases = {}, {}
     for stream in ("stdout", "stderr"):
         token = app.token(name=stream)
-        runs[stream] = app.start(token, "--ttl", "2s")
+        runs[stream] = app.start(token, "--ttl", "2.5s")
         runs[stream].puppet.do(f"sys.{stream}.write('x' * {len(text)}); sys.{stream}.flush()")
         runs[stream].puppet.end(5)
         wait_until(lambda: runs[stream].puppet.told)  # noqa: B023 - it is called here
         [leases[stream]] = app.client.list_leases(token)
-    renewed_until = time.time() + 10
+    renewed_until = time.time() + (12 if LONG else 6)
     for lease in leases.values():
         wait_until(
             lambda: seconds(app.client.get_lease(lease.name).expire_time) > renewed_until,  # noqa: B023
-            12,
         )
     for stream, run in runs.items():
         assert len(run.puppet.told) == 1
@@ -531,16 +532,23 @@ def test_a_reader_of_messages_that_blocks_delays_nothing(app: App, must: str) ->
     token = app.token()
     run = app.start(token, "--when-quiet", "terminate" if must == "terminate" else "pause")
     run.puppet.do("if not os.fork():\n  os.write(2, b'x' * 2_000_000)\n  os._exit(0)")
-    told = wait_until(lambda: run.puppet.told)[0]
-    wait_until(lambda: run.puppet.runs_after(told + 0.5))
+    wait_until(lambda: is_full(run.process.stderr))
     if must == "end":
         [lease] = app.client.list_leases(token)
         app.client.break_lease(lease.name, "test")
     else:
         app.client.set_back_off(token, 60, "test")
     if must == "pause":
-        wait_until(lambda: run.puppet.is_stopped, 3)
+        wait_until(lambda: run.puppet.is_stopped)
         run.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: run.puppet.is_gone, 3)
+    wait_until(lambda: run.puppet.is_gone)
     if must == "pause":
         wait_until(lambda: not list(app.client.list_leases(token)))
+
+
+def is_full(pipe: IO[str] | None) -> bool:
+    """Tell whether a pipe has no room for another page."""
+    assert pipe is not None
+    waiting = array.array("i", [0])
+    fcntl.ioctl(pipe, termios.FIONREAD, waiting)
+    return waiting[0] >= fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
