@@ -87,6 +87,8 @@ class Service:
             command = self._commands.pop()
             command.kill()
             command.wait(timeout=20)
+            for pipe in filter(None, (command.stdin, command.stdout, command.stderr)):
+                pipe.close()
 
     def start(self) -> None:
         """Start, on the same port and directory as before, and wait until it serves."""
