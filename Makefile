@@ -1,4 +1,5 @@
-# Every target runs from .venv, which scripts/bootstrap.sh fills from requirements.lock.
+# Every target runs from .venv, which scripts/bootstrap.sh fills from a lock: from requirements-demo.lock
+# what runs the project, from requirements.lock also what tests it.
 # The first line of help beside a target is what `make help` prints.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -7,20 +8,39 @@ MAKEFLAGS += --no-print-directory
 # Tests and demo find the project's own commands, and nobody's else.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
+# Without bytecode each of the many processes of the tests would compile the project again.
+unexport PYTHONDONTWRITEBYTECODE
+
+DEMO_READY := .venv/.ready-demo
 READY := .venv/.ready
-PYTEST := pytest --numprocesses auto --maxprocesses 8
+# Most tests wait most of the time.
+WORKERS := $(shell echo $$((3 * $$(nproc))))
+SEED := $(shell echo $$RANDOM)
+PYTEST := pytest --quiet --no-header --numprocesses $(WORKERS) --hypothesis-seed $(SEED)
 SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh deploy/*.sh tests/bats/*.bats)
 
-.PHONY: help demo demo-short test lint format types pyright imports shell unit integration model e2e proto chart pytest \
-	stores generate man lock dist wheels bench soak soak-short prove-bare clean
+.PHONY: help demo demo-short test test-all lint format types pyright imports unit integration model e2e proto chart pytest \
+	stores every-store models generate man lock dist wheels bench soak soak-short coverage prove-bare clean
 
 help: ## Show the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: $(READY) ## Jobs on three hosts share one token: without Holdoff, then with it
+demo: $(DEMO_READY) ## Jobs on three hosts share one token: without Holdoff, then with it
 	@python clients/demo/demo.py
 
-test: lint types pyright imports stores pytest demo-short ## Every check, then the demo in short
+# The longest first. They wait more than they work, so that two cores do all of them at once.
+STAGES := pytest stores lint types pyright imports demo-short
+test: $(READY) ## Every check and all tests, side by side: a line a stage, and the log of what fails
+	@rm -rf build/stages
+	@echo 'running side by side: $(STAGES); logs in build/stages'
+	@$(MAKE) --jobs 3 --keep-going $(STAGES:%=stage-%)
+
+stage-%:
+	@scripts/stage.sh $*
+
+LONG_STAGES := every-store models pytest-long demo soak bench prove-bare
+test-all: test ## The same at length: every store, many examples, whole fleets, soak, a bare Debian
+	@$(MAKE) --keep-going $(LONG_STAGES:%=stage-%)
 
 lint: $(READY) ## Style of Python and of shell scripts
 	ruff check
@@ -41,20 +61,34 @@ imports: $(READY) ## Who may import whom
 pytest: $(READY) ## All tests
 	$(PYTEST)
 
+pytest-long: $(READY) ## All tests, with whole fleets and every version of what they are tried with
+	HOLDOFF_TEST_LENGTH=long $(PYTEST)
+
 unit integration model e2e proto chart: $(READY) ## The tests of one kind
 	$(PYTEST) tests/$@
 
 STORE_TESTS := $(addprefix tests/integration/test_,leases.py queue.py budgets.py back_offs.py audit.py)
-stores: $(READY) ## Leases and budgets on a Cluster, and behind Sentinel
-	HOLDOFF_TEST_STORE=cluster pytest --numprocesses 2 $(STORE_TESTS)
-	HOLDOFF_TEST_STORE=sentinel pytest --numprocesses 2 $(STORE_TESTS)
+stores: $(READY) ## Leases and budgets on an embedded store, on a Cluster, and behind Sentinel
+	for kind in embedded cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) $(STORE_TESTS); done
 
-demo-short: $(READY) ## The demo on a faster clock
+every-store: $(READY) ## All tests that use a store, on each kind of store
+	for kind in embedded server cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) tests/integration; done
+
+models: $(READY) ## The models, with many examples
+	HOLDOFF_MODEL_EXAMPLES=3000 $(PYTEST) tests/model
+
+demo-short: $(DEMO_READY) ## The demo on a faster clock
 	python clients/demo/demo.py --short
 
 bench: $(READY) ## Measure; nothing is asserted
 	PYTHONPATH=. python tests/bench/handover.py
 	PYTHONPATH=. python tests/bench/output.py
+
+coverage: $(READY) ## Which lines and branches the tests reach, also in the processes they start
+	rm -rf build/coverage
+	coverage run -m $(PYTEST) || true
+	coverage combine --quiet
+	coverage report --skip-covered
 
 SECONDS := 180
 soak: $(READY) ## 1000 waiters at two replicas for three minutes, or SECONDS=20: promises and figures
@@ -74,10 +108,11 @@ generate: $(READY) ## After a change below proto/ or of the chart's schema: what
 man: $(READY) ## Man pages of every command, into build/man; read them with man -M build/man holdoff
 	python scripts/manpages.py build/man
 
-lock: $(READY) ## Renew requirements.lock from pyproject.toml; UPGRADE=--upgrade takes newer releases
-	uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --no-emit-find-links \
-		--custom-compile-command 'make lock' --quiet $(UPGRADE) --output-file requirements.lock
+LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	--no-emit-find-links --custom-compile-command 'make lock' --quiet
+lock: $(READY) ## Renew the locks from pyproject.toml; UPGRADE=--upgrade takes newer releases
+	$(LOCK) --all-extras --group dev $(UPGRADE) --output-file requirements.lock
+	$(LOCK) --extra coordinator --group build --constraint requirements.lock --output-file requirements-demo.lock
 
 dist: $(READY) ## Wheel, sdist and a bill of materials (CycloneDX), into dist/
 	rm -rf dist
@@ -100,6 +135,11 @@ clean: ## Remove .venv and everything that tools left
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find clients coordinator scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): requirements.lock pyproject.toml scripts/bootstrap.sh
-	scripts/bootstrap.sh
+$(DEMO_READY): requirements-demo.lock pyproject.toml scripts/bootstrap.sh
+	@scripts/bootstrap.sh $<
 	@touch $@
+
+# It has all that the demo needs.
+$(READY): requirements.lock pyproject.toml scripts/bootstrap.sh
+	@scripts/bootstrap.sh $<
+	@touch $@ $(DEMO_READY)

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Fills .venv with exactly what requirements.lock names, and with this project, editable.
+# Fills .venv with what a lock names, and with this project, editable.
+#
+#   scripts/bootstrap.sh LOCK      requirements-demo.lock: to run it; requirements.lock: to test it
 #
 # Needs Python 3.11 or later and one of: uv, Python's venv, or root on a Debian. Packages come from
 # wherever pip (or uv) is configured to look. Safe to repeat; `make` runs it when an input changed.
@@ -7,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly VENV=.venv
+readonly LOCK=$1
 PATH=${PATH//"$PWD/$VENV/bin:"/} # the environment does not fill itself with its own uv
 # Only wheels, so that no compiler is needed. The one package without a wheel carries a binary in
 # its source archive, and setuptools from the lock unpacks it.
@@ -75,18 +78,18 @@ install_by_pip() {
 locked() {
   local name
   for name in "$@"; do
-    sed -n "/^$name==/,/[^\\\\]\$/p" requirements.lock
+    sed -n "/^$name==/,/[^\\\\]\$/p" "$LOCK"
   done
 }
 
 command -v python3 >/dev/null || has_uv || fail 'python3 is not to be found'
 venv_works || create_venv
 
-say 'installing what requirements.lock names'
+say "installing what $LOCK names"
 locked setuptools uv >"$VENV/first.lock"
 has_uv || install_by_pip --require-hashes --no-deps --only-binary :all: -r "$VENV/first.lock"
 install --require-hashes --no-deps --only-binary :all: -r "$VENV/first.lock"
 install --require-hashes --no-deps --only-binary :all: --no-binary "$WITHOUT_WHEEL" \
-  -r requirements.lock
+  -r "$LOCK"
 install --no-deps --editable .
 say 'done'

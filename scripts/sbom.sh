@@ -11,5 +11,5 @@ uv pip compile pyproject.toml --all-extras --constraint requirements.lock --no-a
   --quiet --output-file "$project/pinned.txt" >/dev/null
 uv init --quiet --bare --no-workspace --name holdoff --directory "$project"
 uv add --quiet --no-sync --directory "$project" --requirements "$project/pinned.txt"
-uv version --quiet --no-sync --directory "$project" "$(uv version --short)"
+uv version --quiet --no-sync --directory "$project" "$(hatchling version)"
 uv export --quiet --preview-features sbom-export --format cyclonedx1.5 --directory "$project"

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# What gRPC's core has to say would stand between pytest's lines. It reads this at its import.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 from holdoff import testing
 from tests import stores
 from tests.stores import Server, Store
@@ -26,6 +29,17 @@ StartValkey = Callable[..., Server]
 for _signum in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
     if signal.getsignal(_signum) == signal.SIG_IGN:
         signal.signal(_signum, lambda _signum, _frame: None)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say how to repeat each test that failed, with the seed of this run."""
+    seed = config.getoption("--hypothesis-seed", None)
+    options = f" --hypothesis-seed {seed}" if seed is not None else ""
+    for kind in ("failed", "error"):
+        for report in terminalreporter.getreports(kind):
+            terminalreporter.write_line(f"repeat it: .venv/bin/pytest{options} '{report.nodeid}'")
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,14 @@ import threading
 import time
 import uuid
 from typing import TYPE_CHECKING, Any, Self
+from unittest import mock
 
 import grpc
+import structlog
+from click.testing import CliRunner
 
 from holdoff._core import duration
-from holdoff.errors import from_rpc_error
+from holdoff._status import from_rpc_error
 from holdoff.testing import CoordinatorThread
 from holdoff.v1 import (
     admin_service_pb2_grpc,
@@ -27,18 +30,23 @@ from holdoff.v1 import (
     token_service_pb2,
     token_service_pb2_grpc,
 )
+from holdoff_coordinator import cli, hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     import redis
+    from click.testing import Result
 
     from holdoff.v1 import token_pb2
 
-_numbers = itertools.count()
-
 LONG = os.environ.get("HOLDOFF_TEST_LENGTH") == "long"
-"""Whether tests run at full size, as `make test-all` has it, and not in their short form."""
+"""Whether tests that have a short and a long form take the long one."""
+
+SILENT_SECONDS = 6
+"""A waiter that was not heard for so long is passed over."""
+
+_numbers = itertools.count()
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
@@ -121,7 +129,7 @@ def ask(  # noqa: PLR0913 - the fields of the request
     token: str,
     *,
     wait: float | None = None,
-    ttl: float = 2.0,
+    ttl: float = 30.0,
     request_id: str | None = None,
     job: str = "",
     last_fencing_token: int = 0,
@@ -142,6 +150,18 @@ def ask(  # noqa: PLR0913 - the fields of the request
     return request
 
 
+def coordinator_command(*arguments: str, **variables: str) -> Result:
+    """Run a command of `holdoff-coordinator` in this process, with these variables of its own."""
+    ours = {name: None for name in os.environ if name.startswith("HOLDOFF_")}
+    logs = structlog.get_config() if structlog.is_configured() else None
+    try:
+        return CliRunner(env={**ours, **variables}).invoke(cli.main, arguments)
+    finally:
+        structlog.reset_defaults()
+        if logs:
+            structlog.configure(**logs)
+
+
 def request_hash(request: lease_service_pb2.AcquireLeaseRequest) -> str:
     """Return how the store names a request."""
     return hashlib.sha256(request.request_id.encode()).hexdigest()
@@ -151,6 +171,36 @@ def wake(store: redis.Redis, request: lease_service_pb2.AcquireLeaseRequest) -> 
     """Wake the conversations of a request, as the store's scripts do."""
     app = request.token.split("/")[1]
     store.spublish(f"holdoff:{{{app}}}:wake", request_hash(request))
+
+
+def lease_key(name: str) -> str:
+    """Return the key of a lease's record."""
+    _, app, _, token, _, lease = name.split("/")
+    return f"holdoff:{{{app}}}:lease:{token}:{lease}"
+
+
+def run_out(store: redis.Redis, offer: lease_service_pb2.LeaseOffer) -> int:
+    """Let a lease, or an offer that was not accepted, run out at this instant; return it, in µs.
+
+    Its record says so: whoever looks next settles it.
+    """
+    seconds, microseconds = store.time()
+    now_us: int = seconds * 1_000_000 + microseconds
+    store.hset(lease_key(offer.lease.name), "expires_us", str(now_us))
+    return now_us
+
+
+def let_pass(store: redis.Redis, token: str, seconds: float) -> None:
+    """Make what was counted or reserved for a token's app so much older."""
+    shard = f"holdoff:{{{token.split('/')[1]}}}"
+    past_us = round(seconds * 1e6)
+    entry: Any
+    for entry in store.zrange(f"{shard}:reservations", 0, -1):
+        store.hincrby(f"{shard}:reservation:{entry.decode()}", "expires_us", -past_us)
+    keys = [f"{shard}:reservations", f"{shard}:budgets"]
+    for key in (*keys, *store.scan_iter(f"{shard}:log:*", count=1000)):
+        for entry in store.zrange(key, 0, -1):
+            store.zincrby(key, -past_us, entry)
 
 
 def refusal(call: Callable[..., object], *arguments: object) -> str:
@@ -165,9 +215,15 @@ def refusal(call: Callable[..., object], *arguments: object) -> str:
 class Waiter:
     """A stream that waits for a lease, with heartbeats that a test can stop."""
 
-    def __init__(self, replica: Replica, request: lease_service_pb2.AcquireLeaseRequest) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        request: lease_service_pb2.AcquireLeaseRequest,
+        *,
+        silent: bool = False,
+    ) -> None:
         self.request = request
-        self.silent = False
+        self.silent = silent
         self.events: list[lease_service_pb2.AcquireLeaseResponse] = []
         self.ended: grpc.RpcError | str | None = None
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -237,6 +293,16 @@ class Waiter:
         self._outbox.put(None)
         with contextlib.suppress(RuntimeError):
             self._thread.join(timeout=5)
+
+
+def silent_waiter(replica: Replica, request: lease_service_pb2.AcquireLeaseRequest) -> Waiter:
+    """Start a waiter whose replica heard it for the last time six seconds ago."""
+    with mock.patch.object(hub.Waiter, "heard_age_us", SILENT_SECONDS * 1_000_000):
+        waiter = Waiter(replica, request, silent=True)
+        waiter.waiting()
+        for conversation in replica.coordinator.hub._waiters[request_hash(request)]:
+            conversation._heard -= SILENT_SECONDS
+    return waiter
 
 
 class Follower:

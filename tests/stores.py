@@ -1,6 +1,7 @@
 """Clusters, and primaries with Sentinels, of real servers on free ports of 127.0.0.1.
 
-They are slow to start and quick to fail over: what they watch for is a second of silence.
+They are slow to start. A test of a failover asks for servers that are soon missed; others are
+not, so that a busy machine makes no failover.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 import trustme
+from redis.backoff import NoBackoff
 from redis.cluster import ClusterNode
+from redis.retry import Retry
 
 from holdoff_coordinator import embedded
 from tests.e2e.service import Service
@@ -30,7 +33,9 @@ from tests.harness import wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SILENCE_MS = 1000
+SILENCE_MS = 10_000
+SHORT_SILENCE_MS = 1000
+"""Time without a sign of life after which a server counts as gone."""
 START_SECONDS = 20.0
 
 
@@ -126,20 +131,26 @@ def node(*options: str, config: str | None = None) -> Iterator[Node]:
 
 def _answers(one: Node) -> bool:
     assert one.process.poll() is None, "the server ended"
-    with contextlib.suppress(redis.ConnectionError):
-        return bool(one.client.ping())
+    once = Retry(NoBackoff(), 0)
+    with (
+        contextlib.suppress(redis.ConnectionError),
+        redis.Redis("127.0.0.1", one.port, retry=once) as client,
+    ):
+        return bool(client.ping())
     return False
 
 
 @contextlib.contextmanager
-def cluster(*options: str, primaries: int = 3, replicas: int = 0) -> Iterator[Store]:
+def cluster(
+    *options: str, primaries: int = 3, replicas: int = 0, silence_ms: int = SILENCE_MS
+) -> Iterator[Store]:
     """Run a Cluster whose primaries share the slots; the first ones have a replica each."""
     with contextlib.ExitStack() as stack:
         nodes = [
             stack.enter_context(
                 node(
                     *("--cluster-enabled", "yes", "--cluster-port", str(free_port())),
-                    *("--cluster-node-timeout", str(SILENCE_MS)),
+                    *("--cluster-node-timeout", str(silence_ms)),
                     *("--cluster-replica-validity-factor", "0", *options),
                 )
             )
@@ -176,7 +187,7 @@ def _is_linked(one: Node) -> bool:
 
 
 @contextlib.contextmanager
-def watched(*options: str, replicas: int = 2) -> Iterator[Store]:
+def watched(*options: str, replicas: int = 2, silence_ms: int = SILENCE_MS) -> Iterator[Store]:
     """Run a primary with replicas, and three Sentinels that watch it and know them."""
     with contextlib.ExitStack() as stack:
         primary = stack.enter_context(node(*options))
@@ -188,10 +199,14 @@ def watched(*options: str, replicas: int = 2) -> Iterator[Store]:
             wait_until(functools.partial(_is_linked, one), START_SECONDS)
         config = (
             f"sentinel monitor main 127.0.0.1 {primary.port} 2\n"
-            f"sentinel down-after-milliseconds main {SILENCE_MS}\n"
+            f"sentinel down-after-milliseconds main {silence_ms}\n"
             "sentinel failover-timeout main 5000\n"
         )
         sentinels = [stack.enter_context(node(config=config)) for _ in range(3)]
+        for one in sentinels:
+            # They find each other soon, and mistrust no clock because the machine is busy.
+            one.run("SENTINEL", "DEBUG", "PUBLISH-PERIOD", 100, "INFO-PERIOD", 200)
+            one.run("SENTINEL", "DEBUG", "TILT-TRIGGER", 20_000)
         for one in sentinels:
             wait_until(functools.partial(_knows, one, replicas), START_SECONDS)
         hosts = ",".join(f"127.0.0.1:{one.port}" for one in sentinels)

@@ -6,7 +6,9 @@ import sys
 def main() -> None:
     """Run the service's command line, if what it needs is installed."""
     try:
-        from holdoff_coordinator import cli  # noqa: PLC0415 - it may be missing
+        from holdoff_coordinator import cli  # noqa: PLC0415 - what it needs may be missing
+
+        cli.main()  # imports the rest once it knows which command
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("holdoff"):
             raise
@@ -14,7 +16,6 @@ def main() -> None:
             f"holdoff-coordinator: there is no Python module {error.name}; install all that it "
             "needs with: pip install 'holdoff[coordinator]'"
         )
-    cli.main()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from holdoff._places import normal_endpoint
 from holdoff.durations import format_duration
 from holdoff.names import AppName, TokenName
-from holdoff.policies import normal_endpoint
 from holdoff.v1 import admin_service_pb2, budget_pb2, budget_service_pb2, lease_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.failures import Failure, token_not_found

@@ -14,7 +14,6 @@ import contextlib
 import inspect
 import time
 from collections import Counter as Tally
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -30,6 +29,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import choose_encoder
 
+from holdoff._version import VERSION
 from holdoff.v1 import budget_pb2
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.records import back_off_message, budget_message, record
@@ -104,7 +104,7 @@ class Metrics(grpc.aio.ServerInterceptor):
             ["app"],
             _QUICK,
         )
-        gauge("build_info", "The release that runs", "version").labels(version("holdoff")).set(1)
+        gauge("build_info", "The release that runs", "version").labels(VERSION).set(1)
         self._store_up = gauge("store_up", "Whether the store answered the last look")
         self._store_safe = gauge(
             "store_safe", "Whether the store keeps what it acknowledged, as far as it tells"

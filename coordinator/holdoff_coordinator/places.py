@@ -10,8 +10,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from holdoff._places import normal_endpoint
 from holdoff.names import AppName
-from holdoff.policies import normal_endpoint
 from holdoff.v1 import lease_service_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.failures import invalid, token_not_found

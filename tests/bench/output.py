@@ -35,10 +35,10 @@ def wrapper(how: str, command: str) -> None:
         nonlocal size
         size += len(data)
 
-    passage = Passage(on_data, print) if how == "passage" else None
+    passage = Passage() if how == "passage" else None
     with Guard.start(passage.stdio if passage else None, isolate="never") as guard:
         if passage:
-            passage.start(guard)
+            passage.start(guard, on_data, print)
         argv = ["sh", "-c", command]
         guard.launch(which("sh"), argv, os.environ, fence_boottime_ns=None, grace_seconds=1)
         guard.wait()

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import re
 from fnmatch import fnmatchcase
 from typing import Any
 
-import kubernetes_validate.utils
 import pytest
 import yaml
 
 import chart_values
 from tests.chart.helm import CHART, DEPLOY, Rendering, differences, helm, render
+from tests.harness import LONG
 
-VERSIONS = [
-    version
-    for version in kubernetes_validate.utils.all_versions()
-    if int(version.split(".")[1]) >= 30
-]
 OTHERS = {"ServiceMonitor", "PrometheusRule", "Certificate", "GRPCRoute"}
 """Kinds that Kubernetes itself does not have, so that no schema of its own describes them."""
 
@@ -324,28 +320,53 @@ def rendered(name: str) -> Rendering:
     return render(CASES[name])
 
 
-def test_the_matrix_is_wide() -> None:
-    """Fails when the cases are fewer than thirty, or a mode of store has none."""
-    assert len(CASES) >= 30
-    assert {rendered(name).pod()["containers"][0]["name"] for name in CASES} == {"coordinator"}
+@functools.cache
+def kubernetes() -> Any:
+    """Import the validator of manifests, and let it read each of its schemas once."""
+    utils = importlib.import_module("kubernetes_validate.utils")
+    for name in ("all_versions", "schema_contents"):
+        setattr(utils, name, functools.cache(getattr(utils, name)))
+    return utils
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_every_manifest_is_valid(version: str) -> None:
+@functools.cache
+def versions() -> list[str]:
+    """Return the versions of Kubernetes to validate for: the oldest and the newest, or all."""
+    known = dict.fromkeys(kubernetes().all_versions())
+    supported = [version for version in known if int(version.split(".")[1]) >= 30]
+    return supported if LONG else [supported[0], supported[-1]]
+
+
+@functools.cache
+def fault(manifest: str, version: str) -> str:
+    """Return what is wrong with a manifest, which is JSON so that equal ones are validated once."""
+    try:
+        kubernetes().validate(json.loads(manifest), version, strict=True)
+    except (kubernetes().ValidationError, kubernetes().SchemaNotFoundError) as error:
+        return f"{getattr(error, 'json_path', '$')}: {error.message}"
+    return ""
+
+
+def manifests_are_valid(name: str) -> None:
     """Fails when a field is misspelt: `hostnames:` instead of `hosts:` in the Ingress."""
-    manifests = {
-        json.dumps(manifest, sort_keys=True): manifest
-        for name in CASES
-        for manifest in rendered(name).manifests.values()
+    faults = {
+        (version, key): fault(json.dumps(manifest, sort_keys=True), version)
+        for version in versions()
+        for key, manifest in rendered(name).manifests.items()
         if manifest["kind"] not in OTHERS
     }
-    for manifest in manifests.values():
-        kubernetes_validate.validate(manifest, version, strict=True)
+    assert {key: found for key, found in faults.items() if found} == {}
 
 
-@pytest.mark.parametrize("name", TOGGLES)
-def test_a_value_changes_just_what_it_should(name: str) -> None:
+def the_pod_runs_a_coordinator(name: str) -> None:
+    """Fails when a mode of store has no workload."""
+    assert rendered(name).pod()["containers"][0]["name"] == "coordinator"
+
+
+def a_value_changes_just_what_it_should(name: str) -> None:
     """Fails when `--insecure` stays with mutual TLS, or a Secret is mounted in any mode."""
+    if name not in TOGGLES:
+        return
     values, expected = TOGGLES[name]
     mode = values.get("store", {}).get("mode", "embedded")
     changed = differences(rendered(mode if mode != "embedded" else "default"), rendered(name))
@@ -354,38 +375,32 @@ def test_a_value_changes_just_what_it_should(name: str) -> None:
     assert (unexpected, idle) == (set(), set())
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_work_is_refused(name: str) -> None:
-    """Fails when the check of `embedded` with several replicas is left out."""
-    values, message = REFUSED[name]
-    with pytest.raises(helm.HelmError) as refusal:
-        render(values)
-    assert re.search(message, str(refusal.value), re.DOTALL)
-    assert "hush" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_pods_are_safe(name: str) -> None:
+def pods_are_safe(name: str) -> None:
     """Fails when a pod's security context is left out; secrets are never in the environment."""
-    for manifest in rendered(name).manifests.values():
+    for key, manifest in rendered(name).manifests.items():
         if manifest["kind"] not in {"Deployment", "StatefulSet", "Pod"}:
             continue
         pod = manifest["spec"] if manifest["kind"] == "Pod" else rendered(name).pod()
-        assert pod["securityContext"]["runAsNonRoot"]
-        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert not pod["automountServiceAccountToken"]
+        assert pod["securityContext"]["runAsNonRoot"], key
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, key
+        assert not pod["automountServiceAccountToken"], key
         for container in pod["containers"]:
             context = container["securityContext"]
-            assert context["readOnlyRootFilesystem"]
-            assert not context["allowPrivilegeEscalation"]
-            assert context["capabilities"] == {"drop": ["ALL"]}
-            assert container["resources"]["requests"]
-            assert all("valueFrom" not in one for one in container.get("env", []))
-            assert "envFrom" not in container
+            assert context["readOnlyRootFilesystem"], key
+            assert not context["allowPrivilegeEscalation"], key
+            assert context["capabilities"] == {"drop": ["ALL"]}, key
+            assert container["resources"]["requests"], key
+            assert all("valueFrom" not in one for one in container.get("env", [])), key
+            assert "envFrom" not in container, key
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_grace_period_covers_the_drain(name: str) -> None:
+def insecure_is_what_is_not_safe(name: str) -> None:
+    """Fails when `--insecure` is left out, or stays once TLS is there and callers are known."""
+    safe = name == "access" or "mutual TLS" in name
+    assert ("--insecure" not in rendered(name).pod()["containers"][0]["args"]) == safe
+
+
+def the_grace_period_covers_the_drain(name: str) -> None:
     """Fails when the grace period does not follow `drainSeconds`."""
     pod = rendered(name).pod()
     (drain,) = (
@@ -397,8 +412,7 @@ def test_the_grace_period_covers_the_drain(name: str) -> None:
     assert pod["terminationGracePeriodSeconds"] >= drain + hook.get("seconds", 0) + 5
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_is_selected_exists(name: str) -> None:
+def what_is_selected_exists(name: str) -> None:
     """Fails when a Service or a policy selects labels that no pod has."""
     manifests = rendered(name).manifests
     (labels,) = (
@@ -406,20 +420,55 @@ def test_what_is_selected_exists(name: str) -> None:
         for manifest in manifests.values()
         if manifest["kind"] in {"Deployment", "StatefulSet"}
     )
-    for manifest in manifests.values():
+    for key, manifest in manifests.items():
         spec = manifest.get("spec", {})
         selector = spec.get("selector") or spec.get("podSelector") or {}
         if manifest["kind"] == "ServiceMonitor":  # which selects a Service
             labels = manifests["Service/holdoff-headless"]["metadata"]["labels"]
-        assert selector.get("matchLabels", selector).items() <= labels.items()
+        assert selector.get("matchLabels", selector).items() <= labels.items(), key
 
 
-def test_insecure_is_what_is_not_safe() -> None:
-    """Fails when `--insecure` is left out, or stays once TLS is there and callers are known."""
-    insecure = {
-        name for name in CASES if "--insecure" in rendered(name).pod()["containers"][0]["args"]
-    }
-    assert insecure == {name for name in CASES if name != "access" and "mutual TLS" not in name}
+CHECKS = (
+    manifests_are_valid,
+    the_pod_runs_a_coordinator,
+    a_value_changes_just_what_it_should,
+    pods_are_safe,
+    insecure_is_what_is_not_safe,
+    the_grace_period_covers_the_drain,
+    what_is_selected_exists,
+)
+
+
+@pytest.mark.timeout(180)
+def test_every_case_passes_every_check(subtests: pytest.Subtests) -> None:
+    """Fails as the sentence of the failed check says; the failure names the case and the check.
+
+    One test has all cases because each process that renders one loads Helm and the schemas.
+    """
+    assert len(CASES) >= 30
+    for name in CASES:
+        for check in CHECKS:
+            with subtests.test(name, check=check.__name__):
+                check(name)
+
+
+@pytest.mark.timeout(180)
+def test_lint_has_nothing_to_say(subtests: pytest.Subtests) -> None:
+    """Fails when `Chart.yaml` has no icon or a template is no YAML."""
+    for name, values in CASES.items():
+        with subtests.test(name):
+            report = helm().lint(CHART, values, strict=True, kube_version="v1.30.0")
+            assert (report["messages"], report["errors"]) == ([], [])
+
+
+def test_what_cannot_work_is_refused(subtests: pytest.Subtests) -> None:
+    """Fails when the check of `embedded` with several replicas is left out."""
+    for name, (values, message) in REFUSED.items():
+        with subtests.test(name):
+            with pytest.raises(helm().HelmError) as refusal:
+                render(values)
+            assert re.search(message, str(refusal.value), re.DOTALL)
+            assert "hush" not in str(refusal.value)
 
 
 def test_notes_warn_of_what_is_unsafe() -> None:
@@ -487,13 +536,6 @@ def test_certificate_and_route() -> None:
     assert certificate["issuerRef"]["name"] == "i"
     route = rendered("route").manifests["GRPCRoute/holdoff"]["spec"]
     assert route["rules"] == [{"backendRefs": [{"name": "holdoff", "port": 50051}]}]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_lint_has_nothing_to_say(name: str) -> None:
-    """Fails when `Chart.yaml` has no icon or a template is no YAML."""
-    report = helm.lint(CHART, CASES[name], strict=True, kube_version="v1.30.0")
-    assert (report["messages"], report["errors"]) == ([], [])
 
 
 def test_the_readme_is_made_from_the_schema() -> None:

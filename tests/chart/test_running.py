@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.chart.helm import Rendering, render
-from tests.harness import wait_until
+from tests.e2e.service import BIN
+from tests.harness import LONG, wait_until
 from tests.stores import free_port
 
 if TYPE_CHECKING:
@@ -28,11 +30,23 @@ if TYPE_CHECKING:
     from tests.conftest import StartValkey
     from tests.stores import Store
 
-BIN = Path(sys.executable).parent
 # Where the code is, if not in the environment that these tests run in.
 CODE = {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
 SECRET = "a password of the store"
+ValuesAndSecrets = tuple[dict[str, Any], dict[str, Any]]
 POLICY = 'name = "ours"\ntitle = "Ours"\n\n[refresh]\ninterval = "5s"\n'
+
+MODES = ("embedded", "external", "sentinel", "cluster")
+CALLERS = ("by credential", "by certificate", "by TLS alone", "without TLS")
+# Each mode of store and each way to call; at length, each mode with each way.
+PAIRS = [*itertools.product(MODES, CALLERS)] if LONG else [*zip(MODES, CALLERS, strict=True)]
+
+
+def listens(port: int) -> bool:
+    """Tell whether something listens on a port of the loopback address."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
+        return True
+    return False
 
 
 class Pod:
@@ -91,10 +105,13 @@ class Pod:
 
     def probe(self, probe: Mapping[str, Any]) -> bool:
         """Ask as the kubelet does: in plain text, without credentials, for the whole server."""
-        with grpc.insecure_channel(f"127.0.0.1:{self.ports[probe['grpc']['port']]}") as channel:
+        port = self.ports[probe["grpc"]["port"]]
+        if not listens(port):  # which is cheaper to ask than gRPC
+            return False
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             try:
-                answer = stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=2)
+                answer = stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=10)
             except grpc.RpcError:
                 return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
@@ -108,7 +125,7 @@ def running(pod: Pod, specification: Mapping[str, Any]) -> Iterator[subprocess.P
         container = specification["containers"][0]
         for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
             asked = functools.partial(pod.probe, container[kind])
-            wait_until(lambda: process.poll() is not None or asked(), 30)  # noqa: B023 - used at once
+            wait_until(lambda: process.poll() is not None or asked(), 60)  # noqa: B023 - used at once
         assert process.poll() is None, process.communicate()[0]
         yield process
     finally:
@@ -118,61 +135,44 @@ def running(pod: Pod, specification: Mapping[str, Any]) -> Iterator[subprocess.P
 
 
 def lease(pod: Pod, rendering: Rendering) -> None:
-    """Run the pod of `helm test`, twice: its token is there the second time."""
-    for _ in range(2):
-        process = pod.start(rendering.manifests["Pod/holdoff-test"]["spec"])
-        output, _none = process.communicate(timeout=60)
-        assert process.returncode == 0, output
-        assert "took a lease" in output
+    """Run the pod of `helm test`."""
+    process = pod.start(rendering.manifests["Pod/holdoff-test"]["spec"])
+    output, _none = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "took a lease" in output
+
+
+def issue(pod: Pod, rendering: Rendering) -> str:
+    """Issue the credential of `helm test` by the command of the notes."""
+    [command] = re.findall(r"-- (holdoff-coordinator token issue .*)", rendering.notes)
+    return subprocess.run(
+        ["bash", "-c", pod.here(command).replace("IDENTITY", "'helm test'")],
+        env={**CODE, "PATH": f"{BIN}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
 
 
 @pytest.fixture
-def stores(request: pytest.FixtureRequest, start_valkey: StartValkey) -> dict[str, Any]:
-    """Give the values for the test's mode of store, and the Secrets that they name."""
+def store(request: pytest.FixtureRequest, start_valkey: StartValkey) -> ValuesAndSecrets:
+    """Give the values of a mode of store, and the Secrets that they name."""
     mode = request.param
+    values: dict[str, Any] = {"mode": mode}
     if mode == "embedded":
-        return {"values": {}, "secrets": {}}
+        return values, {}
     if mode == "external":
         url = start_valkey("--requirepass", SECRET, password=SECRET).url
         url = re.sub(r"//:[^@]*@", "//", url)
-        return {
-            "values": {"urlSecret": {"name": "url"}, "passwordSecret": {"name": "password"}},
-            "secrets": {"url": {"url": url}, "password": {"password": SECRET}},
-        }
+        values |= {"urlSecret": {"name": "url"}, "passwordSecret": {"name": "password"}}
+        return values, {"url": {"url": url}, "password": {"password": SECRET}}
     fixture = {"sentinel": "watched_primary", "cluster": "three_nodes"}[mode]
-    store: Store = request.getfixturevalue(fixture)
-    return {"values": {mode: {"url": store.url}}, "secrets": {}}
+    servers: Store = request.getfixturevalue(fixture)
+    return values | {mode: {"url": servers.url}}, {}
 
 
-@pytest.mark.parametrize(
-    ("mode", "stores"),
-    [(mode, mode) for mode in ("embedded", "external", "sentinel", "cluster")],
-    indirect=["stores"],
-)
-def test_every_mode_serves_and_gives_leases(
-    mode: str, stores: dict[str, Any], tmp_path: Path
-) -> None:
-    """Fails when an argument of the chart is misspelt, or a file is mounted elsewhere."""
-    rendering = render(
-        {
-            "store": {"mode": mode, **stores["values"]},
-            "policies": {"ours": POLICY},
-        }
-    )
-    pod = Pod(rendering, tmp_path, stores["secrets"])
-    with running(pod, rendering.pod()) as process:
-        line = Path(f"/proc/{process.pid}/cmdline").read_text()
-        environment = Path(f"/proc/{process.pid}/environ").read_text()
-        assert SECRET not in line + environment
-        lease(pod, rendering)
-
-
-@pytest.mark.parametrize("known", ["", "by certificate", "by credential"])
-def test_with_tls_it_serves_and_its_probes_need_none(tmp_path: Path, known: str) -> None:
-    """Fails when the probes ask the port that speaks TLS, or `helm test` does not say who it is.
-
-    The credential is issued by the command of the notes, beside the coordinator that runs.
-    """
+def secured(caller: str) -> ValuesAndSecrets:
+    """Return the values of TLS for a way to call, and the Secrets that they name."""
     authority = trustme.CA()
     ca = authority.cert_pem.bytes().decode()
 
@@ -181,37 +181,43 @@ def test_with_tls_it_serves_and_its_probes_need_none(tmp_path: Path, known: str)
         chain = "".join(one.bytes().decode() for one in leaf.cert_chain_pems)
         return {"tls.crt": chain, "tls.key": leaf.private_key_pem.bytes().decode(), "ca.crt": ca}
 
-    secrets = {"server": secret("127.0.0.1"), "client": secret("test@corp.example")}
     values: dict[str, Any] = {"tls": {"secretName": "server"}}
-    if known == "by certificate":
+    if caller == "by certificate":
         values["tls"]["clientCA"] = {"secretName": "client"}
         values["test"] = {"certificateSecret": "client"}
-    elif known == "by credential":
+    elif caller == "by credential":
         grants = [
             {"identities": ["helm test"], "role": role, "resources": ["apps/helm-test/tokens/*"]}
             for role in ("custodian", "holder")
         ]
         values |= {"access": {"grants": grants}, "test": {"credentialSecret": {"name": "who"}}}
-    rendering = render(values)
+    return values, {"server": secret("127.0.0.1"), "client": secret("test@corp.example")}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("store", "caller"), PAIRS, indirect=["store"])
+def test_every_mode_serves_and_gives_leases(
+    store: ValuesAndSecrets, caller: str, tmp_path: Path
+) -> None:
+    """Fails when an argument is misspelt, a file is mounted elsewhere, or probes ask the TLS port.
+
+    It also fails when `helm test` does not say who it is or cannot run twice, and when the metrics
+    are at another port than the Service and the ServiceMonitor say.
+    """
+    plain = caller == "without TLS"
+    values, secrets = ({"metrics": {"enabled": True}}, {}) if plain else secured(caller)
+    secrets |= store[1]
+    rendering = render({"store": store[0], "policies": {"ours": POLICY}, **values})
     pod = Pod(rendering, tmp_path, secrets)
-    with running(pod, rendering.pod()):
-        if known == "by credential":
-            [issue] = re.findall(r"-- (holdoff-coordinator token issue .*)", rendering.notes)
-            command = pod.here(issue).replace("IDENTITY", "'helm test'")
-            environment = {**CODE, "PATH": f"{BIN}:/usr/bin:/bin"}
-            issued = subprocess.run(
-                ["bash", "-c", command], env=environment, capture_output=True, text=True, check=True
-            )
-            secrets["who"] = {"credential": issued.stdout}
+    with running(pod, rendering.pod()) as process:
+        line = Path(f"/proc/{process.pid}/cmdline").read_text()
+        environment = Path(f"/proc/{process.pid}/environ").read_text()
+        assert SECRET not in line + environment
+        if caller == "by credential":
+            secrets["who"] = {"credential": issue(pod, rendering)}
         lease(pod, rendering)
-
-
-def test_metrics_are_served(tmp_path: Path) -> None:
-    """Fails when the metrics are at another port than the Service and the ServiceMonitor say."""
-    rendering = render({"metrics": {"enabled": True}})
-    pod = Pod(rendering, tmp_path, {})
-    with running(pod, rendering.pod()):
-        lease(pod, rendering)
-        url = f"http://127.0.0.1:{pod.ports[9090]}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as page:
-            assert b'kind="lease_granted"} 2.0' in page.read()
+        if plain:
+            lease(pod, rendering)  # whose token is there now
+            url = f"http://127.0.0.1:{pod.ports[9090]}/metrics"
+            with urllib.request.urlopen(url, timeout=30) as page:
+                assert b'kind="lease_granted"} 2.0' in page.read()

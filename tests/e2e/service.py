@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -12,14 +11,12 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import structlog
 from click.testing import CliRunner
 
 from holdoff import Client
 from holdoff.cli import main
 from holdoff.cli.output import resource
 from holdoff.durations import parse_duration
-from holdoff_coordinator import cli
 from tests.harness import wait_until
 
 if TYPE_CHECKING:
@@ -43,21 +40,6 @@ def host_named(name: str) -> list[str]:
     except FileNotFoundError:
         return []
     return command if possible.returncode == 0 else []
-
-
-def coordinator(*arguments: str, **variables: str) -> Result:
-    """Run a `holdoff-coordinator` command that ends by itself in this process."""
-    handlers = logging.root.handlers[:]
-    logs = structlog.get_config() if structlog.is_configured() else None
-    try:
-        done = CliRunner().invoke(cli.main, arguments, env=variables)
-    finally:
-        logging.root.handlers[:] = handlers
-        structlog.reset_defaults()
-        if logs:
-            structlog.configure(**logs)
-    sys.stderr.write(done.stderr)  # which pytest shows if the test fails
-    return done
 
 
 class Service:
@@ -105,6 +87,8 @@ class Service:
             command = self._commands.pop()
             command.kill()
             command.wait(timeout=20)
+            for pipe in filter(None, (command.stdin, command.stdout, command.stderr)):
+                pipe.close()
 
     def start(self) -> None:
         """Start, on the same port and directory as before, and wait until it serves."""

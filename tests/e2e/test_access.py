@@ -16,7 +16,7 @@ import pytest
 
 import holdoff
 import holdoff.aio
-from holdoff.errors import from_rpc_error
+from holdoff._status import from_rpc_error
 from holdoff.v1 import (
     admin_service_pb2,
     audit_pb2,
@@ -32,9 +32,9 @@ from holdoff.v1 import (
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.embedded import EmbeddedStore
-from tests.e2e.service import Service, coordinator
+from tests.e2e.service import Service
 from tests.e2e.tls import TlsService
-from tests.harness import wait_until
+from tests.harness import coordinator_command, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -167,7 +167,7 @@ class GuardedService(TlsService):
 
     def token(self, *arguments: str) -> Result:
         """Run `holdoff-coordinator token …` beside it."""
-        return coordinator("token", *arguments, "--data-dir", str(self.data_dir))
+        return coordinator_command("token", *arguments, "--data-dir", str(self.data_dir))
 
     def issue(self, identity: str, life_seconds: int = 3600) -> Path:
         """Issue a credential into a file, as `token issue` does, which takes a second to start."""
@@ -412,7 +412,7 @@ def test_credentials_come_and_go(service: GuardedService) -> None:
 def test_no_end_has_to_be_asked_for(tmp_path: Path, life: str) -> None:
     """Fails when a life of less than a second is taken for one without an end."""
     options = ["--expires-in", life, "--data-dir", str(tmp_path)]
-    issued = coordinator("token", "issue", "viewer", *options)
+    issued = coordinator_command("token", "issue", "viewer", *options)
     assert (issued.exit_code, issued.stdout) == (64, "")
     assert "never" in issued.stderr
 
@@ -582,7 +582,7 @@ def test_an_access_file_that_is_wrong_is_refused_at_the_start(
     path = tmp_path / "access.toml"
     path.write_bytes(text.encode(errors="surrogateescape"))
     options = ["--access-file", str(path), "--data-dir", str(tmp_path / "data")]
-    done = coordinator("serve", *options)
+    done = coordinator_command("serve", *options)
     assert done.exit_code == 64
     assert str(path) in done.stderr
     assert says in done.stderr

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import time
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import holdoff
 from holdoff.cli import main
-from tests.e2e.service import Service
-from tests.harness import wait_until
+from holdoff.v1 import lease_service_pb2
+from tests.harness import Replica, Waiter, ask, refusal, wait_until
 from tests.stores import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from tests.conftest import StartValkey
 
@@ -37,14 +36,6 @@ DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "dashboards/holdoff.json").read
 TARGETS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
 EXPRESSIONS = [*(rule["expr"] for rule in RULES), *TARGETS]
 
-EXAMPLES = {
-    "APP": "a",
-    "TOKEN": "t",
-    "BUDGET": "apps/a/budgets/b",
-    "BACK-OFF": "apps/a/backOffs/b",
-    "LEASE": "apps/a/tokens/t/leases/1",
-}
-
 
 def tool(name: str) -> str:
     """Return a program of Debian's package `prometheus`; skip where there is none."""
@@ -54,17 +45,16 @@ def tool(name: str) -> str:
     return path
 
 
-class Measured(Service):
+class Measured(Replica):
     """A coordinator that serves metrics."""
 
-    def __init__(self, folder: Path, redis_url: str = "") -> None:
-        super().__init__(folder, redis_url)
-        self.metrics = f"127.0.0.1:{free_port()}"
-        self.environment["HOLDOFF_METRICS_LISTEN"] = self.metrics
+    def __init__(self, store_url: str) -> None:
+        super().__init__(store_url, metrics_listen="127.0.0.1:0")
 
     def families(self) -> dict[str, set[str]]:
         """Return the labels of each metric that has a sample."""
-        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as page:
+        url = f"http://{self.coordinator.metrics_address}/metrics"
+        with urllib.request.urlopen(url, timeout=30) as page:
             text = page.read().decode()
         found: dict[str, set[str]] = {}
         for family in text_string_to_metric_families(text):
@@ -74,40 +64,24 @@ class Measured(Service):
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[Measured]:
-    """Give a coordinator at which there is something of every kind to measure."""
-    with Measured(tmp_path) as one:
-        token = one.create_token("t", interval="1h")
-        with holdoff.Client(one.address) as client:
-            client.record_error(token, endpoint="x", status=400)
-            client.set_back_off(token, 60, "test", endpoint="y")
-            client.acquire(token, wait_seconds=0)
-            with pytest.raises(holdoff.errors.WrongSecret):
-                client._call(wrong_renewal(client.get_token(token).lease))
-            waiting = one.start_holdoff("run", "--token", token, "--", "true")
-            wait_until(lambda: list(client.list_waiters(token)))
-            yield one
-            waiting.kill()
-            waiting.communicate()
+def told(start_valkey: StartValkey) -> dict[str, set[str]]:
+    """Give the metrics of a coordinator at which there is something of every kind to measure."""
+    with Measured(start_valkey().url) as one, holdoff.Client(one.address) as client:
+        token = one.create_token(3600)
+        client.record_error(token, endpoint="x", status=400)
+        client.set_back_off(token, 60, "test", endpoint="y")
+        lease = one.hold(token, ttl=60).lease.name
+        wrong = lease_service_pb2.RenewLeaseRequest(name=lease, secret="0" * 64)
+        assert refusal(one.leases.RenewLease, wrong) == "WRONG_SECRET"
+        waiter = Waiter(one, ask(token))
+        waiter.waiting(30)
+        found = one.families()
+        waiter.vanish()
+        return found
 
 
-def wrong_renewal(lease: str) -> Any:
-    """Build a renewal without its secret."""
-    from holdoff import _calls  # noqa: PLC0415 - no user would do that
-    from holdoff.v1 import lease_service_pb2  # noqa: PLC0415
-
-    request = lease_service_pb2.RenewLeaseRequest(name=lease, secret="0" * 64)
-    return _calls.Call(
-        "/holdoff.v1.LeaseService/RenewLease",
-        request,
-        lease_service_pb2.RenewLeaseResponse,
-        lambda response: response,
-    )
-
-
-def test_every_metric_and_label_of_an_expression_is_there(service: Measured) -> None:
+def test_every_metric_and_label_of_an_expression_is_there(told: dict[str, set[str]]) -> None:
     """Fails when an alert or a panel names a metric, or a label of it, that nobody tells."""
-    told = service.families()
     scraped = {"instance"}  # Prometheus adds it
     unknown = []
     for expression in EXPRESSIONS:
@@ -125,11 +99,11 @@ def test_every_metric_and_label_of_an_expression_is_there(service: Measured) -> 
     assert unknown == []
 
 
-def test_every_metric_is_in_the_dashboard(service: Measured) -> None:
+def test_every_metric_is_in_the_dashboard(told: dict[str, set[str]]) -> None:
     """Fails when a metric is told that no panel shows and no alert asks for: who needs it?"""
     families = {
         re.sub(r"_(bucket|count|sum|created)$", "", name)
-        for name in service.families()
+        for name in told
         if name.startswith("holdoff_")
     }
     used = " ".join(EXPRESSIONS)
@@ -207,7 +181,7 @@ def test_panels_are_whole() -> None:
     assert len(set(ids)) == len(ids)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_prometheus_scrapes_two_replicas_under_load(
     tmp_path: Path, start_valkey: StartValkey
 ) -> None:
@@ -217,15 +191,16 @@ def test_prometheus_scrapes_two_replicas_under_load(
     two replicas that tell the same are added up.
     """
     prometheus, url = tool("prometheus"), start_valkey().url
-    with Measured(tmp_path / "1", url) as first, Measured(tmp_path / "2", url) as second:
+    with Measured(url) as first, Measured(url) as second:
         port = free_port()
+        targets = [one.coordinator.metrics_address for one in (first, second)]
         configuration = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
             "rule_files": [str(ALERTS / "holdoff.yaml")],
             "scrape_configs": [
                 {
                     "job_name": "holdoff",
-                    "static_configs": [{"targets": [first.metrics, second.metrics]}],
+                    "static_configs": [{"targets": targets}],
                 }
             ],
         }
@@ -241,7 +216,7 @@ def test_prometheus_scrapes_two_replicas_under_load(
             stderr=subprocess.DEVNULL,
         )
 
-        def ask(path: str) -> Any:
+        def get(path: str) -> Any:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as page:
                     return json.load(page)["data"]
@@ -249,35 +224,40 @@ def test_prometheus_scrapes_two_replicas_under_load(
                 return None
 
         def query(expression: str) -> Any:
-            found = ask(f"/api/v1/query?query={quote(expression)}")
+            found = get(f"/api/v1/query?query={quote(expression)}")
             return found["result"] if found else []
 
+        def firing() -> list[Any]:
+            found = (get("/api/v1/alerts") or {}).get("alerts", ())
+            return [alert for alert in found if alert["state"] == "firing"]
+
+        def under_load(condition: Callable[[], Any]) -> Any:
+            """Wait until a condition holds, and let both replicas give leases meanwhile."""
+
+            def look() -> Any:
+                for client in (one, other):
+                    client.acquire(token, wait_seconds=30).release()
+                return condition()
+
+            return wait_until(look, 120)
+
         try:
-            token = first.create_token("t", interval="0.1s")
-            stop = time.monotonic() + 8
+            token = first.create_token(0.1, name="apps/e2e/tokens/t")
             with holdoff.Client(first.address) as one, holdoff.Client(second.address) as other:
                 for client in (one, other):
                     client.record_error(token, endpoint="x", status=400, count=4)
-                while time.monotonic() < stop:
-                    for client in (one, other):
-                        client.acquire(token, wait_seconds=10).release()
-            wait_until(lambda: query("sum(up) == 2"), 20)
-            spent = 'sum(max by (app, limit) (holdoff_budgets{state="spent"}))'
-            [found] = wait_until(lambda: query(f"{spent} == 1"), 20)
-            assert found["value"][1] == "1"
-            granted = 'sum(holdoff_audit_events_total{kind="lease_granted"})'
-            assert float(query(granted)[0]["value"][1]) > 5
-
-            def firing() -> list[Any]:
-                found = (ask("/api/v1/alerts") or {}).get("alerts", ())
-                return [alert for alert in found if alert["state"] == "firing"]
-
-            [alert] = wait_until(firing, 20)
+                under_load(lambda: query("sum(up) == 2"))
+                spent = 'sum(max by (app, limit) (holdoff_budgets{state="spent"}))'
+                [found] = under_load(lambda: query(f"{spent} > 0"))
+                assert found["value"][1] == "1"
+                granted = 'sum(holdoff_audit_events_total{kind="lease_granted"})'
+                under_load(lambda: query(f"{granted} > 5"))
+                [alert] = under_load(firing)
             assert alert["labels"]["alertname"] == "HoldoffBudgetSpent"
             assert alert["annotations"]["summary"] == "A budget 'errors' of apps/e2e is spent"
             for expression in EXPRESSIONS:
                 whole = expression.replace("$__rate_interval", "1m").replace("$app", ".*")
-                assert ask(f"/api/v1/query?query={quote(whole)}"), expression
+                assert get(f"/api/v1/query?query={quote(whole)}"), expression
         finally:
             process.terminate()
-            process.wait(timeout=20)
+            process.wait(timeout=60)

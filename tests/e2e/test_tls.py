@@ -17,9 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import holdoff
 import holdoff.aio
 from holdoff.v1 import lease_service_pb2, lease_service_pb2_grpc
-from tests.e2e.service import Service, coordinator
+from tests.e2e.service import Service
 from tests.e2e.tls import Files, TlsService, with_certificate
-from tests.harness import wait_until
+from tests.harness import coordinator_command, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -219,7 +219,7 @@ def test_health_is_asked_in_the_clear(service: TlsService) -> None:
 
 def serve(folder: Path, *arguments: str) -> Result:
     """Start a coordinator that is not to start."""
-    return coordinator("serve", "--data-dir", str(folder / "data"), *arguments)
+    return coordinator_command("serve", "--data-dir", str(folder / "data"), *arguments)
 
 
 def test_beyond_loopback_only_with_certificates_or_if_told(tmp_path: Path) -> None:

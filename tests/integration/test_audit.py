@@ -24,7 +24,7 @@ from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.scripts import AUDIT_KEPT, CREDENTIAL_CHANGES, REFUSALS
-from tests.harness import Replica, refusal, wait_until
+from tests.harness import Replica, refusal, run_out, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -69,8 +69,9 @@ def test_the_life_of_a_token(replica: Replica, store: redis.Redis) -> None:
     replica.renew(released)
     replica.release(released)
     replica.release(released)  # once more, as after an answer that was lost
-    lost = replica.hold(token, job="lost", ttl=1.0)
-    wait_until(lambda: not replica.show_token(token).lease)
+    lost = replica.hold(token, job="lost")
+    run_out(store, lost)
+    assert not replica.show_token(token).lease
     broken = replica.hold(token, job="broken")
     for _ in range(2):
         replica.admin.BreakLease(
@@ -191,7 +192,8 @@ def test_pages_and_kinds(replica: Replica, store: redis.Redis) -> None:
         granted = trail(replica, token, kinds=[audit_pb2.AUDIT_KIND_LEASE_GRANTED], page_size=1)
         assert kinds(granted) == ["LEASE_GRANTED"] * 3
     everything = trail(replica, "", page_size=1000)
-    assert trail(replica, "", page_size=100) == everything
+    # A lease of another test may have run out since.
+    assert trail(replica, "", page_size=100)[: len(everything)] == everything
     for size in (1, 2):  # the first entries of the three apps have one id
         assert trail(replica, "", "1-9/z", page_size=size) == everything[:3]
     assert trail(replica, f"{tokens[0]}x") == []

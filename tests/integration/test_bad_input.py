@@ -22,7 +22,7 @@ from grpc_status import rpc_status
 import holdoff
 from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2, token_pb2, token_service_pb2
 from holdoff_coordinator.service import SERVICES
-from tests.harness import Replica, Waiter, ask, wait_until
+from tests.harness import Replica, Waiter, ask, run_out, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,6 +40,19 @@ PASSING = {
     *(b"heard_us", b"heard_service_us"),
 }
 """Fields that move with time alone: the clocks of a shard, and when a waiter was heard."""
+
+LOOK = """
+local found = {}
+for _, key in ipairs(redis.call('KEYS', '*')) do
+  local kind, value = redis.call('TYPE', key).ok, nil
+  if kind == 'hash' then value = redis.call('HGETALL', key)
+  elseif key:sub(-4) == ':due' then value = redis.call('ZRANGE', key, 0, -1) -- the times move on
+  else value = redis.call('DUMP', key) end
+  found[#found + 1] = {key, kind, value}
+end
+return found
+"""
+"""Reads the whole store in one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +82,14 @@ class World:
     def everything(self) -> dict[bytes, Any]:
         """Return all that the store holds, but for what moves with time alone."""
         found: dict[bytes, Any] = {}
-        for key in self.store.scan_iter(count=1000):
-            if key in (b"lock:holdoff:sweeper", b"{holdoff}:refusals"):
+        for key, kind, value in self.store.eval(LOOK, 0):
+            if key in (b"lock:{holdoff:sweeper}", b"{holdoff}:refusals"):
                 continue  # renewed by whoever sweeps; where refusals belong
-            kind = self.store.type(key)
             if kind == b"hash":
-                record = self.store.hgetall(key)
-                found[key] = {name: record[name] for name in record.keys() - PASSING}
-            elif key.endswith(b":due"):
-                found[key] = self.store.zrange(key, 0, -1)  # when to look again moves on
+                pairs = zip(value[::2], value[1::2], strict=True)
+                found[key] = {name: text for name, text in pairs if name not in PASSING}
             else:
-                found[key] = self.store.dump(key)
+                found[key] = value
         return found
 
     def stream(self, *messages: lease_service_pb2.StreamAcquireLeaseRequest) -> status_pb2.Status:
@@ -104,13 +114,15 @@ def world(start_valkey: StartValkey) -> Iterator[World]:
         held = replica.hold(contested, ttl=24 * 3600.0)
         released = replica.hold(replica.create_token(3600))
         replica.release(released)
-        expired = replica.hold(replica.create_token(3600), ttl=1.0)
+        expired = replica.hold(replica.create_token(3600))
+        run_out(store, expired)
         state = lease_pb2.LEASE_STATE_EXPIRED
-        wait_until(lambda: replica.show(expired.lease.name).state == state)
+        assert replica.show(expired.lease.name).state == state
         waiter = Waiter(replica, ask(contested))
         waiter.waiting()
         idle, sibling = replica.create_token(3600), f"{contested.removesuffix('t')}sibling"
         replica.create_token(3600, name=sibling)
+        wait_until(lambda: not store.keys("lock-signal:*"))  # they are kept for a second
         yield World(replica, store, waiter, idle, sibling, held, released, expired, broken)
         waiter.vanish()
 

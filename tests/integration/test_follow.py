@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import queue
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -224,7 +223,7 @@ def client(endpoint: str, request: pytest.FixtureRequest) -> Iterator[Client]:
     before = one.left()
     try:
         yield one
-        wait_until(lambda: one.left() <= before, 5)
+        wait_until(lambda: one.left() <= before)
     finally:
         one.close()
 
@@ -310,9 +309,7 @@ def test_a_release_of_our_own_is_no_loss(client: Client, coordinator: Coordinato
 def test_a_mute_coordinator_does_not_hold_up_a_release(client: Client) -> None:
     """It took the request to follow, and says nothing."""
     lease = client.acquire()
-    began = time.monotonic()
-    lease.release()
-    assert time.monotonic() - began < 5
+    lease.release()  # Fails, by never ending, when it waits for a word.
     assert lease.notice is None
 
 
@@ -337,10 +334,10 @@ def test_an_older_coordinator_is_not_followed(client: Client, coordinator: Coord
     Fails when UNIMPLEMENTED is taken for a loss, or asked again.
     """
     told: list[errors.LeaseLost] = []
-    with client.acquire(on_lost=told.append, ttl_seconds=1.5) as lease:
+    with client.acquire(on_lost=told.append, ttl_seconds=3) as lease:
         coordinator.says.put(UNIMPLEMENTED)
         before = coordinator.renewed
-        wait_until(lambda: coordinator.renewed > before + 2)
+        wait_until(lambda: coordinator.renewed > before + 1)
         lease.check()
         assert lease.wait_while_quiet(0)
     assert (told, len(coordinator.followed)) == ([], 1)
@@ -424,7 +421,7 @@ def start(function: Callable[[], bool]) -> Callable[[], bool]:
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return lambda: future.result(10)
+    return lambda: future.result(20)
 
 
 # Against a real coordinator
@@ -444,7 +441,7 @@ def test_a_real_break_is_pushed(real: Client, replica: Replica) -> None:
     lease = real.acquire(replica.create_token(), on_lost=told.append)
     with holdoff.Client(replica.address) as operator:
         operator.break_lease(lease.name, "enough")
-    wait_until(lambda: told, 5)
+    wait_until(lambda: told)
     with pytest.raises(errors.LeaseBroken, match="enough"):
         lease.release()
 
@@ -457,11 +454,11 @@ def test_a_real_back_off_is_pushed(real: Client, replica: Replica) -> None:
         assert lease.wait_while_quiet(0)
         back_off = operator.set_back_off(token, 60, "quiet please")
         assert back_off.caused_by.user
-        wait_until(lambda: lease.notice.instruction == BE_QUIET, 5)
+        wait_until(lambda: lease.notice.instruction == BE_QUIET)
         assert [one.name for one in lease.notice.back_offs] == [back_off.name]
         assert [one.name for one in operator.list_back_offs(token.partition("/tokens/")[0])] == [
             back_off.name
         ]
         assert operator.explain(token).must_wait
         operator.clear_back_off(back_off.name, "that will do")
-        assert lease.wait_while_quiet(10)
+        assert lease.wait_while_quiet(20)

@@ -11,9 +11,18 @@ import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from holdoff.errors import from_rpc_error
+from holdoff._status import from_rpc_error
 from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2
-from tests.harness import Replica, Waiter, ask, refusal, wait_until, wake
+from tests.harness import (
+    Replica,
+    Waiter,
+    ask,
+    refusal,
+    run_out,
+    silent_waiter,
+    wait_until,
+    wake,
+)
 
 if TYPE_CHECKING:
     import redis
@@ -54,46 +63,45 @@ def test_an_offer_to_a_waiter_not_heard_from_is_not_made(
     `heard_age`.
     """
     token = replica.create_token(interval_seconds=0)
-    held = replica.hold(token, ttl=8.0)
-    silent = Waiter(replica, ask(token, job="silent"))
-    silent.waiting()
-    silent.silent = True
-    began = time.monotonic()
-    while time.monotonic() - began < 5.6:
-        time.sleep(1.0)
-        replica.renew(held)
+    held = replica.hold(token)
+    silent = silent_waiter(replica, ask(token, job="silent"))
     replica.release(held)
     wake(store, silent.request)  # one that comes late makes its conversation ask
     wait_until(lambda: silent.last and silent.last.waiting.reason != lease_pb2.WAIT_REASON_HELD)
     assert silent.last is not None
     assert not silent.last.HasField("offer")
     second = Waiter(replica, ask(token, job="second"))
-    assert second.offer(3.0).lease.holder.job == "second"
+    assert second.offer().lease.holder.job == "second"
     assert not silent.last.HasField("offer")
     silent.vanish()
     second.vanish()
 
 
-def test_an_offer_not_accepted_is_withdrawn_without_a_cooldown(replica: Replica) -> None:
+def test_an_offer_not_accepted_is_withdrawn_without_a_cooldown(
+    replica: Replica, store: redis.Redis
+) -> None:
     """An offer ends after 3 s; accepting it later is refused, and no cooldown follows.
 
     Fails when `withdraw_offer` cools the token down, or renew.lua accepts a withdrawn offer.
     """
     token = replica.create_token(interval_seconds=60)
     offer = replica.acquire(token).offer
-    wait_until(lambda: replica.show(offer.lease.name).state == lease_pb2.LEASE_STATE_WITHDRAWN)
+    assert offer.accept_within.ToMilliseconds() <= 3000
+    run_out(store, offer)
+    assert replica.show(offer.lease.name).state == lease_pb2.LEASE_STATE_WITHDRAWN
     assert refusal(replica.renew, offer) == "OFFER_EXPIRED"
     assert replica.acquire(token).HasField("offer")
 
 
-def test_a_waiter_that_missed_an_offer_gets_another(replica: Replica) -> None:
+def test_a_waiter_that_missed_an_offer_gets_another(replica: Replica, store: redis.Redis) -> None:
     """A live waiter keeps its place when it did not accept in time."""
     token = replica.create_token()
     waiter = Waiter(replica, ask(token))
-    first = waiter.offer().lease.name
-    wait_until(lambda: waiter.offer().lease.name != first)
+    first = waiter.offer()
+    run_out(store, first)
+    wait_until(lambda: waiter.offer().lease.name != first.lease.name)
     replica.renew(waiter.offer())
-    waiter.close()
+    waiter.vanish()
 
 
 def test_a_lost_reply_gives_the_same_lease(replica: Replica, second_replica: Replica) -> None:
@@ -161,24 +169,25 @@ def test_a_lease_that_is_not_renewed_expires(replica: Replica) -> None:
     assert refusal(replica.release, offer) == "LEASE_LOST"
 
 
-def test_break_forbids_renewal_and_ends_nothing_early(replica: Replica) -> None:
+def test_break_forbids_renewal_and_ends_nothing_early(replica: Replica, store: redis.Redis) -> None:
     """Promise 5: a broken lease lives to its last acknowledged expiry; its holder is told why.
 
     Fails when break.lua finishes the lease at once, or renew.lua ignores `break_reason`.
     """
     token = replica.create_token(interval_seconds=0.5)
-    offer = replica.hold(token, ttl=1.5)
+    offer = replica.hold(token)
     expires = replica.show(offer.lease.name).expire_time
     request = admin_service_pb2.BreakLeaseRequest(name=offer.lease.name, reason="wrong file")
     broken = replica.admin.BreakLease(request).lease
-    assert broken.state == lease_pb2.LEASE_STATE_BREAKING
+    assert (broken.state, broken.expire_time) == (lease_pb2.LEASE_STATE_BREAKING, expires)
     with pytest.raises(grpc.RpcError) as caught:
         replica.renew(offer)
     assert "wrong file" in str(from_rpc_error(caught.value, "test"))
     assert refusal(lambda: replica.acquire(token)) == "LEASE_HELD"
     waiter = Waiter(replica, ask(token))
-    started = waiter.offer().lease.create_time
-    assert started.ToMicroseconds() >= expires.ToMicroseconds() + 500_000
+    expired_us = run_out(store, offer)
+    started_us = waiter.offer().lease.create_time.ToMicroseconds()
+    assert started_us >= expired_us + 500_000
     assert replica.show(offer.lease.name).state == lease_pb2.LEASE_STATE_BROKEN
     waiter.vanish()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,10 +11,20 @@ import redis_lock
 
 import holdoff
 import holdoff.aio
+from holdoff import _core
 from holdoff.v1 import admin_service_pb2, lease_pb2, token_service_pb2
 from holdoff.v1.lease_service_pb2 import LeaseOffer
 from holdoff_coordinator.scripts import boottime_us
-from tests.harness import Replica, Waiter, ask, refusal, request_hash, wait_until, wake
+from tests.harness import (
+    Replica,
+    Waiter,
+    ask,
+    refusal,
+    request_hash,
+    silent_waiter,
+    wait_until,
+    wake,
+)
 
 if TYPE_CHECKING:
     import redis
@@ -31,13 +40,10 @@ def test_no_library_user_gets_in_between_expiry_and_cooldown(
     Fails when `mirror` lets the key end with the lease.
     """
     token = replica.create_token(1.0)
-    offer = replica.hold(token, ttl=1.0)
+    offer = replica.hold(token)
     expires_us = replica.show(offer.lease.name).expire_time.ToMicroseconds()
-    lock = redis_lock.Lock(store, replica.show_token(token).lock_name)
-    while not lock.acquire(blocking=False):
-        time.sleep(0.002)
-    assert time.time_ns() // 1000 >= expires_us + 998_000
-    lock.release()
+    ends_ms = store.pexpiretime(f"lock:{replica.show_token(token).lock_name}")
+    assert ends_ms >= expires_us / 1000 + 900  # the server rounds its time for keys
 
 
 def test_a_cooldown_that_an_update_began_wakes_library_users(
@@ -57,7 +63,7 @@ def test_a_cooldown_that_an_update_began_wakes_library_users(
     lock = redis_lock.Lock(store, replica.show_token(token).lock_name)
     thread = threading.Thread(target=lock.acquire, daemon=True)
     thread.start()
-    thread.join(timeout=5)
+    thread.join(timeout=20)
     assert not thread.is_alive()
 
 
@@ -77,30 +83,26 @@ def test_the_place_of_a_dead_waiter_is_not_kept_for_ever(
     replica.release(held)
     assert store.exists(key)
     store.hincrby(key, "heard_service_us", -61_000_000)
-    wait_until(lambda: not store.exists(key), 5.0)  # asks the store: a look at the token cleans up
+    wait_until(lambda: not store.exists(key))  # asks the store: a look at the token cleans up
 
 
-def test_a_silent_head_of_a_queue_does_not_spin(replica: Replica, store: redis.Redis) -> None:
+def test_a_silent_head_of_a_queue_does_not_spin(
+    replica: Replica, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A suspended client costs a few calls a second, not thousands.
 
     Fails when `start_after_seconds` counts for a request that nothing stands in the way of.
     """
     token = replica.create_token(0)
-    held = replica.hold(token, ttl=10.0)
-    silent = Waiter(replica, ask(token))
-    silent.waiting()
-    silent.silent = True
-    time.sleep(5.3)
+    held = replica.hold(token)
+    silent = silent_waiter(replica, ask(token))
     replica.release(held)
     wake(store, silent.request)
     wait_until(lambda: silent.last and silent.last.waiting.reason != lease_pb2.WAIT_REASON_HELD)
-
-    def calls() -> int:
-        return int(store.info("commandstats")["cmdstat_evalsha"]["calls"])
-
-    before = calls()
-    time.sleep(1.0)
-    assert calls() - before < 200
+    ran: list[str] = []
+    monkeypatch.setattr(replica.coordinator.scripts, "on_run", lambda name, _: ran.append(name))
+    wait_until(lambda: ran.count("tick") > 2)
+    assert ran.count("acquire") < 20
     silent.vanish()
 
 
@@ -146,12 +148,12 @@ def test_a_single_call_beside_a_stream_leaves_it_alive(replica: Replica) -> None
     Fails when `Hub.joined` forgets the first conversation of a request.
     """
     token = replica.create_token(0)
-    held = replica.hold(token, ttl=10.0)
+    held = replica.hold(token)
     waiter = Waiter(replica, ask(token))
     waiter.waiting()
     replica.leases.AcquireLease(waiter.request)
     replica.release(held)
-    waiter.offer(3.0)
+    waiter.offer()
     waiter.vanish()
 
 
@@ -168,18 +170,21 @@ def test_a_stranger_cannot_withdraw_anothers_request(replica: Replica) -> None:
     waiter.vanish()
 
 
-@pytest.mark.parametrize("wait_seconds", [0.0, 1.0])
-def test_a_mute_coordinator_does_not_hold_up_a_limited_wait(wait_seconds: float) -> None:
-    """One that accepts connections and says nothing is unreachable within 5 s.
+@pytest.mark.parametrize("wait_seconds", [0.0, 0.3])
+def test_a_mute_coordinator_does_not_hold_up_a_limited_wait(
+    wait_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that accepts connections and says nothing is unreachable when the wait is over.
 
-    Fails when the stream has no time-out.
+    Without a wait that is after some seconds. Fails, by never ending, when the stream has no
+    time-out.
     """
+    assert _core.NO_WAIT_SECONDS + _core.GRACE_FOR_ANSWER_SECONDS < 5.0  # as the README says
+    monkeypatch.setattr(_core, "NO_WAIT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         client = holdoff.Client(f"127.0.0.1:{mute.getsockname()[1]}")
-        began = time.monotonic()
         with pytest.raises(holdoff.Unavailable):
             client.acquire("apps/a/tokens/t", wait_seconds=wait_seconds)
-        assert time.monotonic() - began < 5.0
         client.close()
 
 
@@ -218,15 +223,23 @@ def test_a_second_break_tells_the_first_reason(replica: Replica) -> None:
 def state_of(store: redis.Redis, token: str) -> dict[bytes, bytes]:
     """Return all that the store knows of a token's app."""
     shard = f"holdoff:{{{token.split('/')[1]}}}"
-    return {key: store.dump(key) for key in store.scan_iter(f"*{shard}*", count=1000)}  # type: ignore[misc] # it is there
+    keys = list(store.scan_iter(f"*{shard}*", count=1000))
+    with store.pipeline(transaction=True) as step:
+        for key in keys:
+            step.dump(key)
+        return {key: dumped for key, dumped in zip(keys, step.execute(), strict=True) if dumped}
 
 
 def lose_what_came_since(store: redis.Redis, token: str, before: dict[bytes, bytes]) -> None:
-    """Put an app back to how it was, as a failover does to a replica that lags."""
-    for key in state_of(store, token):
-        store.delete(key)
-    for key, dumped in before.items():
-        store.restore(key, 0, dumped)
+    """Put an app back to how it was, as a failover does to a replica that lags.
+
+    That is one step: the sweeper comes by at any time, and must not find half of it.
+    """
+    with store.pipeline(transaction=True) as step:
+        step.delete(*state_of(store, token))
+        for key, dumped in before.items():
+            step.restore(key, 0, dumped)
+        step.execute()
 
 
 def test_what_a_failover_lost(

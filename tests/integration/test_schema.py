@@ -48,8 +48,7 @@ def test_an_older_release_is_upgraded(replica: Replica, store: redis.Redis) -> N
     assert store.hget(shard(token), "schema") == b"3"
     replica.release(held)
     assert waiter.offer().lease.fencing_token > held.lease.fencing_token
-    waiter.withdraw()
-    waiter.close()
+    waiter.vanish()
 
 
 def test_the_end_of_an_old_cooldown_is_told(replica: Replica, store: redis.Redis) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from google.rpc import status_pb2
 
-from holdoff import errors
+from holdoff import _status, errors
 from holdoff_coordinator.failures import CODES, Failure, invalid
 
 
@@ -29,7 +29,7 @@ def test_a_reason_arrives_as_its_exception(reason: str) -> None:
     )
     wire = failure.to_status().SerializeToString()
     assert len(wire) < 4096
-    error = errors.from_status(status_pb2.Status.FromString(wire))
+    error = _status.from_status(status_pb2.Status.FromString(wire))
     assert type(error) is errors.BY_REASON[reason]
     assert (error.reason, error.metadata, error.retry_after_seconds) == (
         reason,
@@ -59,4 +59,4 @@ def test_a_status_of_an_unknown_reason_is_mapped_by_its_code() -> None:
     """A newer coordinator's reasons still make sense."""
     status = Failure("LEASE_HELD", "x").to_status()
     del status.details[:]
-    assert type(errors.from_status(status)) is errors.NotGranted
+    assert type(_status.from_status(status)) is errors.NotGranted

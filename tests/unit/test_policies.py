@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdoff._places import find_place, normal_endpoint
 from holdoff.policies import (
     Block,
     PolicyError,
     Seconds,
     Throttle,
-    find_place,
-    normal_endpoint,
     presets,
     read_policy,
 )

@@ -9,8 +9,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from holdoff import errors
-from holdoff._core import SECOND, Reserving, report_patience
+from holdoff._core import Reserving, report_patience
 from holdoff._guarding import Guarding
+from holdoff._timing import SECOND
 from holdoff.v1 import budget_pb2, budget_service_pb2
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import grpc
 from holdoff._core import CHANNEL_OPTIONS
 from holdoff._endpoint import CredentialFile, channel_options, endpoint_of, target
 from holdoff._platform import boottime_ns
+from holdoff._status import from_rpc_error
 from holdoff._tracing import headers
-from holdoff.errors import HoldoffError, Unavailable, from_rpc_error
+from holdoff.errors import HoldoffError, Unavailable
 from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
 
 if TYPE_CHECKING:

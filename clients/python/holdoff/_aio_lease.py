@@ -13,13 +13,13 @@ import grpc
 from holdoff import _calls
 from holdoff._core import (
     HEARTBEAT_SECONDS,
-    SECOND,
     WITHDRAWAL_SECONDS,
     Listening,
     report_patience,
 )
 from holdoff._held import Held, pause_seconds
 from holdoff._platform import boottime_ns
+from holdoff._timing import SECOND
 from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, Unavailable
 from holdoff.v1 import lease_pb2, lease_service_pb2
 

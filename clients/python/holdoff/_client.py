@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, Self, TypeVar
 from holdoff import _calls
 from holdoff._connection import Connection
 from holdoff._core import (
-    DEFAULT_TTL_SECONDS,
     Acquisition,
     BudgetWatching,
     Renewals,
     Reserving,
-    Timing,
     Watching,
     acceptance_patience,
     here,
@@ -31,6 +29,7 @@ from holdoff._guarding import Guarding
 from holdoff._held import Callbacks
 from holdoff._lease import Conversation, HeldLease
 from holdoff._platform import boottime_ns
+from holdoff._timing import DEFAULT_TTL_SECONDS, Timing
 from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, OfferExpired, Unavailable
 from holdoff.v1 import (
     audit_pb2,

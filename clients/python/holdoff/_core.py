@@ -12,12 +12,14 @@ import random
 import socket
 import uuid
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from google.protobuf import duration_pb2
 
-from holdoff.errors import BudgetSpent, HoldoffError, LeaseLost, Unavailable, from_status
+from holdoff._status import from_status
+from holdoff._timing import SECOND, Timing
+from holdoff._version import VERSION
+from holdoff.errors import BudgetSpent, HoldoffError, LeaseLost, Unavailable
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
 )
 
-SECOND = 1_000_000_000
 HEARTBEAT_SECONDS = 1.5
 """A waiter is passed over after 5 s of silence; this leaves room for two lost heartbeats."""
 NO_WAIT_SECONDS = 3.5
@@ -56,8 +57,6 @@ MOST_ROOM_RETRY_SECONDS = 5.0
 LONGEST_SLEEP_SECONDS = 1.0
 """Sleeps are short, since a wait on the monotonic clock sleeps through a suspend."""
 
-DEFAULT_TTL_SECONDS = 120.0
-
 
 def retry_delay_seconds(attempt: int, random_: Callable[[], float] = random.random) -> float:
     """Exponential back-off with jitter, from 0.1 s to 1 s, for attempts from 0.
@@ -68,75 +67,18 @@ def retry_delay_seconds(attempt: int, random_: Callable[[], float] = random.rand
     return most * (0.5 + random_() / 2)
 
 
-def margin_seconds(ttl_seconds: float) -> float:
-    """By how much a holder stops before the store lets the lease run out.
-
-    5 % of the TTL, at most 1 s, for the last instants of killing; and 0.1 % of it, for two
-    clocks that run at different speeds (NTP slews by 0.05 % at most).
-    """
-    return min(1.0, ttl_seconds * 0.05) + ttl_seconds * 0.001
-
-
-def default_grace_seconds(ttl_seconds: float) -> float:
-    """Time between TERM and KILL where nobody says otherwise."""
-    return min(10.0, ttl_seconds / 3)
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """When a holder renews, and when it must have stopped."""
-
-    ttl_seconds: float
-    grace_seconds: float
-    """Time between TERM and KILL; cut to three quarters of the TTL, so that renewals fit in."""
-
-    @classmethod
-    def of(cls, ttl_seconds: float, grace_seconds: float | None = None) -> Timing:
-        """Work out the timing of a lease.
-
-        Raises:
-            ValueError: If an explicit grace is not shorter than the TTL.
-        """
-        if grace_seconds is None:
-            grace_seconds = default_grace_seconds(ttl_seconds)
-        if grace_seconds >= ttl_seconds:
-            raise ValueError(
-                f"the grace ({grace_seconds:g} s) must be shorter than the TTL ({ttl_seconds:g} s)"
-            )
-        return cls(ttl_seconds, min(grace_seconds, ttl_seconds * 0.75))
-
-    def deadline_ns(self, sent_ns: int) -> int:
-        """When everything must have stopped, if the last good renewal was *sent* then."""
-        return sent_ns + round((self.ttl_seconds - margin_seconds(self.ttl_seconds)) * SECOND)
-
-    @property
-    def renew_after_seconds(self) -> float:
-        """Time between renewals: three fit in before TERM."""
-        usable = self.ttl_seconds - margin_seconds(self.ttl_seconds) - self.grace_seconds
-        return usable / 3
-
-    @property
-    def call_seconds(self) -> float:
-        """How long one renewal may take before it is tried again."""
-        return min(10.0, max(0.2, self.renew_after_seconds))
-
-
 def here(job: str = "", labels: Mapping[str, str] | None = None) -> lease_pb2.Holder:
     """Describe this process as a holder."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # no entry for our uid, as in many containers
         user = str(os.getuid())
-    try:
-        release = version("holdoff")
-    except PackageNotFoundError:  # run from a source tree
-        release = "unknown"
     return lease_pb2.Holder(
         host=socket.gethostname(),
         pid=os.getpid(),
         user=user,
         job=job,
-        client_version=f"holdoff/{release}",
+        client_version=f"holdoff/{VERSION}",
         labels=labels,
     )
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from holdoff import _calls
-from holdoff._core import LONGEST_SLEEP_SECONDS, SECOND
+from holdoff._core import LONGEST_SLEEP_SECONDS
 from holdoff._platform import boottime_ns
 from holdoff._recognise import recognise_answer
+from holdoff._timing import SECOND
 from holdoff.errors import LeaseEnded
 from holdoff.v1 import lease_service_pb2
 

@@ -13,6 +13,9 @@ Isolate = Literal["auto", "always", "never"]
 GUARD_LOST = "guard lost"
 """``Outcome.ended_by`` when the guard itself was killed, and its tree with it."""
 
+BACKING_OFF = "backing off"
+"""``Outcome.ended_by`` when a scope of the command had to back off."""
+
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 
 

@@ -2,8 +2,8 @@
 
 ::
 
-    with Passage(on_data, warn) as passage, Guard.start(passage.stdio) as guard:
-        passage.start(guard)
+    with Passage() as passage, Guard.start(passage.stdio) as guard:
+        passage.start(guard, on_data, warn)
         guard.launch(…)
         outcome = guard.wait()
         passage.finish()                             # now on_data has seen everything
@@ -120,25 +120,19 @@ class Passage:
       on its way.
     """
 
-    def __init__(self, on_data: OnData, warn: Warn) -> None:
+    def __init__(self) -> None:
         """Opens what the command will write to; ``stdio`` is for ``Guard.start``.
-
-        Args:
-            on_data: Called with ``stdout`` or ``stderr`` and a chunk, cut anywhere; from one
-                thread for each stream, so perhaps for both at once.
-            warn: Called with what a person should know, from the same threads.
 
         Raises:
             GuardError: This is a platform without a guard, or out of pipes or terminals.
         """
         require_supported()
         occupy_standard_descriptors()
-        listener = _Listener(on_data, warn)
         self._streams: list[_Stream] = []
         try:
-            self._streams.append(_Stream("stdout", 1, listener))
+            self._streams.append(_Stream("stdout", 1))
             if not os.path.samestat(os.fstat(1), os.fstat(2)):
-                self._streams.append(_Stream("stderr", 2, listener))
+                self._streams.append(_Stream("stderr", 2))
         except OSError as error:
             raise GuardError(f"cannot read the command's output: {error.strerror}") from error
         self.stdio = Stdio(stdout=self._streams[0].entrance, stderr=self._streams[-1].entrance)
@@ -155,11 +149,19 @@ class Passage:
     ) -> None:
         self.finish()
 
-    def start(self, guard: Guard) -> None:
-        """Begins to pass on; right after ``Guard.start``, which has inherited ``stdio``."""
+    def start(self, guard: Guard, on_data: OnData, warn: Warn) -> None:
+        """Begins to pass on; after ``Guard.start``, which has inherited ``stdio``.
+
+        Args:
+            guard: The guard, which a new size of the window is passed to.
+            on_data: Called with ``stdout`` or ``stderr`` and a chunk, cut anywhere; from one
+                thread for each stream, so perhaps for both at once.
+            warn: Called with what a person should know, from the same threads.
+        """
         self._started = True
+        listener = _Listener(on_data, warn)
         for stream in self._streams:
-            stream.start(guard)
+            stream.start(guard, listener)
 
     def finish(self) -> None:
         """Returns when all that the command wrote has been passed on; after ``Guard.wait``.
@@ -176,10 +178,9 @@ class Passage:
 class _Stream:
     """One stream on its way from the command to a descriptor of ours."""
 
-    def __init__(self, name: Source, sink: int, listener: _Listener) -> None:
+    def __init__(self, name: Source, sink: int) -> None:
         self._name = name
         self._sink = sink
-        self._listener = listener
         self._is_terminal = os.isatty(sink)
         self._source, self.entrance = (
             _platform.open_raw_terminal(sink) if self._is_terminal else _platform.open_wide_pipe()
@@ -187,9 +188,10 @@ class _Stream:
         self._give_up_at = math.inf
         self._late_bytes = 0
 
-    def start(self, guard: Guard) -> None:
+    def start(self, guard: Guard, listener: _Listener) -> None:
         os.close(self.entrance)  # the guard has it, so that its end is the end of the output
         self._guard = guard
+        self._listener = listener
         self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         self._thread.start()
 

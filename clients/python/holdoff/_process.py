@@ -201,8 +201,6 @@ class PosixGuard:
     CAN_READ_OUTPUT: ClassVar[bool] = True
     """Whether `_output` can pass on what the command writes."""
 
-    isolated: bool
-    """Whether the command runs in a PID namespace of its own."""
     _process: subprocess.Popen[bytes]
     _launch_fd: int
     _control_fd: int
@@ -210,13 +208,15 @@ class PosixGuard:
     _spare: frozenset[int]
     _mask: frozenset[int]
     _terminal: _Terminal
+    isolated: bool = False
+    """Whether the command runs in a PID namespace of its own; known once the guard is ready."""
     _launched: bool = False
     _paused: bool = False
     _resumed: bool = False
     _outcome: Outcome | None = None
 
     @classmethod
-    def start(cls, stdio: Stdio | None = None, isolate: Isolate = "auto") -> PosixGuard:
+    def start(cls, stdio: Stdio | None = None, isolate: Isolate = "auto") -> Self:
         """Starts a guard, which then waits for ``launch``; best before a lease is asked for.
 
         The command will have the signal mask and the ignored signals that the wrapper has now.
@@ -229,6 +229,17 @@ class PosixGuard:
             GuardError: It does not start, ``always`` is not possible, or this is a platform
                 without a guard.
         """
+        guard = cls.spawn(stdio, isolate)
+        try:
+            guard.await_ready()
+        except BaseException:
+            guard.close()
+            raise
+        return guard
+
+    @classmethod
+    def spawn(cls, stdio: Stdio | None = None, isolate: Isolate = "auto") -> Self:
+        """Does the same as ``start``, except that it leaves the wait to ``await_ready``."""
         require_supported()
         if threading.current_thread() is not threading.main_thread():
             # The guard's parent-death signal fires when the thread that forked it ends.
@@ -264,13 +275,12 @@ class PosixGuard:
             for fd in inherited:
                 os.close(fd)
         os.set_blocking(control_out, False)
-        guard = cls(
-            isolated=False,
+        return cls(
             _process=process,
             _launch_fd=launch_out,
             _control_fd=control_out,
             # Unbuffered: what `select` sees is all there is.
-            _events=open(events_in, "rb", buffering=0),  # noqa: PTH123, SIM115 - close() closes
+            _events=open(events_in, "rb", buffering=0),  # noqa: PTH123 - close() closes
             _spare=spare,
             _mask=frozenset(mask),
             # In a pipeline somebody else in our group may be reading the terminal (`… | less`):
@@ -278,22 +288,20 @@ class PosixGuard:
             # descriptors tell, whatever the command gets.
             _terminal=_Terminal(wanted=not (is_pipe(0) or is_pipe(1))),
         )
-        try:
-            guard.isolated = guard._await_ready()
-        except BaseException:
-            guard.close()
-            raise
-        return guard
 
-    def _await_ready(self) -> bool:
+    def await_ready(self) -> None:
+        """Waits until the guard can launch a command.
+
+        Raises:
+            GuardError: It does not start, or ``always`` is not possible.
+        """
         if not select.select([self._events], [], [], _START_SECONDS)[0]:
             self._process.kill()
             raise GuardError(f"the guard was not ready within {_START_SECONDS:.0f} s")
         message = self._next_message() or {"failed": "it died"}
         if "failed" in message:
             raise GuardError(f"the guard does not start: {message['failed']}")
-        isolated: bool = message["ready"]["isolated"]
-        return isolated
+        self.isolated = message["ready"]["isolated"]
 
     def __enter__(self) -> Self:
         return self

@@ -55,6 +55,17 @@ class WindowsGuard:
         Raises:
             GuardError: It does not start.
         """
+        guard = cls.spawn(stdio, isolate)
+        try:
+            guard.await_ready()
+        except BaseException:
+            guard.close()
+            raise
+        return guard
+
+    @classmethod
+    def spawn(cls, stdio: Stdio | None = None, isolate: Isolate = "auto") -> Self:
+        """Does the same as ``start``, except that it leaves the wait to ``await_ready``."""
         del isolate  # a job is all the isolation there is
         stdio = stdio or Stdio()
         (control_in, control_out), (events_in, events_out) = os.pipe(), os.pipe()
@@ -70,16 +81,21 @@ class WindowsGuard:
                 os.close(fd)
         control = os.fdopen(control_out, "wb", buffering=0)
         events = os.fdopen(events_in, "rb")
-        guard = cls(process, control, events)
+        return cls(process, control, events)
+
+    def await_ready(self) -> None:
+        """Waits until the guard can launch a command.
+
+        Raises:
+            GuardError: It does not start.
+        """
         try:
-            message = guard._events.get(timeout=_START_SECONDS) or {"failed": "it died"}
+            message = self._events.get(timeout=_START_SECONDS) or {"failed": "it died"}
         except queue.Empty:
-            process.kill()
+            self._process.kill()
             message = {"failed": f"it was not ready within {_START_SECONDS:.0f} s"}
         if "failed" in message:
-            guard.close()
             raise GuardError(f"the guard does not start: {message['failed']}")
-        return guard
 
     def __enter__(self) -> Self:
         return self

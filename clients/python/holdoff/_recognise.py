@@ -20,8 +20,8 @@ from email.utils import parsedate_to_datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from holdoff._places import MOST_PATH_CHARACTERS, find_place, try_compile
 from holdoff._text import without_secrets
-from holdoff.policies import MOST_PATH_CHARACTERS, find_place, try_compile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

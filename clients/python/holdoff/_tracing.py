@@ -7,7 +7,6 @@ see https://opentelemetry.io/docs/specs/otel/protocol/exporter/. Without it noth
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -31,6 +30,8 @@ def start(service: str, sampler: Sampler | None = None) -> bool:
     """
     if not any(os.environ.get(name) for name in _ENDPOINTS):
         return False
+    import logging  # noqa: PLC0415 - not for those who want no traces
+
     try:
         from opentelemetry import trace  # noqa: PLC0415 - a second, for those who want traces
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415

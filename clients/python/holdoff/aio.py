@@ -22,12 +22,10 @@ from holdoff import _calls
 from holdoff._aio_connection import Connection
 from holdoff._aio_lease import Conversation, HeldLease
 from holdoff._core import (
-    DEFAULT_TTL_SECONDS,
     Acquisition,
     BudgetWatching,
     Renewals,
     Reserving,
-    Timing,
     Watching,
     acceptance_patience,
     here,
@@ -38,6 +36,7 @@ from holdoff._endpoint import tls_of
 from holdoff._guarding import Guarding
 from holdoff._held import Callbacks
 from holdoff._platform import boottime_ns
+from holdoff._timing import DEFAULT_TTL_SECONDS, Timing
 from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, OfferExpired, Unavailable
 from holdoff.v1 import (
     audit_pb2,

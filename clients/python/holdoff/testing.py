@@ -38,6 +38,8 @@ from holdoff._client import Client
 try:
     import redis
     import structlog
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
 
     from holdoff.policies import presets
     from holdoff_coordinator import embedded
@@ -177,7 +179,8 @@ def valkey(*options: str, password: str = "") -> Iterator[tuple[str, int]]:
 
 def _wait_until_it_answers(process: subprocess.Popen[bytes], socket: Path, password: str) -> None:
     give_up = time.monotonic() + _START_SECONDS
-    with redis.Redis(unix_socket_path=str(socket), password=password or None) as client:
+    once = Retry(NoBackoff(), 0)
+    with redis.Redis(unix_socket_path=str(socket), password=password or None, retry=once) as client:
         while True:
             try:
                 client.ping()

@@ -68,12 +68,12 @@ def finish_twice(passage: _output.Passage) -> None:
 options.setdefault("patience", 5)
 _output._PATIENCE_SECONDS = options["patience"]
 with (
-    _output.Passage(on_data, lambda text: report(warning=text)) as passage,
+    _output.Passage() as passage,
     Guard.start(passage.stdio, isolate="never") as guard,
 ):
     if "leak" in options and os.fork() == 0:
         leak(passage.stdio.stdout)
-    passage.start(guard)
+    passage.start(guard, on_data, lambda text: report(warning=text))
     with caught_signals(guard.signal):
         guard.launch(
             which(options["argv"][0]),

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from holdoff import _calls
+from holdoff._outcome import BACKING_OFF
+from holdoff._places import find_place
 from holdoff._recognise import OutputRecogniser, SeenBlock
 from holdoff.durations import format_duration
-from holdoff.policies import find_place
 from holdoff.v1 import budget_pb2, lease_service_pb2, policy_pb2
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 WhenQuiet = Literal["finish", "pause", "terminate"]
 
-ENDED_BY = "backing off"
 """Why the guard ended a command that had to be quiet."""
 
 _TICK_SECONDS = 0.2
@@ -217,7 +217,7 @@ class Conduct:
             if left is not None and now - self._quiet_since >= left:
                 self._when_quiet = "terminate"
                 self._say("its access token has run out meanwhile: ending the command")
-                self._guard.end(ENDED_BY)
+                self._guard.end(BACKING_OFF)
 
     def _trust_coordinator(self, now: float) -> None:
         """Give up our own count once the coordinator knows of our errors and says nothing."""
@@ -235,7 +235,7 @@ class Conduct:
                 self._say(f"{self.reason}; the command is let finish")
             case "terminate":
                 self._say(f"{self.reason}: ending the command")
-                guard.end(ENDED_BY)
+                guard.end(BACKING_OFF)
             case _:
                 left = self._token_left_seconds(now)
                 most = "" if left is None else f", for {format_duration(round(left))} at most"

@@ -21,7 +21,7 @@ from holdoff import Unavailable
 from holdoff._platform import boottime_ns
 from holdoff._text import printable
 from holdoff.cli import exits
-from holdoff.cli._waiting import say
+from holdoff.cli._voice import say
 from holdoff.cli.output import UNLIMITED_WIDTH, cell, emit_json_line
 
 if TYPE_CHECKING:

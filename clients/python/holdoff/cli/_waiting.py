@@ -8,9 +8,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Self
 
-import click
-
 from holdoff._text import printable
+from holdoff.cli._voice import say
 from holdoff.durations import format_duration
 from holdoff.v1 import lease_pb2
 
@@ -18,11 +17,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from holdoff import Unavailable
-
-
-def say(message: str) -> None:
-    """Write one line of the wrapper's own to stderr."""
-    click.echo(printable(f"holdoff: {message}"), err=True)
 
 
 class WaitDisplay:

@@ -17,7 +17,7 @@ from holdoff.cli._budget_board import BudgetBoard, documents
 from holdoff.cli._budgets import BUDGET_HEADINGS, budget_row
 from holdoff.cli._help import example
 from holdoff.cli._live import live_output_option, show_lines, show_table, wants_lines
-from holdoff.cli._waiting import say
+from holdoff.cli._voice import say
 from holdoff.cli.output import (
     NOTHING,
     duration_text,

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from typing import Final, NoReturn
 
 import click
@@ -166,6 +165,8 @@ def end(error: Exception) -> NoReturn:
             sys.exit(SIGNAL_BASE + signal.SIGINT if interrupted else DECLINED)
         case _:
             # Not Python's own 1, which under `run` would read as a warning of the command.
+            import traceback  # noqa: PLC0415 - slow to import, and hardly ever needed
+
             traceback.print_exception(error)
             complain("this is a fault of Holdoff", "report it with all of the lines above")
             sys.exit(INTERNAL)

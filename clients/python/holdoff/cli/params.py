@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-import uuid
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
@@ -13,16 +12,14 @@ from typing import TYPE_CHECKING, Literal
 import click
 from click.shell_completion import CompletionItem
 
-from holdoff import Client
 from holdoff._text import printable, quoted
 from holdoff.durations import parse_duration
 from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
-from holdoff.v1 import budget_pb2, lease_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from holdoff.v1 import token_pb2
+    from holdoff.v1 import budget_pb2, lease_pb2, token_pb2
 
     _Found = lease_pb2.Lease | token_pb2.Token | budget_pb2.Budget | budget_pb2.BackOff
 
@@ -172,6 +169,8 @@ class EventId(click.ParamType[str]):
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Check what was typed."""
+        import uuid  # noqa: PLC0415 - slow to import, and only needed here
+
         try:
             found = uuid.UUID(value)
         except ValueError:
@@ -206,6 +205,8 @@ class Name(click.ParamType[str]):
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         """Offer the names that the coordinator knows, if it answers within a second."""
+        from holdoff import Client  # noqa: PLC0415 - slow to import, and only needed here
+
         del param
         deadline_seconds = time.monotonic() + _COMPLETION_SECONDS
         endpoint = ctx.find_root().params["endpoint"]
@@ -247,6 +248,8 @@ class PolicyName(click.ParamType[str]):
         """Offer what the coordinator knows, if it answers within a second, else the presets."""
         del param
         try:
+            from holdoff import Client  # noqa: PLC0415 - slow to import, and only needed here
+
             endpoint = ctx.find_root().params["endpoint"]
             with Client(endpoint, timeout_seconds=_COMPLETION_SECONDS) as client:
                 titles = {policy.name: policy.title for policy in client.list_policies()}
@@ -265,6 +268,7 @@ def _description(found: _Found) -> str:
     """What a shell shows beside a name, such as the state of a token or the holder of a lease."""
     # Not at the top: it brings rich along, which `holdoff run` seldom needs.
     from holdoff.cli.output import enum_text, holder_text, state_text  # noqa: PLC0415
+    from holdoff.v1 import budget_pb2, lease_pb2  # noqa: PLC0415
 
     match found:
         case lease_pb2.Lease():

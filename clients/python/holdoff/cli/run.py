@@ -4,124 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import logging
-import os
-import queue
-import signal
-import threading
-import time
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 import click
 from click.shell_completion import CompletionItem
 
-from holdoff import (
-    Client,
-    HeldLease,
-    HoldoffError,
-    InvalidRequest,
-    LeaseLost,
-    NotFound,
-    NotGranted,
-    Unavailable,
-)
-from holdoff._core import DEFAULT_TTL_SECONDS, Timing
-from holdoff._outcome import CannotRunError, GuardError, Outcome
-from holdoff._output import LogTail, Passage
-from holdoff._process import Guard, caught_signals, which
-from holdoff._reporting import Reporter, flush_leftovers
-from holdoff._spool import Spool
+from holdoff._outcome import CannotRunError, GuardError
+from holdoff._output import Passage
+from holdoff._process import Guard, which
+from holdoff._timing import DEFAULT_TTL_SECONDS, Timing
 from holdoff.cli import exits
-from holdoff.cli._conduct import ENDED_BY, Conduct
-from holdoff.cli._fencing import last_fencing_token, remember_fencing_token
+from holdoff.cli._account import Account, Interrupted, Order, now
 from holdoff.cli._help import example
-from holdoff.cli._waiting import WaitDisplay, say
+from holdoff.cli._voice import Voice
 from holdoff.cli.params import MOST_LABELS, Duration, Label, Name
 from holdoff.durations import format_duration
+from holdoff.errors import HoldoffError, NotGranted
 from holdoff.names import TokenName
-from holdoff.v1 import lease_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from holdoff._outcome import Event, Isolate
+    from holdoff._outcome import Isolate
     from holdoff.cli._conduct import WhenQuiet
+    from holdoff.cli._running import Run
 
 LEAST_TTL_SECONDS = 1
 MOST_TTL_SECONDS = 24 * 3600
-REST_SECONDS = 5.0
-"""How long the rest of the output is waited for before the lease is given back."""
-REPORT_SECONDS = 5.0
-"""How long reports are tried before it; then they wait on disk."""
-_LOOK_SECONDS = 0.02
-
-# What does not end a process that has not asked for it.
-_HARMLESS_SIGNALS = {
-    getattr(signal, name, None) for name in ("SIGWINCH", "SIGURG", "SIGCONT", "SIGTSTP")
-}
-
-VARIABLES = ("HOLDOFF_TOKEN", "HOLDOFF_LEASE", "HOLDOFF_FENCING_TOKEN")
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error
-    """A signal ended the wait."""
-
-    def __init__(self, signum: int) -> None:
-        # Of the real-time signals only the first and the last have a name.
-        known = signum in signal.Signals.__members__.values()
-        name = signal.Signals(signum).name if known else f"signal {signum}"
-        super().__init__(f"ended by {name} while waiting")
-        self.signum = signum
-
-
-@dataclass(slots=True)
-class Account:
-    """What happened, for `--result-file`: a child may itself exit with 75 or 79."""
-
-    token: str
-    job: str
-    labels: Mapping[str, str]
-    outcome: Literal[
-        "exited",
-        "signaled",
-        "lease_lost",
-        "backed_off",
-        "not_granted",
-        "unreachable",
-        "refused",
-        "cannot_run",
-        "interrupted",
-        "failed",
-    ] = "failed"
-    exit_code: int = exits.INTERNAL
-    """The exit code of `holdoff run`."""
-    child_exit_code: int | None = None
-    child_signal: int | None = None
-    lease: str | None = None
-    """Name of the lease; absent when the command ran without one, or did not run."""
-    fencing_token: int | None = None
-    reason: str = ""
-    """Why there was no lease, why it was lost, or why the command had to be quiet."""
-    errors_seen: int = 0
-    """Errors and blocks seen in what the command wrote."""
-    requested_at: str = ""
-    started_at: str | None = None
-    ended_at: str | None = None
-    waited_seconds: float | None = None
-
-    def write(self, path: Path) -> None:
-        """Write the account whole or not at all."""
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            draft.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            draft.replace(path)
-        except OSError as error:
-            say(f"cannot write {path}: {error.strerror}")
-            draft.unlink(missing_ok=True)
 
 
 def _labels(
@@ -253,17 +163,24 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     """
     if no_wait and wait is not None:
         raise click.UsageError("--wait and --no-wait exclude each other")
-    timing = _timing(ttl, grace)
     if result_file and not result_file.absolute().parent.is_dir():
         raise click.BadParameter("its folder does not exist", param_hint="--result-file")
-    account = Account(token=token, job=job, labels=labels, requested_at=_now())
+    order = Order(
+        coordinator=coordinator,
+        timing=_timing(ttl, grace),
+        scopes=scopes_of(divisions, endpoints),
+        when_quiet=when_quiet,
+        isolate=isolate,
+        log_file=log_file,
+        # Of log file and output one is read: Data Hub writes the same errors to both.
+        read_output=read_output and not log_file,
+    )
+    account = Account(token=token, job=job, labels=labels, requested_at=now())
     try:
         path = which(command[0])
-        with Client(coordinator) as client:
-            one = _Run(client, timing, account, scopes_of(divisions, endpoints), when_quiet)
-            with one.started(isolate, log_file, read_output=read_output):
-                wait = 0.0 if no_wait else wait
-                one.run(path, command, wait, break_glass=if_unreachable == "run")
+        with _started(order, account) as one:
+            wait = 0.0 if no_wait else wait
+            one.run(path, command, wait, break_glass=if_unreachable == "run")
     except ValueError as error:  # of the log file
         raise click.BadParameter(str(error), param_hint="--log-file") from None
     except CannotRunError as error:
@@ -285,6 +202,39 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     if result_file:
         account.write(result_file)
     raise click.exceptions.Exit(account.exit_code)
+
+
+@contextlib.contextmanager
+def _started(order: Order, account: Account) -> Iterator[Run]:
+    """Start the guard, and what looks for errors.
+
+    Raises:
+        GuardError: There is no guard.
+        ValueError: The log file is none.
+    """
+    with contextlib.ExitStack() as stack:
+        voice = stack.enter_context(Voice())
+        # Left when all of the output has been seen, so that its last errors are reported.
+        connected = stack.enter_context(contextlib.ExitStack())
+        read_output = order.read_output
+        if read_output and not Guard.CAN_READ_OUTPUT:
+            voice.say("what the command writes is not looked through here: name its --log-file")
+            read_output = False
+        passage = stack.enter_context(Passage()) if read_output else None
+        stdio = passage.stdio if passage else None
+        guard = stack.enter_context(Guard.spawn(stdio, order.isolate))
+        # Not at the top: they bring gRPC along, and the guard starts meanwhile.
+        from holdoff import Client  # noqa: PLC0415
+        from holdoff.cli._running import Run  # noqa: PLC0415
+
+        client = connected.enter_context(Client(order.coordinator))
+        one = connected.enter_context(Run(client, guard, voice, account, order))
+        if order.log_file:
+            one.read_log(order.log_file)
+        guard.await_ready()
+        if passage:
+            one.read_output(passage)
+        yield one
 
 
 def _timing(ttl: float, grace: float | None) -> Timing:
@@ -317,251 +267,3 @@ def scopes_of(divisions: Sequence[str], endpoints: Sequence[str]) -> list[tuple[
     if not divisions and not endpoints:
         return []
     return list(itertools.product(divisions or [""], endpoints or [""]))
-
-
-class _Voice:
-    """Says what a run has to say in a thread of its own: who reads our stderr may block.
-
-    Nothing waits for that but the end of the run, as `cat` would in our place.
-    """
-
-    def __init__(self) -> None:
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="voice", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lines.put(None)
-        self._thread.join()
-
-    def say(self, message: str) -> None:
-        """Say a line, soon."""
-        self._lines.put(message)
-
-    def _work(self) -> None:
-        for line in iter(self._lines.get, None):
-            with contextlib.suppress(OSError):  # nobody reads it any more
-                say(line)
-
-
-class _Faults(logging.Handler):
-    """Says what the library logs of its own faults; the rest the run says itself."""
-
-    def __init__(self, voice: _Voice) -> None:
-        super().__init__(logging.ERROR)
-        self._voice = voice
-
-    def emit(self, record: logging.LogRecord) -> None:
-        for line in self.format(record).splitlines():
-            self._voice.say(line)
-
-
-class _Run:
-    """One run: wait, launch, watch, report, release."""
-
-    def __init__(
-        self,
-        client: Client,
-        timing: Timing,
-        account: Account,
-        scopes: Sequence[tuple[str, str]],
-        when_quiet: WhenQuiet | None,
-    ) -> None:
-        self._client = client
-        self._timing = timing
-        self._account = account
-        self._scopes = scopes
-        self._lease: HeldLease | None = None
-        self._voice = _Voice()
-        self._say = self._voice.say
-        self._reporter = Reporter(client.record_events, Spool(), warn=self._say)
-        self._conduct = Conduct(self._reporter, account.token, account.job, when_quiet, self._say)
-        self._passage: Passage | None = None
-        self._log: LogTail | None = None
-
-    @contextlib.contextmanager
-    def started(
-        self, isolate: Isolate, log_file: Path | None, *, read_output: bool
-    ) -> Iterator[None]:
-        """Start the guard, and what looks for errors.
-
-        Of log file and output one is read: Data Hub writes the same errors to both.
-
-        Raises:
-            GuardError: There is no guard.
-            ValueError: The log file is none.
-        """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._voice)
-            faults, log = _Faults(self._voice), logging.getLogger("holdoff")
-            log.addHandler(faults)
-            stack.callback(log.removeHandler, faults)
-            stack.callback(self._reporter.close, REPORT_SECONDS)
-            if log_file:
-                self._log = LogTail(log_file, self._conduct.on_data, self._say)
-            elif read_output and not Guard.CAN_READ_OUTPUT:
-                self._say("what the command writes is not looked through here: name its --log-file")
-            elif read_output:
-                self._passage = stack.enter_context(Passage(self._conduct.on_data, self._say))
-            stdio = self._passage.stdio if self._passage else None
-            self._guard = stack.enter_context(Guard.start(stdio, isolate=isolate))
-            if self._passage:
-                self._passage.start(self._guard)
-            flush = threading.Thread(target=self._flush_leftovers, name="flush", daemon=True)
-            flush.start()
-            yield
-
-    def _flush_leftovers(self) -> None:
-        """Report what earlier runs on this host could not."""
-        flush_leftovers(Spool(), self._client.record_events, warn=self._say)
-
-    def run(
-        self, path: str, command: Sequence[str], wait: float | None, *, break_glass: bool
-    ) -> None:
-        """Run the command and fill in the account.
-
-        Raises:
-            HoldoffError: There was no lease, or it was lost.
-            Interrupted: A signal ended the wait.
-        """
-        with caught_signals(self._on_signal):
-            began = time.monotonic()
-            try:
-                self._see_that_it_ends()
-                self._lease = self._acquire(wait)
-            except Unavailable as error:
-                if not break_glass:
-                    raise
-                self._say(f"RUNNING WITHOUT A LEASE, as --if-unreachable run says: {error}")
-                self._account.reason = str(error)
-            self._account.waited_seconds = round(time.monotonic() - began, 3)
-            with contextlib.ExitStack() as stack:
-                if self._lease:
-                    # Until the launch an interruption gives the lease back.
-                    stack.enter_context(self._lease)
-                self._launch(path, command)
-                stack.pop_all()
-            outcome = self._guard.wait(self._on_event)
-            self._account.ended_at = _now()
-            self._see_the_rest()
-        self._settle(outcome)
-
-    def _see_the_rest(self) -> None:
-        """See and report the last errors before the lease is given back, whose end is judged."""
-        if self._log:
-            self._log.finish()
-        if self._passage:
-            # Who reads our output may block as long as it wants, and the lease must not.
-            rest = threading.Thread(target=self._passage.finish, name="rest", daemon=True)
-            rest.start()
-            rest.join(REST_SECONDS)
-        self._conduct.finish()
-        self._account.errors_seen = self._conduct.errors
-        give_up = time.monotonic() + REPORT_SECONDS
-        while self._reporter.idle_since is None and time.monotonic() < give_up:
-            time.sleep(_LOOK_SECONDS)
-
-    def _see_that_it_ends(self) -> None:
-        """Refuse to wait for the run that this one is a part of.
-
-        Raises:
-            click.UsageError: That run holds the token.
-        """
-        token, outer = self._account.token, os.environ.get("HOLDOFF_LEASE", "")
-        if not outer.startswith(f"{token}/leases/"):
-            return
-        # A coordinator that is away is waited for below.
-        with contextlib.suppress(NotFound, InvalidRequest, Unavailable):
-            if self._client.get_lease(outer).state == lease_pb2.LEASE_STATE_ACTIVE:
-                raise click.UsageError(
-                    f"this is part of a run that holds {token} already, and would wait for itself: "
-                    "start the command without `holdoff run`"
-                )
-
-    def _acquire(self, wait: float | None) -> HeldLease:
-        token = self._account.token
-        with WaitDisplay(token, self._client.endpoint) as display:
-            lease = self._client.acquire(
-                token,
-                wait_seconds=wait,
-                ttl_seconds=self._timing.ttl_seconds,
-                grace_seconds=self._timing.grace_seconds,
-                job=self._account.job,
-                labels=self._account.labels,
-                last_fencing_token=last_fencing_token(token),
-                scopes=self._scopes,
-                on_waiting=display.waiting,
-                on_unreachable=display.unreachable,
-                on_renewed=self._guard.extend,
-                on_lost=self._on_lost,
-                on_notice=self._conduct.on_notice,
-            )
-        remember_fencing_token(token, lease.fencing_token)
-        self._account.lease = lease.name
-        self._account.fencing_token = lease.fencing_token
-        return lease
-
-    def _launch(self, path: str, command: Sequence[str]) -> None:
-        env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-        env["HOLDOFF_TOKEN"] = self._account.token
-        if self._lease:
-            env["HOLDOFF_LEASE"] = self._lease.name
-            env["HOLDOFF_FENCING_TOKEN"] = str(self._lease.fencing_token)
-        self._conduct.begin(self._guard, self._lease)
-        if self._log:
-            self._log.start()
-        self._guard.launch(
-            path,
-            command,
-            env,
-            fence_boottime_ns=self._lease.deadline_ns if self._lease else None,
-            grace_seconds=self._timing.grace_seconds,
-        )
-
-    def _on_signal(self, signum: int) -> None:
-        if not self._guard.signal(signum) and signum not in _HARMLESS_SIGNALS:
-            raise Interrupted(signum)
-
-    def _on_event(self, event: Event) -> None:
-        if event.kind == "started":
-            self._account.started_at = _now()
-            if self._lease:
-                self._lease.command_started()
-        elif event.kind == "ending" and event.reason == "fence":
-            self._say("no renewal came through: ending the command before its lease runs out")
-
-    def _on_lost(self, error: LeaseLost) -> None:
-        self._say(f"lease lost, ending the command: {error}")
-        self._guard.end("lease lost")
-
-    def _settle(self, outcome: Outcome) -> None:
-        """Give the lease back and fill in the account.
-
-        Raises:
-            LeaseLost: The lease was lost, whatever the command itself said.
-        """
-        account = self._account
-        account.child_exit_code, account.child_signal = outcome.exit_code, outcome.signal
-        account.outcome = "exited" if outcome.signal is None else "signaled"
-        account.exit_code = exits.INTERNAL if outcome.status is None else outcome.status
-        if outcome.survivors:
-            self._say(f"{outcome.survivors} processes outlived KILL: the lease is left to run out")
-        elif self._lease:
-            try:
-                self._lease.release()
-            except Unavailable as error:
-                self._say(f"the lease could not be given back and runs out by itself: {error}")
-        if outcome.cannot_run:
-            raise outcome.cannot_run
-        if outcome.ended_by == ENDED_BY:
-            account.outcome, account.exit_code = "backed_off", exits.NOT_GRANTED
-            account.reason = self._conduct.reason
-        if outcome.ended_by == "fence":
-            raise LeaseLost("no renewal came through before the deadline")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")

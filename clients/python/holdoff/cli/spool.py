@@ -12,7 +12,7 @@ from holdoff import Client
 from holdoff._reporting import flush_leftovers
 from holdoff._spool import Moment, Spool
 from holdoff.cli._help import example
-from holdoff.cli._waiting import say
+from holdoff.cli._voice import say
 from holdoff.cli.output import (
     NOTHING,
     emit_json,

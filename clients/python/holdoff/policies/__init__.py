@@ -13,12 +13,13 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import Counter
-from functools import cache, lru_cache
+from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
+from holdoff._places import NO_PATTERN, find_place
 from holdoff._text import quoted
 from holdoff.durations import parse_duration
 
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DEFAULT_POLICY = "exact-online"
-
-MOST_PATH_CHARACTERS = 2_000
-"""Of a path or URL of which the endpoint is wanted; longer ones are cut."""
-MOST_ENDPOINT_CHARACTERS = 200
 
 ScopeField = Literal["app", "token", "division", "endpoint"]
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9-]{1,63}\Z")]
@@ -221,27 +218,6 @@ class Policy(_Table, frozen=True, kw_only=True):
         return find_place(self.endpoint.path if self.endpoint else "", path)
 
 
-def find_place(pattern: str, path: str) -> tuple[str, str]:
-    """Find a call's (division, endpoint) by the pattern of a policy, each in its one normal form.
-
-    The query goes, OData keys become `()`, and case does not count (`domain.md`, paths). With no
-    pattern, or one of another release that does not compile, no division is found.
-    """
-    path = re.split(r"[?#]", path[:MOST_PATH_CHARACTERS], maxsplit=1)[0]
-    division, endpoint = "", path
-    compiled = try_compile(pattern) if pattern else None
-    if compiled and (match := compiled.search(path)):
-        found = match.groupdict()
-        division, endpoint = found.get("division") or "", found.get("endpoint") or ""
-    return division, normal_endpoint(endpoint)
-
-
-def normal_endpoint(text: str) -> str:
-    """Give an endpoint its normal form: no keys, no case, no slash at either end."""
-    text = re.sub(r"\((?:'(?:[^']|'')*'|[^()'])*\)", "()", text)
-    return text.strip("/").casefold()[:MOST_ENDPOINT_CHARACTERS]
-
-
 def read_policy(path: Path | Traversable) -> Policy:
     """Read a policy file.
 
@@ -287,23 +263,11 @@ def _check_scope(scope: tuple[ScopeField, ...]) -> None:
         raise ValueError('`scope` must name "app", and no field twice')
 
 
-@lru_cache
-def try_compile(pattern: str, flags: int = 0) -> re.Pattern[str] | None:
-    """Compile a regular expression from the API; None if it is none that we know."""
-    try:
-        return re.compile(pattern, flags)
-    except _NO_PATTERN:
-        return None
-
-
-_NO_PATTERN = (re.error, OverflowError, RecursionError)  # as `re.compile` raises them
-
-
 def _groups_of(field: str, pattern: str) -> set[str]:
     """Check a regular expression, and return the names of its groups."""
     try:
         compiled = re.compile(pattern)
-    except _NO_PATTERN as error:
+    except NO_PATTERN as error:
         raise ValueError(f"`{field}` is not a regular expression: {error}") from None
     if compiled.search(""):
         raise ValueError(f"`{field}` fits everything: write what is special about it")

@@ -1,0 +1,254 @@
+"""One run of a command under a lease: wait, launch, watch, report, release."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Self
+
+import click
+
+from holdoff._outcome import BACKING_OFF
+from holdoff._output import LogTail
+from holdoff._process import caught_signals
+from holdoff._reporting import Reporter, flush_leftovers
+from holdoff._spool import Spool
+from holdoff.cli import exits
+from holdoff.cli._account import Interrupted, now
+from holdoff.cli._conduct import Conduct
+from holdoff.cli._fencing import last_fencing_token, remember_fencing_token
+from holdoff.cli._waiting import WaitDisplay
+from holdoff.errors import InvalidRequest, LeaseLost, NotFound, Unavailable
+from holdoff.v1 import lease_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from holdoff import Client, HeldLease
+    from holdoff._outcome import Event, Outcome
+    from holdoff._output import Passage
+    from holdoff._process import Guard
+    from holdoff.cli._account import Account, Order
+    from holdoff.cli._voice import Voice
+
+REST_SECONDS = 5.0
+"""How long the rest of the output is waited for before the lease is given back."""
+REPORT_SECONDS = 5.0
+"""How long reports are tried before it; then they wait on disk."""
+_LOOK_SECONDS = 0.02
+
+# What does not end a process that has not asked for it.
+_HARMLESS_SIGNALS = {
+    getattr(signal, name, None) for name in ("SIGWINCH", "SIGURG", "SIGCONT", "SIGTSTP")
+}
+
+VARIABLES = ("HOLDOFF_TOKEN", "HOLDOFF_LEASE", "HOLDOFF_FENCING_TOKEN")
+
+
+class _Faults(logging.Handler):
+    """Says what the library logs of its own faults; the rest the run says itself."""
+
+    def __init__(self, voice: Voice) -> None:
+        super().__init__(logging.ERROR)
+        self._voice = voice
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in self.format(record).splitlines():
+            self._voice.say(line)
+
+
+class Run:
+    """One run: wait, launch, watch, report, release."""
+
+    def __init__(
+        self, client: Client, guard: Guard, voice: Voice, account: Account, order: Order
+    ) -> None:
+        self._client = client
+        self._guard = guard
+        self._timing = order.timing
+        self._account = account
+        self._scopes = order.scopes
+        self._lease: HeldLease | None = None
+        self._say = voice.say
+        self._faults = _Faults(voice)
+        self._reporter = Reporter(client.record_events, Spool(), warn=self._say)
+        self._conduct = Conduct(
+            self._reporter, account.token, account.job, order.when_quiet, self._say
+        )
+        self._passage: Passage | None = None
+        self._log: LogTail | None = None
+
+    def __enter__(self) -> Self:
+        logging.getLogger("holdoff").addHandler(self._faults)
+        threading.Thread(target=self._flush_leftovers, name="flush", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reporter.close(REPORT_SECONDS)
+        logging.getLogger("holdoff").removeHandler(self._faults)
+
+    def read_log(self, path: Path) -> None:
+        """Look for errors in a log file of the command.
+
+        Raises:
+            ValueError: It is no log file.
+        """
+        self._log = LogTail(path, self._conduct.on_data, self._say)
+
+    def read_output(self, passage: Passage) -> None:
+        """Look for errors in what the command writes."""
+        passage.start(self._guard, self._conduct.on_data, self._say)
+        self._passage = passage
+
+    def _flush_leftovers(self) -> None:
+        """Report what earlier runs on this host could not."""
+        flush_leftovers(Spool(), self._client.record_events, warn=self._say)
+
+    def run(
+        self, path: str, command: Sequence[str], wait: float | None, *, break_glass: bool
+    ) -> None:
+        """Run the command and fill in the account.
+
+        Raises:
+            HoldoffError: There was no lease, or it was lost.
+            Interrupted: A signal ended the wait.
+        """
+        with caught_signals(self._on_signal):
+            began = time.monotonic()
+            try:
+                self._see_that_it_ends()
+                self._lease = self._acquire(wait)
+            except Unavailable as error:
+                if not break_glass:
+                    raise
+                self._say(f"RUNNING WITHOUT A LEASE, as --if-unreachable run says: {error}")
+                self._account.reason = str(error)
+            self._account.waited_seconds = round(time.monotonic() - began, 3)
+            with contextlib.ExitStack() as stack:
+                if self._lease:
+                    # Until the launch an interruption gives the lease back.
+                    stack.enter_context(self._lease)
+                self._launch(path, command)
+                stack.pop_all()
+            outcome = self._guard.wait(self._on_event)
+            self._account.ended_at = now()
+            self._see_the_rest()
+        self._settle(outcome)
+
+    def _see_the_rest(self) -> None:
+        """See and report the last errors before the lease is given back, whose end is judged."""
+        if self._log:
+            self._log.finish()
+        if self._passage:
+            # Who reads our output may block as long as it wants, and the lease must not.
+            rest = threading.Thread(target=self._passage.finish, name="rest", daemon=True)
+            rest.start()
+            rest.join(REST_SECONDS)
+        self._conduct.finish()
+        self._account.errors_seen = self._conduct.errors
+        give_up = time.monotonic() + REPORT_SECONDS
+        while self._reporter.idle_since is None and time.monotonic() < give_up:
+            time.sleep(_LOOK_SECONDS)
+
+    def _see_that_it_ends(self) -> None:
+        """Refuse to wait for the run that this one is a part of.
+
+        Raises:
+            click.UsageError: That run holds the token.
+        """
+        token, outer = self._account.token, os.environ.get("HOLDOFF_LEASE", "")
+        if not outer.startswith(f"{token}/leases/"):
+            return
+        # A coordinator that is away is waited for below.
+        with contextlib.suppress(NotFound, InvalidRequest, Unavailable):
+            if self._client.get_lease(outer).state == lease_pb2.LEASE_STATE_ACTIVE:
+                raise click.UsageError(
+                    f"this is part of a run that holds {token} already, and would wait for itself: "
+                    "start the command without `holdoff run`"
+                )
+
+    def _acquire(self, wait: float | None) -> HeldLease:
+        token = self._account.token
+        with WaitDisplay(token, self._client.endpoint) as display:
+            lease = self._client.acquire(
+                token,
+                wait_seconds=wait,
+                ttl_seconds=self._timing.ttl_seconds,
+                grace_seconds=self._timing.grace_seconds,
+                job=self._account.job,
+                labels=self._account.labels,
+                last_fencing_token=last_fencing_token(token),
+                scopes=self._scopes,
+                on_waiting=display.waiting,
+                on_unreachable=display.unreachable,
+                on_renewed=self._guard.extend,
+                on_lost=self._on_lost,
+                on_notice=self._conduct.on_notice,
+            )
+        remember_fencing_token(token, lease.fencing_token)
+        self._account.lease = lease.name
+        self._account.fencing_token = lease.fencing_token
+        return lease
+
+    def _launch(self, path: str, command: Sequence[str]) -> None:
+        env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+        env["HOLDOFF_TOKEN"] = self._account.token
+        if self._lease:
+            env["HOLDOFF_LEASE"] = self._lease.name
+            env["HOLDOFF_FENCING_TOKEN"] = str(self._lease.fencing_token)
+        self._conduct.begin(self._guard, self._lease)
+        if self._log:
+            self._log.start()
+        self._guard.launch(
+            path,
+            command,
+            env,
+            fence_boottime_ns=self._lease.deadline_ns if self._lease else None,
+            grace_seconds=self._timing.grace_seconds,
+        )
+
+    def _on_signal(self, signum: int) -> None:
+        if not self._guard.signal(signum) and signum not in _HARMLESS_SIGNALS:
+            raise Interrupted(signum)
+
+    def _on_event(self, event: Event) -> None:
+        if event.kind == "started":
+            self._account.started_at = now()
+            if self._lease:
+                self._lease.command_started()
+        elif event.kind == "ending" and event.reason == "fence":
+            self._say("no renewal came through: ending the command before its lease runs out")
+
+    def _on_lost(self, error: LeaseLost) -> None:
+        self._say(f"lease lost, ending the command: {error}")
+        self._guard.end("lease lost")
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Give the lease back and fill in the account.
+
+        Raises:
+            LeaseLost: The lease was lost, whatever the command itself said.
+        """
+        account = self._account
+        account.child_exit_code, account.child_signal = outcome.exit_code, outcome.signal
+        account.outcome = "exited" if outcome.signal is None else "signaled"
+        account.exit_code = exits.INTERNAL if outcome.status is None else outcome.status
+        if outcome.survivors:
+            self._say(f"{outcome.survivors} processes outlived KILL: the lease is left to run out")
+        elif self._lease:
+            try:
+                self._lease.release()
+            except Unavailable as error:
+                self._say(f"the lease could not be given back and runs out by itself: {error}")
+        if outcome.cannot_run:
+            raise outcome.cannot_run
+        if outcome.ended_by == BACKING_OFF:
+            account.outcome, account.exit_code = "backed_off", exits.NOT_GRANTED
+            account.reason = self._conduct.reason
+        if outcome.ended_by == "fence":
+            raise LeaseLost("no renewal came through before the deadline")

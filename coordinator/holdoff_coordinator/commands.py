@@ -1,0 +1,351 @@
+"""What the commands of `holdoff-coordinator` do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+import structlog
+from pydantic import ValidationError
+
+from holdoff.durations import format_duration, parse_duration
+from holdoff.policies import PolicyError
+from holdoff_coordinator import tracing
+from holdoff_coordinator.access import AccessError
+from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.embedded import EmbeddedStore
+from holdoff_coordinator.exits import EX_CANNOT_SERVE, EX_USAGE, fail
+from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.gate import AccessFile
+from holdoff_coordinator.restore import after_restore
+from holdoff_coordinator.settings import LogFormat, Settings
+from holdoff_coordinator.store import Access, Assumed, StoreError, check, connect, ensure_epoch
+from holdoff_coordinator.tls import Certificates, TlsError
+
+# What gRPC's core has to say would stand between the lines of our log, which are JSON. It looks
+# at this when it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+from holdoff_coordinator.policies import read_policies
+from holdoff_coordinator.server import CannotListenError, Coordinator
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+
+    from holdoff.policies import Policy
+    from holdoff_coordinator.cluster import StoreClient
+    from holdoff_coordinator.store import Epoch
+
+    Options = Mapping[str, Any]  # what was given on the command line, by the name of the setting
+
+log = structlog.get_logger()
+
+_MOST_IDENTITY = 200
+_CREDENTIAL_FIELDS = ("id", "identity", "issue_time", "expire_time")
+
+
+def serve(options: Options) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    settings, store = _configured(options)
+    try:
+        policies = read_policies(settings.policy_dir)
+    except PolicyError as error:
+        fail(EX_USAGE, f"{settings.policy_dir}/{error}")
+    except OSError as error:
+        fail(EX_USAGE, _explain(error))
+    try:
+        files = settings.tls()
+        certificates = Certificates(files) if files else None
+        access = AccessFile(settings.access_file) if settings.access_file else None
+    except (TlsError, AccessError) as error:
+        fail(EX_USAGE, str(error))
+    except OSError as error:
+        fail(EX_USAGE, _explain(error))
+    tracing.start()
+    _run(_serve(settings, store, policies, certificates, access))
+
+
+def hold_back(options: Options) -> None:
+    """Hold back new leases after the store was restored from a backup."""
+    settings, store = _configured(options)
+    _run(_hold_back(settings, store))
+
+
+def issue(identity: str, expires_in: str, options: Options) -> None:
+    """Print a new credential."""
+    if not 1 <= len(identity) <= _MOST_IDENTITY or not identity.isprintable():
+        fail(EX_USAGE, f"IDENTITY: write 1 to {_MOST_IDENTITY} printable characters")
+    try:
+        life = 0 if expires_in == "never" else int(parse_duration(expires_in))
+    except ValueError as error:
+        fail(EX_USAGE, f"--expires-in: {error}; or never")
+    if not life and expires_in != "never":
+        fail(EX_USAGE, "--expires-in: write at least 1s, or never")
+
+    async def work(known: Credentials) -> None:
+        credential_id, text, expires = await known.issue(identity, life, _operator())
+        click.echo(f"{credential_id} of {identity!r} expires: {_utc(expires)}", err=True)
+        click.echo(text)
+
+    _with_credentials(work, options)
+
+
+def revoke(credential_id: str, options: Options) -> None:
+    """Make a credential invalid."""
+
+    async def work(known: Credentials) -> None:
+        identity = await known.revoke(credential_id, _operator())
+        if identity is None:
+            raise Failure(
+                "INVALID_FIELD",
+                "there is no such credential; see: holdoff-coordinator token list",
+            )
+        click.echo(f"revoked: {credential_id} of {identity!r}")
+
+    _with_credentials(work, options)
+
+
+def list_credentials(output: str, options: Options) -> None:
+    """List credentials, as a table or as JSON."""
+
+    async def work(known: Credentials) -> None:
+        found = [
+            {
+                "id": credential_id,
+                "identity": one.identity,
+                "issue_time": _utc(one.issued),
+                "expire_time": _utc(one.expires),
+            }
+            for credential_id, one in await known.list()
+        ]
+        if output == "json":
+            click.echo(json.dumps({"credentials": found}))
+            return
+        line = "{id:12}  {issue_time:20}  {expire_time:20}  {identity}"
+        heads = {key: key.removesuffix("_time").upper() for key in _CREDENTIAL_FIELDS}
+        for row in (heads, *found):
+            click.echo(line.format(**row))
+
+    _with_credentials(work, options)
+
+
+def _operator() -> str:
+    """Say who is at the keyboard, for the audit trail; in a container the user has no name."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"
+
+
+def _utc(seconds: int) -> str:
+    if not seconds:
+        return "never"
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _with_credentials(
+    work: Callable[[Credentials], Coroutine[Any, Any, None]], options: Options
+) -> None:
+    """Work on the credentials of a store, also of the embedded one that a coordinator runs."""
+    settings, store = _configured(options)
+
+    async def run() -> None:
+        running = store.url or await EmbeddedStore(settings.data_dir).running_url()
+        if running:
+            client = connect(running, store.access)
+            try:
+                await work(Credentials(client))
+            finally:
+                await client.aclose()
+        else:
+            async with store.opened(settings) as (client, _, _):
+                await work(Credentials(client))
+
+    _run(run())
+
+
+def _configured(options: Options) -> tuple[Settings, _Store]:
+    """Read what the options and the environment say; end the process if that makes no sense."""
+    settings = None
+    try:
+        settings = Settings(**{key: value for key, value in options.items() if value is not None})
+        store = _Store(settings.store_url(), settings.access(), settings.assumed())
+    except (ValidationError, OSError) as error:
+        fail(EX_USAGE, _explain(error))
+    except UnicodeDecodeError:
+        where = settings.redis_url_file if settings else ""
+        fail(EX_USAGE, f"{where} holds no text: write the store's URL into it")
+    _configure_logs(settings.log_format)
+    return settings, store
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        asyncio.run(work)
+    except Failure as failure:
+        fail(EX_CANNOT_SERVE, failure.message)
+    except (StoreError, CannotListenError) as error:
+        fail(EX_CANNOT_SERVE, str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """What to open: the embedded store, or the external one that a URL names."""
+
+    url: str | None
+    access: Access
+    assumed: Assumed
+
+    @contextlib.asynccontextmanager
+    async def opened(
+        self, settings: Settings
+    ) -> AsyncIterator[tuple[StoreClient, EmbeddedStore | None, Epoch]]:
+        """Open it, and judge it."""
+        async with contextlib.AsyncExitStack() as stack:
+            embedded = None
+            if self.url is None:
+                embedded = await stack.enter_async_context(EmbeddedStore(settings.data_dir))
+            client = connect(embedded.url if embedded else self.url or "", self.access)
+            stack.push_async_callback(client.aclose)
+            try:
+                for warning in await check(client, self.assumed):
+                    log.warning(warning)
+                epoch = await ensure_epoch(client, embedded.read_epoch() if embedded else None)
+            except StoreError as error:
+                raise (await embedded.explain(error) if embedded else error) from error
+            yield client, embedded, epoch
+
+
+async def _hold_back(settings: Settings, store: _Store) -> None:
+    async with store.opened(settings) as (client, _, _):
+        held_back = await after_restore(client, settings.quarantine_seconds)
+    for app, seconds in held_back.items():
+        click.echo(f"apps/{app}: no new lease for {format_duration(seconds)}")
+    click.echo(
+        f"apps that hold back new leases: {len(held_back)}; a coordinator that starts within "
+        f"{format_duration(settings.quarantine_seconds)} also does so for apps that are made anew"
+    )
+
+
+async def _serve(
+    settings: Settings,
+    store: _Store,
+    policies: Mapping[str, Policy],
+    certificates: Certificates | None,
+    access: AccessFile | None,
+) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with contextlib.AsyncExitStack() as stack:
+        client, embedded, epoch = await stack.enter_async_context(store.opened(settings))
+        coordinator = Coordinator(
+            client,
+            policies=policies,
+            epoch=epoch,
+            listen=settings.listen,
+            certificates=certificates,
+            health_listen=settings.health_listen,
+            access=access,
+            metrics_listen=settings.metrics_listen,
+            judge=partial(check, client, store.assumed),
+            quarantine_seconds=settings.quarantine_seconds,
+            drain_seconds=settings.drain_seconds,
+        )
+        if epoch.lost:
+            log.error(
+                "the store lost data: create tokens that are missing again; nothing is granted "
+                "at first",
+                quarantine_seconds=settings.quarantine_seconds,
+            )
+        elif embedded:
+            embedded.write_epoch(epoch.epoch)
+        await stack.enter_async_context(coordinator)
+        if dangers := settings.dangers():
+            log.warning("insecure: the port can be reached from other hosts", dangers=dangers)
+        if embedded and epoch.lost:
+            after_seconds = settings.quarantine_seconds
+            await stack.enter_async_context(_remembering(embedded, epoch.epoch, after_seconds))
+        await stop.wait()
+
+
+@contextlib.asynccontextmanager
+async def _remembering(
+    embedded: EmbeddedStore, epoch: str, after_seconds: float
+) -> AsyncIterator[None]:
+    """Write the new epoch of a store that lost its data to its directory when that is safe.
+
+    Until it is written, every restart finds the loss again and holds back grants anew.
+    """
+
+    async def write() -> None:
+        await asyncio.sleep(after_seconds)
+        try:
+            embedded.write_epoch(epoch)
+        except StoreError as error:
+            log.warning("the next start will hold back grants again", reason=str(error))
+
+    task = asyncio.create_task(write())
+    yield
+    task.cancel()
+
+
+class _Logger:
+    """Writes to standard error; once nobody reads that, the service goes on without its logs."""
+
+    def _write(self, message: str) -> None:
+        try:
+            sys.stderr.write(f"{message}\n")
+            sys.stderr.flush()
+        except OSError:
+            # What is still buffered must go somewhere, or Python ends with code 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+    debug = info = warning = error = critical = _write
+
+
+class _FromLibraries(logging.Handler):
+    """Makes what libraries log, such as gRPC about a message of garbage, a line of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.log(record.levelno, record.getMessage(), source=record.name, exc_info=record.exc_info)
+
+
+def _configure_logs(log_format: LogFormat) -> None:
+    """Structured logs on standard error: for people on a terminal, else JSON."""
+    logging.basicConfig(handlers=[_FromLibraries()], level=logging.WARNING)
+    people = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer() if people else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=lambda *_: _Logger(),
+    )
+
+
+def _explain(error: ValidationError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"cannot read {error.filename}: {error.strerror}"
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    what = str(first["msg"]).removeprefix("Value error, ")
+    return f"--{where.replace('_', '-')}: {what}" if where else what

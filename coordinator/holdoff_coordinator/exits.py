@@ -1,0 +1,14 @@
+"""Exit codes of `holdoff-coordinator`, the same as those of `holdoff`, and its last words."""
+
+from typing import NoReturn
+
+import click
+
+EX_USAGE = 64
+EX_CANNOT_SERVE = 69
+
+
+def fail(code: int, message: str) -> NoReturn:
+    """Say in one line what is wrong, and exit."""
+    click.echo(f"holdoff-coordinator: {message}", err=True)
+    raise SystemExit(code)
