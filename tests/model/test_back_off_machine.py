@@ -48,14 +48,13 @@ from tests.model.back_off_model import (
 )
 from tests.model.budget_model import DAY, SECOND, Limit, Reservation
 from tests.model.model import Rules
-from tests.model.test_lease_machine import given, of
+from tests.model.test_lease_machine import LIMIT_SECONDS, examples, given, of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from tests.conftest import Server
 
-EXAMPLES = os.environ.get("HOLDOFF_MODEL_EXAMPLES", "")
 BEGIN = 1_800_000_000 * SECOND
 HOUR = 3600 * SECOND
 TOKENS = {"main": 0, "other": 0, "third": 0, "slow": 3 * SECOND}
@@ -928,7 +927,7 @@ class BackOffMachine(RuleBasedStateMachine):
             assert len(new) <= 1, f"{new} go on within a step"
 
 
-@pytest.mark.timeout(0 if EXAMPLES else 600)  # making a failure small takes a few minutes
+@pytest.mark.timeout(LIMIT_SECONDS)
 def test_the_back_off_scripts_do_what_the_model_says(valkey: Server) -> None:
     """Promise 7 holds in whatever order things happen."""
     with redis.Redis.from_url(valkey.url) as client:
@@ -936,7 +935,7 @@ def test_the_back_off_scripts_do_what_the_model_says(valkey: Server) -> None:
         run_state_machine_as_test(
             BackOffMachine,
             settings=settings(
-                max_examples=int(EXAMPLES or 100),
+                max_examples=examples(35),
                 stateful_step_count=40,
                 deadline=None,
                 print_blob=True,

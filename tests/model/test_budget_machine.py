@@ -60,11 +60,11 @@ from tests.model.budget_model import (
     Model,
     Reservation,
 )
+from tests.model.test_lease_machine import LIMIT_SECONDS, examples
 
 if TYPE_CHECKING:
     from tests.conftest import Server
 
-EXAMPLES = os.environ.get("HOLDOFF_MODEL_EXAMPLES", "")
 BEGIN = 1_800_000_000 * SECOND
 ENDPOINTS = ("a", "b", "c", "d")
 CALLS = (
@@ -496,7 +496,7 @@ class BudgetMachine(RuleBasedStateMachine):
             assert self._look()[limit][2] == room_at
 
 
-@pytest.mark.timeout(0 if EXAMPLES else 600)  # making a failure small takes a few minutes
+@pytest.mark.timeout(LIMIT_SECONDS)
 def test_the_budget_scripts_do_what_the_model_says(valkey: Server) -> None:
     """Promise 6 holds in whatever order things happen."""
     with redis.Redis.from_url(valkey.url) as client:
@@ -504,7 +504,7 @@ def test_the_budget_scripts_do_what_the_model_says(valkey: Server) -> None:
         run_state_machine_as_test(
             BudgetMachine,
             settings=settings(
-                max_examples=int(EXAMPLES or 75),
+                max_examples=examples(30),
                 stateful_step_count=40,
                 deadline=None,
                 print_blob=True,

@@ -50,6 +50,7 @@ from hypothesis.stateful import (
 
 from holdoff_coordinator import scripts
 from holdoff_coordinator.records import record
+from tests.harness import LONG
 from tests.model.model import (
     COOLDOWN_LOCK,
     FURTHEST_FENCING,
@@ -72,10 +73,17 @@ if TYPE_CHECKING:
     from tests.conftest import Server
 
 EXAMPLES = os.environ.get("HOLDOFF_MODEL_EXAMPLES", "")
+LIMIT_SECONDS = 0 if EXAMPLES else 600
+"""Making a failure small takes a few minutes."""
 BEGIN = 1_800_000_000 * SECOND
 LONGEST_STEP = 65 * SECOND
 QUARANTINE = 5 * SECOND
 NAMES = ("main", "other")
+
+
+def examples(short: int) -> int:
+    """Return how many sequences to make up, given how many they are in the short form."""
+    return int(EXAMPLES or (10 * short if LONG else short))
 
 
 class Store:
@@ -782,7 +790,7 @@ def _rule_args(rules: Rules) -> tuple[str | int, ...]:
     return ("policy", "", "", rules.interval, rules.refresh_at, rules.access_token_life)
 
 
-@pytest.mark.timeout(0 if EXAMPLES else 600)  # making a failure small takes a few minutes
+@pytest.mark.timeout(LIMIT_SECONDS)
 def test_the_scripts_do_what_the_model_says(valkey: Server) -> None:
     """Promises 1 to 5 and 9 hold in whatever order things happen."""
     with redis.Redis.from_url(valkey.url) as client:
@@ -790,7 +798,7 @@ def test_the_scripts_do_what_the_model_says(valkey: Server) -> None:
         run_state_machine_as_test(
             LeaseMachine,
             settings=settings(
-                max_examples=int(EXAMPLES or 200),
+                max_examples=examples(60),
                 stateful_step_count=50,
                 deadline=None,
                 print_blob=True,

@@ -807,4 +807,4 @@ def test_completion_is_silent_without_a_coordinator(holdoff: Holdoff) -> None:
             began = time.monotonic()
             endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
             assert complete(holdoff, "token", "show", "apps/", HOLDOFF_ENDPOINT=endpoint) == []
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20

@@ -253,10 +253,10 @@ def test_a_slow_pattern_sees_little() -> None:
     policy = policy_pb2.Policy(
         output=policy_pb2.OutputPolicy(errors=[r"(?P<endpoint>\S+) failed with (?P<status>\d+)"])
     )
-    started = time.monotonic()
+    started = time.thread_time()
     assert seen(b"x" * 65_000 + b"\n" + b"x" * 65_000 + b" failed with 400\n", policy) == []
     assert seen("crm/A failed with 400\n", policy) == [SeenError(400, "", "crm/A")]
-    assert time.monotonic() - started < 10
+    assert time.thread_time() - started < 10
 
 
 def test_an_error_that_waits_for_its_place_can_be_flushed() -> None:

@@ -596,7 +596,7 @@ def test_close_does_not_wait_for_a_mute_coordinator(spool: Spool, folder: Path) 
 
     reporter = Reporter(send, spool, warn=lambda _: None)
     reporter.report(an_event())
-    assert called.wait(5)
+    assert called.wait(20)
     assert reporter.close(0.05) == 1
     assert len(found(folder)[0]) == 1
     mute.set()
