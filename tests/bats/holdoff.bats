@@ -52,10 +52,17 @@ setup() {
 }
 
 @test "no lease in time is 75" {
-  with_lease "$TOKEN" sleep 3 &
+  local gate="$BATS_TEST_TMPDIR/gate"
+  mkfifo "$gate" "$gate.held"
+  hold() {
+    echo >"$1.held"
+    read -r <"$1"
+  }
+  with_lease "$TOKEN" hold "$gate" &
   local holder=$!
-  until holdoff lease list "$TOKEN" --output json | grep -q ACTIVE; do sleep 0.05; done
+  read -r <"$gate.held"
   run -75 with_lease "$TOKEN" --no-wait -- true
+  echo >"$gate"
   wait "$holder"
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.conftest import StartValkey
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +55,7 @@ def lent(service: Service, folder: Path) -> Iterator[None]:
     """Let one test use a coordinator that others use later."""
     environment = dict(service.environment)
     service.environment["XDG_STATE_HOME"] = str(folder / "state")
-    service.app = f"apps/{uuid.uuid4().hex}"
+    service.app = f"apps/e{next(_numbers)}"
     yield
     service.end_commands()
     service.environment = environment

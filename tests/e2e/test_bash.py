@@ -27,7 +27,7 @@ class Scripts:
 
     def __init__(self, service: Service, folder: Path) -> None:
         self.service = service
-        self.token = service.create_token(uuid.uuid4().hex[:16])
+        self.token = service.create_token("t")
         self._folder = folder
 
     def command(self, text: str, *arguments: str) -> list[str]:
@@ -149,8 +149,8 @@ def test_a_lost_lease_ends_a_function_and_all_that_it_started(scripts: Scripts) 
     )
     lease = scripts.service.only_lease(scripts.token)
     wait_until(lambda: alive(mark))
-    broken = scripts.service.holdoff("lease", "break", lease["name"], "--reason", "test", "--yes")
-    assert broken.returncode == 0, broken.stderr
+    with scripts.service.asked() as client:
+        client.break_lease(lease["name"], "test")
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 79, stderr
     assert not alive(mark)
@@ -281,16 +281,11 @@ def test_errors_and_blocks_are_counted(scripts: Scripts) -> None:
     """
     done = scripts.run(text)
     assert (done.returncode, done.stdout) == (0, "answer 3\n"), done.stderr
-    (budget,) = scripts.service.json("budget", "list", scripts.token, "--division", "535193")[
-        "budgets"
-    ]
-    assert (budget["used"], budget["scope"]["endpoint"]) == ("3", "crm/accounts")
-    back_offs = scripts.service.json("backoff", "list", "apps/e2e")["back_offs"]
-    try:
-        assert [one["status"] for one in back_offs] == [403]
-    finally:
-        for one in back_offs:
-            scripts.service.holdoff("backoff", "clear", one["name"], "--reason", "test", "--yes")
+    with scripts.service.asked() as client:
+        (budget,) = client.list_budgets(token=scripts.token, division="535193")
+        (back_off,) = client.list_back_offs(scripts.service.app)
+    assert (budget.used, budget.scope.endpoint) == (3, "crm/accounts")
+    assert back_off.status == 403
 
 
 def test_the_page_is_right(scripts: Scripts, tmp_path: Path) -> None:
@@ -319,7 +314,6 @@ def test_the_page_is_right(scripts: Scripts, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
     assert done.stdout == f"{scripts.token} a b\n"
-    (budget,) = scripts.service.json("budget", "list", scripts.token, "--division", "535193")[
-        "budgets"
-    ]
-    assert budget["used"] == "1"
+    with scripts.service.asked() as client:
+        (budget,) = client.list_budgets(token=scripts.token, division="535193")
+    assert budget.used == 1

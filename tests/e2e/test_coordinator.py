@@ -14,7 +14,7 @@ import pytest
 
 import holdoff
 from tests.e2e.service import BIN
-from tests.harness import wait_until
+from tests.harness import coordinator_command, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +50,7 @@ def test_waiters_keep_their_places_over_a_restart(
     told = [json.loads(line) for line in service.log]
     assert [line["event"] for line in told if line["level"] not in {"info", "warning"}] == []
     service.start()
-    holder.communicate("", timeout=20)
+    holder.communicate("", timeout=30)
     for process in waiters:
         _, stderr = process.communicate(timeout=30)
         assert process.returncode == 0, stderr
@@ -72,7 +72,7 @@ def test_renewals_and_places_outlive_a_killed_store(own_service: Service) -> Non
     def wait_in_line(place: int) -> None:
         try:
             with holdoff.Client(service.address) as client:
-                lease = client.acquire(tokens[0], ttl_seconds=3)
+                lease = client.acquire(tokens[0], ttl_seconds=5)
                 with guarded:
                     order.append(place)
                     numbers.append(lease.fencing_token)
@@ -89,7 +89,7 @@ def test_renewals_and_places_outlive_a_killed_store(own_service: Service) -> Non
 
             return one_more
 
-        held = [client.acquire(one, ttl_seconds=3, on_renewed=count(one)) for one in tokens]
+        held = [client.acquire(one, ttl_seconds=5, on_renewed=count(one)) for one in tokens]
         threads: list[threading.Thread] = []
         for place in range(3):
             threads.append(threading.Thread(target=wait_in_line, args=(place,)))
@@ -103,7 +103,7 @@ def test_renewals_and_places_outlive_a_killed_store(own_service: Service) -> Non
             lease.check()
             lease.release()
         for thread in threads:
-            thread.join(timeout=20)
+            thread.join(timeout=30)
     assert errors == []
     assert order == [0, 1, 2]
     assert numbers == sorted(numbers)
@@ -122,9 +122,9 @@ def test_a_listing_reads_well_and_tells_no_secret(service: Service) -> None:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        timeout=20,
+        timeout=30,
     )
-    process.communicate("", timeout=20)
+    process.communicate("", timeout=30)
     (lease,) = [one for one in json.loads(asked.stdout)["leases"] if token in one["name"]]
     assert lease["state"] == "LEASE_STATE_ACTIVE"
     assert (lease["holder"]["job"], lease["holder"]["pid"]) == ("nightly", str(process.pid))
@@ -151,7 +151,7 @@ def test_it_serves_on_when_nobody_reads_its_logs(tmp_path: Path) -> None:
         with holdoff.Client(json.loads(line)["address"]) as client:
             assert list(client.list_tokens()) == []
         process.terminate()
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=30) == 0
         assert (tmp_path / "valkey").is_dir()
     finally:
         process.kill()
@@ -160,13 +160,8 @@ def test_it_serves_on_when_nobody_reads_its_logs(tmp_path: Path) -> None:
 
 def test_wrong_usage_is_told() -> None:
     """Exit code 64, in one line."""
-    ended = subprocess.run(
-        [COORDINATOR, "serve", "--data-dir", "x", "--redis-url", "redis://127.0.0.1"],
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=20,
-    )
-    assert ended.returncode == 64
+    both = ("--data-dir", "x", "--redis-url", "redis://127.0.0.1")
+    ended = coordinator_command("serve", *both)
+    assert ended.exit_code == 64
     assert "only one of" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1

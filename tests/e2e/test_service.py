@@ -16,8 +16,9 @@ import grpc
 import pytest
 
 import holdoff
+from tests.e2e.family import Family
 from tests.e2e.service import BIN, Service
-from tests.harness import wait_until
+from tests.harness import coordinator_command, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,31 +28,38 @@ def test_a_coordinator_back_in_time_is_not_noticed(own_service: Service) -> None
     """A run whose coordinator was killed and came back within the TTL ends as if nothing was."""
     service = own_service
     token = service.create_token("back")
-    run = service.start_holdoff("run", "--token", token, "--ttl", "6s", "--", "sleep", "3")
-    service.only_lease(token)
+    options = ("--token", token, "--ttl", "20s", "--grace", "1s")
+    run = service.start_holdoff("run", *options, "--", "cat", stdin=subprocess.PIPE)
+    lease = service.only_lease(token)["name"]
     service.end(signal.SIGKILL)
     service.start()
-    _, stderr = run.communicate(timeout=20)
+    with service.asked() as client:
+        before = client.get_lease(lease).expire_time.ToMicroseconds()
+        wait_until(lambda: client.get_lease(lease).expire_time.ToMicroseconds() > before)
+    _, stderr = run.communicate("", timeout=30)
     assert (run.returncode, stderr) == (0, "")
 
 
-def test_a_coordinator_that_stays_away_ends_the_run_in_time(own_service: Service) -> None:
+def test_a_coordinator_that_stays_away_ends_the_run_in_time(
+    own_service: Service, tmp_path: Path
+) -> None:
     """TERM, then KILL before the end of the lease, exit code 79.
 
     Fails when `on_renewed` moves the fence without a renewal, or the guard ignores it.
     """
     service = own_service
-    token = service.create_token("away")
-    script = 'trap "echo TERM" TERM; while :; do sleep 0.05; done'
-    options = ("--ttl", "3s", "--grace", "0.8s")
-    run = service.start_holdoff("run", "--token", token, *options, "--", "sh", "-c", script)
-    service.only_lease(token)
+    token, family = service.create_token("away"), Family(tmp_path / "diary", stubborn=True)
+    options = ("--token", token, "--ttl", "3s", "--grace", "0.8s")
+    run = service.start_holdoff("run", *options, "--", *family.command)
+    family.await_all()
     service.end(signal.SIGKILL)
-    away = time.monotonic()
-    stdout, stderr = run.communicate(timeout=20)
-    assert (run.returncode, stdout) == (79, "TERM\n")
-    assert time.monotonic() - away < 3.5
+    latest_end = time.time() + 3
+    _, stderr = run.communicate(timeout=30)
+    assert run.returncode == 79
+    assert family.told() < family.last()
+    assert family.ended_before(latest_end)
     assert "no renewal came through" in stderr
+    service.start()
 
 
 def test_a_killed_coordinator_takes_its_valkey_along(own_service: Service) -> None:
@@ -61,15 +69,17 @@ def test_a_killed_coordinator_takes_its_valkey_along(own_service: Service) -> No
     """
     service = own_service
     token = service.create_token("kept", "60s")
-    service.holdoff("run", "--token", token, "--", "true")
-    before = service.json("token", "show", token)
+    with service.asked() as client:
+        client.acquire(token).release()
+        before = client.get_token(token)
     valkey = service.valkey_pid()
     service.end(signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{valkey}/exe").exists() or _is_zombie(valkey))
     service.start()
-    after = service.json("token", "show", token)
+    with service.asked() as client:
+        after = client.get_token(token)
     for field in ("fencing_token", "not_before_time", "last_refresh_time"):
-        assert after[field] == before[field]
+        assert getattr(after, field) == getattr(before, field)
 
 
 def _is_zombie(pid: int) -> bool:
@@ -83,7 +93,8 @@ def test_a_valkey_killed_under_load_loses_nothing(own_service: Service) -> None:
     """
     service = own_service
     cooling = service.create_token("cooling", "60s")
-    service.holdoff("run", "--token", cooling, "--", "true")
+    with service.asked() as client:
+        client.acquire(cooling).release()
     busy = [service.create_token(f"busy-{number}", "0s") for number in range(3)]
     held = service.create_token("held", "0.2s")
     seen: dict[str, list[int]] = {token: [] for token in busy}
@@ -98,7 +109,7 @@ def test_a_valkey_killed_under_load_loses_nothing(own_service: Service) -> None:
 
     def more_work_done() -> None:
         before = {token: len(numbers) for token, numbers in seen.items()}
-        wait_until(lambda: all(len(seen[token]) > before[token] + 3 for token in busy), 20)
+        wait_until(lambda: all(len(seen[token]) > before[token] + 3 for token in busy))
 
     with holdoff.Client(service.address) as client:
         lease = client.acquire(held, ttl_seconds=20)
@@ -120,24 +131,22 @@ def test_a_valkey_killed_under_load_loses_nothing(own_service: Service) -> None:
         assert client.get_token(held).lease == lease.name
         assert client.get_token(held).queue_length == 1
         lease.release()
-    waiting.communicate(timeout=20)
+    waiting.communicate(timeout=30)
     assert waiting.returncode == 0
     for numbers in seen.values():
         assert numbers == sorted(set(numbers))
 
 
-def test_a_second_process_gets_a_clear_error(own_service: Service, tmp_path: Path) -> None:
+def test_a_second_process_gets_a_clear_error(service: Service, tmp_path: Path) -> None:
     """The same directory, or the same port, is refused with the remedy."""
-    program = str(BIN / "holdoff-coordinator")
 
     def refused(listen: str, data_dir: Path) -> str:
-        command = [program, "serve", "--listen", listen, "--data-dir", str(data_dir)]
-        ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=30)
-        assert ended.returncode == 69
+        ended = coordinator_command("serve", "--listen", listen, "--data-dir", str(data_dir))
+        assert ended.exit_code == 69
         return ended.stderr
 
-    assert "--data-dir" in refused("127.0.0.1:0", own_service.data_dir)
-    assert "--listen" in refused(own_service.address, tmp_path / "another")
+    assert "--data-dir" in refused("127.0.0.1:0", service.data_dir)
+    assert "--listen" in refused(service.address, tmp_path / "another")
 
 
 def test_the_port_opens_only_when_the_store_is_ready(own_service: Service) -> None:
@@ -147,9 +156,9 @@ def test_the_port_opens_only_when_the_store_is_ready(own_service: Service) -> No
     thread = threading.Thread(target=service.start)
     thread.start()
     channel = grpc.insecure_channel(service.address)
-    grpc.channel_ready_future(channel).result(timeout=20)
+    grpc.channel_ready_future(channel).result(timeout=30)
     with holdoff.Client(service.address) as client:
-        assert list(client.list_tokens()) == []
+        assert list(client.list_tokens(service.app)) == []
     thread.join()
     channel.close()
 
@@ -171,7 +180,7 @@ def test_grpcurl(service: Service, arguments: list[str], words: list[str]) -> No
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        timeout=20,
+        timeout=30,
     )
     for word in words:
         assert word in asked.stdout
@@ -189,7 +198,7 @@ def test_reflection_v1(service: Service) -> None:
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-        timeout=20,
+        timeout=30,
     )
     assert json.loads(asked.stdout)["token"]["name"] == token
 
@@ -203,14 +212,7 @@ def test_a_password_shows_nowhere(tmp_path: Path, start_valkey: Callable[..., ob
     url = valkey.url  # type: ignore[attr-defined]
     secret = tmp_path / "url"
     secret.write_text(url.replace("unix://", "unix://:wrong-hunter2@") + "\n")
-    command = [str(BIN / "holdoff-coordinator"), "serve", "--listen", "127.0.0.1:0"]
-    ended = subprocess.run(
-        [*command, "--redis-url-file", str(secret)],
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        timeout=30,
-    )
-    assert ended.returncode == 69
+    ended = coordinator_command("serve", "--listen", "127.0.0.1:0", "--redis-url-file", str(secret))
+    assert ended.exit_code == 69
     assert "password" in ended.stderr
     assert not re.search("hunter2", ended.stderr)

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import termios
 import threading
-import uuid
 from typing import TYPE_CHECKING, Any, Self
 
 import holdoff
@@ -42,13 +41,13 @@ class Lines:
 
     def wait_for(self, kind: str) -> dict[str, Any]:
         """Wait for a line of a kind, and return the first."""
-        wait_until(lambda: kind in self.kinds(), 20)
+        wait_until(lambda: kind in self.kinds())
         return next(line for line in self.seen if line["kind"] == kind)
 
     def end(self) -> str:
         """Press Ctrl-C, and return what stands on stderr."""
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=30)
         self._reader.join(timeout=5)
         assert self.process.stdout is not None
         assert self.process.stderr is not None
@@ -57,19 +56,19 @@ class Lines:
             return self.process.stderr.read().strip()
 
 
-def run_once(service: Service, token: str, *options: str) -> None:
-    """Run a command under a lease."""
-    result = service.holdoff("run", "--token", token, *options, "--", "true")
-    assert result.returncode == 0, result.stderr
+def run_once(service: Service, token: str, **facts: Any) -> None:
+    """Take a lease, and give it back."""
+    with service.asked() as client:
+        client.acquire(token, **facts).release()
 
 
 def test_lines_tell_what_happens(service: Service) -> None:
     """Without a terminal a run is a line of JSON for each change, at once, with all that stands."""
-    token = service.create_token(uuid.uuid4().hex[:16])
+    token = service.create_token("t")
     watch = Lines(service, token)
     assert watch.wait_for("snapshot")["token"] == token
-    assert watch.wait_for("snapshot_end")["app"] == "apps/e2e"
-    run_once(service, token, "--job", "nightly", "--label", "run=4711")
+    assert watch.wait_for("snapshot_end")["app"] == service.app
+    run_once(service, token, job="nightly", labels={"run": "4711"})
     watch.wait_for("cooling_ended")
     stderr = watch.end()
     assert (watch.process.returncode, stderr) == (130, "")
@@ -87,7 +86,7 @@ def test_a_resumed_watch_misses_nothing(service: Service) -> None:
 
     Fails when --resume is not handed on: a snapshot comes instead.
     """
-    token = service.create_token(uuid.uuid4().hex[:16])
+    token = service.create_token("t")
     watch = Lines(service, token)
     resume_token = watch.wait_for("snapshot_end")["resume_token"]
     watch.end()
@@ -103,7 +102,7 @@ def test_lines_go_on_after_a_restart(own_service: Service) -> None:
     """A coordinator that was away is one line on stderr, and no change is missed."""
     service = own_service
     token = service.create_token("away")
-    watch = Lines(service)
+    watch = Lines(service, service.app)
     watch.wait_for("snapshot_end")
     service.end(signal.SIGKILL)
     service.start()
@@ -117,14 +116,14 @@ def test_lines_go_on_after_a_restart(own_service: Service) -> None:
 
 def test_a_reader_that_goes_away_ends_it_quietly(service: Service) -> None:
     """When nobody reads the lines any more, the next one ends the watch, without a word."""
-    token = service.create_token(uuid.uuid4().hex[:16])
+    token = service.create_token("t")
     watch = service.start_holdoff("watch", token)
     assert watch.stdout is not None
     assert watch.stderr is not None
     assert json.loads(watch.stdout.readline())["token"] == token
     watch.stdout.close()
     run_once(service, token)
-    assert watch.wait(timeout=20) == 141
+    assert watch.wait(timeout=30) == 141
     with watch.stderr:
         assert watch.stderr.read() == ""
 
@@ -141,7 +140,10 @@ class Terminal:
             name: value for name, value in service.environment.items() if name not in unset
         }
         self.process = service.start_holdoff(
-            "watch", stdin=theirs, stdout=theirs, env={**environment, "TERM": "xterm"}
+            *("watch", service.app),
+            stdin=theirs,
+            stdout=theirs,
+            env={**environment, "TERM": "xterm"},
         )
         self._shown = b""
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -153,7 +155,7 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         assert self.process.stderr is not None
         self.process.kill()
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=30)
         self.process.stderr.close()
         os.close(self._theirs)  # which ends what is read of the other side
         self._reader.join(timeout=5)
@@ -183,7 +185,7 @@ class Terminal:
 
     def wait_for(self, pattern: str) -> None:
         """Wait until a line matches."""
-        wait_until(lambda: any(re.search(pattern, line) for line in self.lines()), 20)
+        wait_until(lambda: any(re.search(pattern, line) for line in self.lines()))
 
 
 def test_the_live_table(own_service: Service) -> None:
@@ -195,40 +197,32 @@ def test_the_live_table(own_service: Service) -> None:
     token = service.create_token("finance", "30s")
     with holdoff.Client(service.address) as client:
         for number in range(8):
-            client.create_token(f"apps/e2e/tokens/idle-{number}")
+            client.create_token(f"{service.app}/tokens/idle-{number}")
     with Terminal(service, width=100, height=30) as terminal:
         terminal.wait_for(rf"^{token} +free +- +- +- +-$")
-        run = service.start_holdoff(
-            "run",
-            "--token",
-            token,
-            "--job",
-            "nightly",
-            "--",
-            "sh",
-            "-c",
-            "read line",
-            stdin=subprocess.PIPE,
-        )
+        command = ("run", "--token", token, "--job", "nightly", "--", "cat")
+        run = service.start_holdoff(*command, stdin=subprocess.PIPE)
         terminal.wait_for(rf"^{token} +held +nightly on \S+ +[1-9]s +- +-$")
         terminal.wait_for(rf"^[0-9:]+ +granted +{token} +nightly on ")
-        run.communicate(input="\n", timeout=20)
+        run.communicate("", timeout=30)
         terminal.wait_for(rf"^{token} +cooling +- +- +2[0-9]s +-$")
 
         service.end(signal.SIGKILL)
         terminal.wait_for(rf"^since [0-9:]+: no answer from {service.address}; trying on")
         service.start()
         # Two whole pictures without it.
-        wait_until(lambda: terminal.raw().rpartition("trying on")[2].count("TOKEN") > 1, 20)
+        wait_until(lambda: terminal.raw().rpartition("trying on")[2].count("TOKEN") > 1)
 
         terminal.resize(50, 9)
         terminal.wait_for("^… and [5-7] more$")
-        assert any(line.startswith("e2e/fin") for line in terminal.lines())
+        assert any(
+            line.startswith(f"{service.app.removeprefix('apps/')}/fin") for line in terminal.lines()
+        )
         assert max(map(len, terminal.lines())) <= 50
         assert len(terminal.lines()) < 9
 
         terminal.process.send_signal(signal.SIGINT)
-        assert terminal.process.wait(timeout=20) == 130
+        assert terminal.process.wait(timeout=30) == 130
         assert terminal.process.stderr is not None
         assert terminal.process.stderr.read() == "\n"
         wait_until(lambda: terminal.raw().rfind("\x1b[?25h") > terminal.raw().rfind("\x1b[?25l"))
@@ -240,27 +234,17 @@ def test_a_table_is_left_clean_by_sigterm(service: Service) -> None:
     Fails when SIGTERM is left as it is.
     """
     with Terminal(service, width=80, height=24) as terminal:
-        wait_until(lambda: "\x1b[?25l" in terminal.raw(), 20)
+        wait_until(lambda: "\x1b[?25l" in terminal.raw())
         terminal.process.send_signal(signal.SIGTERM)
-        assert terminal.process.wait(timeout=20) == 143
+        assert terminal.process.wait(timeout=30) == 143
         wait_until(lambda: terminal.raw().rfind("\x1b[?25h") > terminal.raw().rfind("\x1b[?25l"))
 
 
 def test_queue_and_history_tell_who(service: Service) -> None:
     """Who waits, in order, and who ran at a time, have answers with jobs and labels."""
-    token = service.create_token(uuid.uuid4().hex[:16])
-    holder = service.start_holdoff(
-        "run",
-        "--token",
-        token,
-        "--job",
-        "first",
-        "--",
-        "sh",
-        "-c",
-        "read line",
-        stdin=subprocess.PIPE,
-    )
+    token = service.create_token("t")
+    command = ("run", "--token", token, "--job", "first", "--", "cat")
+    holder = service.start_holdoff(*command, stdin=subprocess.PIPE)
     held = service.only_lease(token)
     waiters = []
     for place, job in enumerate(("second", "third"), start=1):
@@ -272,12 +256,12 @@ def test_queue_and_history_tell_who(service: Service) -> None:
         (1, "second", {"run": "1"}),
         (2, "third", {"run": "2"}),
     ]
-    table = service.holdoff("token", "queue", token).stdout.splitlines()
+    table = service.invoke("token", "queue", token).stdout.splitlines()
     assert [line.split()[1] for line in table[1:]] == ["second", "third"]
 
-    holder.communicate(input="\n", timeout=20)
+    holder.communicate("", timeout=30)
     for waiter in waiters:
-        waiter.communicate(timeout=20)
+        waiter.communicate(timeout=30)
         assert waiter.returncode == 0
     history = service.json("token", "history", token)["leases"]
     assert [lease["holder"]["job"] for lease in history] == ["third", "second", "first"]
