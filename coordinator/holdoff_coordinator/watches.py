@@ -190,7 +190,11 @@ class BudgetWatches:
             batch = found[start : start + READ_BATCH]
             reply = await self._scripts.run("read_budgets", app.name, *batch)
             budgets = [budget_message(app.name, one, reply.now_us) for one in reply.values[0]]
-            told = [one for one in budgets if wanted.matches(one.scope) and app.is_news(one)]
+            told = [
+                one
+                for one in budgets
+                if wanted.matches(one.scope) and app.is_news(one, reply.now_us)
+            ]
             gone = app.gone(batch, {BudgetName.parse(one.name).budget for one in budgets})
             if told or gone:
                 yield budget_service_pb2.WatchBudgetsResponse(budgets=[*told, *gone])
@@ -212,18 +216,23 @@ class _Budgets:
         self.at: int | None = None
         """The number of the latest move that was told; None before the first look."""
         self.look_at: dict[str, float] = {}
-        """When to look at a budget that is not open again, by our monotonic clock."""
+        """When to look at a budget again that time alone changes, by our monotonic clock."""
         self.back_offs: dict[str, budget_pb2.BackOff] | None = None
         self._told: dict[str, bytes] = {}
 
-    def is_news(self, budget: budget_pb2.Budget) -> bool:
+    def is_news(self, budget: budget_pb2.Budget, now_us: int) -> bool:
         """Take in a budget; tell whether the watcher has to hear of it."""
         budget_id = BudgetName.parse(budget.name).budget
-        if budget.state == budget_pb2.BUDGET_STATE_OPEN:
+        is_open = budget.state == budget_pb2.BUDGET_STATE_OPEN
+        if is_open and not budget.used:
             self.look_at.pop(budget_id, None)
         else:
-            room_in = budget.room_in.ToMicroseconds() / 1e6
-            self.look_at[budget_id] = time.monotonic() + max(room_in, BUDGET_LOOK_SECONDS)
+            change_us = budget.room_in.ToMicroseconds()
+            if is_open:  # the last event leaves the window
+                last_us = budget.last_event_time.ToMicroseconds()
+                change_us = last_us + budget.window.ToMicroseconds() - now_us
+            change_seconds = max(change_us / 1e6, BUDGET_LOOK_SECONDS)
+            self.look_at[budget_id] = time.monotonic() + change_seconds
         facts = budget_pb2.Budget()
         facts.CopyFrom(budget)
         facts.ClearField("room_in")

@@ -418,13 +418,9 @@ def test_an_explanation_names_who_erred_and_narrower_scopes(app: App) -> None:
     assert not app.explain(token=app.token("other")).narrower
 
 
-def test_watchers_of_budgets_see_every_state(app: App) -> None:
-    """First how things stand, then what changes, the end of a window and of a back-off too.
-
-    Fails when what time alone changes is not told.
-    """
-    token = app.token(policy="quick")
-    app.report(token, CRM, many=3)
+@contextlib.contextmanager
+def watching(app: App) -> Iterator[list[str]]:
+    """Watch the budgets and back-offs of an app; give what is told."""
     request = budget_service_pb2.WatchBudgetsRequest(parent=app.name)
     stream = app.replicas[1].budgets.WatchBudgets(request)
     seen: list[str] = []
@@ -444,15 +440,37 @@ def test_watchers_of_budgets_see_every_state(app: App) -> None:
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
-    wait_until(lambda: seen == ["OPEN 3", "all told"])
-    app.report(token, CRM, many=5)
-    wait_until(lambda: {"SPENT 8", "back-off QUIET"} <= set(seen))
-    wait_until(lambda: "back-off PROBING" in seen)
-    wait_until(lambda: "OPEN 0" in seen)
-    clear(app, app.only().name)
-    wait_until(lambda: "back-off UNSPECIFIED" in seen)
+    yield seen
     stream.cancel()
     thread.join()
+
+
+def test_watchers_of_budgets_see_every_state(app: App) -> None:
+    """First how things stand, then what changes, the end of a window and of a back-off too.
+
+    Fails when what time alone changes is not told.
+    """
+    token = app.token(policy="quick")
+    app.report(token, CRM, many=3)
+    with watching(app) as seen:
+        wait_until(lambda: seen == ["OPEN 3", "all told"])
+        app.report(token, CRM, many=5)
+        wait_until(lambda: {"SPENT 8", "back-off QUIET"} <= set(seen))
+        wait_until(lambda: "back-off PROBING" in seen)
+        wait_until(lambda: "OPEN 0" in seen)
+        clear(app, app.only().name)
+        wait_until(lambda: "back-off UNSPECIFIED" in seen)
+
+
+def test_watchers_of_budgets_see_an_open_one_empty(app: App) -> None:
+    """Where there was room all the time the end of the window is told too.
+
+    Fails when a watch looks again only at budgets without room.
+    """
+    app.report(app.token(policy="quick"), CRM, many=3)
+    with watching(app) as seen:
+        wait_until(lambda: seen == ["OPEN 3", "all told"])
+        wait_until(lambda: seen[-1] == "OPEN 0")
 
 
 def test_a_break_is_told_at_once(app: App) -> None:
