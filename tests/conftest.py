@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 
 # What gRPC's core has to say would stand between pytest's lines. It reads this at its import.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["Server", "StartValkey"]
+
+# The log of a coordinator in a thread is shown with a test that fails. It is no output of a command
+# that a test runs in this process meanwhile, for which `sys.stdout` is another one.
+structlog.configure(
+    logger_factory=structlog.PrintLoggerFactory(os.fdopen(1, "w", buffering=1, closefd=False))
+)
 
 StartValkey = Callable[..., Server]
 
