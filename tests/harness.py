@@ -190,6 +190,14 @@ def run_out(store: redis.Redis, offer: lease_service_pb2.LeaseOffer) -> int:
     return now_us
 
 
+def end_cooldown(store: redis.Redis, token: str) -> None:
+    """Let the cooldown of a token be over at this instant."""
+    _, app, _, token_id = token.split("/")
+    seconds, microseconds = store.time()
+    now_us = seconds * 1_000_000 + microseconds
+    store.hset(f"holdoff:{{{app}}}:token:{token_id}", "not_before_us", str(now_us))
+
+
 def let_pass(store: redis.Redis, token: str, seconds: float) -> None:
     """Make what was counted or reserved for a token's app so much older."""
     shard = f"holdoff:{{{token.split('/')[1]}}}"

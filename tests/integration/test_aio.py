@@ -15,10 +15,12 @@ import holdoff
 from holdoff import _held, errors
 from holdoff._platform import boottime_ns
 from holdoff.v1 import lease_pb2
-from tests.harness import Replica, Waiter, ask, wait_until
+from tests.harness import Replica, Waiter, ask, end_cooldown, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    import redis
 
     from tests.conftest import Server
 
@@ -102,13 +104,18 @@ async def test_a_lease_is_renewed_until_it_is_released(
 
 
 async def test_waiting_is_told_and_ends_with_the_lease(
-    client: holdoff.aio.Client, replica: Replica
+    client: holdoff.aio.Client, replica: Replica, store: redis.Redis
 ) -> None:
     """The callback hears what is waited for; the lease comes when it may."""
-    token = replica.create_token(0.5)
+    token = replica.create_token(60)
     heard: list[lease_pb2.WaitStatus] = []
+
+    def hear(status: lease_pb2.WaitStatus) -> None:
+        heard.append(status)
+        end_cooldown(store, token)
+
     await (await client.acquire(token)).release()
-    async with await client.acquire(token, on_waiting=heard.append):
+    async with await client.acquire(token, on_waiting=hear):
         pass
     assert heard[0].reason == lease_pb2.WAIT_REASON_COOLING
 
@@ -233,7 +240,7 @@ async def test_a_broken_lease_is_told(client: holdoff.aio.Client, replica: Repli
     Fails when `_renew_on` does not call `_lose`.
     """
     told: list[errors.LeaseLost] = []
-    lease = await client.acquire(replica.create_token(), ttl_seconds=1.0, on_lost=told.append)
+    lease = await client.acquire(replica.create_token(), ttl_seconds=6.0, on_lost=told.append)
     await client.break_lease(lease.name, "enough")
     await until(lambda: told)
     with pytest.raises(errors.LeaseBroken, match="enough"):

@@ -857,7 +857,7 @@ def test_a_stream_that_asks_twice(replica: Replica) -> None:
     replica.hold(token, ttl=30.0)
     asked = [ask(token), ask(other)]
     messages = (lease_service_pb2.StreamAcquireLeaseRequest(acquire=one) for one in asked)
-    *_, last = replica.leases.StreamAcquireLease(messages, timeout=5)
+    *_, last = replica.leases.StreamAcquireLease(messages, timeout=20)
     assert last.event.error.code == code_pb2.INVALID_ARGUMENT
     assert last.event.error.message.startswith("acquire: ")
 
@@ -868,12 +868,12 @@ def test_a_flood_of_heartbeats(replica: Replica) -> None:
     held = replica.hold(token, ttl=30.0)
     first = lease_service_pb2.StreamAcquireLeaseRequest(acquire=ask(token))
     flood = itertools.chain([first], itertools.repeat(HEARTBEAT, 10_000))
-    events = replica.leases.StreamAcquireLease(flood, timeout=20)
+    events = replica.leases.StreamAcquireLease(flood, timeout=50)
     assert next(events).event.waiting.place == 1
     for _ in range(20):
         replica.leases.RenewLease(
             lease_service_pb2.RenewLeaseRequest(name=held.lease.name, secret=held.secret),
-            timeout=2,
+            timeout=20,
         )
     assert replica.show_token(token).queue_length == 1
     replica.release(held)

@@ -14,10 +14,12 @@ import holdoff
 from holdoff import errors
 from holdoff._platform import boottime_ns
 from holdoff.v1 import lease_pb2, lease_service_pb2
-from tests.harness import Replica, Waiter, ask, wait_until
+from tests.harness import Replica, Waiter, ask, end_cooldown, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import redis
 
     from tests.conftest import Server
 
@@ -39,12 +41,19 @@ def test_a_lease_is_renewed_until_it_is_released(client: holdoff.Client, replica
     assert client.get_lease(lease.name).state == lease_pb2.LEASE_STATE_RELEASED
 
 
-def test_waiting_is_told_and_ends_with_the_lease(client: holdoff.Client, replica: Replica) -> None:
+def test_waiting_is_told_and_ends_with_the_lease(
+    client: holdoff.Client, replica: Replica, store: redis.Redis
+) -> None:
     """The callback hears what is waited for; the lease comes when it may."""
-    token = replica.create_token(0.5)
+    token = replica.create_token(60)
     heard: list[lease_pb2.WaitStatus] = []
+
+    def hear(status: lease_pb2.WaitStatus) -> None:
+        heard.append(status)
+        end_cooldown(store, token)
+
     client.acquire(token).release()
-    with client.acquire(token, on_waiting=heard.append):
+    with client.acquire(token, on_waiting=hear):
         pass
     assert heard[0].reason == lease_pb2.WAIT_REASON_COOLING
 
@@ -70,7 +79,7 @@ def test_a_broken_lease_is_told(client: holdoff.Client, replica: Replica) -> Non
     Fails when `_renew_on` does not call `_lose`.
     """
     told: list[errors.LeaseLost] = []
-    lease = client.acquire(replica.create_token(), ttl_seconds=1.0, on_lost=told.append)
+    lease = client.acquire(replica.create_token(), ttl_seconds=6.0, on_lost=told.append)
     client.break_lease(lease.name, "enough")
     wait_until(lambda: told)
     assert isinstance(told[0], errors.LeaseBroken)

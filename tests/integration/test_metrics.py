@@ -21,7 +21,7 @@ from holdoff.v1 import (
 )
 from holdoff_coordinator import metrics
 from holdoff_coordinator.store import StoreError
-from tests.harness import Replica, Waiter, ask, refusal, request_hash, run_out
+from tests.harness import Replica, Waiter, ask, end_cooldown, refusal, request_hash, run_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,9 +91,9 @@ async def test_the_life_of_a_lease(measured: Replica, store: redis.Redis) -> Non
     assert 0 < (value(found, "token_cooldown_seconds", **labels) or 0) <= 60
     assert refusal(measured.renew, offer) == "LEASE_LOST"
     # As if it had waited for an hour more, and the cooldown had ended just now.
-    shard = f"holdoff:{{{app}}}"
-    store.hincrby(f"{shard}:request:{request_hash(waiter.request)}", "queued_us", -3_600_000_000)
-    store.hset(f"{shard}:token:t", "not_before_us", store.time()[0] * 1_000_000)
+    request = f"holdoff:{{{app}}}:request:{request_hash(waiter.request)}"
+    store.hincrby(request, "queued_us", -3_600_000_000)
+    end_cooldown(store, token)
     second = waiter.offer()
     measured.renew(second)
     measured.release(second)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import redis
 
 from holdoff.v1 import lease_pb2, lease_service_pb2
-from tests.harness import Replica, Waiter, ask, refusal, request_hash, wait_until
+from tests.harness import Replica, Waiter, ask, end_cooldown, refusal, request_hash, wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import StartValkey
@@ -53,12 +53,14 @@ def test_an_older_release_is_upgraded(replica: Replica, store: redis.Redis) -> N
 
 def test_the_end_of_an_old_cooldown_is_told(replica: Replica, store: redis.Redis) -> None:
     """A cooldown that began before the upgrade ends like any other."""
-    token = replica.create_token(0.6)
+    token = replica.create_token(60)
     request = ask(token)
     offer = replica.leases.AcquireLease(request).offer
     replica.renew(offer)
     replica.release(offer)
     make_old(store, token, request)
+    assert replica.show_token(token).HasField("cooldown")
+    end_cooldown(store, token)
     wait_until(lambda: store.exists(f"{shard(token)}:changes"))
     [(_, change)] = cast("Any", store.xrange(f"{shard(token)}:changes"))
     assert change[b"kind"] == b"COOLING_ENDED"
