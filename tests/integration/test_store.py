@@ -270,6 +270,17 @@ def test_the_url_may_stand_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert Settings().store_url() == "redis://localhost/0"
 
 
+def test_a_preset_data_directory_is_no_choice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a unit or an image presets is used without a store URL, and gives way to one."""
+    monkeypatch.setenv("HOLDOFF_DEFAULT_DATA_DIR", str(tmp_path))
+    assert (Settings().data_dir, Settings().store_url()) == (tmp_path, None)
+    assert Settings(redis_url="redis://localhost/0").store_url() == "redis://localhost/0"
+    with pytest.raises(ValueError, match="only one of"):
+        Settings(data_dir=tmp_path, redis_url="redis://localhost/0")
+
+
 def test_the_data_directory_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Root's state lies in /var/lib, a user's where XDG says, if that is an absolute path."""
     for name in ("HOLDOFF_DATA_DIR", "HOLDOFF_REDIS_URL", "HOLDOFF_REDIS_URL_FILE"):

@@ -1,0 +1,59 @@
+"""First aid for operators: what they deploy, list, read in logs and copy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from tests.e2e.service import BIN, Service
+from tests.e2e.test_deploy import Hardened
+
+if TYPE_CHECKING:
+    from tests.conftest import StartValkey
+
+DOCKERFILE = Path(__file__).parents[2] / "deploy" / "Dockerfile"
+
+
+class Image(Service):
+    """The image's default command, with its environment."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        text = DOCKERFILE.read_text(encoding="utf-8")
+        found = dict(re.findall("^(ENV|ENTRYPOINT|CMD) (.*)$", text, re.MULTILINE))
+        variables = dict(word.split("=", 1) for word in found["ENV"].split())
+        del variables["PATH"]
+        self.environment |= {
+            name: value.replace("/var/lib/holdoff", str(folder))
+            for name, value in variables.items()
+        }
+        self._words: list[str] = json.loads(found["ENTRYPOINT"]) + json.loads(found["CMD"])
+
+    def command(self) -> list[str]:
+        """Return the command line, with the health service on a free port."""
+        self.environment["HOLDOFF_LISTEN"] = self.address
+        program, *words = (word.replace(":50052", ":0") for word in self._words)
+        return [str(BIN / program), *words]
+
+
+@pytest.mark.parametrize("deployed", [Hardened, Image])
+def test_a_store_url_wins_over_a_preset_directory(
+    deployed: type[Service], tmp_path: Path, start_valkey: StartValkey
+) -> None:
+    """The unit and the image take an external store by one variable.
+
+    Fails when they preset the directory as if their user had chosen it: exit code 64.
+    """
+    valkey = start_valkey("--appendonly", "yes")
+    one = deployed(tmp_path)
+    one.environment["HOLDOFF_REDIS_URL"] = valkey.url
+    with one:
+        one.create_token("kept-elsewhere")
+        with redis.Redis.from_url(valkey.url) as store:
+            assert store.exists("holdoff:{e2e}:token:kept-elsewhere")
+        assert not list(tmp_path.rglob("epoch"))
