@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -276,9 +277,10 @@ def test_a_preset_data_directory_is_no_choice(
     """What a unit or an image presets is used without a store URL, and gives way to one."""
     monkeypatch.setenv("HOLDOFF_DEFAULT_DATA_DIR", str(tmp_path))
     assert (Settings().data_dir, Settings().store_url()) == (tmp_path, None)
-    assert Settings(redis_url="redis://localhost/0").store_url() == "redis://localhost/0"
+    url = SecretStr("redis://localhost/0")
+    assert Settings(redis_url=url).store_url() == "redis://localhost/0"
     with pytest.raises(ValueError, match="only one of"):
-        Settings(data_dir=tmp_path, redis_url="redis://localhost/0")
+        Settings(data_dir=tmp_path, redis_url=url)
 
 
 def test_the_data_directory_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
