@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import redis
 
+import holdoff
+from tests.e2e.processes import Terminal
 from tests.e2e.service import BIN, Service
 from tests.e2e.test_deploy import Hardened
+from tests.harness import Replica
 
 if TYPE_CHECKING:
     from tests.conftest import StartValkey
@@ -57,3 +61,37 @@ def test_a_store_url_wins_over_a_preset_directory(
         with redis.Redis.from_url(valkey.url) as store:
             assert store.exists("holdoff:{e2e}:token:kept-elsewhere")
         assert not list(tmp_path.rglob("epoch"))
+
+
+def test_names_to_copy_are_whole_in_80_columns(start_valkey: StartValkey) -> None:
+    """On a terminal of 80 columns, and in a pipe.
+
+    Fails when a table is folded within a name, or cut.
+    """
+    with Replica(start_valkey().url) as one, holdoff.Client(one.address) as client:
+        app = "apps/exact-online-nl-production"
+        token = one.create_token(3600, name=f"{app}/tokens/finance-and-control")
+        client.record_error(token, division="535193", endpoint="crm/Accounts", status=400)
+        why = "the provider asked us to be quiet for a while, in a mail of this morning"
+        back_off = client.set_back_off(token, 60, why, endpoint="salesorder/SalesOrders").name
+        lease = one.hold(token, ttl=60, job="nightly invoices").lease.name
+        [budget] = [found.name for found in client.list_budgets(app) if found.limit == "errors"]
+        shown = {
+            ("lease", "list"): [lease],
+            ("lease", "show", lease): [lease],
+            ("token", "list"): [token],
+            ("token", "show", token): [token, lease],
+            ("budget", "list"): [budget],
+            ("budget", "show", budget): [budget, token],
+            ("backoff", "list"): [back_off],
+            ("explain", token): [lease, budget, back_off],
+            ("audit", app): [lease, back_off],
+        }
+        for arguments, names in shown.items():
+            command = [str(BIN / "holdoff"), "--endpoint", one.address, *arguments]
+            piped = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            terminal = Terminal(["env", "COLUMNS=80", "LINES=24", "TERM=xterm", *command])
+            screen = terminal.rest()
+            for name in names:
+                assert name in piped, arguments
+                assert name in screen, arguments
