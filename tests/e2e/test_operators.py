@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -15,7 +16,7 @@ import holdoff
 from tests.e2e.processes import Terminal
 from tests.e2e.service import BIN, Service
 from tests.e2e.test_deploy import Hardened
-from tests.harness import Replica
+from tests.harness import Replica, wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import StartValkey
@@ -95,3 +96,37 @@ def test_names_to_copy_are_whole_in_80_columns(start_valkey: StartValkey) -> Non
             for name in names:
                 assert name in piped, arguments
                 assert name in screen, arguments
+
+
+def test_the_journal_knows_how_severe_a_line_is(tmp_path: Path, start_valkey: StartValkey) -> None:
+    """Standard error of the unit begins each line with its priority where the journal reads it.
+
+    Fails when `journalctl --priority err` would not find why it ended, and when another reader of
+    the log, such as a container's, gets more than JSON.
+    """
+
+    def log_of(*options: str, journal: bool) -> list[str]:
+        written = tmp_path / f"{len(list(tmp_path.iterdir()))}.log"
+        with written.open("w") as stream:
+            at = os.fstat(stream.fileno())
+            ours = f"{at.st_dev}:{at.st_ino}" if journal else "1:1"
+            program = str(BIN / "holdoff-coordinator")
+            command = [program, "serve", "--listen", "127.0.0.1:0", *options]
+            process = subprocess.Popen(
+                command, stderr=stream, env={**os.environ, "JOURNAL_STREAM": ours}
+            )
+            try:
+                wait_until(lambda: process.poll() is not None or "serving" in written.read_text())
+            finally:
+                process.terminate()
+                process.wait(timeout=60)
+        return written.read_text().splitlines()
+
+    url = ("--redis-url", start_valkey().url)
+    lines = log_of(*url, journal=True)
+    levels = {"<6>": "info", "<4>": "warning"}
+    assert {line[:3] for line in lines} == set(levels)  # it does not fsync
+    assert all(json.loads(line[3:])["level"] == levels[line[:3]] for line in lines)
+    assert all(json.loads(line) for line in log_of(*url, journal=False))
+    [line] = log_of("--redis-url", "nonsense", journal=True)
+    assert line.startswith("<3>holdoff-coordinator: ")
