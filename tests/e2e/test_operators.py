@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
+import threading
+import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 import redis
+from click.testing import CliRunner
 
 import holdoff
+from holdoff.cli import main
+from holdoff.cli._board import Board
+from holdoff.v1 import lease_service_pb2
 from tests.e2e.processes import Terminal
 from tests.e2e.service import BIN, Service
 from tests.e2e.test_deploy import Hardened
-from tests.harness import Replica, wait_until
+from tests.harness import Replica, Waiter, ask, wait_until
 
 if TYPE_CHECKING:
     from tests.conftest import StartValkey
@@ -130,3 +139,103 @@ def test_the_journal_knows_how_severe_a_line_is(tmp_path: Path, start_valkey: St
     assert all(json.loads(line) for line in log_of(*url, journal=False))
     [line] = log_of("--redis-url", "nonsense", journal=True)
     assert line.startswith("<3>holdoff-coordinator: ")
+
+
+class Watched:
+    """What a watch tells about the holders of one token."""
+
+    def __init__(self, replica: Replica, token: str) -> None:
+        request = lease_service_pb2.WatchLeasesRequest(parent=token)
+        self._watch = replica.leases.WatchLeases(request)
+        self.told: list[str] = []
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        board = Board()
+        with contextlib.suppress(grpc.RpcError):
+            for response in self._watch:
+                board.take(response, time.monotonic_ns())
+                self.told += [row.state for row in board.view(9, time.monotonic_ns()).rows]
+
+    def close(self) -> None:
+        """Watch no more."""
+        self._watch.cancel()
+        self._thread.join(timeout=30)
+
+    def tells(self, state: str) -> None:
+        """Wait until it shows this state."""
+        wait_until(lambda: state in self.told, 30)
+
+
+def shown(one: Replica, *arguments: str) -> str:
+    """Return what a command prints."""
+    done = CliRunner().invoke(main, ["--endpoint", one.address, *arguments])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.mark.parametrize("state", ["backing off", "paused", "renewal late"])
+def test_a_holder_that_does_not_go_on_says_so(state: str, start_valkey: StartValkey) -> None:
+    """In `lease list` and `show`, in `watch`, in `explain`, and to who waits for it; and its end.
+
+    Fails when such a lease is as active as any other.
+    """
+    with Replica(start_valkey().url) as one, holdoff.Client(one.address) as client:
+        token, why = one.create_token(0, name="apps/e2e/tokens/t"), "Exact is down"
+        offer = one.hold(token, ttl=10 if state == "renewal late" else 600, job="nightly")
+        watched, waiter = Watched(one, token), Waiter(one, ask(token))
+        watched.tells("held")
+        assert waiter.waiting(30).message == "held by job 'nightly'"
+        assert " active " in shown(one, "lease", "list")
+        if state == "backing off":
+            back_off = client.set_back_off(token, 3600, why, endpoint="crm/accounts").name
+            assert " active " in shown(one, "lease", "list")  # it did not say that it calls there
+            client.clear_back_off(back_off, "test")
+            back_off = client.set_back_off("apps/e2e", 3600, why).name
+        elif state == "paused":
+            one.renew(offer, command_paused=True)
+        else:
+            why = ""
+        watched.tells(state)
+        for arguments in (("list",), ("show", offer.lease.name)):
+            assert state in shown(one, "lease", *arguments)
+        words = {"backing off": "is backing off", "paused": "is paused", "renewal late": "is late"}
+        assert words[state] in shown(one, "explain", token)
+        wait_until(lambda: words[state] in waiter.last.waiting.message, 30)  # type: ignore[union-attr]
+        if state == "backing off":
+            assert why in shown(one, "lease", "show", offer.lease.name)
+            assert why in shown(one, "explain", token)
+            client.clear_back_off(back_off, "test")
+        else:
+            one.renew(offer)
+        watched.told.clear()
+        watched.tells("held")
+        assert " active " in shown(one, "lease", "list")
+        waiter.vanish()
+        watched.close()
+
+
+def test_a_waiters_line_follows_a_block(service: Service, tmp_path: Path) -> None:
+    """A run waits for a holder; then what it will call is quiet for an hour: its log says so.
+
+    Fails when the line stays as it was: only the holder in the way, and an early start.
+    """
+    token = f"apps/{uuid.uuid4()}/tokens/t"
+    log = tmp_path / "log"
+    with service.asked() as client, log.open("w") as stream:
+        client.create_token(token, refresh_interval_seconds=1)
+        lease = client.acquire(token, job="other")
+        endpoint = ("--endpoint", "crm/accounts")
+        run = service.start_holdoff(
+            "run", "--token", token, *endpoint, "--", "true", stderr=stream, stdout=stream
+        )
+        wait_until(lambda: "held by job 'other'" in log.read_text(), 30)
+        client.set_back_off(token, 3600, "it answers nonsense", endpoint="crm/accounts")
+        wait_until(lambda: "it answers nonsense" in log.read_text(), 30)
+        line = log.read_text().splitlines()[-1]
+        assert re.search("held by job 'other'.*; and .* made .* quiet: it answers nonsense", line)
+        assert re.search("earliest start in (59m|1h)", line)
+        run.terminate()
+        run.wait(timeout=30)
+        lease.release()

@@ -28,6 +28,8 @@ _STYLES = {
     "offered": "cyan",
     "cooling": "yellow",
     "breaking": "yellow",
+    "paused": "yellow",
+    "renewal late": "red",
     "silent": "yellow",
     "expired": "red",
     "broken": "red",
@@ -169,6 +171,12 @@ def state_text(token: token_pb2.Token | lease_pb2.TokenStatus) -> str:
     if token.wait_reason == lease_pb2.WAIT_REASON_UNSPECIFIED:
         return "free"
     return enum_text(token, "wait_reason")
+
+
+def lease_state_text(lease: lease_pb2.Lease) -> str:
+    """Where a lease is in its life: of an active one what keeps its holder from going on."""
+    runs = (lease_pb2.HOLDER_ACTIVITY_UNSPECIFIED, lease_pb2.HOLDER_ACTIVITY_RUNNING)
+    return enum_text(lease, "state" if lease.activity in runs else "activity")
 
 
 def held_text(lease: lease_pb2.Lease) -> str:
