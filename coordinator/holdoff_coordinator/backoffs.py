@@ -19,7 +19,7 @@ from holdoff_coordinator.records import (
     back_off_sentence,
     budget_message,
     duration,
-    holder_words,
+    held_words,
     record,
     scope_words,
     status_message,
@@ -184,7 +184,7 @@ class BackOffs:
             obstacles.append(
                 budget_service_pb2.Obstacle(
                     reason=lease_pb2.WAIT_REASON_HELD,
-                    message=f"held by {holder_words(lease.holder)}",
+                    message=held_words(lease),
                     start_time=(
                         lease.accept_time if lease.HasField("accept_time") else lease.create_time
                     ),

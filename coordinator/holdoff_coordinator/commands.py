@@ -29,6 +29,7 @@ from holdoff_coordinator.embedded import EmbeddedStore
 from holdoff_coordinator.exits import EX_CANNOT_SERVE, EX_USAGE, fail
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.gate import AccessFile
+from holdoff_coordinator.journal import with_priority
 from holdoff_coordinator.restore import after_restore
 from holdoff_coordinator.settings import LogFormat, Settings
 from holdoff_coordinator.store import Access, Assumed, StoreError, check, connect, ensure_epoch
@@ -199,6 +200,9 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
         fail(EX_CANNOT_SERVE, failure.message)
     except (StoreError, CannotListenError) as error:
         fail(EX_CANNOT_SERVE, str(error))
+    except Exception:
+        log.exception("ended by a fault of Holdoff: please report it")
+        raise SystemExit(1) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +340,7 @@ def _configure_logs(log_format: LogFormat) -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             structlog.dev.ConsoleRenderer() if people else structlog.processors.JSONRenderer(),
+            lambda _, level, line: with_priority(level, str(line)),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=lambda *_: _Logger(),

@@ -4,11 +4,13 @@ from typing import NoReturn
 
 import click
 
+from holdoff_coordinator.journal import with_priority
+
 EX_USAGE = 64
 EX_CANNOT_SERVE = 69
 
 
 def fail(code: int, message: str) -> NoReturn:
     """Say in one line what is wrong, and exit."""
-    click.echo(f"holdoff-coordinator: {message}", err=True)
+    click.echo(with_priority("error", f"holdoff-coordinator: {message}"), err=True)
     raise SystemExit(code)

@@ -245,6 +245,7 @@ class Leases:
             _sha256(validation.secret(request.secret).encode()),
             "1" if request.command_started else "0",
             age_us,
+            "1" if request.command_paused else "0",
             caller=caller,
         )
         return lease_service_pb2.RenewLeaseResponse(lease=_lease(reply, name))

@@ -4,6 +4,9 @@ Counters and histograms are of this replica. Gauges of apps are read from the st
 asks, so every replica tells the same: take `max by (app, …)` of them. Labels are names that an
 operator gave; no endpoint, division or holder is one, and tokens are at most `TOKENS_MOST`.
 
+A counter is there from the start, with 0 for all values of its labels: Prometheus does not see the
+first event of one that begins at 1.
+
 Names follow https://prometheus.io/docs/practices/naming/.
 """
 
@@ -19,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 from aiohttp import web
+from google.protobuf.descriptor_pool import Default
+from grpc_health.v1 import health
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -30,10 +35,11 @@ from prometheus_client import (
 from prometheus_client.exposition import choose_encoder
 
 from holdoff._version import VERSION
-from holdoff.v1 import budget_pb2
+from holdoff.v1 import audit_pb2, budget_pb2
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.records import back_off_message, budget_message, record
 from holdoff_coordinator.scripts import READ_BATCH
+from holdoff_coordinator.service import SERVICES
 from holdoff_coordinator.store import StoreError
 
 if TYPE_CHECKING:
@@ -54,6 +60,16 @@ JUDGE_SECONDS = 60.0
 _QUICK = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _LONG = (0.1, 1, 10, 60, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800)
 _CALL = ["service", "method"]
+_OF_NO_APP = (
+    audit_pb2.AUDIT_KIND_CREDENTIAL_ISSUED,
+    audit_pb2.AUDIT_KIND_CREDENTIAL_REVOKED,
+    audit_pb2.AUDIT_KIND_CALL_REFUSED,
+)
+_OF_APPS = [
+    kind
+    for kind in audit_pb2.AuditKind.values()
+    if kind not in (*_OF_NO_APP, audit_pb2.AUDIT_KIND_UNSPECIFIED)
+]
 
 
 class Metrics(grpc.aio.ServerInterceptor):
@@ -124,6 +140,13 @@ class Metrics(grpc.aio.ServerInterceptor):
             *(self._not_shown, self._quarantine, self._held, self._waiting, self._longest),
             *(self._cooldown, self._budgets, self._room, self._back_offs),
         )
+        self._apps: set[str] = set()
+        for service in (*SERVICES, health.SERVICE_NAME):
+            for method in Default().FindServiceByName(service).methods:
+                for code in grpc.StatusCode:
+                    self._calls.labels(service, method.name, code.name)
+        for kind in _OF_NO_APP:
+            self._events.labels("", _kind_label(kind))
         scripts.on_run = lambda name, took: self._script_seconds.labels(name).observe(took)
         scripts.on_failure = self._store_errors.inc
 
@@ -133,10 +156,19 @@ class Metrics(grpc.aio.ServerInterceptor):
         app = resource[1] if resource[0] == "apps" and len(resource) > 1 else ""
         if event[b"kind"] == b"CALL_REFUSED":
             app = ""  # a name that a stranger chose
+        if app:
+            self._begin(app)
         self._events.labels(app, event[b"kind"].decode().lower()).inc()
         if b"waited_us" in event:
             self._waited.labels(app).observe(int(event[b"waited_us"]) / 1e6)
             self._handed_over.labels(app).observe(max(0, int(event[b"handover_us"])) / 1e6)
+
+    def _begin(self, app: str) -> None:
+        """Tell 0 of all that has not happened to an app yet."""
+        if app not in self._apps:
+            self._apps.add(app)
+            for kind in _OF_APPS:
+                self._events.labels(app, _kind_label(kind))
 
     # Calls -----------------------------------------------------------------
 
@@ -223,16 +255,21 @@ class Metrics(grpc.aio.ServerInterceptor):
             if time.monotonic() - self._read_at >= FRESH_SECONDS:
                 await self._look()
                 self._read_at = time.monotonic()
-        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        headers = {"Content-Type": content_type}
-        return web.Response(body=encode(self.registry), headers=headers)
+            encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+            # In a thread: with 2,000 apps it takes a second.
+            body = await asyncio.to_thread(encode, self.registry)
+        return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _look(self) -> None:
         """Read how the apps stand; of a store that is away nothing is told."""
         found: list[tuple[Gauge, tuple[str, ...], float]] = []
         try:
             async with asyncio.timeout(READ_SECONDS):
-                for app in await self._scripts.apps():
+                apps = await self._scripts.apps()
+                for app in apps:
+                    self._begin(app)
+                    await asyncio.sleep(0)  # the first time they may be many
+                for app in apps:
                     found += [
                         *await self._tokens(app),
                         *await self._budgets_of(app),
@@ -308,6 +345,10 @@ class Metrics(grpc.aio.ServerInterceptor):
             (self._quarantine, (app,), left_us / 1e6),
             *((self._back_offs, (app, *key), number) for key, number in kinds.items()),
         ]
+
+
+def _kind_label(kind: audit_pb2.AuditKind.ValueType) -> str:
+    return audit_pb2.AuditKind.Name(kind).removeprefix("AUDIT_KIND_").lower()
 
 
 def _status(code: Any) -> grpc.StatusCode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -77,6 +78,9 @@ def lease_message(token: TokenName, lease_id: str, lease: Record, now_us: int) -
     if state == lease_pb2.LEASE_STATE_ACTIVE and "break_reason" in lease:
         state = lease_pb2.LEASE_STATE_BREAKING
     remaining = max(0, int(lease["expires_us"]) - now_us) if state in _LIVE else None
+    activity, why = lease_pb2.HOLDER_ACTIVITY_UNSPECIFIED, ""
+    if state == lease_pb2.LEASE_STATE_ACTIVE:
+        activity, why = _activity(token.app, lease, now_us)
     return lease_pb2.Lease(
         name=str(LeaseName(token.app, token.token, lease_id)),
         state=state,
@@ -91,7 +95,28 @@ def lease_message(token: TokenName, lease_id: str, lease: Record, now_us: int) -
         remaining=None if remaining is None else duration(remaining),
         end_time=timestamp(lease, "ended_us"),
         break_reason=lease.get("break_reason", b"").decode(),
+        activity=activity,
+        activity_message=why,
+        go_on_time=timestamp(lease, "go_on_us") if activity != _RUNNING else None,
     )
+
+
+_RUNNING = lease_pb2.HOLDER_ACTIVITY_RUNNING
+
+
+def _activity(
+    app: str, lease: Record, now_us: int
+) -> tuple[lease_pb2.HolderActivity.ValueType, str]:
+    """What the holder of an active lease does, and why."""
+    why = ""
+    if "back_off" in lease:
+        facts = {key: value.encode() for key, value in json.loads(lease["back_off"]).items()}
+        why = back_off_sentence(back_off_message(app, facts, now_us))
+    if int(lease["expires_us"]) - now_us < int(lease["ttl_us"]) / 2:
+        return lease_pb2.HOLDER_ACTIVITY_RENEWAL_LATE, why
+    if lease.get("paused") == b"1":
+        return lease_pb2.HOLDER_ACTIVITY_PAUSED, why
+    return (lease_pb2.HOLDER_ACTIVITY_BACKING_OFF if why else _RUNNING), why
 
 
 def token_message(token: TokenName, found: Sequence[Any], now_us: int) -> token_pb2.Token:
@@ -305,6 +330,19 @@ def holder_words(holder: lease_pb2.Holder) -> str:
     return f"{who} on {holder.host}" if holder.host else who
 
 
+_ACTIVITY_WORDS = {
+    lease_pb2.HOLDER_ACTIVITY_BACKING_OFF: ", which is backing off",
+    lease_pb2.HOLDER_ACTIVITY_PAUSED: ", whose command is paused",
+    lease_pb2.HOLDER_ACTIVITY_RENEWAL_LATE: ", whose renewal is late",
+}
+
+
+def held_words(lease: lease_pb2.Lease) -> str:
+    """By whom a token is held, for people, and what keeps that holder from going on."""
+    what = f"held by {holder_words(lease.holder)}{_ACTIVITY_WORDS.get(lease.activity, '')}"
+    return f"{what}: {lease.activity_message}" if lease.activity_message else what
+
+
 def _back_off_words(app: str, back_off: Mapping[str, bytes]) -> str:
     """Why a scope must be quiet, for people."""
     where, reason = scope_words(_scope(app, back_off)), back_off.get("reason", b"").decode()
@@ -419,7 +457,7 @@ class Standing:
         return (
             self.reason,
             self.place,
-            f"{blocking.name} {blocking.state}" if blocking else self._back_off_stands(),
+            f"{_stands(blocking) if blocking else ''} {self._back_off_stands()}",
             self.start_us if self.reason in ("COOLING", "BACKING_OFF") and self.first else 0,
         )
 
@@ -428,11 +466,13 @@ class Standing:
 
     def message(self) -> str:
         """One sentence for people."""
-        if self.back_off:
-            return back_off_sentence(self.back_off)
+        back_off = back_off_sentence(self.back_off) if self.back_off else ""
+        if self.reason == "BACKING_OFF":
+            return back_off
+        words = _WAIT_WORDS[self.reason]
         if self.blocking_lease and self.reason == "HELD":
-            return f"held by {holder_words(self.blocking_lease.holder)}"
-        return _WAIT_WORDS[self.reason]
+            words = held_words(self.blocking_lease)
+        return words if back_off in words else f"{words}; and {back_off}"
 
     def to_status(self) -> lease_pb2.WaitStatus:
         """The message for the waiter."""
@@ -457,3 +497,8 @@ class Standing:
             resource=blocking.name if blocking else str(token),
             retry_after_seconds=self.start_in_us / 1e6,
         )
+
+
+def _stands(lease: lease_pb2.Lease) -> str:
+    """What of a lease has to change for those who wait for it to be told."""
+    return f"{lease.name} {lease.state} {lease.activity} {lease.activity_message}"

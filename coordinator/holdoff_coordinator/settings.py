@@ -32,8 +32,12 @@ def _is_loopback(address: str) -> bool:
 def default_data_dir() -> Path:
     """Return where the embedded store lives when nobody says otherwise.
 
-    Root gets /var/lib/holdoff (FHS: state of a service), a user the XDG state directory.
+    A service or an image presets it with HOLDOFF_DEFAULT_DATA_DIR: that is no choice, so that a
+    store URL may still be given. Root gets /var/lib/holdoff (FHS: state of a service), a user the
+    XDG state directory.
     """
+    if preset := os.environ.get("HOLDOFF_DEFAULT_DATA_DIR"):
+        return Path(preset)
     if os.geteuid() == 0:
         return Path("/var/lib/holdoff")
     # The XDG specification tells us to ignore a relative path.

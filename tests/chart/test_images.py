@@ -6,7 +6,8 @@ import json
 import os
 import re
 import subprocess
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,9 +18,6 @@ from tests.chart.test_running import listens
 from tests.e2e.service import BIN
 from tests.harness import wait_until
 from tests.stores import free_port
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
 PATH = {"PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -70,9 +68,12 @@ def test_what_the_image_holds_serves_and_is_healthy(tmp_path: Path) -> None:
     subprocess.run([DEPLOY / "install.sh", image], check=True, env=outside)
     port = free_port()
     command = [
-        word.replace("/var/lib/holdoff", str(tmp_path)).replace("50052", str(port))
+        word.replace("50052", str(port))
         for word in json.loads(instruction("ENTRYPOINT")) + json.loads(instruction("CMD"))
     ]
+    variable, path = instruction("ENV").split()[-1].split("=")
+    assert path.startswith(f"{instruction('VOLUME')}/")
+    outside[variable] = path.replace(instruction("VOLUME"), str(tmp_path))
     check = [str(image / "bin" / "python"), str(image / "healthy.py"), f"127.0.0.1:{port}"]
     process = subprocess.Popen(
         [str(image / "bin" / command[0]), *command[1:], "--listen", "127.0.0.1:0"], env=outside
@@ -85,3 +86,4 @@ def test_what_the_image_holds_serves_and_is_healthy(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(timeout=60) == 0
     assert subprocess.run(check, check=False, env=outside).returncode != 0
+    assert Path(outside[variable]).is_dir()

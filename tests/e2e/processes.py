@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -66,6 +67,14 @@ class Terminal:
                 except OSError:
                     assert text in self.screen, f"{text!r} not in {self.screen!r}"
         self.screen = self.screen.partition(text)[2]
+
+    def rest(self) -> str:
+        """Wait for the end of the program; return what it wrote since, without colours."""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody has it open
+            while data := os.read(self._fd, 4096):
+                self.screen += data.decode(errors="replace")
+        self.close()
+        return re.sub(r"\x1b\[[0-9;]*m", "", self.screen)
 
     def foreground(self) -> int:
         """Return the process group that the terminal's keys go to."""

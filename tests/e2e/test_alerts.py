@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 import click
@@ -17,13 +17,15 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 import holdoff
+from holdoff._timing import DEFAULT_TTL_SECONDS
 from holdoff.cli import main
+from holdoff.durations import parse_duration
 from holdoff.v1 import lease_service_pb2
 from tests.harness import Replica, Waiter, ask, refusal, wait_until
 from tests.stores import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from tests.conftest import StartValkey
 
@@ -82,7 +84,7 @@ def told(start_valkey: StartValkey) -> dict[str, set[str]]:
 
 def test_every_metric_and_label_of_an_expression_is_there(told: dict[str, set[str]]) -> None:
     """Fails when an alert or a panel names a metric, or a label of it, that nobody tells."""
-    scraped = {"instance"}  # Prometheus adds it
+    scraped = {"instance", "job", "namespace"}  # Prometheus adds them
     unknown = []
     for expression in EXPRESSIONS:
         for name, braces in re.findall(r"(holdoff_[a-z_]+)(\{[^}]*\})?", expression):
@@ -161,6 +163,20 @@ def test_every_alert_fires_when_it_should_and_not_when_it_should_not() -> None:
     assert told == {rule["alert"] for rule in RULES}
 
 
+def test_what_ends_leases_is_told_before_they_end() -> None:
+    """Fails when a scrape, an evaluation and `for` take longer than half of a default TTL."""
+    group = yaml.safe_load((ALERTS / "holdoff.yaml").read_text())["groups"][0]
+    compose = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())
+    chart = yaml.safe_load((DEPLOY / "chart" / "values.yaml").read_text())
+    scrapes = [one["scrape_interval"] for one in compose["scrape_configs"]]
+    scrapes.append(chart["metrics"]["serviceMonitor"]["interval"])
+    looks = [compose["global"]["evaluation_interval"], group["interval"]]
+    for rule in group["rules"]:
+        if rule["alert"] in {"HoldoffDown", "HoldoffStoreAway"}:
+            steps = [max(map(parse_duration, scrapes)), max(map(parse_duration, looks))]
+            assert sum(steps) + parse_duration(rule["for"]) <= DEFAULT_TTL_SECONDS / 2
+
+
 def test_panels_are_whole() -> None:
     """Fails when panels overlap or share an id, or one has no unit, title or source."""
     places: set[tuple[int, int]] = set()
@@ -181,6 +197,113 @@ def test_panels_are_whole() -> None:
     assert len(set(ids)) == len(ids)
 
 
+class Prometheus:
+    """A real Prometheus that scrapes coordinators, each in a namespace, and evaluates our rules.
+
+    It looks every second, and the alert that is named needs not last longer to fire.
+    """
+
+    def __init__(
+        self, folder: Path, targets: Mapping[str, Sequence[Measured]], at_once: str = ""
+    ) -> None:
+        rules = yaml.safe_load((ALERTS / "holdoff.yaml").read_text())
+        for group in rules["groups"]:
+            group["interval"] = "1s"
+            for rule in group["rules"]:
+                if rule["alert"] == at_once:
+                    rule["for"] = "1s"
+        (folder / "holdoff.yaml").write_text(yaml.safe_dump(rules))
+        configuration = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": ["holdoff.yaml"],
+            "scrape_configs": [
+                {
+                    "job_name": "holdoff",
+                    "static_configs": [
+                        {
+                            "targets": [one.coordinator.metrics_address for one in replicas],
+                            "labels": {"namespace": namespace},
+                        }
+                        for namespace, replicas in targets.items()
+                    ],
+                }
+            ],
+        }
+        (folder / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
+        self._folder = folder
+        self._port = free_port()
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [
+                tool("prometheus"),
+                f"--config.file={self._folder / 'prometheus.yaml'}",
+                f"--storage.tsdb.path={self._folder / 'tsdb'}",
+                f"--web.listen-address=127.0.0.1:{self._port}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=60)
+
+    def get(self, path: str) -> Any:
+        """Ask its API; None while it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=10) as page:
+                return json.load(page)["data"]
+        except OSError:
+            return None
+
+    def query(self, expression: str) -> Any:
+        """Return the samples of an expression."""
+        found = self.get(f"/api/v1/query?query={quote(expression)}")
+        return found["result"] if found else []
+
+    def firing(self) -> list[Any]:
+        """Return the alerts that fire."""
+        found = (self.get("/api/v1/alerts") or {}).get("alerts", ())
+        return [alert for alert in found if alert["state"] == "firing"]
+
+
+@pytest.mark.timeout(300)
+def test_first_events_and_a_namespace_that_is_down_fire(
+    tmp_path: Path, start_valkey: StartValkey
+) -> None:
+    """One refused call, three lost leases, and production down beside a staging that is alive.
+
+    Fails when a counter begins at 1, and when staging speaks for production.
+    """
+    with Measured(start_valkey().url) as staging, Measured(start_valkey().url) as production:
+        targets = {"staging": [staging], "prod": [production]}
+        with Prometheus(tmp_path, targets, at_once="HoldoffDown") as prometheus:
+
+            def told(kind: str) -> Any:
+                events = f'holdoff_audit_events_total{{namespace="prod", kind="{kind}"}}'
+                return prometheus.query(f"{events} == 0")
+
+            def names() -> set[tuple[str, str]]:
+                found = [one["labels"] for one in prometheus.firing()]
+                return {(one["alertname"], one["namespace"]) for one in found}
+
+            wait_until(lambda: told("call_refused"), 120)
+            tokens = [
+                production.create_token(0, name=f"apps/e2e/tokens/t{number}") for number in range(3)
+            ]
+            wait_until(lambda: told("lease_lost"), 120)
+            leases = [production.hold(token, ttl=1).lease.name for token in tokens]
+            wrong = lease_service_pb2.RenewLeaseRequest(name=leases[0], secret="0" * 64)
+            assert refusal(production.leases.RenewLease, wrong) in {"WRONG_SECRET", "LEASE_LOST"}
+            expected = {("HoldoffCallsRefused", "prod"), ("HoldoffLeasesLost", "prod")}
+            wait_until(lambda: names() == expected, 120)
+            production.stop()
+            wait_until(lambda: ("HoldoffDown", "prod") in names(), 120)
+            assert ("HoldoffDown", "staging") not in names()
+
+
 @pytest.mark.timeout(300)
 def test_prometheus_scrapes_two_replicas_under_load(
     tmp_path: Path, start_valkey: StartValkey
@@ -190,46 +313,9 @@ def test_prometheus_scrapes_two_replicas_under_load(
     Fails when a page is none that Prometheus reads, when an expression has an error there, and when
     two replicas that tell the same are added up.
     """
-    prometheus, url = tool("prometheus"), start_valkey().url
+    url = start_valkey().url
     with Measured(url) as first, Measured(url) as second:
-        port = free_port()
-        targets = [one.coordinator.metrics_address for one in (first, second)]
-        configuration = {
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-            "rule_files": [str(ALERTS / "holdoff.yaml")],
-            "scrape_configs": [
-                {
-                    "job_name": "holdoff",
-                    "static_configs": [{"targets": targets}],
-                }
-            ],
-        }
-        (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
-        process = subprocess.Popen(
-            [
-                prometheus,
-                f"--config.file={tmp_path / 'prometheus.yaml'}",
-                f"--storage.tsdb.path={tmp_path / 'tsdb'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-        def get(path: str) -> Any:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as page:
-                    return json.load(page)["data"]
-            except OSError:
-                return None
-
-        def query(expression: str) -> Any:
-            found = get(f"/api/v1/query?query={quote(expression)}")
-            return found["result"] if found else []
-
-        def firing() -> list[Any]:
-            found = (get("/api/v1/alerts") or {}).get("alerts", ())
-            return [alert for alert in found if alert["state"] == "firing"]
+        prometheus = Prometheus(tmp_path, {"prod": [first, second]})
 
         def under_load(condition: Callable[[], Any]) -> Any:
             """Wait until a condition holds, and let both replicas give leases meanwhile."""
@@ -241,23 +327,21 @@ def test_prometheus_scrapes_two_replicas_under_load(
 
             return wait_until(look, 120)
 
-        try:
+        with prometheus:
             token = first.create_token(0.1, name="apps/e2e/tokens/t")
             with holdoff.Client(first.address) as one, holdoff.Client(second.address) as other:
                 for client in (one, other):
                     client.record_error(token, endpoint="x", status=400, count=4)
-                under_load(lambda: query("sum(up) == 2"))
+                under_load(lambda: prometheus.query("sum(up) == 2"))
                 spent = 'sum(max by (app, limit) (holdoff_budgets{state="spent"}))'
-                [found] = under_load(lambda: query(f"{spent} > 0"))
+                [found] = under_load(lambda: prometheus.query(f"{spent} > 0"))
                 assert found["value"][1] == "1"
                 granted = 'sum(holdoff_audit_events_total{kind="lease_granted"})'
-                under_load(lambda: query(f"{granted} > 5"))
-                [alert] = under_load(firing)
+                under_load(lambda: prometheus.query(f"{granted} > 5"))
+                [alert] = under_load(prometheus.firing)
             assert alert["labels"]["alertname"] == "HoldoffBudgetSpent"
             assert alert["annotations"]["summary"] == "A budget 'errors' of apps/e2e is spent"
             for expression in EXPRESSIONS:
-                whole = expression.replace("$__rate_interval", "1m").replace("$app", ".*")
-                assert get(f"/api/v1/query?query={quote(whole)}"), expression
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
+                whole = re.sub(r"\$(app|job|namespace)", ".*", expression)
+                whole = whole.replace("$__rate_interval", "1m")
+                assert prometheus.get(f"/api/v1/query?query={quote(whole)}"), expression

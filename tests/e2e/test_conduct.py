@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pytest
 
 import holdoff
-from holdoff.v1 import budget_pb2
+from holdoff.v1 import budget_pb2, lease_pb2
 from tests.e2e.puppet import Puppet
 from tests.e2e.service import Service
 from tests.harness import LONG, wait_until
@@ -190,12 +190,33 @@ def test_paused_until_the_scope_is_open(app: App, policy: str, options: tuple[st
     run.puppet.end(3)
     code, stdout, stderr = run.wait()
     assert (code, stdout) == (3, f"{BLOCKED}\n")
-    assert stderr.splitlines() == [
-        "holdoff: the provider refuses calls with HTTP 403: the command is paused",
-        "holdoff: the command goes on",
-    ]
+    first, second = stderr.splitlines()
+    assert first.startswith(f"holdoff: the provider refuses calls of {app.name}")
+    assert "with HTTP 403: the command is paused" in first
+    assert second == "holdoff: the command goes on"
     account = run.account()
     assert (account["outcome"], account["exit_code"], account["errors_seen"]) == ("exited", 3, 1)
+
+
+def test_a_paused_holder_says_why_and_for_how_long(app: App) -> None:
+    """Its own line, and its lease, name the budget, the division and the endpoint.
+
+    Fails when the length is that of the access token, and when the lease is listed as active.
+    """
+    token = app.token()
+    run = app.start(token, *CRM)
+    run.puppet.do(f"for _ in range(8): say({ERROR!r})")
+    wait_until(lambda: run.puppet.is_stopped)
+    paused = lease_pb2.HOLDER_ACTIVITY_PAUSED
+    wait_until(lambda: [one.activity for one in app.client.list_leases(token)] == [paused], 30)
+    why = f"the budget 'errors' of {token} division 1 crm/accounts is spent"
+    wait_until(lambda: [one.activity_message for one in app.client.list_leases(token)] == [why], 30)
+    app.client.reset_budget(next(app.client.list_budgets(app.name)).name, "test")
+    wait_until(lambda: not run.puppet.is_stopped)
+    run.puppet.end()
+    code, _, stderr = run.wait()
+    assert code == 0
+    assert re.search(rf"{why}: the command (is|stays) paused, for (\d+m\d*s?|1h) at least", stderr)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +271,7 @@ def test_paused_no_longer_than_the_access_token_lives(app: App) -> None:
     run.puppet.say(BLOCKED)
     code, _, stderr = run.wait()
     assert code == 75
-    assert re.search(r"the command is paused, for [012]s at most", stderr)
+    assert re.search(r"is paused.*; it is ended in [012]s, when its access token runs out", stderr)
     assert "its access token has run out meanwhile: ending the command" in stderr
     assert run.account()["outcome"] == "backed_off"
 
@@ -318,7 +339,8 @@ def test_paused_by_its_own_count_while_the_coordinator_is_away(app: App, killed:
     run.puppet.end()
     code, _, stderr = run.wait()
     assert code == 0
-    assert "as many errors as there is room for: the command is paused" in stderr
+    assert f"the budget 'errors' of {app.name}" in stderr
+    assert "division 1 crm/accounts is spent: the command is paused" in stderr
     assert run.account()["errors_seen"] == 8
     assert app.used() == 0
 

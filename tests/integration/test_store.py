@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from pydantic import SecretStr
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -275,6 +276,18 @@ def test_the_url_may_stand_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("HOLDOFF_REDIS_URL", "")
     monkeypatch.setenv("HOLDOFF_REDIS_URL_FILE", str(tmp_path / "url"))
     assert Settings().store_url() == "redis://localhost/0"
+
+
+def test_a_preset_data_directory_is_no_choice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What a unit or an image presets is used without a store URL, and gives way to one."""
+    monkeypatch.setenv("HOLDOFF_DEFAULT_DATA_DIR", str(tmp_path))
+    assert (Settings().data_dir, Settings().store_url()) == (tmp_path, None)
+    url = SecretStr("redis://localhost/0")
+    assert Settings(redis_url=url).store_url() == "redis://localhost/0"
+    with pytest.raises(ValueError, match="only one of"):
+        Settings(data_dir=tmp_path, redis_url=url)
 
 
 def test_the_data_directory_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:

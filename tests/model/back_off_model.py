@@ -389,7 +389,9 @@ class Model(model.Model):
         start += len(ahead) * token.rules.interval if place else 0
         ends_last = wait is not None and reason == "COOLING" and wait.start > start
         if not wait or (reason not in ("", "QUEUED") and not ends_last):
-            return reason, place, len(token.queue), int(first), "", 0
+            # Also who waits for something else is told of a back-off.
+            back_off = wait.back_off if wait else ""
+            return reason, place, len(token.queue), int(first), back_off, 0
         start = max(start, wait.start)
         return "BACKING_OFF", place, len(token.queue), int(wait.timed), wait.back_off, start
 

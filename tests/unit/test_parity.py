@@ -18,6 +18,7 @@ PAIRS = [
 CONTEXT = {"__enter__": "__aenter__", "__exit__": "__aexit__"}
 PLAIN = {
     "HeldLease.check",
+    "HeldLease.command_paused",
     "HeldLease.command_started",
     "Client.budget_guard",
     "BudgetGuard.cancel",

@@ -156,6 +156,14 @@ class HeldLease(Held):
         super().command_started()
         self._changed.set()
 
+    def command_paused(self, *, paused: bool) -> None:
+        """Tell the coordinator, soon, whether the command under the lease is paused.
+
+        It shows where leases are listed.
+        """
+        super().command_paused(paused=paused)
+        self._changed.set()
+
     async def release(
         self, *, last_refresh_age_seconds: float | None = None, saw_every_refresh: bool = False
     ) -> None:

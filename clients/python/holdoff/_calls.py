@@ -87,6 +87,7 @@ def renew_lease(
             name=offer.lease.name,
             secret=offer.secret,
             command_started=renewal is not None and renewal.command_started,
+            command_paused=renewal is not None and renewal.command_paused,
         ),
         lease_service_pb2.RenewLeaseResponse,
         lambda response: response.lease,

@@ -387,6 +387,7 @@ class Renewal:
     sent_ns: int
     timeout_seconds: float
     command_started: bool
+    command_paused: bool
 
 
 @dataclass(slots=True)
@@ -402,6 +403,7 @@ class Renewals:
     lost: LeaseLost | None = field(init=False, default=None)
     """Why the lease was lost, once it was."""
     _command_started: bool = field(init=False, default=False)
+    _command_paused: bool = field(init=False, default=False)
     _failures: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -417,6 +419,11 @@ class Renewals:
         self._command_started = True
         self.next_ns = 0
 
+    def command_paused(self, *, paused: bool) -> None:
+        """The next renewal says whether the command is paused, and it is due now."""
+        self._command_paused = paused
+        self.next_ns = 0
+
     def pause_seconds(self, now_ns: int) -> float:
         """How long to sleep before looking again; 0 or less when a renewal is due."""
         return min((self.next_ns - now_ns) / SECOND, LONGEST_SLEEP_SECONDS)
@@ -424,12 +431,18 @@ class Renewals:
     def begin(self, now_ns: int) -> Renewal:
         """Return what to send now."""
         left_seconds = max(0.05, (self.deadline_ns - now_ns) / SECOND)
-        return Renewal(now_ns, min(self.timing.call_seconds, left_seconds), self._command_started)
+        return Renewal(
+            now_ns,
+            min(self.timing.call_seconds, left_seconds),
+            self._command_started,
+            self._command_paused,
+        )
 
     def succeeded(self, renewal: Renewal) -> None:
         """A renewal was granted."""
         self._granted(renewal.sent_ns)
-        if self._command_started and not renewal.command_started:
+        told = renewal.command_started, renewal.command_paused
+        if told != (self._command_started, self._command_paused):
             self.next_ns = 0
 
     def failed(self, error: HoldoffError, now_ns: int) -> None:

@@ -84,6 +84,13 @@ class Held:
         """
         self._renewals.command_started()
 
+    def command_paused(self, *, paused: bool) -> None:
+        """Tell the coordinator, soon, whether the command under the lease is paused.
+
+        It shows where leases are listed.
+        """
+        self._renewals.command_paused(paused=paused)
+
     def _renewal_call(self, renewal: Renewal) -> _calls.Call[Any, lease_pb2.Lease]:
         return _calls.renew_lease(self._offer, renewal)
 

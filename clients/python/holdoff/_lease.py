@@ -158,6 +158,15 @@ class HeldLease(Held):
             super().command_started()
             self._changed.notify_all()
 
+    def command_paused(self, *, paused: bool) -> None:
+        """Tell the coordinator, soon, whether the command under the lease is paused.
+
+        It shows where leases are listed.
+        """
+        with self._changed:
+            super().command_paused(paused=paused)
+            self._changed.notify_all()
+
     def wait_while_quiet(self, timeout_seconds: float | None = None) -> bool:
         """Wait until the holder may make calls: at once where nothing stands in the way.
 

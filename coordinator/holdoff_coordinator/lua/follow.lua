@@ -22,13 +22,7 @@ for i = 7, #ARGV, 3 do
   elseif lease.break_reason then
     answer[3], answer[4] = 'LEASE_BROKEN', lease.break_reason
   else
-    local request, subject = load(request_key(lease.request)), {}
-    local places = places_of(request.places, request.job)
-    for _, place in ipairs(touched(id .. ':' .. lease_id)) do places[#places + 1] = place end
-    for _, one in ipairs(subject_to(id, places)) do
-      -- Who runs has refreshed already.
-      if one.kind ~= 'TOKEN_REQUEST' then subject[#subject + 1] = one end
-    end
+    local subject, named = back_offs_of_holder(id, lease_id, lease)
     local wait = lease.state == 'ACTIVE' and wait_of(lease.request, subject, true)
     if wait then
       for _, one in ipairs(subject) do
@@ -38,7 +32,7 @@ for i = 7, #ARGV, 3 do
       go(lease.request, subject)
     end
     answer[3], answer[4], answer[5] = 'OK', wait and us(wait.start) or '', wait and wait.timed and '1' or '0'
-    answer[6] = request.places or ''
+    answer[6] = named or ''
     for _, one in ipairs(subject) do answer[#answer + 1] = shown_back_off(one) end
   end
   answers[#answers + 1] = answer

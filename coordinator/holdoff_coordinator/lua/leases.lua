@@ -29,6 +29,30 @@ local function shown_obstacle(id, token, lease)
   return reason
 end
 
+-- The back-offs that the holder of a lease is subject to, and the places that it named. Who
+-- runs has refreshed already, so that those of token requests are not among them.
+local function back_offs_of_holder(id, lease_id, lease)
+  local request, subject = load(request_key(lease.request)), {}
+  local places = places_of(request.places, request.job)
+  for _, place in ipairs(touched(id .. ':' .. lease_id)) do places[#places + 1] = place end
+  for _, one in ipairs(subject_to(id, places)) do
+    if one.kind ~= 'TOKEN_REQUEST' then subject[#subject + 1] = one end
+  end
+  return subject, request.places
+end
+
+-- A lease for those who look at it: its record, and what its holder has to wait for.
+local function shown_lease(id, lease_id, lease)
+  local shown = flat(lease)
+  if lease.state == 'ACTIVE' and next(back_offs()) then
+    local wait = wait_of(lease.request, (back_offs_of_holder(id, lease_id, lease)), false)
+    for _, value in ipairs(wait and {'back_off', cjson.encode(wait.back_off), 'go_on_us', us(wait.start)} or {}) do
+      shown[#shown + 1] = value
+    end
+  end
+  return shown
+end
+
 -- Tells those who watch what happened, and how the token stands now; `lease` is
 -- the live one, or the one that just ended. Changes are numbered without a gap,
 -- so that a reader knows whether it missed one.
@@ -42,10 +66,11 @@ local function tell(kind, id, token, lease_id, lease)
     'queue_length', us(redis.call('ZCARD', queue_key(id))),
     'lease', lease_id or '',
   }
-  for field, value in pairs(lease or {}) do
-    if field ~= 'secret_hash' and field ~= 'request' then
-      entry[#entry + 1] = 'lease.' .. field
-      entry[#entry + 1] = value
+  local shown = lease and shown_lease(id, lease_id, lease) or {}
+  for i = 1, #shown, 2 do
+    if shown[i] ~= 'secret_hash' and shown[i] ~= 'request' then
+      entry[#entry + 1] = 'lease.' .. shown[i]
+      entry[#entry + 1] = shown[i + 1]
     end
   end
   if redis.pcall('XADD', unpack(entry)).err then
@@ -200,6 +225,11 @@ local function withdraw_offer(id, token, lease, lapsed)
   tell('WITHDRAWN', id, token, lease_id, lease)
 end
 
+-- Whether less than half of the TTL is left: a holder renews after a third of it.
+local function renewal_late(lease)
+  return lease.state == 'ACTIVE' and number(lease.expires_us) - now < number(lease.ttl_us) / 2
+end
+
 local function audit_break(id, lease_id, why, user)
   audit('LEASE_BREAK_ORDERED', lease_name(id, lease_id), {reason = why, user = user}, user)
 end
@@ -262,10 +292,10 @@ local function mirror(id, token, lease)
   end
 end
 
--- Brings a token up to this instant: ends what has run out and sees foreign
--- locks. Returns the token and its live lease, or nothing if there is no such
--- token.
-local function settle(id)
+-- Brings a token up to this instant: ends what has run out, sees foreign locks, and
+-- tells of a late renewal, unless it is the holder that is here. Returns the token and
+-- its live lease, or nothing if there is no such token.
+local function settle(id, by_holder)
   local token = load(token_key(id))
   if not token.policy then return end
   local lease = token.lease and load(lease_key(id, token.lease))
@@ -307,6 +337,10 @@ local function settle(id)
     before = before or 'foreign'
   end
   if not token.lease then lease = nil end
+  if lease and not by_holder and lease.late ~= '1' and not lease.break_reason and renewal_late(lease) then
+    put(lease_key(id, token.lease), lease, {late = '1'})
+    tell('HOLDER_CHANGED', id, token, token.lease, lease)
+  end
   mirror(id, token, lease)
   if before and before ~= token.lease then wake_next(id) end
   return token, lease
@@ -348,16 +382,16 @@ local function standing(token, lease, queue, hash, wait)
     end
     start = math.max(start, spot.wait.start)
   end
-  local shown = spot.wait and reason == 'BACKING_OFF' and shown_back_off(spot.wait.back_off) or {}
+  local shown = spot.wait and shown_back_off(spot.wait.back_off) or {}
   return {reason, us(spot.place), us(queue.length), us(start), first and '1' or '0', shown}
 end
 
-local function flat_lease(id, lease_id) return redis.call('HGETALL', lease_key(id, lease_id)) end
+local function flat_lease(id, lease_id) return shown_lease(id, lease_id, load(lease_key(id, lease_id))) end
 
 -- The lease a holder speaks of, after the token was settled: id, token, live
 -- lease or nil, record. Returns an error reply as its second value.
 local function owned_lease(id, lease_id, secret_hash)
-  local token, live = settle(id)
+  local token, live = settle(id, secret_hash)
   if not token then return nil, reply('TOKEN_NOT_FOUND') end
   if token.lease ~= lease_id then live = nil end
   local record = live or load(lease_key(id, lease_id))

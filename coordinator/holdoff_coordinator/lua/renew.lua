@@ -1,15 +1,16 @@
 -- Accepts an offer (the first renewal) or prolongs a lease. Goes on during a
 -- quarantine, and puts the lock's key back if somebody deleted it.
 -- ARGV 7.. token id, lease id, hash of the secret, '1' if the command has
---         started, age of the last refresh in µs ('' if not told)
+--         started, age of the last refresh in µs ('' if not told), '1' if the
+--         command is paused
 local id, lease_id = ARGV[7], ARGV[8]
 local token, lease, record = owned_lease(id, lease_id, ARGV[9])
 if not token then return lease end
 if not lease then return reply('LEASE_OVER', record.state, record.break_reason or '') end
 if lease.break_reason then return reply('LEASE_BROKEN', lease.break_reason, lease.expires_us) end
 
-local late = lease.state == 'ACTIVE' and number(lease.expires_us) - now < number(lease.ttl_us) / 2
-local changes = {expires_us = now + number(lease.ttl_us)}
+local late, paused = renewal_late(lease), lease.paused or '0'
+local changes = {expires_us = now + number(lease.ttl_us), late = '0', paused = ARGV[12]}
 if lease.state == 'OFFERED' then
   changes.state, changes.accepted_us = 'ACTIVE', now
   redis.call('ZREM', queue_key(id), lease.request)
@@ -28,6 +29,7 @@ if changes.accepted_us then
   }, true)
 end
 if late then tell('RENEWED_LATE', id, token, lease_id, lease) end
+if paused ~= lease.paused then tell('HOLDER_CHANGED', id, token, lease_id, lease) end
 -- The record outlives the lease by far, and no request outlives its record.
 redis.call('PEXPIRE', request_key(lease.request), WAITER_KEPT_MS)
 mirror(id, token, lease)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from holdoff.cli.output import NOTHING, enum_text, holder_text, state_text
+from holdoff.cli.output import NOTHING, enum_text, holder_text, lease_state_text, state_text
 from holdoff.durations import format_duration
 from holdoff.v1 import lease_pb2
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 MOST_CHANGES = 5
 """How many of the last changes are shown."""
 
-_LIVE = {
-    lease_pb2.LEASE_STATE_OFFERED: "offered",
-    lease_pb2.LEASE_STATE_ACTIVE: "held",
-    lease_pb2.LEASE_STATE_BREAKING: "breaking",
-}
+_LIVE = (
+    lease_pb2.LEASE_STATE_OFFERED,
+    lease_pb2.LEASE_STATE_ACTIVE,
+    lease_pb2.LEASE_STATE_BREAKING,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +156,17 @@ def _change_texts(change: lease_pb2.Change) -> tuple[str, str, str, str]:
     if change.kind == lease_pb2.CHANGE_KIND_QUEUE_MOVED:
         details = f"{status.queue_length or 'nobody'} waiting"
     else:
-        details = ": ".join(
-            filter(None, (_holder(status, also_ended=True), status.lease.break_reason))
-        )
+        lease = status.lease
+        activity = lease_state_text(lease) if lease.activity else ""
+        parts = (_holder(status, also_ended=True), activity, lease.break_reason)
+        details = ": ".join(part for part in parts if part not in {"", "active"})
     return f"{local:%H:%M:%S}", enum_text(change, "kind"), status.token, details
 
 
 def _state(status: lease_pb2.TokenStatus) -> str:
     if status.wait_reason == lease_pb2.WAIT_REASON_HELD and status.HasField("lease"):
-        return _LIVE.get(status.lease.state, "held")
+        state = lease_state_text(status.lease)
+        return state if state != "active" and status.lease.state in _LIVE else "held"
     return state_text(status)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass, field
@@ -54,8 +55,8 @@ class Rooms:
         """Take in what the coordinator says, who knew of our errors; forget the rest."""
         self._left = {(one.scope.division, one.scope.endpoint): one.room for one in rooms}
 
-    def take(self, place: tuple[str, str], status: int, count: int) -> bool:
-        """Count errors at a place; tell whether no more may follow."""
+    def take(self, place: tuple[str, str], status: int, count: int) -> str:
+        """Count errors at a place; return the limit that is spent then, or ''."""
         limits = [
             limit
             for limit in self.policy.limits
@@ -63,10 +64,11 @@ class Rooms:
             if not status or status in limit.statuses
         ]
         if not limits:
-            return False
-        most = min(limit.most - limit.margin for limit in limits)
+            return ""
+        tightest = min(limits, key=lambda limit: limit.most - limit.margin)
+        most = tightest.most - tightest.margin
         self._left[place] = self._left.get(place, most) - count
-        return self._left[place] <= 0
+        return "" if self._left[place] > 0 else tightest.name
 
 
 class Conduct:
@@ -94,7 +96,7 @@ class Conduct:
         self._job = job
         self._when_quiet = when_quiet
         self._guard: Guard | None = None
-        self._lease = ""
+        self._lease: HeldLease | None = None
         self._lock = threading.RLock()
         self._recognisers: dict[Source, OutputRecogniser] = {}
         self._seen_at: dict[Source, float] = {}
@@ -103,6 +105,8 @@ class Conduct:
         self._own_count_at: float | None = None
         """When our own count found no room; None while it finds some."""
         self._own_words = ""
+        self._said: object = None
+        """What was said last about the pause."""
         self._quiet_since: float | None = None
         self._began = time.monotonic()
         self._over = threading.Event()
@@ -118,7 +122,7 @@ class Conduct:
         with self._lock:
             self._guard, self._rooms = guard, Rooms(policy)
             if lease:
-                self._lease = lease.name
+                self._lease = lease
                 self._rooms.refill(lease.rooms)
             self._began = time.monotonic()
             self._when_quiet = self._when_quiet or _WORDS.get(policy.when_quiet, "pause")
@@ -168,16 +172,19 @@ class Conduct:
                 )
                 self.errors += 1
                 how = f" with HTTP {one.status}" if one.status else ""
-                spent = f"the provider refuses calls{how}"
+                spent = f"the provider refuses calls of {_where(where)}{how}"
             else:
                 event = _calls.error_event(where, status=one.status, count=one.count, job=self._job)
                 self.errors += one.count
                 division, endpoint = find_place(self._rooms.policy.endpoint_path, one.endpoint)
                 place = (one.division or division, endpoint)
-                spent = ""
-                if self._rooms.take(place, one.status, one.count):
-                    spent = "the command has made as many errors as there is room for"
-            event.lease = self._lease
+                limit, spent = self._rooms.take(place, one.status, one.count), ""
+                if limit:
+                    scope = budget_pb2.Scope(
+                        token=self._token, division=place[0], endpoint=place[1]
+                    )
+                    spent = f"the budget {limit!r} of {_where(scope)} is spent"
+            event.lease = self._lease.name if self._lease else ""
             events.append(event)
             if spent and self._own_count_at is None:
                 self._own_count_at, self._own_words = time.monotonic(), spent
@@ -208,13 +215,20 @@ class Conduct:
             self._quiet_since = now
             self._be_quiet(self._guard, now)
         elif not must_be_quiet and self._quiet_since is not None:
-            self._quiet_since = None
             if self._when_quiet == "pause":
+                if self._said is None:
+                    self._say_paused(now, at_last=True)
                 self._say("the command goes on")
                 self._guard.resume()
+                self._tell_paused(paused=False)
+            self._quiet_since = self._said = None
+        elif must_be_quiet and self._when_quiet == "pause":
+            self._say_paused(now)
         if self._quiet_since is not None and self._when_quiet == "pause":
             left = self._token_left_seconds(self._quiet_since)
             if left is not None and now - self._quiet_since >= left:
+                if self._said is None:
+                    self._say_paused(now, at_last=True)
                 self._when_quiet = "terminate"
                 self._say("its access token has run out meanwhile: ending the command")
                 self._guard.end(BACKING_OFF)
@@ -237,15 +251,45 @@ class Conduct:
                 self._say(f"{self.reason}: ending the command")
                 guard.end(BACKING_OFF)
             case _:
-                left = self._token_left_seconds(now)
-                most = "" if left is None else f", for {format_duration(round(left))} at most"
-                self._say(f"{self.reason}: the command is paused{most}")
                 guard.pause()
+                self._tell_paused(paused=True)
+                self._say_paused(now)
+
+    def _say_paused(self, now: float, *, at_last: bool = False) -> None:
+        """Say why the command is paused and for how long, when that is news.
+
+        The coordinator knows the length, and is soon heard where our own count was first.
+        """
+        quiet_seconds = 0.0 if self._quiet_since is None else now - self._quiet_since
+        back_off, self.reason = self._back_off(), self._words()
+        if not (back_off or at_last or quiet_seconds >= _TOLD_WITHIN_SECONDS):
+            return
+        said = self.reason, back_off.end_time.ToMicroseconds() if back_off else None
+        if said == self._said:
+            return
+        how = "is" if self._said is None else "stays"
+        self._said = said
+        go_in, left, length = math.inf, self._token_left_seconds(now - quiet_seconds), ""
+        if self._notice is not None and self._notice.HasField("go_in"):
+            go_in = self._notice.go_in.ToMicroseconds() / 1e6
+            length = f", for {_text(go_in)} at least"
+        if left is not None and left - quiet_seconds < go_in:
+            ends_in = _text(max(0.0, left - quiet_seconds))
+            length += f"; it is ended in {ends_in}, when its access token runs out"
+        self._say(f"{self.reason}: the command {how} paused{length}")
+
+    def _tell_paused(self, *, paused: bool) -> None:
+        if self._lease:
+            self._lease.command_paused(paused=paused)
+
+    def _back_off(self) -> budget_pb2.BackOff | None:
+        """The back-off that ends last, of those that the coordinator told."""
+        told = self._notice.back_offs if self._notice is not None else ()
+        return max(told, key=lambda one: one.end_time.ToMicroseconds(), default=None)
 
     def _words(self) -> str:
-        if self._notice is not None and self._notice.back_offs:
-            return self._notice.back_offs[0].reason
-        return self._own_words
+        back_off = self._back_off()
+        return back_off.reason if back_off else self._own_words
 
     def _token_left_seconds(self, now: float) -> float | None:
         """How long the access token lives on, if it was got at the start and whenever it ran out.
@@ -254,3 +298,13 @@ class Conduct:
         """
         life = self._rooms.policy.refresh.access_token_life.ToMicroseconds() / 1e6
         return life - (now - self._began) % life if life else None
+
+
+def _where(scope: budget_pb2.Scope) -> str:
+    """A scope for people, as the coordinator words it."""
+    division = f"division {scope.division}" if scope.division else ""
+    return " ".join(filter(None, (scope.token, division, scope.endpoint)))
+
+
+def _text(seconds: float) -> str:
+    return format_duration(math.ceil(seconds))

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Self
 from holdoff._text import printable
 from holdoff.cli._voice import say
 from holdoff.durations import format_duration
-from holdoff.v1 import lease_pb2
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from holdoff import Unavailable
+    from holdoff.v1 import lease_pb2
 
 
 class WaitDisplay:
@@ -53,7 +53,7 @@ class WaitDisplay:
         """Show what the coordinator said."""
         place = f"place {status.place} of {status.queue_length}: " if status.place else ""
         self._what = f"{place}{status.message}"
-        if status.reason == lease_pb2.WAIT_REASON_BACKING_OFF:
+        if status.blocking_back_off:
             self._what += f" (more: holdoff explain {self._token})"
         self._start_at, start = None, ""
         if status.HasField("earliest_start_in"):
@@ -62,7 +62,8 @@ class WaitDisplay:
             start = f"; earliest start in {format_duration(round(start_in, 1))}"
         change = (
             *(status.reason, status.place),
-            *(status.blocking_lease.name, status.blocking_back_off),
+            *(status.blocking_lease.name, status.blocking_lease.activity),
+            *(status.blocking_lease.activity_message, status.blocking_back_off),
         )
         self._tell(change, f"{self._what}{start}")
 

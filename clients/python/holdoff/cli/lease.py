@@ -1,6 +1,7 @@
 """`holdoff lease`: list, show and break leases."""
 
 import sys
+from decimal import Decimal
 
 import click
 
@@ -13,15 +14,16 @@ from holdoff.cli.output import (
     emit_json,
     emit_record,
     emit_table,
-    enum_text,
     held_text,
     holder_text,
     labels_text,
+    lease_state_text,
     output_option,
     resource,
     time_text,
 )
 from holdoff.cli.params import Name
+from holdoff.durations import format_duration
 from holdoff.names import AppName, LeaseName, TokenName
 from holdoff.v1 import lease_pb2
 
@@ -96,7 +98,7 @@ def break_lease(endpoint: str, name: str, reason: str, yes: bool, output: str) -
 def _row(lease: lease_pb2.Lease) -> tuple[str, ...]:
     return (
         lease.name,
-        enum_text(lease, "state"),
+        lease_state_text(lease),
         held_text(lease),
         duration_text(lease, "remaining"),
         holder_text(lease.holder),
@@ -113,12 +115,15 @@ def _emit(lease: lease_pb2.Lease, output: str) -> None:
     emit_record(
         [
             ("name", lease.name),
-            ("state", enum_text(lease, "state")),
+            ("state", lease_state_text(lease)),
+            ("because", lease.activity_message or NOTHING),
+            ("goes on", time_text(lease, "go_on_time")),
             ("holder", holder_text(holder) + (f" ({who})" if who else "")),
             ("labels", labels_text(holder)),
             ("fencing token", str(lease.fencing_token)),
             ("ttl", duration_text(lease, "ttl")),
             ("left", duration_text(lease, "remaining")),
+            ("renewed", _renewed_text(lease)),
             ("broken because", lease.break_reason or NOTHING),
             ("offered", time_text(lease, "create_time")),
             ("accepted", time_text(lease, "accept_time")),
@@ -127,3 +132,11 @@ def _emit(lease: lease_pb2.Lease, output: str) -> None:
             ("ended", time_text(lease, "end_time")),
         ]
     )
+
+
+def _renewed_text(lease: lease_pb2.Lease) -> str:
+    """When an active lease was renewed last, by the store's clock alone."""
+    if lease.state != lease_pb2.LEASE_STATE_ACTIVE:
+        return NOTHING
+    age_ns = lease.ttl.ToNanoseconds() - lease.remaining.ToNanoseconds()
+    return f"{format_duration(Decimal(age_ns) / 10**9)} ago"

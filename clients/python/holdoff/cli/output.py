@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypedDict
 
 import click
 from google.protobuf import json_format
 from google.protobuf.message import Message
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +28,8 @@ _STYLES = {
     "offered": "cyan",
     "cooling": "yellow",
     "breaking": "yellow",
+    "paused": "yellow",
+    "renewal late": "red",
     "silent": "yellow",
     "expired": "red",
     "broken": "red",
@@ -41,6 +45,12 @@ _STYLES = {
 
 # Wider than any row: without a terminal nothing is cut or wrapped, so that `grep` and `cut` work.
 UNLIMITED_WIDTH = 100_000
+
+
+class _ColumnOptions(TypedDict):
+    min_width: int
+    no_wrap: bool
+
 
 output_option = click.option(
     "--output",
@@ -75,11 +85,17 @@ def resource(message: Message) -> dict[str, Any]:
 
 
 def emit_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table, folded to the width of a terminal and as wide as need be without one."""
+    """Print a table.
+
+    On a terminal its texts are folded between words. A word is whole in any case, since it may be a
+    name to copy: a table that does not fit then is wider than the terminal. Elsewhere nothing is
+    folded.
+    """
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
+    known = list(rows)
+    for heading, *texts in zip(headings, *known, strict=True):
+        table.add_column(heading, **_whole_words(heading.replace(" ", "_"), *texts))
+    for row in known:
         table.add_row(*map(cell, row))
     _print(table)
 
@@ -87,12 +103,19 @@ def emit_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def emit_record(fields: Iterable[tuple[str, str]]) -> None:
     """Print one resource, a line for each of its fields that has a value."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for heading, value in fields:
-        if value != NOTHING:
-            table.add_row(heading, cell(value))
+    known = [(heading, value) for heading, value in fields if value != NOTHING]
+    table.add_column(style="bold", no_wrap=True, min_width=max(len(one) for one, _ in known))
+    table.add_column(**_whole_words(*(value for _, value in known)))
+    for heading, value in known:
+        table.add_row(heading, cell(value))
     _print(table)
+
+
+def _whole_words(*texts: str) -> _ColumnOptions:
+    """How wide a column is at least, and whether it may be narrower than its texts."""
+    printed = [printable(text) for text in texts]
+    longest = max((cell_len(word) for text in printed for word in text.split()), default=0)
+    return {"min_width": longest, "no_wrap": longest == max(map(cell_len, printed))}
 
 
 def duration_text(message: Message, field: str) -> str:
@@ -150,6 +173,12 @@ def state_text(token: token_pb2.Token | lease_pb2.TokenStatus) -> str:
     return enum_text(token, "wait_reason")
 
 
+def lease_state_text(lease: lease_pb2.Lease) -> str:
+    """Where a lease is in its life: of an active one what keeps its holder from going on."""
+    runs = (lease_pb2.HOLDER_ACTIVITY_UNSPECIFIED, lease_pb2.HOLDER_ACTIVITY_RUNNING)
+    return enum_text(lease, "state" if lease.activity in runs else "activity")
+
+
 def held_text(lease: lease_pb2.Lease) -> str:
     """How long a lease is or was held, by the store's clock alone: ours may differ from it."""
     if not lease.HasField("accept_time"):
@@ -168,10 +197,13 @@ def cell(value: str) -> Text:
 
 def _print(table: Table) -> None:
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=UNLIMITED_WIDTH)
+    width = UNLIMITED_WIDTH
+    if console.is_terminal:
+        unlimited = console.options.update(max_width=UNLIMITED_WIDTH)
+        width = max(console.width, Measurement.get(console, unlimited, table).minimum)
+    console = Console(width=width)
     # Not printed by rich itself, which ends the process with 1 when its reader has gone away.
     with console.capture() as capture:
-        console.print(table)
+        console.print(table, crop=False)
     lines = (line.rstrip() for line in capture.get().splitlines())
     click.echo("\n".join(lines), color=console.is_terminal)

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16holdoff/v1/lease.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x81\x04\n\x05Lease\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.holdoff.v1.LeaseState\x12#\n\x04mode\x18\x03 \x01(\x0e\x32\x15.holdoff.v1.LeaseMode\x12\"\n\x06holder\x18\x04 \x01(\x0b\x32\x12.holdoff.v1.Holder\x12\x15\n\rfencing_token\x18\x05 \x01(\x04\x12&\n\x03ttl\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61\x63\x63\x65pt_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12\x63ommand_start_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tremaining\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x62reak_reason\x18\r \x01(\t\"\xb5\x01\n\x06Holder\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x0c\n\x04user\x18\x03 \x01(\t\x12\x0b\n\x03job\x18\x04 \x01(\t\x12\x16\n\x0e\x63lient_version\x18\x05 \x01(\t\x12.\n\x06labels\x18\x06 \x03(\x0b\x32\x1e.holdoff.v1.Holder.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd5\x01\n\x06Waiter\x12\r\n\x05place\x18\x01 \x01(\r\x12\"\n\x06holder\x18\x02 \x01(\x0b\x32\x12.holdoff.v1.Holder\x12.\n\nqueue_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06waited\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\theard_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07offered\x18\x06 \x01(\x08\"\xe3\x01\n\x0bTokenStatus\x12\r\n\x05token\x18\x01 \x01(\t\x12+\n\x0bwait_reason\x18\x02 \x01(\x0e\x32\x16.holdoff.v1.WaitReason\x12 \n\x05lease\x18\x03 \x01(\x0b\x32\x11.holdoff.v1.Lease\x12+\n\x08\x63ooldown\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x0fnot_before_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cqueue_length\x18\x06 \x01(\r\"]\n\x08Snapshot\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\'\n\x06tokens\x18\x02 \x03(\x0b\x32\x17.holdoff.v1.TokenStatus\x12\r\n\x05\x66irst\x18\x03 \x01(\x08\x12\x0c\n\x04last\x18\x04 \x01(\x08\"\x81\x01\n\x06\x43hange\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.holdoff.v1.ChangeKind\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x06status\x18\x03 \x01(\x0b\x32\x17.holdoff.v1.TokenStatus\"\x9f\x02\n\nWaitStatus\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.holdoff.v1.WaitReason\x12\r\n\x05place\x18\x02 \x01(\r\x12\x14\n\x0cqueue_length\x18\x03 \x01(\r\x12\x34\n\x11\x65\x61rliest_start_in\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x13\x65\x61rliest_start_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x0e\x62locking_lease\x18\x06 \x01(\x0b\x32\x11.holdoff.v1.Lease\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x19\n\x11\x62locking_back_off\x18\x08 \x01(\t*\x92\x03\n\nChangeKind\x12\x1b\n\x17\x43HANGE_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43HANGE_KIND_GRANTED\x10\x01\x12\x1c\n\x18\x43HANGE_KIND_RENEWED_LATE\x10\x02\x12\x18\n\x14\x43HANGE_KIND_BREAKING\x10\x03\x12\x18\n\x14\x43HANGE_KIND_RELEASED\x10\x04\x12\x17\n\x13\x43HANGE_KIND_EXPIRED\x10\x05\x12\x16\n\x12\x43HANGE_KIND_BROKEN\x10\x06\x12\x1b\n\x17\x43HANGE_KIND_QUEUE_MOVED\x10\x07\x12\x1d\n\x19\x43HANGE_KIND_COOLING_ENDED\x10\x08\x12\x1a\n\x16\x43HANGE_KIND_LOCK_TAKEN\x10\t\x12\x1a\n\x16\x43HANGE_KIND_LOCK_FREED\x10\n\x12\x1d\n\x19\x43HANGE_KIND_TOKEN_CREATED\x10\x0b\x12\x1d\n\x19\x43HANGE_KIND_TOKEN_UPDATED\x10\x0c\x12\x19\n\x15\x43HANGE_KIND_WITHDRAWN\x10\r*\xda\x01\n\nLeaseState\x12\x1b\n\x17LEASE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13LEASE_STATE_OFFERED\x10\x01\x12\x16\n\x12LEASE_STATE_ACTIVE\x10\x02\x12\x18\n\x14LEASE_STATE_BREAKING\x10\x03\x12\x18\n\x14LEASE_STATE_RELEASED\x10\x04\x12\x17\n\x13LEASE_STATE_EXPIRED\x10\x05\x12\x16\n\x12LEASE_STATE_BROKEN\x10\x06\x12\x19\n\x15LEASE_STATE_WITHDRAWN\x10\x07*A\n\tLeaseMode\x12\x1a\n\x16LEASE_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14LEASE_MODE_EXCLUSIVE\x10\x01*\xaa\x01\n\nWaitReason\x12\x1b\n\x17WAIT_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10WAIT_REASON_HELD\x10\x01\x12\x17\n\x13WAIT_REASON_COOLING\x10\x02\x12\x1b\n\x17WAIT_REASON_QUARANTINED\x10\x03\x12\x1b\n\x17WAIT_REASON_BACKING_OFF\x10\x04\x12\x16\n\x12WAIT_REASON_QUEUED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16holdoff/v1/lease.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf9\x04\n\x05Lease\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.holdoff.v1.LeaseState\x12#\n\x04mode\x18\x03 \x01(\x0e\x32\x15.holdoff.v1.LeaseMode\x12\"\n\x06holder\x18\x04 \x01(\x0b\x32\x12.holdoff.v1.Holder\x12\x15\n\rfencing_token\x18\x05 \x01(\x04\x12&\n\x03ttl\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x61\x63\x63\x65pt_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12\x63ommand_start_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tremaining\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x62reak_reason\x18\r \x01(\t\x12,\n\x08\x61\x63tivity\x18\x0e \x01(\x0e\x32\x1a.holdoff.v1.HolderActivity\x12\x18\n\x10\x61\x63tivity_message\x18\x0f \x01(\t\x12.\n\ngo_on_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xb5\x01\n\x06Holder\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\x0c\n\x04user\x18\x03 \x01(\t\x12\x0b\n\x03job\x18\x04 \x01(\t\x12\x16\n\x0e\x63lient_version\x18\x05 \x01(\t\x12.\n\x06labels\x18\x06 \x03(\x0b\x32\x1e.holdoff.v1.Holder.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd5\x01\n\x06Waiter\x12\r\n\x05place\x18\x01 \x01(\r\x12\"\n\x06holder\x18\x02 \x01(\x0b\x32\x12.holdoff.v1.Holder\x12.\n\nqueue_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x06waited\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\theard_age\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07offered\x18\x06 \x01(\x08\"\xe3\x01\n\x0bTokenStatus\x12\r\n\x05token\x18\x01 \x01(\t\x12+\n\x0bwait_reason\x18\x02 \x01(\x0e\x32\x16.holdoff.v1.WaitReason\x12 \n\x05lease\x18\x03 \x01(\x0b\x32\x11.holdoff.v1.Lease\x12+\n\x08\x63ooldown\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x0fnot_before_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0cqueue_length\x18\x06 \x01(\r\"]\n\x08Snapshot\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\'\n\x06tokens\x18\x02 \x03(\x0b\x32\x17.holdoff.v1.TokenStatus\x12\r\n\x05\x66irst\x18\x03 \x01(\x08\x12\x0c\n\x04last\x18\x04 \x01(\x08\"\x81\x01\n\x06\x43hange\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.holdoff.v1.ChangeKind\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x06status\x18\x03 \x01(\x0b\x32\x17.holdoff.v1.TokenStatus\"\x9f\x02\n\nWaitStatus\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.holdoff.v1.WaitReason\x12\r\n\x05place\x18\x02 \x01(\r\x12\x14\n\x0cqueue_length\x18\x03 \x01(\r\x12\x34\n\x11\x65\x61rliest_start_in\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x13\x65\x61rliest_start_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x0e\x62locking_lease\x18\x06 \x01(\x0b\x32\x11.holdoff.v1.Lease\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x19\n\x11\x62locking_back_off\x18\x08 \x01(\t*\xad\x01\n\x0eHolderActivity\x12\x1f\n\x1bHOLDER_ACTIVITY_UNSPECIFIED\x10\x00\x12\x1b\n\x17HOLDER_ACTIVITY_RUNNING\x10\x01\x12\x1f\n\x1bHOLDER_ACTIVITY_BACKING_OFF\x10\x02\x12\x1a\n\x16HOLDER_ACTIVITY_PAUSED\x10\x03\x12 \n\x1cHOLDER_ACTIVITY_RENEWAL_LATE\x10\x04*\xb2\x03\n\nChangeKind\x12\x1b\n\x17\x43HANGE_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13\x43HANGE_KIND_GRANTED\x10\x01\x12\x1c\n\x18\x43HANGE_KIND_RENEWED_LATE\x10\x02\x12\x18\n\x14\x43HANGE_KIND_BREAKING\x10\x03\x12\x18\n\x14\x43HANGE_KIND_RELEASED\x10\x04\x12\x17\n\x13\x43HANGE_KIND_EXPIRED\x10\x05\x12\x16\n\x12\x43HANGE_KIND_BROKEN\x10\x06\x12\x1b\n\x17\x43HANGE_KIND_QUEUE_MOVED\x10\x07\x12\x1d\n\x19\x43HANGE_KIND_COOLING_ENDED\x10\x08\x12\x1a\n\x16\x43HANGE_KIND_LOCK_TAKEN\x10\t\x12\x1a\n\x16\x43HANGE_KIND_LOCK_FREED\x10\n\x12\x1d\n\x19\x43HANGE_KIND_TOKEN_CREATED\x10\x0b\x12\x1d\n\x19\x43HANGE_KIND_TOKEN_UPDATED\x10\x0c\x12\x19\n\x15\x43HANGE_KIND_WITHDRAWN\x10\r\x12\x1e\n\x1a\x43HANGE_KIND_HOLDER_CHANGED\x10\x0e*\xda\x01\n\nLeaseState\x12\x1b\n\x17LEASE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13LEASE_STATE_OFFERED\x10\x01\x12\x16\n\x12LEASE_STATE_ACTIVE\x10\x02\x12\x18\n\x14LEASE_STATE_BREAKING\x10\x03\x12\x18\n\x14LEASE_STATE_RELEASED\x10\x04\x12\x17\n\x13LEASE_STATE_EXPIRED\x10\x05\x12\x16\n\x12LEASE_STATE_BROKEN\x10\x06\x12\x19\n\x15LEASE_STATE_WITHDRAWN\x10\x07*A\n\tLeaseMode\x12\x1a\n\x16LEASE_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14LEASE_MODE_EXCLUSIVE\x10\x01*\xaa\x01\n\nWaitReason\x12\x1b\n\x17WAIT_REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10WAIT_REASON_HELD\x10\x01\x12\x17\n\x13WAIT_REASON_COOLING\x10\x02\x12\x1b\n\x17WAIT_REASON_QUARANTINED\x10\x03\x12\x1b\n\x17WAIT_REASON_BACKING_OFF\x10\x04\x12\x16\n\x12WAIT_REASON_QUEUED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,28 +35,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HOLDER_LABELSENTRY']._loaded_options = None
   _globals['_HOLDER_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_CHANGEKIND']._serialized_start=1767
-  _globals['_CHANGEKIND']._serialized_end=2169
-  _globals['_LEASESTATE']._serialized_start=2172
-  _globals['_LEASESTATE']._serialized_end=2390
-  _globals['_LEASEMODE']._serialized_start=2392
-  _globals['_LEASEMODE']._serialized_end=2457
-  _globals['_WAITREASON']._serialized_start=2460
-  _globals['_WAITREASON']._serialized_end=2630
+  _globals['_HOLDERACTIVITY']._serialized_start=1887
+  _globals['_HOLDERACTIVITY']._serialized_end=2060
+  _globals['_CHANGEKIND']._serialized_start=2063
+  _globals['_CHANGEKIND']._serialized_end=2497
+  _globals['_LEASESTATE']._serialized_start=2500
+  _globals['_LEASESTATE']._serialized_end=2718
+  _globals['_LEASEMODE']._serialized_start=2720
+  _globals['_LEASEMODE']._serialized_end=2785
+  _globals['_WAITREASON']._serialized_start=2788
+  _globals['_WAITREASON']._serialized_end=2958
   _globals['_LEASE']._serialized_start=104
-  _globals['_LEASE']._serialized_end=617
-  _globals['_HOLDER']._serialized_start=620
-  _globals['_HOLDER']._serialized_end=801
-  _globals['_HOLDER_LABELSENTRY']._serialized_start=756
-  _globals['_HOLDER_LABELSENTRY']._serialized_end=801
-  _globals['_WAITER']._serialized_start=804
-  _globals['_WAITER']._serialized_end=1017
-  _globals['_TOKENSTATUS']._serialized_start=1020
-  _globals['_TOKENSTATUS']._serialized_end=1247
-  _globals['_SNAPSHOT']._serialized_start=1249
-  _globals['_SNAPSHOT']._serialized_end=1342
-  _globals['_CHANGE']._serialized_start=1345
-  _globals['_CHANGE']._serialized_end=1474
-  _globals['_WAITSTATUS']._serialized_start=1477
-  _globals['_WAITSTATUS']._serialized_end=1764
+  _globals['_LEASE']._serialized_end=737
+  _globals['_HOLDER']._serialized_start=740
+  _globals['_HOLDER']._serialized_end=921
+  _globals['_HOLDER_LABELSENTRY']._serialized_start=876
+  _globals['_HOLDER_LABELSENTRY']._serialized_end=921
+  _globals['_WAITER']._serialized_start=924
+  _globals['_WAITER']._serialized_end=1137
+  _globals['_TOKENSTATUS']._serialized_start=1140
+  _globals['_TOKENSTATUS']._serialized_end=1367
+  _globals['_SNAPSHOT']._serialized_start=1369
+  _globals['_SNAPSHOT']._serialized_end=1462
+  _globals['_CHANGE']._serialized_start=1465
+  _globals['_CHANGE']._serialized_end=1594
+  _globals['_WAITSTATUS']._serialized_start=1597
+  _globals['_WAITSTATUS']._serialized_end=1884
 # @@protoc_insertion_point(module_scope)

@@ -21,6 +21,40 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _HolderActivity:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HolderActivityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HolderActivity.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HOLDER_ACTIVITY_UNSPECIFIED: _HolderActivity.ValueType  # 0
+    """Not known."""
+    HOLDER_ACTIVITY_RUNNING: _HolderActivity.ValueType  # 1
+    """It renews in time, and may make calls."""
+    HOLDER_ACTIVITY_BACKING_OFF: _HolderActivity.ValueType  # 2
+    """A scope of its calls is backing off: it must make none."""
+    HOLDER_ACTIVITY_PAUSED: _HolderActivity.ValueType  # 3
+    """Its command is paused, as it said with its latest renewal."""
+    HOLDER_ACTIVITY_RENEWAL_LATE: _HolderActivity.ValueType  # 4
+    """Less than half of the TTL is left: at least one renewal was missed."""
+
+class HolderActivity(_HolderActivity, metaclass=_HolderActivityEnumTypeWrapper):
+    """What the holder of an active lease does. The first of these that is true,
+    from the last one up.
+    """
+
+HOLDER_ACTIVITY_UNSPECIFIED: HolderActivity.ValueType  # 0
+"""Not known."""
+HOLDER_ACTIVITY_RUNNING: HolderActivity.ValueType  # 1
+"""It renews in time, and may make calls."""
+HOLDER_ACTIVITY_BACKING_OFF: HolderActivity.ValueType  # 2
+"""A scope of its calls is backing off: it must make none."""
+HOLDER_ACTIVITY_PAUSED: HolderActivity.ValueType  # 3
+"""Its command is paused, as it said with its latest renewal."""
+HOLDER_ACTIVITY_RENEWAL_LATE: HolderActivity.ValueType  # 4
+"""Less than half of the TTL is left: at least one renewal was missed."""
+Global___HolderActivity: _TypeAlias = HolderActivity  # noqa: Y015
+
 class _ChangeKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -59,6 +93,8 @@ class _ChangeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeKind
     """The token's rules were changed."""
     CHANGE_KIND_WITHDRAWN: _ChangeKind.ValueType  # 13
     """An offer was taken back: nobody accepted it in time, or its waiter left."""
+    CHANGE_KIND_HOLDER_CHANGED: _ChangeKind.ValueType  # 14
+    """The holder paused its command or let it go on, or a renewal is late."""
 
 class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
     """What happened to a token."""
@@ -95,6 +131,8 @@ CHANGE_KIND_TOKEN_UPDATED: ChangeKind.ValueType  # 12
 """The token's rules were changed."""
 CHANGE_KIND_WITHDRAWN: ChangeKind.ValueType  # 13
 """An offer was taken back: nobody accepted it in time, or its waiter left."""
+CHANGE_KIND_HOLDER_CHANGED: ChangeKind.ValueType  # 14
+"""The holder paused its command or let it go on, or a renewal is late."""
 Global___ChangeKind: _TypeAlias = ChangeKind  # noqa: Y015
 
 class _LeaseState:
@@ -222,6 +260,9 @@ class Lease(_message.Message):
     REMAINING_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     BREAK_REASON_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
+    ACTIVITY_MESSAGE_FIELD_NUMBER: _builtins.int
+    GO_ON_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name: `apps/{app}/tokens/{token}/leases/{lease}`."""
     state: Global___LeaseState.ValueType
@@ -235,6 +276,14 @@ class Lease(_message.Message):
     break_reason: _builtins.str
     """Why the lease may not be renewed any more: the words given to BreakLease,
     or what the coordinator saw. Empty while it may.
+    """
+    activity: Global___HolderActivity.ValueType
+    """What the holder does, as far as the coordinator knows. Unspecified unless
+    the lease is ACTIVE.
+    """
+    activity_message: _builtins.str
+    """One sentence for people: why the holder backs off or is paused. Empty where
+    nothing is known.
     """
     @_builtins.property
     def holder(self) -> Global___Holder:
@@ -272,6 +321,10 @@ class Lease(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """When the lease ended; absent while it lives."""
 
+    @_builtins.property
+    def go_on_time(self) -> _timestamp_pb2.Timestamp:
+        """The earliest time at which the holder may go on, while it has to back off."""
+
     def __init__(
         self,
         *,
@@ -288,10 +341,13 @@ class Lease(_message.Message):
         remaining: _duration_pb2.Duration | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         break_reason: _builtins.str = ...,
+        activity: Global___HolderActivity.ValueType = ...,
+        activity_message: _builtins.str = ...,
+        go_on_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "command_start_time", b"command_start_time", "create_time", b"create_time", "end_time", b"end_time", "expire_time", b"expire_time", "holder", b"holder", "remaining", b"remaining", "ttl", b"ttl"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "command_start_time", b"command_start_time", "create_time", b"create_time", "end_time", b"end_time", "expire_time", b"expire_time", "go_on_time", b"go_on_time", "holder", b"holder", "remaining", b"remaining", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "break_reason", b"break_reason", "command_start_time", b"command_start_time", "create_time", b"create_time", "end_time", b"end_time", "expire_time", b"expire_time", "fencing_token", b"fencing_token", "holder", b"holder", "mode", b"mode", "name", b"name", "remaining", b"remaining", "state", b"state", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_time", b"accept_time", "activity", b"activity", "activity_message", b"activity_message", "break_reason", b"break_reason", "command_start_time", b"command_start_time", "create_time", b"create_time", "end_time", b"end_time", "expire_time", b"expire_time", "fencing_token", b"fencing_token", "go_on_time", b"go_on_time", "holder", b"holder", "mode", b"mode", "name", b"name", "remaining", b"remaining", "state", b"state", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

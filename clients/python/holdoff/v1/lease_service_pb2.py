@@ -30,15 +30,15 @@ from holdoff.v1 import lease_pb2 as holdoff_dot_v1_dot_lease__pb2
 from holdoff.v1 import policy_pb2 as holdoff_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eholdoff/v1/lease_service.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x17holdoff/v1/budget.proto\x1a\x16holdoff/v1/lease.proto\x1a\x17holdoff/v1/policy.proto\"\xfa\x01\n\x13\x41\x63quireLeaseRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12,\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x06holder\x18\x05 \x01(\x0b\x32\x12.holdoff.v1.Holder\x12\x1a\n\x12last_fencing_token\x18\x06 \x01(\x04\x12!\n\x06scopes\x18\x07 \x03(\x0b\x32\x11.holdoff.v1.ScopeB\x07\n\x05_wait\"\x98\x01\n\x14\x41\x63quireLeaseResponse\x12)\n\x07waiting\x18\x01 \x01(\x0b\x32\x16.holdoff.v1.WaitStatusH\x00\x12\'\n\x05offer\x18\x02 \x01(\x0b\x32\x16.holdoff.v1.LeaseOfferH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x07\n\x05\x65vent\"\xba\x01\n\nLeaseOffer\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x30\n\raccept_within\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x06policy\x18\x04 \x01(\x0b\x32\x12.holdoff.v1.Policy\x12$\n\x05rooms\x18\x05 \x03(\x0b\x32\x15.holdoff.v1.ScopeRoom\";\n\tScopeRoom\x12 \n\x05scope\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12\x0c\n\x04room\x18\x02 \x01(\x04\"\xb2\x01\n\x19StreamAcquireLeaseRequest\x12\x32\n\x07\x61\x63quire\x18\x01 \x01(\x0b\x32\x1f.holdoff.v1.AcquireLeaseRequestH\x00\x12*\n\theartbeat\x18\x02 \x01(\x0b\x32\x15.holdoff.v1.HeartbeatH\x00\x12*\n\x08withdraw\x18\x03 \x01(\x0b\x32\x16.holdoff.v1.WithdrawalH\x00\x42\t\n\x07message\"\x0b\n\tHeartbeat\"\x0c\n\nWithdrawal\"M\n\x1aStreamAcquireLeaseResponse\x12/\n\x05\x65vent\x18\x01 \x01(\x0b\x32 .holdoff.v1.AcquireLeaseResponse\"_\n\rRefreshReport\x12\x33\n\x10last_refresh_age\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11saw_every_refresh\x18\x02 \x01(\x08\"v\n\x11RenewLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x17\n\x0f\x63ommand_started\x18\x03 \x01(\x08\x12*\n\x07refresh\x18\x04 \x01(\x0b\x32\x19.holdoff.v1.RefreshReport\"6\n\x12RenewLeaseResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease\"2\n\x12\x46ollowLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\t\"\xc1\x01\n\x13\x46ollowLeaseResponse\x12\x32\n\x0binstruction\x18\x01 \x01(\x0e\x32\x1d.holdoff.v1.HolderInstruction\x12&\n\tback_offs\x18\x02 \x03(\x0b\x32\x13.holdoff.v1.BackOff\x12(\n\x05go_in\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x05rooms\x18\x04 \x03(\x0b\x32\x15.holdoff.v1.ScopeRoom\"_\n\x13ReleaseLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12*\n\x07refresh\x18\x03 \x01(\x0b\x32\x19.holdoff.v1.RefreshReport\"m\n\x14ReleaseLeaseResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease\x12\x33\n\x0fnot_before_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x1f\n\x0fGetLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetLeaseResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease\"J\n\x11ListLeasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"P\n\x12ListLeasesResponse\x12!\n\x06leases\x18\x01 \x03(\x0b\x32\x11.holdoff.v1.Lease\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"V\n\x17ListLeaseHistoryRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12+\n\x07\x61t_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"=\n\x18ListLeaseHistoryResponse\x12!\n\x06leases\x18\x01 \x03(\x0b\x32\x11.holdoff.v1.Lease\"$\n\x12ListWaitersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\":\n\x13ListWaitersResponse\x12#\n\x07waiters\x18\x01 \x03(\x0b\x32\x12.holdoff.v1.Waiter\":\n\x12WatchLeasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"\x84\x01\n\x13WatchLeasesResponse\x12(\n\x08snapshot\x18\x01 \x01(\x0b\x32\x14.holdoff.v1.SnapshotH\x00\x12$\n\x06\x63hange\x18\x02 \x01(\x0b\x32\x12.holdoff.v1.ChangeH\x00\x12\x14\n\x0cresume_token\x18\x03 \x01(\tB\x07\n\x05\x65vent*t\n\x11HolderInstruction\x12\"\n\x1eHOLDER_INSTRUCTION_UNSPECIFIED\x10\x00\x12\x1a\n\x16HOLDER_INSTRUCTION_RUN\x10\x01\x12\x1f\n\x1bHOLDER_INSTRUCTION_BE_QUIET\x10\x02\x32\xd1\x06\n\x0cLeaseService\x12Q\n\x0c\x41\x63quireLease\x12\x1f.holdoff.v1.AcquireLeaseRequest\x1a .holdoff.v1.AcquireLeaseResponse\x12g\n\x12StreamAcquireLease\x12%.holdoff.v1.StreamAcquireLeaseRequest\x1a&.holdoff.v1.StreamAcquireLeaseResponse(\x01\x30\x01\x12K\n\nRenewLease\x12\x1d.holdoff.v1.RenewLeaseRequest\x1a\x1e.holdoff.v1.RenewLeaseResponse\x12P\n\x0b\x46ollowLease\x12\x1e.holdoff.v1.FollowLeaseRequest\x1a\x1f.holdoff.v1.FollowLeaseResponse0\x01\x12Q\n\x0cReleaseLease\x12\x1f.holdoff.v1.ReleaseLeaseRequest\x1a .holdoff.v1.ReleaseLeaseResponse\x12\x45\n\x08GetLease\x12\x1b.holdoff.v1.GetLeaseRequest\x1a\x1c.holdoff.v1.GetLeaseResponse\x12K\n\nListLeases\x12\x1d.holdoff.v1.ListLeasesRequest\x1a\x1e.holdoff.v1.ListLeasesResponse\x12]\n\x10ListLeaseHistory\x12#.holdoff.v1.ListLeaseHistoryRequest\x1a$.holdoff.v1.ListLeaseHistoryResponse\x12N\n\x0bListWaiters\x12\x1e.holdoff.v1.ListWaitersRequest\x1a\x1f.holdoff.v1.ListWaitersResponse\x12P\n\x0bWatchLeases\x12\x1e.holdoff.v1.WatchLeasesRequest\x1a\x1f.holdoff.v1.WatchLeasesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eholdoff/v1/lease_service.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x17holdoff/v1/budget.proto\x1a\x16holdoff/v1/lease.proto\x1a\x17holdoff/v1/policy.proto\"\xfa\x01\n\x13\x41\x63quireLeaseRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12,\n\x04wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x88\x01\x01\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x06holder\x18\x05 \x01(\x0b\x32\x12.holdoff.v1.Holder\x12\x1a\n\x12last_fencing_token\x18\x06 \x01(\x04\x12!\n\x06scopes\x18\x07 \x03(\x0b\x32\x11.holdoff.v1.ScopeB\x07\n\x05_wait\"\x98\x01\n\x14\x41\x63quireLeaseResponse\x12)\n\x07waiting\x18\x01 \x01(\x0b\x32\x16.holdoff.v1.WaitStatusH\x00\x12\'\n\x05offer\x18\x02 \x01(\x0b\x32\x16.holdoff.v1.LeaseOfferH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\x07\n\x05\x65vent\"\xba\x01\n\nLeaseOffer\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x30\n\raccept_within\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\"\n\x06policy\x18\x04 \x01(\x0b\x32\x12.holdoff.v1.Policy\x12$\n\x05rooms\x18\x05 \x03(\x0b\x32\x15.holdoff.v1.ScopeRoom\";\n\tScopeRoom\x12 \n\x05scope\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12\x0c\n\x04room\x18\x02 \x01(\x04\"\xb2\x01\n\x19StreamAcquireLeaseRequest\x12\x32\n\x07\x61\x63quire\x18\x01 \x01(\x0b\x32\x1f.holdoff.v1.AcquireLeaseRequestH\x00\x12*\n\theartbeat\x18\x02 \x01(\x0b\x32\x15.holdoff.v1.HeartbeatH\x00\x12*\n\x08withdraw\x18\x03 \x01(\x0b\x32\x16.holdoff.v1.WithdrawalH\x00\x42\t\n\x07message\"\x0b\n\tHeartbeat\"\x0c\n\nWithdrawal\"M\n\x1aStreamAcquireLeaseResponse\x12/\n\x05\x65vent\x18\x01 \x01(\x0b\x32 .holdoff.v1.AcquireLeaseResponse\"_\n\rRefreshReport\x12\x33\n\x10last_refresh_age\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x19\n\x11saw_every_refresh\x18\x02 \x01(\x08\"\x8e\x01\n\x11RenewLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x17\n\x0f\x63ommand_started\x18\x03 \x01(\x08\x12*\n\x07refresh\x18\x04 \x01(\x0b\x32\x19.holdoff.v1.RefreshReport\x12\x16\n\x0e\x63ommand_paused\x18\x05 \x01(\x08\"6\n\x12RenewLeaseResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease\"2\n\x12\x46ollowLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\t\"\xc1\x01\n\x13\x46ollowLeaseResponse\x12\x32\n\x0binstruction\x18\x01 \x01(\x0e\x32\x1d.holdoff.v1.HolderInstruction\x12&\n\tback_offs\x18\x02 \x03(\x0b\x32\x13.holdoff.v1.BackOff\x12(\n\x05go_in\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x05rooms\x18\x04 \x03(\x0b\x32\x15.holdoff.v1.ScopeRoom\"_\n\x13ReleaseLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12*\n\x07refresh\x18\x03 \x01(\x0b\x32\x19.holdoff.v1.RefreshReport\"m\n\x14ReleaseLeaseResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease\x12\x33\n\x0fnot_before_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x1f\n\x0fGetLeaseRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetLeaseResponse\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Lease\"J\n\x11ListLeasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"P\n\x12ListLeasesResponse\x12!\n\x06leases\x18\x01 \x03(\x0b\x32\x11.holdoff.v1.Lease\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"V\n\x17ListLeaseHistoryRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12+\n\x07\x61t_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"=\n\x18ListLeaseHistoryResponse\x12!\n\x06leases\x18\x01 \x03(\x0b\x32\x11.holdoff.v1.Lease\"$\n\x12ListWaitersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\":\n\x13ListWaitersResponse\x12#\n\x07waiters\x18\x01 \x03(\x0b\x32\x12.holdoff.v1.Waiter\":\n\x12WatchLeasesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"\x84\x01\n\x13WatchLeasesResponse\x12(\n\x08snapshot\x18\x01 \x01(\x0b\x32\x14.holdoff.v1.SnapshotH\x00\x12$\n\x06\x63hange\x18\x02 \x01(\x0b\x32\x12.holdoff.v1.ChangeH\x00\x12\x14\n\x0cresume_token\x18\x03 \x01(\tB\x07\n\x05\x65vent*t\n\x11HolderInstruction\x12\"\n\x1eHOLDER_INSTRUCTION_UNSPECIFIED\x10\x00\x12\x1a\n\x16HOLDER_INSTRUCTION_RUN\x10\x01\x12\x1f\n\x1bHOLDER_INSTRUCTION_BE_QUIET\x10\x02\x32\xd1\x06\n\x0cLeaseService\x12Q\n\x0c\x41\x63quireLease\x12\x1f.holdoff.v1.AcquireLeaseRequest\x1a .holdoff.v1.AcquireLeaseResponse\x12g\n\x12StreamAcquireLease\x12%.holdoff.v1.StreamAcquireLeaseRequest\x1a&.holdoff.v1.StreamAcquireLeaseResponse(\x01\x30\x01\x12K\n\nRenewLease\x12\x1d.holdoff.v1.RenewLeaseRequest\x1a\x1e.holdoff.v1.RenewLeaseResponse\x12P\n\x0b\x46ollowLease\x12\x1e.holdoff.v1.FollowLeaseRequest\x1a\x1f.holdoff.v1.FollowLeaseResponse0\x01\x12Q\n\x0cReleaseLease\x12\x1f.holdoff.v1.ReleaseLeaseRequest\x1a .holdoff.v1.ReleaseLeaseResponse\x12\x45\n\x08GetLease\x12\x1b.holdoff.v1.GetLeaseRequest\x1a\x1c.holdoff.v1.GetLeaseResponse\x12K\n\nListLeases\x12\x1d.holdoff.v1.ListLeasesRequest\x1a\x1e.holdoff.v1.ListLeasesResponse\x12]\n\x10ListLeaseHistory\x12#.holdoff.v1.ListLeaseHistoryRequest\x1a$.holdoff.v1.ListLeaseHistoryResponse\x12N\n\x0bListWaiters\x12\x1e.holdoff.v1.ListWaitersRequest\x1a\x1f.holdoff.v1.ListWaitersResponse\x12P\n\x0bWatchLeases\x12\x1e.holdoff.v1.WatchLeasesRequest\x1a\x1f.holdoff.v1.WatchLeasesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdoff.v1.lease_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_HOLDERINSTRUCTION']._serialized_start=2573
-  _globals['_HOLDERINSTRUCTION']._serialized_end=2689
+  _globals['_HOLDERINSTRUCTION']._serialized_start=2598
+  _globals['_HOLDERINSTRUCTION']._serialized_end=2714
   _globals['_ACQUIRELEASEREQUEST']._serialized_start=211
   _globals['_ACQUIRELEASEREQUEST']._serialized_end=461
   _globals['_ACQUIRELEASERESPONSE']._serialized_start=464
@@ -57,38 +57,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMACQUIRELEASERESPONSE']._serialized_end=1153
   _globals['_REFRESHREPORT']._serialized_start=1155
   _globals['_REFRESHREPORT']._serialized_end=1250
-  _globals['_RENEWLEASEREQUEST']._serialized_start=1252
-  _globals['_RENEWLEASEREQUEST']._serialized_end=1370
-  _globals['_RENEWLEASERESPONSE']._serialized_start=1372
-  _globals['_RENEWLEASERESPONSE']._serialized_end=1426
-  _globals['_FOLLOWLEASEREQUEST']._serialized_start=1428
-  _globals['_FOLLOWLEASEREQUEST']._serialized_end=1478
-  _globals['_FOLLOWLEASERESPONSE']._serialized_start=1481
-  _globals['_FOLLOWLEASERESPONSE']._serialized_end=1674
-  _globals['_RELEASELEASEREQUEST']._serialized_start=1676
-  _globals['_RELEASELEASEREQUEST']._serialized_end=1771
-  _globals['_RELEASELEASERESPONSE']._serialized_start=1773
-  _globals['_RELEASELEASERESPONSE']._serialized_end=1882
-  _globals['_GETLEASEREQUEST']._serialized_start=1884
-  _globals['_GETLEASEREQUEST']._serialized_end=1915
-  _globals['_GETLEASERESPONSE']._serialized_start=1917
-  _globals['_GETLEASERESPONSE']._serialized_end=1969
-  _globals['_LISTLEASESREQUEST']._serialized_start=1971
-  _globals['_LISTLEASESREQUEST']._serialized_end=2045
-  _globals['_LISTLEASESRESPONSE']._serialized_start=2047
-  _globals['_LISTLEASESRESPONSE']._serialized_end=2127
-  _globals['_LISTLEASEHISTORYREQUEST']._serialized_start=2129
-  _globals['_LISTLEASEHISTORYREQUEST']._serialized_end=2215
-  _globals['_LISTLEASEHISTORYRESPONSE']._serialized_start=2217
-  _globals['_LISTLEASEHISTORYRESPONSE']._serialized_end=2278
-  _globals['_LISTWAITERSREQUEST']._serialized_start=2280
-  _globals['_LISTWAITERSREQUEST']._serialized_end=2316
-  _globals['_LISTWAITERSRESPONSE']._serialized_start=2318
-  _globals['_LISTWAITERSRESPONSE']._serialized_end=2376
-  _globals['_WATCHLEASESREQUEST']._serialized_start=2378
-  _globals['_WATCHLEASESREQUEST']._serialized_end=2436
-  _globals['_WATCHLEASESRESPONSE']._serialized_start=2439
-  _globals['_WATCHLEASESRESPONSE']._serialized_end=2571
-  _globals['_LEASESERVICE']._serialized_start=2692
-  _globals['_LEASESERVICE']._serialized_end=3541
+  _globals['_RENEWLEASEREQUEST']._serialized_start=1253
+  _globals['_RENEWLEASEREQUEST']._serialized_end=1395
+  _globals['_RENEWLEASERESPONSE']._serialized_start=1397
+  _globals['_RENEWLEASERESPONSE']._serialized_end=1451
+  _globals['_FOLLOWLEASEREQUEST']._serialized_start=1453
+  _globals['_FOLLOWLEASEREQUEST']._serialized_end=1503
+  _globals['_FOLLOWLEASERESPONSE']._serialized_start=1506
+  _globals['_FOLLOWLEASERESPONSE']._serialized_end=1699
+  _globals['_RELEASELEASEREQUEST']._serialized_start=1701
+  _globals['_RELEASELEASEREQUEST']._serialized_end=1796
+  _globals['_RELEASELEASERESPONSE']._serialized_start=1798
+  _globals['_RELEASELEASERESPONSE']._serialized_end=1907
+  _globals['_GETLEASEREQUEST']._serialized_start=1909
+  _globals['_GETLEASEREQUEST']._serialized_end=1940
+  _globals['_GETLEASERESPONSE']._serialized_start=1942
+  _globals['_GETLEASERESPONSE']._serialized_end=1994
+  _globals['_LISTLEASESREQUEST']._serialized_start=1996
+  _globals['_LISTLEASESREQUEST']._serialized_end=2070
+  _globals['_LISTLEASESRESPONSE']._serialized_start=2072
+  _globals['_LISTLEASESRESPONSE']._serialized_end=2152
+  _globals['_LISTLEASEHISTORYREQUEST']._serialized_start=2154
+  _globals['_LISTLEASEHISTORYREQUEST']._serialized_end=2240
+  _globals['_LISTLEASEHISTORYRESPONSE']._serialized_start=2242
+  _globals['_LISTLEASEHISTORYRESPONSE']._serialized_end=2303
+  _globals['_LISTWAITERSREQUEST']._serialized_start=2305
+  _globals['_LISTWAITERSREQUEST']._serialized_end=2341
+  _globals['_LISTWAITERSRESPONSE']._serialized_start=2343
+  _globals['_LISTWAITERSRESPONSE']._serialized_end=2401
+  _globals['_WATCHLEASESREQUEST']._serialized_start=2403
+  _globals['_WATCHLEASESREQUEST']._serialized_end=2461
+  _globals['_WATCHLEASESRESPONSE']._serialized_start=2464
+  _globals['_WATCHLEASESRESPONSE']._serialized_end=2596
+  _globals['_LEASESERVICE']._serialized_start=2717
+  _globals['_LEASESERVICE']._serialized_end=3566
 # @@protoc_insertion_point(module_scope)

@@ -368,6 +368,7 @@ class RenewLeaseRequest(_message.Message):
     SECRET_FIELD_NUMBER: _builtins.int
     COMMAND_STARTED_FIELD_NUMBER: _builtins.int
     REFRESH_FIELD_NUMBER: _builtins.int
+    COMMAND_PAUSED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The lease: `apps/{app}/tokens/{token}/leases/{lease}`."""
     secret: _builtins.str
@@ -376,6 +377,8 @@ class RenewLeaseRequest(_message.Message):
     """The command that runs under the lease has started. Where the policy's
     `refresh_at` is START, this instant counts as the refresh.
     """
+    command_paused: _builtins.bool
+    """The command that runs under the lease is paused; recorded for listings."""
     @_builtins.property
     def refresh(self) -> Global___RefreshReport:
         """What the holder knows about refreshes so far; recorded for listings."""
@@ -387,10 +390,11 @@ class RenewLeaseRequest(_message.Message):
         secret: _builtins.str = ...,
         command_started: _builtins.bool = ...,
         refresh: Global___RefreshReport | None = ...,
+        command_paused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["refresh", b"refresh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_started", b"command_started", "name", b"name", "refresh", b"refresh", "secret", b"secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_paused", b"command_paused", "command_started", b"command_started", "name", b"name", "refresh", b"refresh", "secret", b"secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
