@@ -205,7 +205,7 @@ def watched(*options: str, replicas: int = 2, silence_ms: int = SILENCE_MS) -> I
         sentinels = [stack.enter_context(node(config=config)) for _ in range(3)]
         for one in sentinels:
             # They find each other soon, and mistrust no clock because the machine is busy.
-            one.run("SENTINEL", "DEBUG", "PUBLISH-PERIOD", 100, "INFO-PERIOD", 200)
+            one.run("SENTINEL", "DEBUG", "PUBLISH-PERIOD", 300, "INFO-PERIOD", 1000)
             one.run("SENTINEL", "DEBUG", "TILT-TRIGGER", 20_000)
         for one in sentinels:
             wait_until(functools.partial(_knows, one, replicas), START_SECONDS)
