@@ -43,6 +43,7 @@ _OPTIONS = (
     # Find out about dead connections. gRPC takes the time limit of a ping for that of a keepalive.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),  # without a limit: a holder sends little
 )
 _SHUFFLED = '{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}'
 
