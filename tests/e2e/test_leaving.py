@@ -325,7 +325,7 @@ async def test_a_lease_that_was_lost_before_it_was_heard_of_is_asked_for_anew(
 
     Fails when the LeaseLost that the repeated acceptance gets ends the wait.
     """
-    token = healthy.create_token(0.1)
+    token, lost = healthy.create_token(0.1), [lease_pb2.LEASE_STATE_EXPIRED]
     with Cable(healthy.address) as cable:
 
         def hold_answers(data: bytes) -> None:
@@ -338,7 +338,9 @@ async def test_a_lease_that_was_lost_before_it_was_heard_of_is_asked_for_anew(
             wait_until(lambda: not cable.flows.is_set())
             cable.on_request = lambda _: None
             with holdoff.Client(healthy.address) as operator:
-                wait_until(lambda: operator.list_lease_history(token))
+                wait_until(
+                    lambda: [one.state for one in operator.list_lease_history(token)] == lost
+                )
             cable.flows.set()
 
         held = threading.Thread(target=let_go)
