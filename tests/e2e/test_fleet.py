@@ -15,7 +15,7 @@ import pytest
 import holdoff
 from holdoff.v1 import lease_pb2, lease_service_pb2, lease_service_pb2_grpc
 from tests.e2e.service import host_named
-from tests.harness import wait_until
+from tests.harness import NO_PROXY, wait_until
 
 if TYPE_CHECKING:
     import subprocess
@@ -159,7 +159,7 @@ def test_ten_wrappers_on_two_hosts_under_fire(
 
         said = {run: wrapper.communicate(timeout=30) for run, wrapper in fleet.wrappers.items()}
         starts, ends = fleet.notes("start"), fleet.notes("end")
-    with grpc.insecure_channel(first.address) as channel:
+    with grpc.insecure_channel(first.address, NO_PROXY) as channel:
         store = lease_service_pb2_grpc.LeaseServiceStub(channel)
         history = lease_service_pb2.ListLeaseHistoryRequest(parent=fleet.token)
         leases = list(reversed(store.ListLeaseHistory(history).leases))

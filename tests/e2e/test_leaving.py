@@ -24,7 +24,7 @@ from holdoff.v1 import lease_pb2
 from holdoff_coordinator import scripts
 from tests.cable import Cable
 from tests.e2e.service import Service
-from tests.harness import Replica, wait_until
+from tests.harness import NO_PROXY, Replica, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -55,7 +55,7 @@ async def aio_at(first: str, *others: str) -> holdoff.aio.Client:
 
 def health(address: str, service: str = "") -> int:
     """Ask a coordinator how it is."""
-    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+    with grpc.insecure_channel(address, NO_PROXY) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=5).status)
 

@@ -17,7 +17,7 @@ import pytest
 
 import holdoff
 from tests.e2e.service import BIN, Service
-from tests.harness import wait_until
+from tests.harness import NO_PROXY, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,7 +146,7 @@ def test_the_port_opens_only_when_the_store_is_ready(own_service: Service) -> No
     service.end(signal.SIGTERM)
     thread = threading.Thread(target=service.start)
     thread.start()
-    channel = grpc.insecure_channel(service.address)
+    channel = grpc.insecure_channel(service.address, NO_PROXY)
     grpc.channel_ready_future(channel).result(timeout=20)
     with holdoff.Client(service.address) as client:
         assert list(client.list_tokens()) == []

@@ -21,7 +21,7 @@ import holdoff.aio
 from holdoff.v1 import lease_service_pb2, lease_service_pb2_grpc
 from tests.e2e.service import BIN, Service
 from tests.e2e.tls import Files, TlsService, with_certificate
-from tests.harness import wait_until
+from tests.harness import NO_PROXY, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,7 +120,7 @@ def test_what_one_began_another_cannot_take_over(service: TlsService, tmp_path: 
             holdoff.Client(
                 service.address, ca_file=files.ca, cert_file=files.cert, key_file=files.key
             ) as client,
-            grpc.secure_channel(service.address, credentials) as channel,
+            grpc.secure_channel(service.address, credentials, NO_PROXY) as channel,
         ):
             if not answers:
                 client.create_token(TOKEN)
@@ -196,7 +196,7 @@ def test_health_is_asked_in_the_clear(tmp_path: Path) -> None:
         line = wait_until(lambda: next((one for one in service.log if "health" in one), ""))
         address = re.search(r'"health": "([^"]+)"', line)
         assert address
-        with grpc.insecure_channel(address[1]) as channel:
+        with grpc.insecure_channel(address[1], NO_PROXY) as channel:
             answer = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=5
             )
