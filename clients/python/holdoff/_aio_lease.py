@@ -110,7 +110,10 @@ class Conversation:
             self._reading = asyncio.create_task(self._read())
         await asyncio.wait([self._reading])
         reading, self._reading = self._reading, None
-        return reading.result()
+        try:
+            return reading.result()
+        finally:
+            del reading  # or its error holds it, by this frame, and with it the connection
 
     async def _read(self) -> _Event:
         with self._route.watched(self._line.number):
@@ -261,7 +264,8 @@ class HeldLease(Held):
         self._wake()
         for task in (self._task, self._following):
             task.cancel()
-        await asyncio.wait([self._task, self._following])
+        # Which takes their CancelledErrors, that would hold their frames and connections.
+        await asyncio.gather(self._task, self._following, return_exceptions=True)
 
     def _wake(self) -> None:
         """Wake all who wait for news."""

@@ -159,8 +159,7 @@ class Route:
             raise self._learned(number, Unavailable(f"the connection broke: {error}")) from None
         except asyncio.CancelledError:
             # It is what gRPC raises, too, when a channel was closed, or broke, under a call.
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if _is_cancelled():
                 raise
             raise self._learned(number, Unavailable("the connection broke")) from None
 
@@ -174,3 +173,10 @@ class Route:
         """Raise HoldoffError if the client was closed."""
         if self.closed:
             raise HoldoffError("the client is closed")
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled the task that runs."""
+    # Not in the frame of the error, which the task will hold: both would be kept alive.
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
