@@ -29,7 +29,11 @@ from tests.harness import NO_PROXY, Replica, wait_until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-TTL_SECONDS = 5.0
+pytestmark = pytest.mark.timeout(180)
+
+TTL_SECONDS = 15.0
+SHORT_TTL_SECONDS = 8.0
+"""Short, and long enough for a machine that is busy with other tests."""
 HEALTHY = Path(__file__).parents[2] / "deploy" / "healthy.py"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -68,7 +72,7 @@ def open_files() -> int:
 def renewed_since(lease: holdoff.HeldLease | holdoff.aio.HeldLease, instant_ns: int) -> bool:
     """Tell whether a lease, which must not be lost, was renewed some seconds after an instant."""
     lease.check()
-    return lease.deadline_ns > instant_ns + 2 * TTL_SECONDS * 1e9
+    return lease.deadline_ns > instant_ns + (TTL_SECONDS + 2) * 1e9
 
 
 @pytest.fixture
@@ -105,7 +109,7 @@ def healthy(store: str) -> Iterator[Replica]:
 async def test_holders_leave_a_frozen_coordinator(
     two_replicas: tuple[Service, Service],
 ) -> None:
-    """A coordinator under SIGSTOP costs no lease of 5 s: its holders go on at the next.
+    """A coordinator under SIGSTOP costs no lease of some seconds: its holders go on at the next.
 
     Fails when renewals have no short deadline, or stay on the channel that gives no answer.
     """
@@ -113,14 +117,14 @@ async def test_holders_leave_a_frozen_coordinator(
     names = [frozen.create_token(f"frozen-{number}") for number in range(2)]
     with sync_at(frozen.address, healthy.address) as client:
         async with await aio_at(frozen.address, healthy.address) as aio_client:
-            lease = await asyncio.to_thread(client.acquire, names[0], ttl_seconds=TTL_SECONDS)
-            aio_lease = await aio_client.acquire(names[1], ttl_seconds=TTL_SECONDS)
+            lease = await asyncio.to_thread(client.acquire, names[0], ttl_seconds=SHORT_TTL_SECONDS)
+            aio_lease = await aio_client.acquire(names[1], ttl_seconds=SHORT_TTL_SECONDS)
             os.kill(frozen.process.pid, signal.SIGSTOP)
             try:
                 stopped_ns = boottime_ns()
 
                 for one in (lease, aio_lease):
-                    await asyncio.to_thread(wait_until, lambda: renewed_since(one, stopped_ns), 40)  # noqa: B023
+                    await asyncio.to_thread(wait_until, lambda: renewed_since(one, stopped_ns), 60)  # noqa: B023
                 await asyncio.to_thread(lease.release)
                 await aio_lease.release()
             finally:
@@ -161,9 +165,9 @@ def test_the_sync_client_leaves_a_coordinator_without_its_store(
         cut_ns = boottime_ns()
         assert asking.get_token(other).queue_length == 1
         healthy.release(blocker)
-        waiter.join(30)
+        waiter.join(60)
         assert got[0].name == healthy.show_token(other).lease
-        wait_until(lambda: renewed_since(lease, cut_ns), 30)
+        wait_until(lambda: renewed_since(lease, cut_ns), 60)
         lease.release()
         got[0].release()
         assert any(response.change.status.lease.name == got[0].name for response in watch)
@@ -193,11 +197,11 @@ async def test_the_client_for_asyncio_leaves_a_coordinator_without_its_store(
         cut_ns = boottime_ns()
         assert (await asking.get_token(other)).queue_length == 1
         healthy.release(blocker)
-        got = await asyncio.wait_for(waiter, 30)
-        await asyncio.to_thread(wait_until, lambda: renewed_since(lease, cut_ns), 30)
+        got = await asyncio.wait_for(waiter, 60)
+        await asyncio.to_thread(wait_until, lambda: renewed_since(lease, cut_ns), 60)
         await lease.release()
         await got.release()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             async for response in watch:
                 if response.change.status.lease.name == got.name:
                     break
@@ -219,10 +223,10 @@ def test_a_holder_hears_notices_though_its_coordinator_lost_the_store(
     ):
         wait_until(lambda: notices)
         to_store.cut()
-        wait_until(lambda: health(cut_off.address) != SERVING)
+        wait_until(lambda: health(cut_off.address) != SERVING, 60)
         with holdoff.Client(healthy.address) as operator:
             operator.set_back_off(token, 60, "a test")
-        wait_until(lambda: notices[-1].back_offs, 20)
+        wait_until(lambda: notices[-1].back_offs, 60)
         lease.check()
 
 
@@ -233,10 +237,10 @@ def test_health_follows_the_store(to_store: Cable, cut_off: Replica) -> None:
     """
     assert health(cut_off.address) == SERVING
     to_store.cut()
-    wait_until(lambda: health(cut_off.address) != SERVING)
+    wait_until(lambda: health(cut_off.address) != SERVING, 60)
     assert health(cut_off.address, "liveness") == SERVING
     to_store.mend()
-    wait_until(lambda: health(cut_off.address) == SERVING)
+    wait_until(lambda: health(cut_off.address) == SERVING, 60)
     cut_off.hold(cut_off.create_token(0.1))
 
 
@@ -336,11 +340,12 @@ def test_clients_go_on_at_the_newer_coordinator(store: str, newer: Replica, tmp_
             )
             waiter.start()
             older.wait_for_queue(other, 1)
+            seen_ns = boottime_ns()
             newer.show_token(token)  # which brings up the records of their app
-            assert older.process.wait(20) == 69
-            wait_until(lambda: lease.remaining_seconds > TTL_SECONDS / 2)
+            assert older.process.wait(60) == 69
+            wait_until(lambda: renewed_since(lease, seen_ns), 60)
             blocker.release()
-            waiter.join(20)
+            waiter.join(60)
             for one in (lease, got[0]):
                 assert newer.show(one.name).state == lease_pb2.LEASE_STATE_ACTIVE
                 one.release()
@@ -395,7 +400,7 @@ async def test_a_connection_that_breaks_during_a_heartbeat_ends_no_wait(
 
     Fails when `Internal error from Core` counts as a fault.
     """
-    monkeypatch.setattr("holdoff._aio_lease.HEARTBEAT_SECONDS", 0.001)
+    monkeypatch.setattr("holdoff._aio_lease.HEARTBEAT_SECONDS", 0.005)
     token = healthy.create_token(0.1)
     blocker = healthy.hold(token, ttl=60)
     with Cable(healthy.address) as cable:
@@ -410,7 +415,7 @@ async def test_a_connection_that_breaks_during_a_heartbeat_ends_no_wait(
                 cable.break_all()
                 broken += 1
                 expected = made + len(waits)
-                await asyncio.to_thread(wait_until, lambda: cable.connections >= expected, 30)  # noqa: B023
+                await asyncio.to_thread(wait_until, lambda: cable.connections >= expected, 60)  # noqa: B023
             for one in waits:
                 assert not one.done(), one.exception()
                 one.cancel()
@@ -431,7 +436,7 @@ async def clients(address: str, number: int) -> AsyncIterator[list[holdoff.aio.C
 async def until_queued(replica: Replica, token: str, number: int) -> None:
     """Wait until so many are in the queue."""
     is_long = lambda: replica.show_token(token).queue_length >= number  # noqa: E731
-    await asyncio.to_thread(wait_until, is_long, 30)
+    await asyncio.to_thread(wait_until, is_long, 60)
 
 
 # Proxies ---------------------------------------------------------------------------------------
