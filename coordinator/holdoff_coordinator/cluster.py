@@ -96,6 +96,18 @@ class Cluster(AsyncCoreCommands):
             )
         return [self._node(address) for address in sorted(set(filter(None, self._owners)))]
 
+    async def answers(self) -> bool:
+        """Tell whether any node answers."""
+        return any(await asyncio.gather(*map(self._answers, self._ask_next)))
+
+    async def _answers(self, address: Address) -> bool:
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                await self._execute(address, "PING")
+        except (RedisError, TimeoutError):
+            return False
+        return True
+
     async def aclose(self) -> None:
         """Close all connections."""
         for node in self._nodes.values():

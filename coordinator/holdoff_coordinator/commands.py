@@ -251,10 +251,16 @@ async def _serve(
     certificates: Certificates | None,
     access: AccessFile | None,
 ) -> None:
-    stop = asyncio.Event()
+    stop, outdated = asyncio.Event(), list[Failure]()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+
+    def on_outdated(failure: Failure) -> None:
+        """Leave the place to the newer coordinator, so that its clients go there."""
+        outdated.append(failure)
+        stop.set()
+
     async with contextlib.AsyncExitStack() as stack:
         client, embedded, epoch = await stack.enter_async_context(store.opened(settings))
         coordinator = Coordinator(
@@ -279,12 +285,15 @@ async def _serve(
         elif embedded:
             embedded.write_epoch(epoch.epoch)
         await stack.enter_async_context(coordinator)
+        coordinator.scripts.on_outdated = on_outdated
         if dangers := settings.dangers():
             log.warning("insecure: the port can be reached from other hosts", dangers=dangers)
         if embedded and epoch.lost:
             after_seconds = settings.quarantine_seconds
             await stack.enter_async_context(_remembering(embedded, epoch.epoch, after_seconds))
         await stop.wait()
+    if outdated:
+        raise outdated[0]
 
 
 @contextlib.asynccontextmanager

@@ -153,12 +153,7 @@ class Followers:
         while True:
             if follower.failure:
                 raise follower.failure
-            if self._hub.draining:
-                raise Failure(
-                    "DRAINING",
-                    "this coordinator is shutting down; follow the lease at another one",
-                    retry_after_seconds=0.2,
-                )
+            self._hub.check()
             now, instruction = time.monotonic(), follower.instruction
             due = instruction and (instruction.signature != told or now - told_at >= STATUS_SECONDS)
             if instruction and due:
@@ -185,7 +180,7 @@ class Followers:
         """Look at every app each second; a store that is away only delays the next look."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            if self._hub.draining:
+            if self._hub.draining or self._hub.store_is_away:
                 for follower in (one for app in self._by_app.values() for one in app):
                     follower.stirred.set()
             for app in [app for app, followers in self._by_app.items() if followers]:

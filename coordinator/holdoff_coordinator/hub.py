@@ -99,6 +99,7 @@ class Hub:
         self._waiters: defaultdict[str, list[Waiter]] = defaultdict(list)
         self._on_announcement: list[Callable[[str], Awaitable[None]]] = [self.tick]
         self.draining = False
+        self.store_is_away = False
 
     def on_announcement(self, look: Callable[[str], Awaitable[None]]) -> None:
         """Have somebody look at an app too when the store announces that something changed."""
@@ -120,9 +121,36 @@ class Hub:
     def _all(self) -> Iterator[Waiter]:
         return itertools.chain.from_iterable(self._waiters.values())
 
+    def check(self) -> None:
+        """Say why nobody can wait or follow here, so that clients go to another replica.
+
+        Raises:
+            Failure: DRAINING or STORE_UNAVAILABLE.
+        """
+        if self.draining:
+            raise Failure(
+                "DRAINING",
+                "this coordinator is shutting down; go on at another one: places are kept",
+                retry_after_seconds=0.2,
+            )
+        if self.store_is_away:
+            raise Failure(
+                "STORE_UNAVAILABLE",
+                "the store does not answer this coordinator; go on at another one: places are kept",
+                retry_after_seconds=1.0,
+            )
+
     def drain(self) -> None:
         """Send everybody away, to another replica or to wait for this one's successor."""
         self.draining = True
+        self._stir_all()
+
+    def lose_store(self) -> None:
+        """Send everybody away until the store is back."""
+        self.store_is_away = True
+        self._stir_all()
+
+    def _stir_all(self) -> None:
         for waiter in self._all():
             waiter.stirred.set()
 

@@ -180,13 +180,7 @@ class Leases:
         """Say why a conversation cannot go on here."""
         if waiter.failure:
             raise waiter.failure
-        if self._hub.draining:
-            raise Failure(
-                "DRAINING",
-                "this coordinator is shutting down; reconnect with the same request id, "
-                "the place is kept",
-                retry_after_seconds=0.2,
-            )
+        self._hub.check()
         if waiter.heard_age_us > SILENT_US:
             raise Failure("WAITER_SILENT", "nothing was heard of this waiter for a minute")
 

@@ -158,6 +158,10 @@ class Scripts:
         """Called with the name of each script that ran, and how long the store took in seconds."""
         self.on_failure: Callable[[], None] = lambda: None
         """Called whenever the store did not answer."""
+        self.on_outdated: Callable[[Failure], None] = lambda _: None
+        """Called when a newer coordinator has changed the store's records."""
+        self.answers = 0
+        """How many scripts the store has run for us."""
         self._lost_until_us = boot_us() + quarantine_us if data_lost else 0
         self._quarantine_us = quarantine_us
         self._boot_us = boot_us
@@ -218,6 +222,7 @@ class Scripts:
         except Failure:
             self.on_failure()
             raise
+        self.answers += 1
         self.on_run(name, (self._boot_us() - sent_us) / 1e6)
         now_us = int(answer[0])
         if epoch := answer[1].decode():
@@ -233,12 +238,14 @@ class Scripts:
         reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]))
         if reply.status == "SCHEMA_TOO_NEW":
             found, known = (int(value) for value in reply.values)
-            raise Failure(
+            failure = Failure(
                 "SCHEMA_TOO_NEW",
                 f"the store's records of apps/{app} have schema {found}, and this coordinator "
                 f"knows up to {known}: a newer one wrote them; upgrade this one",
                 retry_after_seconds=1.0,
             )
+            self.on_outdated(failure)
+            raise failure
         return reply
 
     async def _evaluate(self, name: str, key: str, *args: bytes | str | int) -> Any:

@@ -23,7 +23,7 @@ from holdoff_coordinator.places import Places
 from holdoff_coordinator.policies import Policies
 from holdoff_coordinator.scripts import Scripts, boottime_us
 from holdoff_coordinator.service import SERVICES, Handlers, add_services
-from holdoff_coordinator.store import StoreError
+from holdoff_coordinator.store import StoreError, answers
 from holdoff_coordinator.sweeper import Sweeper
 from holdoff_coordinator.tokens import Tokens
 from holdoff_coordinator.watches import BudgetWatches, Watches
@@ -42,6 +42,11 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+LIVENESS = "liveness"
+"""The health service that serves as long as the process works, with a store or without one."""
+_HEALTH_SECONDS = 1.0
+_MOST_MISSED = 2
+"""A store that restarts is not away yet: clients would leave in vain."""
 MOST_MESSAGE_BYTES = 256 * 1024
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
@@ -151,15 +156,15 @@ class Coordinator:
                 raise _cannot_listen(self._metrics_listen) from None
         await self._server.start()
         for duty in (
+            self._report_health_forever,
             self.hub.tick_forever,
             self._followers.tick_forever,
             self.hub.listen_forever,
             self._sweeper.sweep_forever,
         ):
             self._duties.append(asyncio.create_task(_for_ever(duty)))
-        await self._health.set("", _SERVING)
-        for service in SERVICES:
-            await self._health.set(service, _SERVING)
+        await self._health.set(LIVENESS, _SERVING)
+        await self._set_health(_SERVING)
         log.info(
             "serving",
             address=self.address,
@@ -168,6 +173,26 @@ class Coordinator:
             **({"metrics": self.metrics_address} if self.metrics_address else {}),
         )
         return self
+
+    async def _set_health(self, status: int) -> None:
+        for service in ("", *SERVICES):
+            await self._health.set(service, status)
+
+    async def _report_health_forever(self) -> None:
+        """Look at the store each second; while it is away, say so and send everybody away."""
+        missed = heard = 0
+        while True:
+            await asyncio.sleep(_HEALTH_SECONDS)
+            is_there = self.scripts.answers > heard or await answers(self.scripts.redis)
+            heard, missed = self.scripts.answers, 0 if is_there else missed + 1
+            if missed == _MOST_MISSED:
+                log.error("not serving: the store does not answer")
+                await self._set_health(_NOT_SERVING)
+                self.hub.lose_store()
+            elif not missed and self.hub.store_is_away:
+                log.info("serving again: the store answers")
+                self.hub.store_is_away = False
+                await self._set_health(_SERVING)
 
     async def __aexit__(
         self,
@@ -225,3 +250,4 @@ async def _for_ever(duty: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 _SERVING = 1  # grpc.health.v1.HealthCheckResponse.SERVING
+_NOT_SERVING = 2

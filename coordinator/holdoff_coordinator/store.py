@@ -29,6 +29,7 @@ __all__ = [
     "Assumed",
     "Epoch",
     "StoreError",
+    "answers",
     "check",
     "connect",
     "describe",
@@ -43,6 +44,7 @@ RESTORED_KEY: Final = "holdoff:restored"
 CHECK_SECONDS: Final = 4.5
 """How long the check of a store may take in all."""
 
+_ANSWER_SECONDS: Final = 2.0
 _PROBE_KEY: Final = "holdoff:probe"
 _OLDEST: Final = (7, 2)  # of Redis and of Valkey alike
 _REMEDIES: Final = {
@@ -155,6 +157,18 @@ async def mark_restored(client: StoreClient, seconds: float) -> None:
         await client.set(RESTORED_KEY, b"1", px=max(1, round(seconds * 1000)))
     except RedisError as error:
         raise explain(describe(client), error) from error
+
+
+async def answers(client: StoreClient) -> bool:
+    """Tell whether the store answers; of a Cluster, whether any node does."""
+    try:
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            if isinstance(client, Cluster):
+                return await client.answers()
+            await client.ping()
+    except (RedisError, TimeoutError):
+        return False
+    return True
 
 
 def explain(name: str, error: RedisError) -> StoreError:

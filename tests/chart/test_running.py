@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.chart.helm import Rendering, render
 from tests.e2e.service import BIN
-from tests.harness import LONG, wait_until
+from tests.harness import LONG, NO_PROXY, wait_until
 from tests.stores import free_port
 
 if TYPE_CHECKING:
@@ -104,14 +104,17 @@ class Pod:
             (folder / name).symlink_to(f"..data/{name}")
 
     def probe(self, probe: Mapping[str, Any]) -> bool:
-        """Ask as the kubelet does: in plain text, without credentials, for the whole server."""
+        """Ask as the kubelet does: in plain text, without credentials."""
         port = self.ports[probe["grpc"]["port"]]
         if not listens(port):  # which is cheaper to ask than gRPC
             return False
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with grpc.insecure_channel(f"127.0.0.1:{port}", NO_PROXY) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             try:
-                answer = stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=10)
+                answer = stub.Check(
+                    health_pb2.HealthCheckRequest(service=probe["grpc"].get("service", "")),
+                    timeout=10,
+                )
             except grpc.RpcError:
                 return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

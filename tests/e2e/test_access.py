@@ -34,7 +34,7 @@ from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.embedded import EmbeddedStore
 from tests.e2e.service import Service
 from tests.e2e.tls import TlsService
-from tests.harness import coordinator_command, wait_until
+from tests.harness import NO_PROXY, coordinator_command, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -274,7 +274,7 @@ resources = ["apps/a/tokens/theirs", "apps/b", "apps/*/tokens/t"]
                 text = service.issue(who).read_text().strip()
                 metadata = (("authorization", f"Bearer {text}"),)
             secure = grpc.ssl_channel_credentials(service.files.ca.read_bytes(), key, certificate)
-            with grpc.secure_channel(service.address, secure) as channel:
+            with grpc.secure_channel(service.address, secure, NO_PROXY) as channel:
                 for method, (request, roles) in MATRIX.items():
                     error = call(channel, method, request, metadata)
                     allowed = who in roles or who == "owner-1"
@@ -329,7 +329,7 @@ def names_of_pages(service: GuardedService, credential: Path, kind: str) -> str:
     secure = grpc.ssl_channel_credentials(service.files.ca.read_bytes())
     metadata = (("authorization", f"Bearer {credential.read_text().strip()}"),)
     told, page_token = "", "first"
-    with grpc.secure_channel(service.address, secure) as channel:
+    with grpc.secure_channel(service.address, secure, NO_PROXY) as channel:
         while page_token:
             page_token = "" if page_token == "first" else page_token
             page: Any
@@ -518,7 +518,7 @@ def test_no_credential(service: GuardedService) -> None:
     assert shown.exit_code == 77, shown.stderr
     assert "HOLDOFF_CREDENTIAL_FILE" in shown.stderr
     secure = grpc.ssl_channel_credentials(service.files.ca.read_bytes())
-    with grpc.secure_channel(service.address, secure) as channel:
+    with grpc.secure_channel(service.address, secure, NO_PROXY) as channel:
         method = "TokenService/GetToken"
         garbage = ["x", "Basic eDp5", "Bearer", "Bearer  ", "Bearer holdoff_x_y", "Bearer a" * 500]
         for text in garbage:

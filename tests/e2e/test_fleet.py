@@ -15,7 +15,7 @@ import holdoff
 from holdoff.v1 import lease_pb2, lease_service_pb2, lease_service_pb2_grpc
 from tests.e2e.processes import program
 from tests.e2e.service import host_named
-from tests.harness import LONG, wait_until
+from tests.harness import LONG, NO_PROXY, wait_until
 
 if TYPE_CHECKING:
     import subprocess
@@ -136,7 +136,7 @@ def test_wrappers_on_two_hosts_under_fire(
 
         said = {run: wrapper.communicate(timeout=60) for run, wrapper in fleet.wrappers.items()}
         starts, ends = fleet.notes("start"), fleet.notes("end")
-    with grpc.insecure_channel(first.address) as channel:
+    with grpc.insecure_channel(first.address, NO_PROXY) as channel:
         store = lease_service_pb2_grpc.LeaseServiceStub(channel)
         history = lease_service_pb2.ListLeaseHistoryRequest(parent=fleet.token)
         leases = list(reversed(store.ListLeaseHistory(history).leases))

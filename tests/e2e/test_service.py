@@ -18,7 +18,7 @@ import pytest
 import holdoff
 from tests.e2e.family import Family
 from tests.e2e.service import BIN, Service
-from tests.harness import coordinator_command, wait_until
+from tests.harness import NO_PROXY, coordinator_command, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,7 +155,7 @@ def test_the_port_opens_only_when_the_store_is_ready(own_service: Service) -> No
     service.end(signal.SIGTERM)
     thread = threading.Thread(target=service.start)
     thread.start()
-    channel = grpc.insecure_channel(service.address)
+    channel = grpc.insecure_channel(service.address, NO_PROXY)
     grpc.channel_ready_future(channel).result(timeout=30)
     with holdoff.Client(service.address) as client:
         assert list(client.list_tokens(service.app)) == []

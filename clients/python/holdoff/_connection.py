@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import grpc
 
-from holdoff._core import CHANNEL_OPTIONS
-from holdoff._endpoint import CredentialFile, channel_options, endpoint_of, target
+from holdoff._endpoint import CredentialFile, endpoint_of
 from holdoff._platform import boottime_ns
-from holdoff._status import from_rpc_error
+from holdoff._route import Route
+from holdoff._timing import SECOND
 from holdoff._tracing import headers
 from holdoff.errors import HoldoffError, Unavailable
 from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
@@ -42,6 +41,16 @@ class _Stream(Protocol[SentT_co]):
     def cancel(self) -> bool: ...
 
 
+class Line:
+    """A channel, and what opens streams on it."""
+
+    def __init__(self, number: int, channel: grpc.Channel) -> None:
+        self.number = number
+        self.channel = channel
+        self.leases = lease_service_pb2_grpc.LeaseServiceStub(channel)
+        self.budgets = budget_service_pb2_grpc.BudgetServiceStub(channel)
+
+
 class Connection:
     """A way to a coordinator, by which any call of the API is made."""
 
@@ -55,16 +64,37 @@ class Connection:
     ) -> None:
         self.endpoint = endpoint_of(endpoint)
         self._timeout_seconds = timeout_seconds
+        self._tls = tls
         self._credential = CredentialFile(credential_file, self.endpoint, tls)
-        where = target(self.endpoint)
-        options = [*CHANNEL_OPTIONS, *channel_options(self.endpoint)]
-        self._channel = (
-            grpc.secure_channel(where, grpc.ssl_channel_credentials(*tls), options)
-            if tls
-            else grpc.insecure_channel(where, options)
+        self._route = Route(self.endpoint)
+        self._lock = threading.Lock()
+        self._current = self._open()
+
+    def _open(self) -> Line:
+        number, options = self._route.number, self._route.options()
+        where = self._route.target(number)
+        return Line(
+            number,
+            grpc.secure_channel(where, grpc.ssl_channel_credentials(*self._tls), options)
+            if self._tls
+            else grpc.insecure_channel(where, options),
         )
-        self._leases = lease_service_pb2_grpc.LeaseServiceStub(self._channel)
-        self._budgets = budget_service_pb2_grpc.BudgetServiceStub(self._channel)
+
+    def _line(self) -> Line:
+        """Return the channel to use: a fresh one, once the route goes elsewhere.
+
+        Raises:
+            HoldoffError: The client was closed.
+        """
+        with self._lock:
+            self._route.check()
+            left, line = None, self._current
+            if line.number != self._route.number:
+                left, line = line, self._open()
+                self._current = line
+        if left:
+            left.channel.close()
+        return line
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +104,9 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection. Leases that are still held run out by themselves."""
-        self._channel.close()
+        with self._lock:
+            self._route.closed = True
+        self._current.channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         """Return what every call carries: who we are, and the trace that it is part of."""
@@ -96,56 +128,59 @@ class Connection:
                 time.sleep(patience.failed(error, boottime_ns()))
 
     def _call(self, call: _calls.Call[Any, ResultT]) -> ResultT:
-        method = self._channel.unary_unary(
-            call.method,
-            request_serializer=type(call.request).SerializeToString,
-            response_deserializer=call.response.FromString,
-        )
-        with translated(self.endpoint):
-            response = method(
-                call.request,
-                timeout=call.timeout_seconds or self._timeout_seconds,
-                metadata=self._metadata(),
+        timeout_seconds = call.timeout_seconds or self._timeout_seconds
+        give_up_ns = boottime_ns() + round(timeout_seconds * SECOND)
+        for tries_left in reversed(range(self._route.tries)):
+            line = self._line()
+            try:
+                return self._call_once(line, call, (give_up_ns - boottime_ns()) / SECOND)
+            except Unavailable as error:
+                if not self._route.is_worth_another_try(line.number, error, tries_left):
+                    raise
+        raise AssertionError("no try is left, and nothing was raised")
+
+    def _call_once(
+        self, line: Line, call: _calls.Call[Any, ResultT], timeout_seconds: float
+    ) -> ResultT:
+        with self._route.watched(line.number):
+            method = line.channel.unary_unary(
+                call.method,
+                request_serializer=type(call.request).SerializeToString,
+                response_deserializer=call.response.FromString,
             )
+            response = method(call.request, timeout=timeout_seconds, metadata=self._metadata())
+        self._route.answered(line.number)
         return call.read(response)
 
     def _listen(
         self,
         listening: Listening[ResponseT],
-        connect: Callable[[], _Stream[ResponseT]],
+        connect: Callable[[Line], _Stream[ResponseT]],
         on_unreachable: Callable[[Unavailable], None] | None,
     ) -> Generator[ResponseT, None, None]:
         """Yield what a stream sends, for ever."""
-        return iter(Subscription(self.endpoint, listening, connect, on_unreachable))
-
-
-@contextlib.contextmanager
-def translated(endpoint: str) -> Iterator[None]:
-    """Turn gRPC's errors into ours."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise from_rpc_error(error, endpoint) from None
+        return iter(Subscription(self, listening, connect, on_unreachable))
 
 
 class Subscription(Generic[ResponseT]):
     """What a stream sends, over as many connections as it takes.
 
     Args:
-        endpoint: Where the coordinator is.
+        client: Where the coordinator is.
         listening: Decides when to connect again.
-        connect: Makes a connection.
+        connect: Opens the stream on a channel.
         on_unreachable: Called whenever the coordinator cannot be reached.
     """
 
     def __init__(
         self,
-        endpoint: str,
+        client: Connection,
         listening: Listening[ResponseT],
-        connect: Callable[[], _Stream[ResponseT]],
+        connect: Callable[[Line], _Stream[ResponseT]],
         on_unreachable: Callable[[Unavailable], None] | None = None,
     ) -> None:
-        self._endpoint = endpoint
+        self._client = client
+        self._route = client._route  # noqa: SLF001
         self._listening = listening
         self._connect = connect
         self._on_unreachable = on_unreachable
@@ -154,12 +189,14 @@ class Subscription(Generic[ResponseT]):
         self._stream: _Stream[ResponseT] | None = None
 
     def __iter__(self) -> Generator[ResponseT, None, None]:
-        while stream := self._open():
+        while not self._closed.is_set():
+            line = self._client._line()  # noqa: SLF001
             try:
-                with translated(self._endpoint):
-                    for response in stream:
+                with self._route.watched(line.number):
+                    for response in self._open(line):
+                        self._route.answered(line.number)
                         yield self._listening.received(response)
-                raise Unavailable("the coordinator ended the stream")
+                    raise Unavailable("the coordinator ended the stream")
             except HoldoffError as error:
                 if self._closed.is_set():
                     return
@@ -167,12 +204,15 @@ class Subscription(Generic[ResponseT]):
                 if self._on_unreachable and isinstance(error, Unavailable):
                     self._on_unreachable(error)
             finally:
-                stream.cancel()
+                if self._stream:
+                    self._stream.cancel()
             self._closed.wait(pause_seconds)
 
-    def _open(self) -> _Stream[ResponseT] | None:
+    def _open(self, line: Line) -> _Stream[ResponseT]:
         with self._lock:
-            self._stream = None if self._closed.is_set() else self._connect()
+            self._stream = self._connect(line)
+            if self._closed.is_set():
+                self._stream.cancel()
             return self._stream
 
     def close(self) -> None:

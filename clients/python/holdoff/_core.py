@@ -28,15 +28,6 @@ if TYPE_CHECKING:
 ResponseT = TypeVar("ResponseT")
 KnownT = TypeVar("KnownT", budget_pb2.Budget, budget_pb2.BackOff)
 
-CHANNEL_OPTIONS = (
-    ("grpc.enable_retries", 0),  # what may be repeated is decided here
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    # Find out about dead connections; liveness itself is told by heartbeat messages.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-)
-
 HEARTBEAT_SECONDS = 1.5
 """A waiter is passed over after 5 s of silence; this leaves room for two lost heartbeats."""
 NO_WAIT_SECONDS = 3.5
@@ -255,10 +246,15 @@ class Acquisition:
     def failed(self, error: HoldoffError, now_ns: int) -> float:
         """Return after how many seconds to connect again, with the same request id.
 
+        A lease that was lost before we had it is asked for anew.
+
         Raises:
             HoldoffError: The error, if it is final or the wait is over.
         """
-        if not isinstance(error, Unavailable):
+        if isinstance(error, LeaseLost):
+            # It was accepted, of which we heard nothing for as long as it lived.
+            self.request_id = str(uuid.uuid4())
+        elif not isinstance(error, Unavailable):
             raise error
         left = None if self.wait_seconds is None else self._patience_seconds(now_ns)
         if left is not None and left <= 0:
@@ -431,9 +427,11 @@ class Renewals:
     def begin(self, now_ns: int) -> Renewal:
         """Return what to send now."""
         left_seconds = max(0.05, (self.deadline_ns - now_ns) / SECOND)
+        # Another coordinator is looked for after two; from then on what is slow gets more time.
+        call_seconds = self.timing.call_seconds * 2 ** min(max(0, self._failures - 1), 10)
         return Renewal(
             now_ns,
-            min(self.timing.call_seconds, left_seconds),
+            min(call_seconds, left_seconds),
             self._command_started,
             self._command_paused,
         )

@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ KEY_FILE_VARIABLE = "HOLDOFF_KEY_FILE"
 CREDENTIAL_FILE_VARIABLE = "HOLDOFF_CREDENTIAL_FILE"
 
 _CREDENTIAL = re.compile(r"[!-~]{1,4096}")
+_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]")
 
 
 class Tls(NamedTuple):
@@ -34,42 +36,110 @@ def endpoint_of(endpoint: str | None) -> str:
     return endpoint or os.environ.get(ENDPOINT_VARIABLE) or DEFAULT_ENDPOINT
 
 
-def target(endpoint: str) -> str:
-    """Return gRPC's target for `host:port`, or for several addresses with commas in between.
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the coordinators are, taken apart."""
 
-    A connection goes to the first address that answers. Targets in gRPC's own syntax, such as
-    `dns:///coordinator:50051`, stay as they are.
+    scheme: str
+    """`ipv4` or `ipv6` for addresses, `dns` for a name, `unix` or `unix-abstract` for a socket."""
+    addresses: tuple[str, ...]
+    """`host:port` each, or the one name, or the one path."""
+    resolver: str = ""
+    """The DNS server to ask, for a name that was given with one."""
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """Read `host:port`, several addresses with commas in between, or a target as gRPC has it.
+
+        Raises:
+            ValueError: It is none of these; the message says what to write.
+        """
+        scheme, colon, rest = text.partition(":")
+        if colon and scheme in ("unix", "unix-abstract") and rest.strip("/"):
+            return cls(scheme, (rest,))
+        if colon and scheme == "dns":
+            resolver, _, name = rest.removeprefix("//").rpartition("/")
+            _host_and_port(name, text)
+            return cls("dns", (name,), resolver)
+        if "://" in text:
+            raise ValueError(
+                f"{quoted(text)} is no endpoint: write host:port, without {quoted(f'{scheme}://')}"
+            )
+        given = scheme if colon and scheme in ("ipv4", "ipv6") else ""
+        addresses = tuple((rest if given else text).split(","))
+        families = {_family(address, text, alone=len(addresses) == 1) for address in addresses}
+        if len(families) > 1:
+            raise ValueError(f"{quoted(text)} mixes IPv4 and IPv6 addresses: write one kind")
+        [family] = families
+        if given not in ("", family):
+            raise ValueError(f"{quoted(text)} has no {given} address: write {given}:ADDRESS:PORT")
+        return cls(family, addresses)
+
+    @property
+    def is_name(self) -> bool:
+        """Whether it takes a look-up, which may bring several addresses."""
+        return self.scheme == "dns"
+
+    @property
+    def authority(self) -> str:
+        """What the certificates of several coordinators must name: the first of them.
+
+        Empty where gRPC finds that by itself.
+        """
+        return self.addresses[0] if len(self.addresses) > 1 else ""
+
+    @property
+    def stays_here(self) -> bool:
+        """Whether nobody but this host hears what is sent there."""
+        if self.scheme.startswith("unix"):
+            return True
+        hosts = [address.rpartition(":")[0].strip("[]") for address in self.addresses]
+        if self.is_name:
+            return hosts == ["localhost"] and not self.resolver
+        return all(ipaddress.ip_address(host).is_loopback for host in hosts)
+
+    def target(self, first: int = 0) -> str:
+        """Return gRPC's target: its connection goes to the first address that answers.
+
+        Args:
+            first: The index of the address to begin with; the others follow in turn.
+        """
+        rotated = ",".join(self.addresses[first:] + self.addresses[:first])
+        resolver = f"//{self.resolver}/" if self.resolver else ""
+        return f"{self.scheme}:{resolver}{rotated}"
+
+
+def _family(address: str, text: str, *, alone: bool) -> str:
+    """Return the scheme of a `host:port`.
 
     Raises:
-        ValueError: Several that are not all IPv4, or all IPv6, addresses with a port.
+        ValueError: It is none, or a name among several.
     """
-    if "," not in endpoint or endpoint.startswith(("ipv4:", "ipv6:")):
-        return endpoint
-    versions = set()
-    for address in endpoint.split(","):
-        host, _, port = address.rpartition(":")
-        try:
-            versions.add(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).version)
-        except ValueError:
-            port = ""
-        if not port.isdecimal():
-            raise ValueError(
-                f"{quoted(address)} is no address with a port: write several coordinators as "
-                "10.0.0.1:50051,10.0.0.2:50051, or give one host name that has several addresses"
-            )
-    if len(versions) > 1:
-        raise ValueError(f"{quoted(endpoint)} mixes IPv4 and IPv6 addresses: write one kind")
-    return f"ipv{versions.pop()}:{endpoint}"
+    host = _host_and_port(address, text)
+    try:
+        return f"ipv{ipaddress.ip_address(host.strip('[]')).version}"
+    except ValueError:
+        if alone:
+            return "dns"
+    raise ValueError(
+        f"{quoted(address)} is no address: write several coordinators as "
+        "10.0.0.1:50051,10.0.0.2:50051, or give one host name that has several addresses"
+    )
 
 
-def channel_options(endpoint: str) -> list[tuple[str, str]]:
-    """Return what gRPC must be told of an endpoint beside its target.
+def _host_and_port(address: str, text: str) -> str:
+    """Return the host of a `host:port`.
 
-    With TLS each of several coordinators must have a certificate that names the first: gRPC
-    would look for a name that is the whole list.
+    Raises:
+        ValueError: It is none.
     """
-    first, comma, _ = endpoint.partition(",")
-    return [("grpc.default_authority", first)] if comma else []
+    host, _, port = address.rpartition(":")
+    if _HOST.fullmatch(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16:
+        return host
+    raise ValueError(
+        f"{quoted(text)} is no endpoint: write host:port, such as coordinator:50051 or "
+        "[::1]:50051, or several addresses with commas in between"
+    )
 
 
 def tls_of(
@@ -132,7 +202,7 @@ class CredentialFile:
         self._metadata: tuple[tuple[str, str], ...] = ()
         if not self._path:
             return
-        if not (tls or _stays_here(endpoint)):
+        if not (tls or Endpoint.parse(endpoint).stays_here):
             raise ValueError(
                 f"the credential would go to {endpoint} in the clear: let the coordinator serve "
                 f"TLS, and give its authorities ({CA_FILE_VARIABLE})"
@@ -158,18 +228,3 @@ class CredentialFile:
                 "`holdoff-coordinator token issue` printed, and nothing else"
             )
         return (("authorization", f"Bearer {text}"),)
-
-
-def _stays_here(endpoint: str) -> bool:
-    """Whether nobody but this host hears what is sent to an endpoint."""
-    if endpoint.startswith("unix:"):
-        return True
-    for address in endpoint.removeprefix("dns:///").split(","):
-        host = address.rpartition(":")[0].strip("[]")
-        try:
-            if not ipaddress.ip_address(host.removeprefix("ipv4:")).is_loopback:
-                return False
-        except ValueError:
-            if host != "localhost":
-                return False
-    return True

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 from holdoff import _calls
-from holdoff._connection import Subscription, translated
+from holdoff._connection import Subscription
 from holdoff._core import (
     HEARTBEAT_SECONDS,
     WITHDRAWAL_SECONDS,
@@ -40,6 +40,7 @@ class Conversation:
 
     def __init__(self, client: Connection, acquisition: Acquisition) -> None:
         self._client = client
+        self._route = client._route  # noqa: SLF001
         self._acquisition = acquisition
         self._outbox: queue.SimpleQueue[lease_service_pb2.StreamAcquireLeaseRequest | None] = (
             queue.SimpleQueue()
@@ -49,11 +50,13 @@ class Conversation:
         now_ns = boottime_ns()
         first = self._acquisition.request(now_ns)
         self._outbox.put(lease_service_pb2.StreamAcquireLeaseRequest(acquire=first))
-        self._stream = self._client._leases.StreamAcquireLease(  # noqa: SLF001
-            self._requests(),
-            timeout=self._acquisition.stream_timeout_seconds(now_ns),
-            metadata=self._client._metadata(),  # noqa: SLF001
-        )
+        self._line = self._client._line()  # noqa: SLF001
+        with self._route.watched(self._line.number):
+            self._stream = self._line.leases.StreamAcquireLease(
+                self._requests(),
+                timeout=self._acquisition.stream_timeout_seconds(now_ns),
+                metadata=self._client._metadata(),  # noqa: SLF001
+            )
         return self
 
     def __exit__(
@@ -94,11 +97,12 @@ class Conversation:
         Raises:
             HoldoffError: The request failed, or the conversation did.
         """
-        with translated(self._client.endpoint):
+        with self._route.watched(self._line.number):
             response = next(self._stream, None)
-        if response is None:
-            raise Unavailable("the coordinator ended the conversation")
-        return self._acquisition.received(response.event)
+            if response is None:
+                raise Unavailable("the coordinator ended the conversation")
+            self._route.answered(self._line.number)
+            return self._acquisition.received(response.event)
 
 
 class HeldLease(Held):
@@ -120,9 +124,9 @@ class HeldLease(Held):
         self._changed = threading.Condition()
         following = _calls.follow_lease(offer)
         self._notices = Subscription[lease_service_pb2.FollowLeaseResponse](
-            client.endpoint,
+            client,
             Listening(),
-            lambda: client._leases.FollowLease(  # noqa: SLF001
+            lambda line: line.leases.FollowLease(
                 following,
                 metadata=client._metadata(),  # noqa: SLF001
             ),

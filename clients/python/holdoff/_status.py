@@ -20,6 +20,7 @@ from holdoff.errors import (
     NotFound,
     NotGranted,
     Refused,
+    TimedOut,
     Unauthenticated,
     Unavailable,
     UnexpectedError,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 _BY_CODE: Mapping[int, type[HoldoffError]] = {
     code_pb2.UNAVAILABLE: Unavailable,
-    code_pb2.DEADLINE_EXCEEDED: Unavailable,
+    code_pb2.DEADLINE_EXCEEDED: TimedOut,
     code_pb2.CANCELLED: Unavailable,  # the server went away in the middle of a call
     code_pb2.INVALID_ARGUMENT: InvalidRequest,
     code_pb2.RESOURCE_EXHAUSTED: InvalidRequest,  # a message over the limit
@@ -43,6 +44,13 @@ _BY_CODE: Mapping[int, type[HoldoffError]] = {
     code_pb2.ABORTED: NotGranted,
     code_pb2.FAILED_PRECONDITION: LeaseLost,
 }
+
+_NO_ANSWER = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    # Of gRPC's core, when the connection breaks in the middle of a message; ours has a reason.
+    grpc.StatusCode.INTERNAL,
+)
 
 
 def from_status(status: status_pb2.Status) -> HoldoffError:
@@ -71,6 +79,7 @@ def from_rpc_error(error: grpc.RpcError, endpoint: str) -> HoldoffError:
         return from_status(status)
     code, details = error.code(), error.details() or "no details"
     number, name = code.value
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return Unavailable(f"no answer from the coordinator at {endpoint} ({details})")
+    if code in _NO_ANSWER:
+        kind = _BY_CODE.get(number, Unavailable)
+        return kind(f"no answer from the coordinator at {endpoint} ({details})")
     return _BY_CODE.get(number, UnexpectedError)(f"{name}: {details}")

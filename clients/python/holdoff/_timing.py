@@ -57,5 +57,5 @@ class Timing:
 
     @property
     def call_seconds(self) -> float:
-        """How long one renewal may take before it is tried again."""
-        return min(10.0, max(0.2, self.renew_after_seconds))
+        """How long one renewal may take before it is tried again: two fit in between two."""
+        return min(3.0, max(0.2, self.renew_after_seconds / 2))

@@ -74,8 +74,9 @@ class Client(Connection):
     It belongs to the event loop in which it is made.
 
     Args:
-        endpoint: `host:port`, or several addresses with commas in between, of which the first
-            that answers is used; by default `HOLDOFF_ENDPOINT`, else 127.0.0.1:50051.
+        endpoint: `host:port`, or several addresses with commas in between; it begins at any
+            of them, and goes to the next when one is of no use. By default `HOLDOFF_ENDPOINT`,
+            else 127.0.0.1:50051.
         timeout_seconds: How long a call other than `acquire` may take.
         ca_file: Authorities (PEM) that the coordinator's certificate may come from; by default
             `HOLDOFF_CA_FILE`. Without it there is no TLS.
@@ -87,7 +88,7 @@ class Client(Connection):
 
     Raises:
         RuntimeError: No event loop is running.
-        ValueError: Several endpoints that are not addresses of one kind; files that are of no use.
+        ValueError: That is no endpoint; files that are of no use.
     """
 
     def __init__(  # noqa: PLR0913 - how to get there, and who we are
@@ -280,7 +281,7 @@ class Client(Connection):
         watching = Watching(parent, resume_token)
         return self._listen(
             watching,
-            lambda: self._leases.WatchLeases(watching.request(), metadata=self._metadata()),
+            lambda line: line.leases.WatchLeases(watching.request(), metadata=self._metadata()),
             on_unreachable,
         )
 
@@ -577,7 +578,7 @@ class Client(Connection):
         watching = BudgetWatching(parent, _calls.scope(token, division, endpoint))
         return self._listen(
             watching,
-            lambda: self._budgets.WatchBudgets(watching.request(), metadata=self._metadata()),
+            lambda line: line.budgets.WatchBudgets(watching.request(), metadata=self._metadata()),
             on_unreachable,
         )
 

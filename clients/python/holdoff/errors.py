@@ -230,6 +230,10 @@ class Unavailable(HoldoffError):  # noqa: N818 - a state
     """The coordinator cannot answer now; whether it acted is unknown. Ask again."""
 
 
+class TimedOut(Unavailable):
+    """No answer came within the time of the call."""
+
+
 class StoreUnavailable(Unavailable):
     """The coordinator's store does not answer."""
 

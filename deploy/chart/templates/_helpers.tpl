@@ -220,15 +220,18 @@ spec:
       startupProbe:
         grpc:
           port: 50052
+          service: liveness
         periodSeconds: 2
         failureThreshold: 60
       readinessProbe:
         grpc:
           port: 50052
         periodSeconds: 5
+      # A new process would not bring a store back that is away.
       livenessProbe:
         grpc:
           port: 50052
+          service: liveness
         periodSeconds: 10
         timeoutSeconds: 5
         failureThreshold: 6

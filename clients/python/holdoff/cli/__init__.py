@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from holdoff import _tracing
-from holdoff._endpoint import DEFAULT_ENDPOINT, ENDPOINT_VARIABLE, CredentialFile, target, tls_of
+from holdoff._endpoint import DEFAULT_ENDPOINT, ENDPOINT_VARIABLE, CredentialFile, Endpoint, tls_of
 from holdoff.cli import exits
 from holdoff.cli._help import example
 
@@ -96,7 +96,7 @@ class _Group(click.Group):
 
 def _checked(_: click.Context, param: click.Parameter, endpoint: str) -> str:
     try:
-        target(endpoint)
+        Endpoint.parse(endpoint)
     except ValueError as error:
         raise click.BadParameter(str(error), param=param) from None
     return endpoint
@@ -115,7 +115,7 @@ def _checked(_: click.Context, param: click.Parameter, endpoint: str) -> str:
     show_envvar=True,
     show_default=True,
     callback=_checked,
-    help="Where the coordinator listens; of several addresses with commas the first that answers.",
+    help="Where the coordinator listens; several addresses with commas in between.",
 )
 @click.version_option(package_name="holdoff", message="%(prog)s %(version)s")
 @click.pass_context
