@@ -54,7 +54,9 @@ class Ask:
 
     token: TokenName
     request_hash: str
-    fingerprint: str
+    fingerprints: str
+    """Whose request it is and what it asks for: the hash that we write, then those that earlier
+    releases wrote for the same."""
     wait_us: int | None
     ttl_us: int
     holder: bytes
@@ -85,13 +87,13 @@ def check_ask(
     ttl_us = validation.ttl_us(request.ttl)
     holder = validation.holder(request.holder).SerializeToString(deterministic=True)
     declared = as_json(places)
-    bound = b"\0".join(
-        [caller.identity.encode(), str(token).encode(), b"%d" % ttl_us, holder, declared.encode()]
-    )
+    bound = [caller.identity.encode(), str(token).encode(), b"%d" % ttl_us, holder]
+    # Schema 2 knew no places. What a later release binds too is left out where it is empty.
+    forms = [[*bound, declared.encode()], *([] if declared else [bound])]
     return Ask(
         token=token,
         request_hash=_sha256(request_id.encode()),
-        fingerprint=_sha256(bound),
+        fingerprints="\n".join(_sha256(b"\0".join(form)) for form in forms),
         wait_us=(
             validation.microseconds("wait", request.wait) if request.HasField("wait") else None
         ),
@@ -193,7 +195,7 @@ class Leases:
     async def _withdraw(self, ask: Ask) -> None:
         token = ask.token
         await self._scripts.run(
-            "withdraw", token.app, token.token, ask.request_hash, ask.fingerprint
+            "withdraw", token.app, token.token, ask.request_hash, ask.fingerprints
         )
 
     async def _ask(self, ask: Ask, waiter: Waiter) -> Standing | lease_service_pb2.LeaseOffer:
@@ -202,7 +204,7 @@ class Leases:
             ask.token.app,
             ask.token.token,
             ask.request_hash,
-            ask.fingerprint,
+            ask.fingerprints,
             "1" if ask.may_queue else "0",
             ask.ttl_us,
             ask.holder,

@@ -123,6 +123,13 @@ local function next_waiter(id)
   return first
 end
 
+-- `fingerprints` are lines: the one that is written now, then those that earlier releases
+-- wrote for the same request.
+local function is_same_request(request, fingerprints)
+  local known = request.fingerprint
+  return known and ('\n' .. fingerprints .. '\n'):find('\n' .. known .. '\n', 1, true)
+end
+
 local function hear(hash, request, age)
   put(request_key(hash), request, {
     heard_us = math.max(number(request.heard_us), now - age),
