@@ -33,6 +33,8 @@ LIVE_US = 5_000_000
 """A waiter that was not heard for longer gets no offer, as common.lua says too."""
 BATCH = 200
 """Waiters in one script call, so that no call holds up the store."""
+STALE_SECONDS = 15.0
+"""A waiter of which no tick told for so long asks by itself, and hears what is wrong."""
 ANNOUNCEMENT = "*"
 """Stands for everybody of the app: what all who hold or wait may do has changed."""
 
@@ -59,6 +61,15 @@ class Waiter:
     def heard_age_us(self) -> int:
         """Microseconds since the client was heard."""
         return round((time.monotonic() - self._heard) * 1e6)
+
+    @property
+    def ask_at(self) -> float:
+        """When to ask again without being stirred, by our monotonic clock.
+
+        That is at its earliest start, or when no tick has said for long how it stands.
+        """
+        start_after = self.standing.start_after_seconds if self.standing else 0.0
+        return self.standing_at + min(start_after, STALE_SECONDS)
 
     def ask(self) -> None:
         """Make the conversation ask the store again."""

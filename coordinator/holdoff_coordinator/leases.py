@@ -10,9 +10,11 @@ import contextlib
 import hashlib
 import hmac
 import math
+import random
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -33,7 +35,7 @@ from holdoff_coordinator.records import (
 from holdoff_coordinator.scripts import READ_BATCH
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.hub import Hub, Waiter
@@ -44,6 +46,8 @@ log = structlog.get_logger()
 
 STATUS_SECONDS = 15.0
 """A waiter hears from us at least this often."""
+ASKING_MOST = 8
+"""Requests for a lease in the store at once, half of them of one app: each may walk a queue."""
 SILENT_US = 60_000_000
 """A stream whose client is silent this long is closed; its place is not kept longer either."""
 
@@ -106,6 +110,21 @@ def check_ask(
     )
 
 
+class _Turns:
+    """Lets few ask for leases at once, so that a crowd that comes together delays no other call."""
+
+    def __init__(self) -> None:
+        self._all = asyncio.Semaphore(ASKING_MOST)
+        self._of_app: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    @contextlib.asynccontextmanager
+    async def taken(self, app: str) -> AsyncIterator[None]:
+        """Ask in the block."""
+        of_app = self._of_app.setdefault(app, asyncio.Semaphore(ASKING_MOST // 2))
+        async with of_app, self._all:
+            yield
+
+
 class Leases:
     """Acquire, renew, release, break, get and list leases."""
 
@@ -113,6 +132,7 @@ class Leases:
         self._scripts = scripts
         self._hub = hub
         self._places = places
+        self._turns = _Turns()
 
     async def acquire(
         self, request: lease_service_pb2.AcquireLeaseRequest, caller: Caller, waiter: Waiter
@@ -144,7 +164,8 @@ class Leases:
     async def _conversation(
         self, ask: Ask, waiter: Waiter
     ) -> AsyncGenerator[lease_service_pb2.AcquireLeaseResponse, None]:
-        began, told, told_at, offered = time.monotonic(), None, 0.0, ""
+        began, told, tell_again_at, offered = time.monotonic(), None, 0.0, ""
+        wait_seconds = math.inf if ask.wait_us is None else ask.wait_us / 1e6
         waiter.ask()
         while True:
             self._check(waiter)
@@ -166,17 +187,18 @@ class Leases:
                     continue
                 waiter.standing, waiter.standing_at = found, time.monotonic()
             standing, now = waiter.standing, time.monotonic()
-            left = math.inf if ask.wait_us is None else ask.wait_us / 1e6 - (now - began)
-            if left <= 0:
+            if now >= began + wait_seconds:
                 await self._withdraw(ask)
                 raise standing.to_failure(ask.token)
-            if told != standing.signature or now - told_at >= STATUS_SECONDS:
-                told, told_at = standing.signature, now
+            if told != standing.signature or now >= tell_again_at:
+                told = standing.signature
+                # Those who came together are not all told again in the same instant.
+                tell_again_at = now + STATUS_SECONDS * random.uniform(0.5, 1.0)  # noqa: S311
                 yield lease_service_pb2.AcquireLeaseResponse(waiting=standing.to_status())
-            start_after = waiter.standing_at + standing.start_after_seconds - now
-            pause = min(left, told_at + STATUS_SECONDS - now, start_after)
+            ends_at = began + wait_seconds
+            pause = min(ends_at, waiter.ask_at, tell_again_at) - now
             if not await _sleep(waiter, pause):
-                waiter.must_ask = True
+                waiter.must_ask = time.monotonic() >= min(ends_at, waiter.ask_at)
 
     def _check(self, waiter: Waiter) -> None:
         """Say why a conversation cannot go on here."""
@@ -199,21 +221,22 @@ class Leases:
         )
 
     async def _ask(self, ask: Ask, waiter: Waiter) -> Standing | lease_service_pb2.LeaseOffer:
-        reply = await self._scripts.run(
-            "acquire",
-            ask.token.app,
-            ask.token.token,
-            ask.request_hash,
-            ask.fingerprints,
-            "1" if ask.may_queue else "0",
-            ask.ttl_us,
-            ask.holder,
-            _sha256(ask.secret.encode()),
-            waiter.heard_age_us,
-            ask.last_fencing_token,
-            ask.places,
-            ask.job,
-        )
+        async with self._turns.taken(ask.token.app):
+            reply = await self._scripts.run(
+                "acquire",
+                ask.token.app,
+                ask.token.token,
+                ask.request_hash,
+                ask.fingerprints,
+                "1" if ask.may_queue else "0",
+                ask.ttl_us,
+                ask.holder,
+                _sha256(ask.secret.encode()),
+                waiter.heard_age_us,
+                ask.last_fencing_token,
+                ask.places,
+                ask.job,
+            )
         if reply.status == "WAITING":
             flat, lease, lease_id = reply.values
             blocking = (

@@ -61,20 +61,32 @@ end
 
 -- Queue ---------------------------------------------------------------------
 
+-- What a walk of a queue reads of each request: some 1000 of them may wait.
+local WALK_FIELDS = {'state', 'heard_us', 'heard_service_us', 'token', 'places', 'job'}
+local WALK_STEP = 50
+
 -- Walks the places that are kept, in order, dropping those that are not;
 -- `visit(hash, request, live)` ends the walk by returning true.
 local function walk_queue(id, visit)
-  local dropped = false
-  for _, hash in ipairs(redis.call('ZRANGE', queue_key(id), 0, -1)) do
-    local request = load(request_key(hash))
-    if not request.state or number(shard.service_us) - number(request.heard_service_us) > PLACE_KEPT_FOR then
-      redis.call('ZREM', queue_key(id), hash)
-      redis.call('DEL', request_key(hash))
-      dropped = true
-    elseif visit(hash, request, now - number(request.heard_us) <= LIVE_FOR) then
-      break
+  local key, at, dropped, done = queue_key(id), 0, false, false
+  repeat
+    local hashes = redis.call('ZRANGE', key, at, at + WALK_STEP - 1)
+    at = at + #hashes
+    for _, hash in ipairs(hashes) do
+      local request = {}
+      for i, value in ipairs(redis.call('HMGET', request_key(hash), unpack(WALK_FIELDS))) do
+        request[WALK_FIELDS[i]] = value or nil
+      end
+      if not request.state or number(shard.service_us) - number(request.heard_service_us) > PLACE_KEPT_FOR then
+        redis.call('ZREM', key, hash)
+        redis.call('DEL', request_key(hash))
+        dropped, at = true, at - 1
+      elseif visit(hash, request, now - number(request.heard_us) <= LIVE_FOR) then
+        done = true
+        break
+      end
     end
-  end
+  until done or #hashes < WALK_STEP
   if dropped then tell_queue_moved(id) end
 end
 
