@@ -10,7 +10,7 @@ import structlog
 
 from holdoff_coordinator.access import AccessError, need_of, read_access, refusal, rights_of
 from holdoff_coordinator.caller import Caller
-from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.failures import STORE_TROUBLES, Failure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +89,7 @@ class Gate:
         """Find out who calls, and whether it may.
 
         Raises:
-            Failure: CREDENTIAL_…, NOT_ALLOWED, STORE_UNAVAILABLE, or INVALID_FIELD when the
+            Failure: CREDENTIAL_…, NOT_ALLOWED, STORE_…, or INVALID_FIELD when the
                 request does not say what it is about.
         """
         peer = context.peer()
@@ -103,7 +103,7 @@ class Gate:
             if place := rights.missing(need):
                 raise refusal(identity, need.role, place)
         except Failure as failure:
-            if failure.reason in ("STORE_UNAVAILABLE", "INVALID_FIELD"):
+            if failure.reason in (*STORE_TROUBLES, "INVALID_FIELD"):
                 raise
             await self.refused(request, Caller(identity, peer), failure)
             raise

@@ -14,10 +14,9 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-import structlog
-
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.records import Standing, lease_message, record
+from holdoff_coordinator.seldom import warn
 from holdoff_coordinator.wakeups import WakeUps
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
     from holdoff.names import TokenName
     from holdoff_coordinator.scripts import Scripts
-
-log = structlog.get_logger()
 
 TICK_SECONDS = 1.0
 LIVE_US = 5_000_000
@@ -155,7 +152,7 @@ class Hub:
                 try:
                     await self._hear(app, waiters[start : start + BATCH])
                 except Failure as failure:  # one app's trouble is its own
-                    log.warning("tick failed", app=app, reason=failure.reason)
+                    warn("tick failed", failure.reason, app=app)
 
     async def _hear(self, app: str, waiters: list[tuple[TokenName, Waiter]]) -> None:
         heard: list[str | int] = []
@@ -165,16 +162,17 @@ class Hub:
         tokens = {token.token: token for token, _ in waiters}
         for token_id, lease_id, flat, *standings in reply.values[0]:
             token = tokens[token_id.decode()]
-            lease = (
-                lease_message(token, lease_id.decode(), record(flat), reply.now_us)
-                if lease_id
-                else None
-            )
-            for request_hash, found in standings:
-                standing = Standing.read(app, found, reply.now_us, lease) if found else None
-                for waiter in self._waiters.get(request_hash.decode(), ()):
-                    if waiter.token == token:
-                        waiter.found(standing)
+            with self._scripts.sparing(app, f"tokens/{token.token}"):
+                lease = (
+                    lease_message(token, lease_id.decode(), record(flat), reply.now_us)
+                    if lease_id
+                    else None
+                )
+                for request_hash, found in standings:
+                    standing = Standing.read(app, found, reply.now_us, lease) if found else None
+                    for waiter in self._waiters.get(request_hash.decode(), ()):
+                        if waiter.token == token:
+                            waiter.found(standing)
 
     async def listen_forever(self) -> None:
         """Stir the waiters that the store's wake-ups name."""
@@ -191,4 +189,4 @@ class Hub:
             try:
                 await look(app)
             except Failure as failure:  # the next tick makes up for it
-                log.warning("announcement not followed", app=app, reason=failure.reason)
+                warn("announcement not followed", failure.reason, app=app)

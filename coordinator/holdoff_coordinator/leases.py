@@ -13,7 +13,7 @@ import math
 import random
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import structlog
@@ -344,9 +344,10 @@ class Leases:
                             leases=leases, next_page_token=str(last)
                         )
                     token = TokenName(app, token_id.decode())
-                    leases.append(
-                        lease_message(token, lease_id.decode(), record(flat), reply.now_us)
-                    )
+                    with self._scripts.sparing(app, f"tokens/{token.token}"):
+                        leases.append(
+                            lease_message(token, lease_id.decode(), record(flat), reply.now_us)
+                        )
         return lease_service_pb2.ListLeasesResponse(leases=leases)
 
     async def history(
@@ -360,15 +361,17 @@ class Leases:
         reply = await self._scripts.run("read_history", name.app, name.token)
         if reply.status != "OK":
             raise failure_of(reply, name)
-        records = [(lease_id.decode(), record(flat)) for lease_id, flat in reply.values[0]]
-        return lease_service_pb2.ListLeaseHistoryResponse(
-            leases=[
-                lease_message(name, lease_id, lease, reply.now_us)
-                for lease_id, lease in records
-                if at_us is None
-                or int(lease["accepted_us"]) <= at_us <= int(lease.get("ended_us", reply.now_us))
-            ]
-        )
+
+        def read(entry: Any) -> lease_pb2.Lease | None:
+            lease_id, lease = entry[0].decode(), record(entry[1])
+            if at_us is not None:
+                ended_us = int(lease.get("ended_us", reply.now_us))
+                if not int(lease["accepted_us"]) <= at_us <= ended_us:
+                    return None
+            return lease_message(name, lease_id, lease, reply.now_us)
+
+        leases = self._scripts.readable(name.app, "leases", reply.values[0], read)
+        return lease_service_pb2.ListLeaseHistoryResponse(leases=filter(None, leases))
 
     async def waiters(
         self, request: lease_service_pb2.ListWaitersRequest, _: Caller
@@ -379,10 +382,12 @@ class Leases:
         if reply.status != "OK":
             raise failure_of(reply, name)
         return lease_service_pb2.ListWaitersResponse(
-            waiters=[
-                waiter_message(place, record(flat), reply.now_us)
-                for place, flat in enumerate(reply.values[0], start=1)
-            ]
+            waiters=self._scripts.readable(
+                name.app,
+                "requests",
+                enumerate(reply.values[0], start=1),
+                lambda entry: waiter_message(entry[0], record(entry[1]), reply.now_us),
+            )
         )
 
 

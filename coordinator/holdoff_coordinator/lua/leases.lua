@@ -65,6 +65,18 @@ end
 local WALK_FIELDS = {'state', 'heard_us', 'heard_service_us', 'token', 'places', 'job'}
 local WALK_STEP = 50
 
+-- A request in a queue, with whether it is live; nil if its place is not kept.
+local function kept_request(hash)
+  local request = {}
+  for i, value in ipairs(redis.call('HMGET', request_key(hash), unpack(WALK_FIELDS))) do
+    request[WALK_FIELDS[i]] = value or nil
+  end
+  if not request.state then return end
+  if number(shard.service_us) - number(request.heard_service_us) > PLACE_KEPT_FOR then return end
+  request.live = now - number(request.heard_us) <= LIVE_FOR
+  return request
+end
+
 -- Walks the places that are kept, in order, dropping those that are not;
 -- `visit(hash, request, live)` ends the walk by returning true.
 local function walk_queue(id, visit)
@@ -73,15 +85,12 @@ local function walk_queue(id, visit)
     local hashes = redis.call('ZRANGE', key, at, at + WALK_STEP - 1)
     at = at + #hashes
     for _, hash in ipairs(hashes) do
-      local request = {}
-      for i, value in ipairs(redis.call('HMGET', request_key(hash), unpack(WALK_FIELDS))) do
-        request[WALK_FIELDS[i]] = value or nil
-      end
-      if not request.state or number(shard.service_us) - number(request.heard_service_us) > PLACE_KEPT_FOR then
+      local request = spare('requests/' .. hash, kept_request, hash)
+      if not request then
         redis.call('ZREM', key, hash)
         redis.call('DEL', request_key(hash))
         dropped, at = true, at - 1
-      elseif visit(hash, request, now - number(request.heard_us) <= LIVE_FOR) then
+      elseif visit(hash, request, request.live) then
         done = true
         break
       end
