@@ -85,7 +85,8 @@ local function spare(thing, act, ...)
     local why = ...
     local text = type(why) == 'table' and why.err or tostring(why)
     local code = text:match('^(%u+) ')
-    if code and code ~= 'WRONGTYPE' and code ~= 'ERR' then error(why) end
+    local denied = text:find('ACL failure', 1, true) or text:find('The user executing the script', 1, true)
+    if denied or (code and code ~= 'WRONGTYPE' and code ~= 'ERR') then error(why) end
     damaged[#damaged + 1] = {thing, text}
   end
   return result(pcall(act, ...))
