@@ -84,6 +84,8 @@ class Gate:
         self._credentials = credentials
         self._access = access
         self._trail = trail
+        self.refusal: Failure | None = None
+        """What every caller hears while this replica cannot serve; None while it can."""
 
     async def admit(self, request: Message, context: Context) -> Admitted:
         """Find out who calls, and whether it may.
@@ -92,6 +94,8 @@ class Gate:
             Failure: CREDENTIAL_…, NOT_ALLOWED, STORE_…, or INVALID_FIELD when the
                 request does not say what it is about.
         """
+        if self.refusal:
+            raise self.refusal
         peer = context.peer()
         if self._access is None:
             return Admitted(Caller(_certified(context) or ANONYMOUS, peer))

@@ -163,7 +163,6 @@ class Scripts:
         self,
         redis: StoreClient,
         *,
-        data_lost: bool = False,
         quarantine_us: int,
         boot_us: Callable[[], int] = boottime_us,
     ) -> None:
@@ -176,7 +175,7 @@ class Scripts:
         """Called with the reason whenever the store did not answer, or refused."""
         self.on_damage: Callable[[str, str], None] = lambda *_: None
         """Called with the app and kind of each record that was found damaged."""
-        self._lost_until_us = boot_us() + quarantine_us if data_lost else 0
+        self._lost_until_us = 0
         self._quarantine_us = quarantine_us
         self._boot_us = boot_us
         # A server has one clock; the nodes of a Cluster have one each, and an app may move.
@@ -188,6 +187,10 @@ class Scripts:
         self._histories: set[str] = set()
         self._sources = {name: source(name) for name in SCRIPTS}
         self._digests = {name: digest(name) for name in SCRIPTS}
+
+    def data_is_lost(self) -> None:
+        """Take what the store does not know for lost, for as long as that may matter."""
+        self._lost_until_us = self._boot_us() + self._quarantine_us
 
     async def run(
         self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY
@@ -459,12 +462,16 @@ def _reason_of(error: RedisError) -> str:
             return "STORE_READ_ONLY"
         case NoPermissionError() | AuthenticationError() | AuthorizationError():
             return "STORE_ACCESS_DENIED"
+        case ResponseError() if str(error).startswith(_DENIED):
+            return "STORE_ACCESS_DENIED"
         case ResponseError():
             word = str(error).partition(" ")[0]
             return _REASONS.get(word, "STORE_UNAVAILABLE" if word.isupper() else "INTERNAL")
     return "STORE_UNAVAILABLE"
 
 
+_DENIED = ("ACL failure in script", "The user executing the script")
+"""How Valkey, and Redis, say that a command in a script is forbidden."""
 _REASONS = {
     "WRONGTYPE": "STORE_DAMAGED",
     "MISCONF": "STORE_NOT_WRITABLE",
