@@ -21,7 +21,7 @@ import structlog
 from holdoff.names import LeaseName, TokenName
 from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import Failure, invalid, token_not_found
+from holdoff_coordinator.failures import Failure, invalid, store_trouble, token_not_found
 from holdoff_coordinator.places import as_json, job_hash
 from holdoff_coordinator.policies import policy_message
 from holdoff_coordinator.records import (
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+LATE_MOST = 3
+"""How often to ask while the store is so slow that its answer says nothing."""
 STATUS_SECONDS = 15.0
 """A waiter hears from us at least this often."""
 ASKING_MOST = 8
@@ -221,22 +223,14 @@ class Leases:
         )
 
     async def _ask(self, ask: Ask, waiter: Waiter) -> Standing | lease_service_pb2.LeaseOffer:
-        async with self._turns.taken(ask.token.app):
-            reply = await self._scripts.run(
-                "acquire",
-                ask.token.app,
-                ask.token.token,
-                ask.request_hash,
-                ask.fingerprints,
-                "1" if ask.may_queue else "0",
-                ask.ttl_us,
-                ask.holder,
-                _sha256(ask.secret.encode()),
-                waiter.heard_age_us,
-                ask.last_fencing_token,
-                ask.places,
-                ask.job,
-            )
+        for _ in range(LATE_MOST):
+            reply = await self._acquire(ask, waiter)
+            # A script that ran late grants nothing; but only the store was slow: the next one may.
+            if reply.status != "WAITING" or not reply.late:
+                break
+        else:
+            if not ask.may_queue:
+                raise store_trouble("STORE_UNAVAILABLE")
         if reply.status == "WAITING":
             flat, lease, lease_id = reply.values
             blocking = (
@@ -255,6 +249,24 @@ class Leases:
                 accept_within=message.remaining if offered else None,
             )
         raise failure_of(reply, ask.token)
+
+    async def _acquire(self, ask: Ask, waiter: Waiter) -> Reply:
+        async with self._turns.taken(ask.token.app):
+            return await self._scripts.run(
+                "acquire",
+                ask.token.app,
+                ask.token.token,
+                ask.request_hash,
+                ask.fingerprints,
+                "1" if ask.may_queue else "0",
+                ask.ttl_us,
+                ask.holder,
+                _sha256(ask.secret.encode()),
+                waiter.heard_age_us,
+                ask.last_fencing_token,
+                ask.places,
+                ask.job,
+            )
 
     async def renew(
         self, request: lease_service_pb2.RenewLeaseRequest, caller: Caller

@@ -29,7 +29,7 @@ from redis.exceptions import (
 )
 
 from holdoff_coordinator.caller import NOBODY
-from holdoff_coordinator.clock import StoreClock
+from holdoff_coordinator.clock import TOLERANCE_US, StoreClock
 from holdoff_coordinator.cluster import Cluster, node_of
 from holdoff_coordinator.failures import CODES, Failure, store_trouble
 from holdoff_coordinator.seldom import warn
@@ -144,6 +144,8 @@ class Reply:
     values: tuple[Any, ...]
     damaged: tuple[str, ...] = ()
     """What was left out because its record is damaged."""
+    late: bool = False
+    """The script took the store's clock for doubtful, and only the store was slow."""
 
 
 @dataclass(slots=True)
@@ -251,7 +253,8 @@ class Scripts:
         things = tuple(thing.decode(errors="replace") for thing, _ in damaged)
         for thing, (_, why) in zip(things, damaged, strict=True):
             self._found_damaged(app, thing, why.decode(errors="replace"))
-        reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]), things)
+        late = bool(estimate_us and not jump_us and abs(now_us - estimate_us) > TOLERANCE_US)
+        reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]), things, late)
         if reply.status == "SCHEMA_TOO_NEW":
             found, known = (int(value) for value in reply.values)
             raise Failure(
