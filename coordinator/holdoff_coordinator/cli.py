@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,9 @@ class _Group(click.Group):
 
 def _commands() -> ModuleType:
     """Import what carries the commands out: help does without gRPC, redis-py and pydantic."""
+    # What gRPC's core has to say would stand between the lines of our log, which are JSON. It looks
+    # at this when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from holdoff_coordinator import commands  # noqa: PLC0415
 
     return commands

@@ -29,17 +29,12 @@ from holdoff_coordinator.embedded import EmbeddedStore
 from holdoff_coordinator.exits import EX_CANNOT_SERVE, EX_USAGE, fail
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.gate import AccessFile
+from holdoff_coordinator.policies import read_policies
 from holdoff_coordinator.restore import after_restore
+from holdoff_coordinator.server import CannotListenError, Coordinator
 from holdoff_coordinator.settings import LogFormat, Settings
 from holdoff_coordinator.store import Access, Assumed, StoreError, check, connect, ensure_epoch
 from holdoff_coordinator.tls import Certificates, TlsError
-
-# What gRPC's core has to say would stand between the lines of our log, which are JSON. It looks
-# at this when it is imported.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
-from holdoff_coordinator.policies import read_policies
-from holdoff_coordinator.server import CannotListenError, Coordinator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping

@@ -467,7 +467,7 @@ def _reason_of(error: RedisError) -> str:
             return "STORE_ACCESS_DENIED"
         case ResponseError() if str(error).startswith(_DENIED):
             return "STORE_ACCESS_DENIED"
-        case ResponseError():
+        case ResponseError() if type(error) is ResponseError:  # others are about a Cluster
             word = str(error).partition(" ")[0]
             return _REASONS.get(word, "STORE_UNAVAILABLE" if word.isupper() else "INTERNAL")
     return "STORE_UNAVAILABLE"

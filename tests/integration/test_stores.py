@@ -331,7 +331,8 @@ async def epoch_of(url: str) -> store.Epoch:
 
 
 def test_a_restored_directory_is_held_back_too(tmp_path: Path) -> None:
-    """The embedded store is started for it, and ended; one that is in use is refused."""
+    """The embedded store is started for it, and ended."""
+    (tmp_path / "valkey").mkdir()  # what a backup brought
     ended = coordinator("after-restore", "--data-dir", str(tmp_path), "--quarantine-seconds", "9")
     assert ended.returncode == 0, ended.stderr
     assert "new leases: 0;" in ended.stdout
