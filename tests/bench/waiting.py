@@ -67,21 +67,28 @@ def cpu_seconds(pid: int) -> float:
 
 
 def renew_again_and_again(address: str) -> None:
-    """Be the bystander: say how long each renewal took in ms."""
+    """Be the bystander: say when it is ready, then how long each renewal took in ms."""
     took: list[float] = []
+    failed = 0
     with grpc.insecure_channel(address) as channel:
         leases = lease_service_pb2_grpc.LeaseServiceStub(channel)
         name = "apps/bystander/tokens/t"
         token_service_pb2_grpc.TokenServiceStub(channel).CreateToken(token_to_create(name, 1.0))
         offer = leases.AcquireLease(ask(name, wait=0.0, ttl=600.0)).offer
         renewal = lease_service_pb2.RenewLeaseRequest(name=offer.lease.name, secret=offer.secret)
+        leases.RenewLease(renewal)
+        say("ready\n")
+        sys.stdout.flush()
         began = time.monotonic()
         while time.monotonic() - began < SECONDS:
             called = time.monotonic()
-            leases.RenewLease(renewal)
+            try:
+                leases.RenewLease(renewal)
+            except grpc.RpcError:
+                failed += 1
             took.append((time.monotonic() - called) * 1e3)
             time.sleep(PAUSE_SECONDS)
-    say(json.dumps(sorted(took)))
+    say(json.dumps([sorted(took), failed]))
 
 
 async def wait(leases: Leases, token: str) -> None:
@@ -128,22 +135,25 @@ async def crowd(kind: str, address: str, pids: dict[str, int]) -> None:
         bystander = await asyncio.create_subprocess_exec(
             *(sys.executable, __file__, "bystander", address), stdout=subprocess.PIPE
         )
+        assert bystander.stdout
+        await bystander.stdout.readline()
         before, began = {name: cpu_seconds(pid) for name, pid in pids.items()}, time.monotonic()
         work = [asyncio.create_task(wait(next(stubs), names[n % tokens])) for n in range(waiters)]
         if kind == "passers-by":
             callers = (ask_and_leave(next(stubs), names[0]) for _ in range(CALLERS))
             work = [asyncio.create_task(caller) for caller in callers]
-        took: list[float] = json.loads((await bystander.communicate())[0])
+        took, failed = json.loads((await bystander.communicate())[0])
         whole = time.monotonic() - began
         used = {name: (cpu_seconds(pid) - before[name]) / whole for name, pid in pids.items()}
+        there = sum(not task.done() for task in work)
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
+    share = ", ".join(f"{name} {seconds:.0%}" for name, seconds in used.items())
     say(
-        f"{kind}: {len(took)} renewals of another app, p50 {took[len(took) // 2]:.1f} ms, "
-        f"p99 {took[int(len(took) * 0.99)]:.1f} ms, longest {took[-1]:.1f} ms; processor: "
-        + ", ".join(f"{name} {share:.0%}" for name, share in used.items())
-        + "\n"
+        f"{kind}: {there} of {len(work)} still there; {len(took)} renewals of another app, "
+        f"{failed} failed, p50 {took[len(took) // 2]:.1f} ms, "
+        f"p99 {took[int(len(took) * 0.99)]:.1f} ms, longest {took[-1]:.1f} ms; processor: {share}\n"
     )
 
 
