@@ -27,6 +27,7 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
 )
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from holdoff_coordinator.caller import NOBODY
 from holdoff_coordinator.clock import TOLERANCE_US, StoreClock
@@ -457,8 +458,15 @@ def store_failure(error: RedisError) -> Failure:
     return store_trouble(reason)
 
 
+def unwrapped(error: RedisError) -> RedisError:
+    """Return what the server said; on a Unix socket redis-py wraps its answer to the first PING."""
+    if type(error) is RedisConnectionError and isinstance(error.__cause__, RedisError):
+        return error.__cause__
+    return error
+
+
 def _reason_of(error: RedisError) -> str:
-    match error:
+    match error := unwrapped(error):
         case OutOfMemoryError():
             return "STORE_OUT_OF_MEMORY"
         case ReadOnlyError():

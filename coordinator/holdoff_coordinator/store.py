@@ -33,6 +33,7 @@ from holdoff_coordinator.connecting import (
     connect,
     describe,
 )
+from holdoff_coordinator.scripts import unwrapped
 
 __all__ = [
     "Access",
@@ -191,9 +192,7 @@ def explain(name: str, error: RedisError) -> StoreError:
         error: Whatever redis-py raised. Its text comes from the server or the socket and does
             not hold the password.
     """
-    # On a Unix socket redis-py wraps what the server answered to the first PING.
-    if type(error) is RedisConnectionError and isinstance(error.__cause__, RedisError):
-        error = error.__cause__
+    error = unwrapped(error)
     text = str(error).rstrip(".")
     match error:
         case AuthenticationError() | AuthorizationError():

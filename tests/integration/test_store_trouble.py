@@ -66,7 +66,9 @@ TROUBLES: dict[str, Callable[[redis.Redis, str], Any]] = {
     "STORE_OUT_OF_MEMORY": lambda store, _: store.config_set("maxmemory", 1),
     "STORE_READ_ONLY": lambda store, _: store.replicaof("127.0.0.1", 1),
     "STORE_NOT_WRITABLE": lambda store, _: store.config_set("min-replicas-to-write", 1),
-    "STORE_ACCESS_DENIED": lambda store, _: store.acl_setuser("default", commands=["-evalsha"]),
+    "STORE_ACCESS_DENIED": lambda store, _: store.acl_setuser(
+        "default", enabled=True, commands=["-evalsha"]
+    ),
     "STORE_DAMAGED": lambda store, token: (
         store.delete(shard(token)),
         store.set(shard(token), "a text"),
@@ -95,6 +97,18 @@ def test_each_trouble_has_its_reason(
     kinds = [one["kind"] for one in logs if one["event"] == "store call failed"]
     assert kinds.count(reason) == 1
     assert metrics(replica)[key] >= calls.count(reason)
+
+
+def test_a_password_that_changed_is_told(server: tuple[Replica, redis.Redis]) -> None:
+    """New connections, which the server does not take, are refused by their reason too.
+
+    Fails when redis-py's wrapping of the server's answer hides it.
+    """
+    replica, store = server
+    token = replica.create_token(0.0)
+    store.acl_setuser("default", enabled=False)
+    store.client_kill_filter(skipme=False)
+    assert wait_until(lambda: refusal(lambda: replica.acquire(token)) == "STORE_ACCESS_DENIED")
 
 
 class App:
