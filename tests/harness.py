@@ -83,10 +83,8 @@ class Replica(CoordinatorThread):
         """Create a token, by default of an app of its own, and return its name."""
         name = name or f"apps/{uuid.uuid4().hex[:12]}-{next(_numbers)}/tokens/t"
         refresh_at = fields.pop("refresh_at", 0)
-        request = token_service_pb2.CreateTokenRequest(**fields)
-        request.token.name, request.token.refresh_at = name, refresh_at
-        if interval_seconds is not None:
-            request.token.refresh_interval.CopyFrom(duration(interval_seconds))
+        request = token_to_create(name, interval_seconds, **fields)
+        request.token.refresh_at = refresh_at
         self.tokens.CreateToken(request)
         return name
 
@@ -125,6 +123,17 @@ class Replica(CoordinatorThread):
                 name=offer.lease.name, secret=offer.secret, **fields
             )
         )
+
+
+def token_to_create(
+    name: str, interval_seconds: float | None, **fields: Any
+) -> token_service_pb2.CreateTokenRequest:
+    """Build a request for a new token."""
+    request = token_service_pb2.CreateTokenRequest(**fields)
+    request.token.name = name
+    if interval_seconds is not None:
+        request.token.refresh_interval.CopyFrom(duration(interval_seconds))
+    return request
 
 
 def ask(  # noqa: PLR0913 - the fields of the request

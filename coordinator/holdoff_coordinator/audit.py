@@ -7,7 +7,6 @@ Apps, credentials and refusals have streams of their own, each of bounded length
 from __future__ import annotations
 
 import re
-import time
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -17,6 +16,7 @@ from holdoff_coordinator import validation
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.records import audit_message
 from holdoff_coordinator.scripts import CREDENTIAL_CHANGES, REFUSALS, audit_key
+from holdoff_coordinator.seldom import Seldom
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-REPEATED_SECONDS = 60.0
-"""The same refusal is recorded once in so long, with how often it came."""
-_REFUSALS_MOST = 1_000
 _LAST = (1 << 62, 0, "")
 _PAGE_TOKEN = re.compile(r"([0-9]{1,18})-([0-9]{1,18})/([a-z0-9{}:-]{1,100})")
 
@@ -38,7 +35,7 @@ class AuditTrail:
 
     def __init__(self, scripts: Scripts) -> None:
         self._scripts = scripts
-        self._refusals: dict[tuple[str, ...], tuple[float, int]] = {}
+        self._refusals = Seldom()
         self.on_event: Callable[[Mapping[bytes, bytes]], None] = lambda _: None
         """Called with each entry that this replica added."""
         scripts.on_audit = self._note
@@ -56,10 +53,11 @@ class AuditTrail:
         for stream in streams:
             bound = f"{before[0]}-{before[1]}"
             # One more than the page tells whether there is another; one is where that before ended.
-            for entry_id, flat in await self._scripts.audit_trail(stream, bound, size + 2):
-                place = (*map(int, entry_id.split(b"-")), stream)
-                if place < before:
-                    found.append((place, flat))  # type: ignore[arg-type] # of three
+            with self._scripts.sparing(stream, "audit"):
+                for entry_id, flat in await self._scripts.audit_trail(stream, bound, size + 2):
+                    place = (*map(int, entry_id.split(b"-")), stream)
+                    if place < before:
+                        found.append((place, flat))  # type: ignore[arg-type] # of three
         found.sort(key=lambda one: one[0], reverse=True)
         events = [audit_message(place[0] * 1000, flat) for place, flat in found[:size]]
         wanted = str(parent or "")
@@ -79,16 +77,11 @@ class AuditTrail:
         self.on_event(flat)
 
     async def refused(self, caller: Caller, call: str, where: str, reason: str) -> None:
-        """Add a call that was refused; a store that is away only leaves it out."""
+        """Add a call that was refused, once a minute for the same one."""
         host = caller.peer.rpartition(":")[0]
-        key = (caller.identity, host, call, where, reason)
-        since, more = self._refusals.get(key, (-REPEATED_SECONDS, 0))
-        if time.monotonic() - since < REPEATED_SECONDS:
-            self._refusals[key] = since, more + 1
+        more = self._refusals.due((caller.identity, host, call, where, reason))
+        if more is None:
             return
-        if len(self._refusals) >= _REFUSALS_MOST:
-            self._refusals.clear()
-        self._refusals[key] = time.monotonic(), 0
         repeated = f", and {more} more like it" if more else ""
         try:
             await self._scripts.refused(

@@ -12,14 +12,15 @@ from holdoff.durations import format_duration
 from holdoff.names import AppName, TokenName
 from holdoff.v1 import admin_service_pb2, budget_pb2, budget_service_pb2, lease_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import Failure, token_not_found
+from holdoff_coordinator.failures import Failure, token_damaged, token_not_found
 from holdoff_coordinator.places import job_hash, scope_id
 from holdoff_coordinator.records import (
     back_off_message,
     back_off_sentence,
-    budget_message,
     duration,
     held_words,
+    read_back_offs,
+    read_budgets,
     record,
     scope_words,
     status_message,
@@ -156,7 +157,7 @@ class BackOffs:
 
     async def _read(self, app: str, token: str, places: str, job: str) -> list[budget_pb2.BackOff]:
         reply = await self._scripts.run("read_back_offs", app, token, places, job)
-        found = [back_off_message(app, record(flat), reply.now_us) for flat in reply.values[0]]
+        found = read_back_offs(self._scripts, app, reply)
         return sorted(found, key=lambda one: (-one.end_time.ToMicroseconds(), one.name))
 
     async def _token_obstacles(
@@ -165,7 +166,7 @@ class BackOffs:
         """What stands in the way of a token, apart from back-offs; the earliest start in µs."""
         reply = await self._scripts.run("read", token.app, token.token)
         if not reply.values[0]:
-            raise token_not_found(token)
+            raise token_damaged(token) if reply.damaged else token_not_found(token)
         [entry] = reply.values[0]
         status, now_us = status_message(token, entry, reply.now_us), reply.now_us
         obstacles = []
@@ -226,7 +227,7 @@ class BackOffs:
         found: list[budget_pb2.Budget] = []
         for start in range(0, len(ids), READ_BATCH):
             reply = await self._scripts.run("read_budgets", app, *ids[start : start + READ_BATCH])
-            found += [budget_message(app, entry, reply.now_us) for entry in reply.values[0]]
+            found += read_budgets(self._scripts, app, reply)
         found = [one for one in found if _concerns(one.scope, token, values)]
         return sorted(found, key=lambda one: (one.room, one.name))[:MOST_EXPLAINED]
 

@@ -21,6 +21,7 @@ from holdoff_coordinator.records import (
     back_off_message,
     back_off_sentence,
     budget_message,
+    read_budgets,
     record,
     reservation_message,
     scope_words,
@@ -174,7 +175,7 @@ class Budgets:
 
     async def _read(self, app: str, ids: list[str]) -> list[budget_pb2.Budget]:
         reply = await self._scripts.run("read_budgets", app, *ids)
-        return [budget_message(app, entry, reply.now_us) for entry in reply.values[0]]
+        return read_budgets(self._scripts, app, reply)
 
     async def get(
         self, request: budget_service_pb2.GetBudgetRequest, _: Caller
@@ -196,9 +197,10 @@ class Budgets:
         after = _read_page_token(request.page_token)
         found: list[budget_pb2.Budget] = []
         for app in [parent.app] if parent else await self._scripts.apps():
-            ids = await self._scripts.budgets(app)
-            for start in range(0, len(ids), READ_BATCH):
-                found += await self._read(app, ids[start : start + READ_BATCH])
+            with self._scripts.sparing(app, "budgets"):
+                ids = await self._scripts.budgets(app)
+                for start in range(0, len(ids), READ_BATCH):
+                    found += await self._read(app, ids[start : start + READ_BATCH])
         wanted, state = ScopeFilter(request.scope), request.state
         matching = [
             budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,9 @@ class _Group(click.Group):
 
 def _commands() -> ModuleType:
     """Import what carries the commands out: help does without gRPC, redis-py and pydantic."""
+    # What gRPC's core has to say would stand between the lines of our log, which are JSON. It looks
+    # at this when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from holdoff_coordinator import commands  # noqa: PLC0415
 
     return commands
@@ -67,7 +71,9 @@ _STORE_OPTIONS = (
     click.option(
         "--data-dir",
         type=click.Path(path_type=Path),
-        help="Directory of the embedded store, for when no store URL is given.",
+        help="Directory of the embedded store, for when no store URL is given. Name the same one "
+        "in every command. [default: /var/lib/holdoff for root, else "
+        "$XDG_STATE_HOME/holdoff or ~/.local/state/holdoff]",
     ),
     click.option(
         "--redis-url",
@@ -192,7 +198,8 @@ def restored(**options: Any) -> None:
 
     The backup does not know which leases and refreshes came after it. Stop the coordinators,
     restore, call this, and start them: nothing is granted until none of those can matter any
-    more, the longest TTL and interval or --quarantine-seconds. Renewals go on.
+    more, the longest TTL and interval or --quarantine-seconds. Renewals go on. It takes the
+    --data-dir or --redis-url of the coordinators, and makes no store of its own.
 
     Example: holdoff-coordinator after-restore --redis-url redis://store:6379/0
     """
@@ -204,7 +211,8 @@ def credentials() -> None:
     """Issue, revoke and list credentials: bearer tokens that say who calls.
 
     What an identity may do stands in the file of --access-file. The commands work on the store, and
-    beside coordinators that use it.
+    beside coordinators that use it: give them the same --data-dir or --redis-url. They make no
+    store of their own.
     """
 
 

@@ -30,17 +30,12 @@ from holdoff_coordinator.exits import EX_CANNOT_SERVE, EX_USAGE, fail
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.gate import AccessFile
 from holdoff_coordinator.journal import with_priority
+from holdoff_coordinator.policies import read_policies
 from holdoff_coordinator.restore import after_restore
+from holdoff_coordinator.server import CannotListenError, Coordinator
 from holdoff_coordinator.settings import LogFormat, Settings
 from holdoff_coordinator.store import Access, Assumed, StoreError, check, connect, ensure_epoch
 from holdoff_coordinator.tls import Certificates, TlsError
-
-# What gRPC's core has to say would stand between the lines of our log, which are JSON. It looks
-# at this when it is imported.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
-from holdoff_coordinator.policies import read_policies
-from holdoff_coordinator.server import CannotListenError, Coordinator
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -172,7 +167,8 @@ def _with_credentials(
             finally:
                 await client.aclose()
         else:
-            async with store.opened(settings) as (client, _, _):
+            async with store.connected(settings, new=False) as (client, embedded):
+                await store.judged(client, embedded)
                 await work(Credentials(client))
 
     _run(run())
@@ -214,27 +210,35 @@ class _Store:
     assumed: Assumed
 
     @contextlib.asynccontextmanager
-    async def opened(
-        self, settings: Settings
-    ) -> AsyncIterator[tuple[StoreClient, EmbeddedStore | None, Epoch]]:
-        """Open it, and judge it."""
+    async def connected(
+        self, settings: Settings, *, new: bool
+    ) -> AsyncIterator[tuple[StoreClient, EmbeddedStore | None]]:
+        """Connect to it, starting the embedded one; `new` says whether that may be a new one."""
         async with contextlib.AsyncExitStack() as stack:
             embedded = None
             if self.url is None:
-                embedded = await stack.enter_async_context(EmbeddedStore(settings.data_dir))
+                embedded = EmbeddedStore(settings.data_dir)
+                if not new:
+                    embedded.expect()
+                await stack.enter_async_context(embedded)
+                log.info("the store is an embedded one", data_dir=str(settings.data_dir))
             client = connect(embedded.url if embedded else self.url or "", self.access)
             stack.push_async_callback(client.aclose)
-            try:
-                for warning in await check(client, self.assumed):
-                    log.warning(warning)
-                epoch = await ensure_epoch(client, embedded.read_epoch() if embedded else None)
-            except StoreError as error:
-                raise (await embedded.explain(error) if embedded else error) from error
-            yield client, embedded, epoch
+            yield client, embedded
+
+    async def judged(self, client: StoreClient, embedded: EmbeddedStore | None) -> Epoch:
+        """Judge it, and return its epoch."""
+        try:
+            for warning in await check(client, self.assumed):
+                log.warning(warning)
+            return await ensure_epoch(client, embedded.read_epoch() if embedded else None)
+        except StoreError as error:
+            raise (await embedded.explain(error) if embedded else error) from error
 
 
 async def _hold_back(settings: Settings, store: _Store) -> None:
-    async with store.opened(settings) as (client, _, _):
+    async with store.connected(settings, new=False) as (client, embedded):
+        await store.judged(client, embedded)
         held_back = await after_restore(client, settings.quarantine_seconds)
     for app, seconds in held_back.items():
         click.echo(f"apps/{app}: no new lease for {format_duration(seconds)}")
@@ -262,11 +266,28 @@ async def _serve(
         stop.set()
 
     async with contextlib.AsyncExitStack() as stack:
-        client, embedded, epoch = await stack.enter_async_context(store.opened(settings))
+        client, embedded = await stack.enter_async_context(store.connected(settings, new=True))
+
+        async def open_store() -> Epoch:
+            epoch = await store.judged(client, embedded)
+            if epoch.lost:
+                log.error(
+                    "the store lost data: create tokens that are missing again; nothing is "
+                    "granted at first",
+                    quarantine_seconds=settings.quarantine_seconds,
+                )
+                if embedded:
+                    await stack.enter_async_context(
+                        _remembering(embedded, epoch.epoch, settings.quarantine_seconds)
+                    )
+            elif embedded:
+                embedded.write_epoch(epoch.epoch)
+            return epoch
+
         coordinator = Coordinator(
             client,
             policies=policies,
-            epoch=epoch,
+            open_store=open_store,
             listen=settings.listen,
             certificates=certificates,
             health_listen=settings.health_listen,
@@ -276,24 +297,69 @@ async def _serve(
             quarantine_seconds=settings.quarantine_seconds,
             drain_seconds=settings.drain_seconds,
         )
-        if epoch.lost:
-            log.error(
-                "the store lost data: create tokens that are missing again; nothing is granted "
-                "at first",
-                quarantine_seconds=settings.quarantine_seconds,
-            )
-        elif embedded:
-            embedded.write_epoch(epoch.epoch)
-        await stack.enter_async_context(coordinator)
         coordinator.scripts.on_outdated = on_outdated
+        _follow_hangups(stop, partial(_reload, settings, coordinator, access))
+        if not await _before(stop, stack.enter_async_context(coordinator)):
+            return
         if dangers := settings.dangers():
             log.warning("insecure: the port can be reached from other hosts", dangers=dangers)
-        if embedded and epoch.lost:
-            after_seconds = settings.quarantine_seconds
-            await stack.enter_async_context(_remembering(embedded, epoch.epoch, after_seconds))
         await stop.wait()
     if outdated:
         raise outdated[0]
+
+
+async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
+    """Do some work and return True, or give it up and return False when we are to stop."""
+    tasks = [asyncio.create_task(work), asyncio.create_task(stop.wait())]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    working, stopping = tasks
+    stopping.cancel()
+    if not working.done():
+        working.cancel()
+        await asyncio.wait([working])
+        return False
+    working.result()
+    return True
+
+
+def _reload(settings: Settings, coordinator: Coordinator, access: AccessFile | None) -> None:
+    """Read policies and the access file again; certificates are read for each new connection."""
+    try:
+        coordinator.policies.use(read_policies(settings.policy_dir))
+    except (PolicyError, OSError) as error:
+        log.warning(
+            "policies stay as they were", folder=str(settings.policy_dir), reason=str(error)
+        )
+    if access:
+        access.grants()
+    log.info("reloaded")
+
+
+def _follow_hangups(stop: asyncio.Event, reload: Callable[[], None]) -> None:
+    """On SIGHUP reload, or drain when what hung up is our terminal.
+
+    The kernel sends SIGHUP when a terminal is gone, and we have none from then on. Under `nohup`
+    that is to be ignored.
+    """
+    had_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+
+    def hung_up() -> None:
+        if had_terminal and not _has_terminal():
+            log.warning("the terminal is gone")
+            stop.set()
+        else:
+            reload()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up)
+
+
+def _has_terminal() -> bool:
+    """Tell whether this process has a controlling terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.asynccontextmanager

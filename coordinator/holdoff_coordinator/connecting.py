@@ -44,6 +44,10 @@ class StoreError(Exception):
     """The store cannot be used; the message says what to do and holds no secret."""
 
 
+class StoreAwayError(StoreError):
+    """The store does not answer now; it may later, as it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class Access:
     """What opens a store, beside its URL: files, which are read again for each connection.

@@ -190,6 +190,19 @@ class EmbeddedStore:
             os.close(self._lock)
             self._lock = None
 
+    def expect(self) -> None:
+        """Refuse a directory without a store: nobody meant to begin an empty one.
+
+        Raises:
+            StoreError: There is none, or the directory cannot be looked at.
+        """
+        with _explained(self._home):
+            if not self._home.is_dir():
+                raise StoreError(
+                    f"there is no store in {self._root}: name that of the coordinator with "
+                    "--data-dir or --redis-url; a new one is made by holdoff-coordinator serve"
+                )
+
     async def running_url(self) -> str | None:
         """Return the URL of a store that a coordinator runs in this directory, None if none does.
 

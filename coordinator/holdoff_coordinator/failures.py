@@ -27,6 +27,10 @@ CODES: Mapping[str, int] = {
     "QUEUE_FULL": code_pb2.RESOURCE_EXHAUSTED,
     "QUARANTINED": code_pb2.UNAVAILABLE,
     "STORE_UNAVAILABLE": code_pb2.UNAVAILABLE,
+    "STORE_OUT_OF_MEMORY": code_pb2.UNAVAILABLE,
+    "STORE_READ_ONLY": code_pb2.UNAVAILABLE,
+    "STORE_NOT_WRITABLE": code_pb2.UNAVAILABLE,
+    "STORE_ACCESS_DENIED": code_pb2.UNAVAILABLE,
     "SCHEMA_TOO_NEW": code_pb2.UNAVAILABLE,
     "DRAINING": code_pb2.UNAVAILABLE,
     "BUDGET_SPENT": code_pb2.RESOURCE_EXHAUSTED,
@@ -57,6 +61,7 @@ CODES: Mapping[str, int] = {
     "REQUEST_ID_REUSED": code_pb2.INVALID_ARGUMENT,
     "EVENT_TOO_OLD": code_pb2.INVALID_ARGUMENT,
     "WAITER_SILENT": code_pb2.CANCELLED,
+    "STORE_DAMAGED": code_pb2.INTERNAL,
     "INTERNAL": code_pb2.INTERNAL,
 }
 
@@ -125,6 +130,38 @@ def _resource_type(name: str) -> str:
     """Say what a resource is by its name: `apps/{app}/budgets/{budget}` is a budget."""
     collection = name.split("/")[-2] if "/" in name else ""
     return f"holdoff/{collection.removesuffix('s')}"
+
+
+STORE_TROUBLES: Mapping[str, str] = {
+    "STORE_UNAVAILABLE": "the store does not answer",
+    "STORE_OUT_OF_MEMORY": "the store is out of memory and takes no writes",
+    "STORE_READ_ONLY": "the store is read-only: a replica, or a primary that was replaced",
+    "STORE_NOT_WRITABLE": "the store takes no writes: its disk, or too few replicas",
+    "STORE_ACCESS_DENIED": "the store refuses our user or password, a command or a key",
+    "STORE_DAMAGED": "a record in the store is damaged",
+    "INTERNAL": "a script failed in the store",
+}
+"""What is wrong with the store, by the reason that callers hear."""
+
+
+def store_trouble(reason: str) -> Failure:
+    """Say what is wrong with the store; what can pass by itself may be tried again."""
+    passes = CODES[reason] == code_pb2.UNAVAILABLE
+    advice = "nothing is lost, try again" if passes else "see the coordinator's log"
+    return Failure(
+        reason,
+        f"{STORE_TROUBLES[reason]}; {advice}",
+        retry_after_seconds=1.0 if passes else None,
+    )
+
+
+def token_damaged(name: TokenName) -> Failure:
+    """Say that the records of a token cannot be used."""
+    return Failure(
+        "STORE_DAMAGED",
+        f"the records of {name} in the store are damaged; see the coordinator's log",
+        resource=str(name),
+    )
 
 
 def token_not_found(name: TokenName) -> Failure:

@@ -16,14 +16,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import structlog
-
 from holdoff.v1 import budget_pb2, lease_service_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.failures import Failure, token_damaged
 from holdoff_coordinator.leases import failure_of
 from holdoff_coordinator.records import back_off_message, duration, record
 from holdoff_coordinator.scripts import READ_BATCH, Reply
+from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from holdoff_coordinator.hub import Hub
     from holdoff_coordinator.places import Places
     from holdoff_coordinator.scripts import Scripts
-
-log = structlog.get_logger()
 
 TICK_SECONDS = 1.0
 STATUS_SECONDS = 15.0
@@ -187,7 +184,7 @@ class Followers:
                 try:
                     await self.look(app)
                 except Failure as failure:  # one app's trouble is its own
-                    log.warning("followers were not looked at", app=app, reason=failure.reason)
+                    warn("followers were not looked at", failure.reason, app=app)
 
     async def _ask(self, app: str, followers: Sequence[Follower]) -> None:
         arguments: list[str] = []
@@ -195,7 +192,11 @@ class Followers:
             arguments += one.name.token, one.name.lease, one.secret_hash
         reply = await self._scripts.run("follow", app, *arguments)
         for follower, (_, _, *answer) in zip(followers, reply.values[0], strict=True):
-            follower.take(_read(follower.name, answer, reply))
+            found: Instruction | Failure = token_damaged(follower.name.token_name)
+            with self._scripts.sparing(app, f"tokens/{follower.name.token}"):
+                if answer != [b"DAMAGED"]:
+                    found = _read(follower.name, answer, reply)
+            follower.take(found)
 
 
 def _read(name: LeaseName, answer: Sequence[Any], reply: Reply) -> Instruction | Failure:

@@ -10,7 +10,7 @@ import structlog
 
 from holdoff_coordinator.access import AccessError, need_of, read_access, refusal, rights_of
 from holdoff_coordinator.caller import Caller
-from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.failures import STORE_TROUBLES, Failure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,14 +84,18 @@ class Gate:
         self._credentials = credentials
         self._access = access
         self._trail = trail
+        self.refusal: Failure | None = None
+        """What every caller hears while this replica cannot serve; None while it can."""
 
     async def admit(self, request: Message, context: Context) -> Admitted:
         """Find out who calls, and whether it may.
 
         Raises:
-            Failure: CREDENTIAL_…, NOT_ALLOWED, STORE_UNAVAILABLE, or INVALID_FIELD when the
+            Failure: CREDENTIAL_…, NOT_ALLOWED, STORE_…, or INVALID_FIELD when the
                 request does not say what it is about.
         """
+        if self.refusal:
+            raise self.refusal
         peer = context.peer()
         if self._access is None:
             return Admitted(Caller(_certified(context) or ANONYMOUS, peer))
@@ -103,7 +107,7 @@ class Gate:
             if place := rights.missing(need):
                 raise refusal(identity, need.role, place)
         except Failure as failure:
-            if failure.reason in ("STORE_UNAVAILABLE", "INVALID_FIELD"):
+            if failure.reason in (*STORE_TROUBLES, "INVALID_FIELD"):
                 raise
             await self.refused(request, Caller(identity, peer), failure)
             raise

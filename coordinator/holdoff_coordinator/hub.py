@@ -14,10 +14,9 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-import structlog
-
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.records import Standing, lease_message, record
+from holdoff_coordinator.seldom import warn
 from holdoff_coordinator.wakeups import WakeUps
 
 if TYPE_CHECKING:
@@ -26,13 +25,13 @@ if TYPE_CHECKING:
     from holdoff.names import TokenName
     from holdoff_coordinator.scripts import Scripts
 
-log = structlog.get_logger()
-
 TICK_SECONDS = 1.0
 LIVE_US = 5_000_000
 """A waiter that was not heard for longer gets no offer, as common.lua says too."""
 BATCH = 200
 """Waiters in one script call, so that no call holds up the store."""
+STALE_SECONDS = 15.0
+"""A waiter of which no tick told for so long asks by itself, and hears what is wrong."""
 ANNOUNCEMENT = "*"
 """Stands for everybody of the app: what all who hold or wait may do has changed."""
 
@@ -59,6 +58,15 @@ class Waiter:
     def heard_age_us(self) -> int:
         """Microseconds since the client was heard."""
         return round((time.monotonic() - self._heard) * 1e6)
+
+    @property
+    def ask_at(self) -> float:
+        """When to ask again without being stirred, by our monotonic clock.
+
+        That is at its earliest start, or when no tick has said for long how it stands.
+        """
+        start_after = self.standing.start_after_seconds if self.standing else 0.0
+        return self.standing_at + min(start_after, STALE_SECONDS)
 
     def ask(self) -> None:
         """Make the conversation ask the store again."""
@@ -172,7 +180,7 @@ class Hub:
                 try:
                     await self._hear(app, waiters[start : start + BATCH])
                 except Failure as failure:  # one app's trouble is its own
-                    log.warning("tick failed", app=app, reason=failure.reason)
+                    warn("tick failed", failure.reason, app=app)
 
     async def _hear(self, app: str, waiters: list[tuple[TokenName, Waiter]]) -> None:
         heard: list[str | int] = []
@@ -182,16 +190,17 @@ class Hub:
         tokens = {token.token: token for token, _ in waiters}
         for token_id, lease_id, flat, *standings in reply.values[0]:
             token = tokens[token_id.decode()]
-            lease = (
-                lease_message(token, lease_id.decode(), record(flat), reply.now_us)
-                if lease_id
-                else None
-            )
-            for request_hash, found in standings:
-                standing = Standing.read(app, found, reply.now_us, lease) if found else None
-                for waiter in self._waiters.get(request_hash.decode(), ()):
-                    if waiter.token == token:
-                        waiter.found(standing)
+            with self._scripts.sparing(app, f"tokens/{token.token}"):
+                lease = (
+                    lease_message(token, lease_id.decode(), record(flat), reply.now_us)
+                    if lease_id
+                    else None
+                )
+                for request_hash, found in standings:
+                    standing = Standing.read(app, found, reply.now_us, lease) if found else None
+                    for waiter in self._waiters.get(request_hash.decode(), ()):
+                        if waiter.token == token:
+                            waiter.found(standing)
 
     async def listen_forever(self) -> None:
         """Stir the waiters that the store's wake-ups name."""
@@ -208,4 +217,4 @@ class Hub:
             try:
                 await look(app)
             except Failure as failure:  # the next tick makes up for it
-                log.warning("announcement not followed", app=app, reason=failure.reason)
+                warn("announcement not followed", failure.reason, app=app)

@@ -10,16 +10,18 @@ import contextlib
 import hashlib
 import hmac
 import math
+import random
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import structlog
 
 from holdoff.names import LeaseName, TokenName
 from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import Failure, invalid, token_not_found
+from holdoff_coordinator.failures import Failure, invalid, store_trouble, token_not_found
 from holdoff_coordinator.places import as_json, job_hash
 from holdoff_coordinator.policies import policy_message
 from holdoff_coordinator.records import (
@@ -33,7 +35,7 @@ from holdoff_coordinator.records import (
 from holdoff_coordinator.scripts import READ_BATCH
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.hub import Hub, Waiter
@@ -42,8 +44,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+LATE_MOST = 3
+"""How often to ask while the store is so slow that its answer says nothing."""
 STATUS_SECONDS = 15.0
 """A waiter hears from us at least this often."""
+ASKING_MOST = 8
+"""Requests for a lease in the store at once, half of them of one app: each may walk a queue."""
 SILENT_US = 60_000_000
 """A stream whose client is silent this long is closed; its place is not kept longer either."""
 
@@ -54,7 +60,9 @@ class Ask:
 
     token: TokenName
     request_hash: str
-    fingerprint: str
+    fingerprints: str
+    """Whose request it is and what it asks for: the hash that we write, then those that earlier
+    releases wrote for the same."""
     wait_us: int | None
     ttl_us: int
     holder: bytes
@@ -85,13 +93,13 @@ def check_ask(
     ttl_us = validation.ttl_us(request.ttl)
     holder = validation.holder(request.holder).SerializeToString(deterministic=True)
     declared = as_json(places)
-    bound = b"\0".join(
-        [caller.identity.encode(), str(token).encode(), b"%d" % ttl_us, holder, declared.encode()]
-    )
+    bound = [caller.identity.encode(), str(token).encode(), b"%d" % ttl_us, holder]
+    # Schema 2 knew no places. What a later release binds too is left out where it is empty.
+    forms = [[*bound, declared.encode()], *([] if declared else [bound])]
     return Ask(
         token=token,
         request_hash=_sha256(request_id.encode()),
-        fingerprint=_sha256(bound),
+        fingerprints="\n".join(_sha256(b"\0".join(form)) for form in forms),
         wait_us=(
             validation.microseconds("wait", request.wait) if request.HasField("wait") else None
         ),
@@ -104,6 +112,21 @@ def check_ask(
     )
 
 
+class _Turns:
+    """Lets few ask for leases at once, so that a crowd that comes together delays no other call."""
+
+    def __init__(self) -> None:
+        self._all = asyncio.Semaphore(ASKING_MOST)
+        self._of_app: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    @contextlib.asynccontextmanager
+    async def taken(self, app: str) -> AsyncIterator[None]:
+        """Ask in the block."""
+        of_app = self._of_app.setdefault(app, asyncio.Semaphore(ASKING_MOST // 2))
+        async with of_app, self._all:
+            yield
+
+
 class Leases:
     """Acquire, renew, release, break, get and list leases."""
 
@@ -111,6 +134,7 @@ class Leases:
         self._scripts = scripts
         self._hub = hub
         self._places = places
+        self._turns = _Turns()
 
     async def acquire(
         self, request: lease_service_pb2.AcquireLeaseRequest, caller: Caller, waiter: Waiter
@@ -142,7 +166,8 @@ class Leases:
     async def _conversation(
         self, ask: Ask, waiter: Waiter
     ) -> AsyncGenerator[lease_service_pb2.AcquireLeaseResponse, None]:
-        began, told, told_at, offered = time.monotonic(), None, 0.0, ""
+        began, told, tell_again_at, offered = time.monotonic(), None, 0.0, ""
+        wait_seconds = math.inf if ask.wait_us is None else ask.wait_us / 1e6
         waiter.ask()
         while True:
             self._check(waiter)
@@ -164,17 +189,18 @@ class Leases:
                     continue
                 waiter.standing, waiter.standing_at = found, time.monotonic()
             standing, now = waiter.standing, time.monotonic()
-            left = math.inf if ask.wait_us is None else ask.wait_us / 1e6 - (now - began)
-            if left <= 0:
+            if now >= began + wait_seconds:
                 await self._withdraw(ask)
                 raise standing.to_failure(ask.token)
-            if told != standing.signature or now - told_at >= STATUS_SECONDS:
-                told, told_at = standing.signature, now
+            if told != standing.signature or now >= tell_again_at:
+                told = standing.signature
+                # Those who came together are not all told again in the same instant.
+                tell_again_at = now + STATUS_SECONDS * random.uniform(0.5, 1.0)  # noqa: S311
                 yield lease_service_pb2.AcquireLeaseResponse(waiting=standing.to_status())
-            start_after = waiter.standing_at + standing.start_after_seconds - now
-            pause = min(left, told_at + STATUS_SECONDS - now, start_after)
+            ends_at = began + wait_seconds
+            pause = min(ends_at, waiter.ask_at, tell_again_at) - now
             if not await _sleep(waiter, pause):
-                waiter.must_ask = True
+                waiter.must_ask = time.monotonic() >= min(ends_at, waiter.ask_at)
 
     def _check(self, waiter: Waiter) -> None:
         """Say why a conversation cannot go on here."""
@@ -187,25 +213,18 @@ class Leases:
     async def _withdraw(self, ask: Ask) -> None:
         token = ask.token
         await self._scripts.run(
-            "withdraw", token.app, token.token, ask.request_hash, ask.fingerprint
+            "withdraw", token.app, token.token, ask.request_hash, ask.fingerprints
         )
 
     async def _ask(self, ask: Ask, waiter: Waiter) -> Standing | lease_service_pb2.LeaseOffer:
-        reply = await self._scripts.run(
-            "acquire",
-            ask.token.app,
-            ask.token.token,
-            ask.request_hash,
-            ask.fingerprint,
-            "1" if ask.may_queue else "0",
-            ask.ttl_us,
-            ask.holder,
-            _sha256(ask.secret.encode()),
-            waiter.heard_age_us,
-            ask.last_fencing_token,
-            ask.places,
-            ask.job,
-        )
+        for _ in range(LATE_MOST):
+            reply = await self._acquire(ask, waiter)
+            # A script that ran late grants nothing; but only the store was slow: the next one may.
+            if reply.status != "WAITING" or not reply.late:
+                break
+        else:
+            if not ask.may_queue:
+                raise store_trouble("STORE_UNAVAILABLE")
         if reply.status == "WAITING":
             flat, lease, lease_id = reply.values
             blocking = (
@@ -224,6 +243,24 @@ class Leases:
                 accept_within=message.remaining if offered else None,
             )
         raise failure_of(reply, ask.token)
+
+    async def _acquire(self, ask: Ask, waiter: Waiter) -> Reply:
+        async with self._turns.taken(ask.token.app):
+            return await self._scripts.run(
+                "acquire",
+                ask.token.app,
+                ask.token.token,
+                ask.request_hash,
+                ask.fingerprints,
+                "1" if ask.may_queue else "0",
+                ask.ttl_us,
+                ask.holder,
+                _sha256(ask.secret.encode()),
+                waiter.heard_age_us,
+                ask.last_fencing_token,
+                ask.places,
+                ask.job,
+            )
 
     async def renew(
         self, request: lease_service_pb2.RenewLeaseRequest, caller: Caller
@@ -314,9 +351,10 @@ class Leases:
                             leases=leases, next_page_token=str(last)
                         )
                     token = TokenName(app, token_id.decode())
-                    leases.append(
-                        lease_message(token, lease_id.decode(), record(flat), reply.now_us)
-                    )
+                    with self._scripts.sparing(app, f"tokens/{token.token}"):
+                        leases.append(
+                            lease_message(token, lease_id.decode(), record(flat), reply.now_us)
+                        )
         return lease_service_pb2.ListLeasesResponse(leases=leases)
 
     async def history(
@@ -330,15 +368,17 @@ class Leases:
         reply = await self._scripts.run("read_history", name.app, name.token)
         if reply.status != "OK":
             raise failure_of(reply, name)
-        records = [(lease_id.decode(), record(flat)) for lease_id, flat in reply.values[0]]
-        return lease_service_pb2.ListLeaseHistoryResponse(
-            leases=[
-                lease_message(name, lease_id, lease, reply.now_us)
-                for lease_id, lease in records
-                if at_us is None
-                or int(lease["accepted_us"]) <= at_us <= int(lease.get("ended_us", reply.now_us))
-            ]
-        )
+
+        def read(entry: Any) -> lease_pb2.Lease | None:
+            lease_id, lease = entry[0].decode(), record(entry[1])
+            if at_us is not None:
+                ended_us = int(lease.get("ended_us", reply.now_us))
+                if not int(lease["accepted_us"]) <= at_us <= ended_us:
+                    return None
+            return lease_message(name, lease_id, lease, reply.now_us)
+
+        leases = self._scripts.readable(name.app, "leases", reply.values[0], read)
+        return lease_service_pb2.ListLeaseHistoryResponse(leases=filter(None, leases))
 
     async def waiters(
         self, request: lease_service_pb2.ListWaitersRequest, _: Caller
@@ -349,10 +389,12 @@ class Leases:
         if reply.status != "OK":
             raise failure_of(reply, name)
         return lease_service_pb2.ListWaitersResponse(
-            waiters=[
-                waiter_message(place, record(flat), reply.now_us)
-                for place, flat in enumerate(reply.values[0], start=1)
-            ]
+            waiters=self._scripts.readable(
+                name.app,
+                "requests",
+                enumerate(reply.values[0], start=1),
+                lambda entry: waiter_message(entry[0], record(entry[1]), reply.now_us),
+            )
         )
 
 

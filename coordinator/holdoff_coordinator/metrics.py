@@ -36,8 +36,8 @@ from prometheus_client.exposition import choose_encoder
 
 from holdoff._version import VERSION
 from holdoff.v1 import audit_pb2, budget_pb2
-from holdoff_coordinator.failures import Failure
-from holdoff_coordinator.records import back_off_message, budget_message, record
+from holdoff_coordinator.failures import STORE_TROUBLES, Failure
+from holdoff_coordinator.records import read_back_offs, read_budgets, record
 from holdoff_coordinator.scripts import READ_BATCH
 from holdoff_coordinator.service import SERVICES
 from holdoff_coordinator.store import StoreError
@@ -107,7 +107,16 @@ class Metrics(grpc.aio.ServerInterceptor):
         self._script_seconds = seconds(
             "store_script", "Time that the store took for a script", ["script"], _QUICK
         )
-        self._store_errors = counter("store_errors", "Times that the store did not answer")
+        self._store_errors = counter(
+            "store_errors", "Times that the store did not answer, or refused", ["reason"]
+        )
+        for reason in STORE_TROUBLES:  # so that the first one is an increase
+            self._store_errors.labels(reason.lower())
+        self._damaged = counter(
+            "damaged_records",
+            "Times that a record was left out because it is damaged",
+            ["app", "kind"],
+        )
         self._events = counter(
             "audit_events",
             "What this replica added to the audit trail: grants, losses, breaks, refusals",
@@ -148,7 +157,8 @@ class Metrics(grpc.aio.ServerInterceptor):
         for kind in _OF_NO_APP:
             self._events.labels("", _kind_label(kind))
         scripts.on_run = lambda name, took: self._script_seconds.labels(name).observe(took)
-        scripts.on_failure = self._store_errors.inc
+        scripts.on_failure = lambda reason: self._store_errors.labels(reason.lower()).inc()
+        scripts.on_damage = lambda app, kind: self._damaged.labels(app, kind).inc()
 
     def count(self, event: Mapping[bytes, bytes]) -> None:
         """Count an entry of the audit trail."""
@@ -270,11 +280,9 @@ class Metrics(grpc.aio.ServerInterceptor):
                     self._begin(app)
                     await asyncio.sleep(0)  # the first time they may be many
                 for app in apps:
-                    found += [
-                        *await self._tokens(app),
-                        *await self._budgets_of(app),
-                        *await self._back_offs_of(app),
-                    ]
+                    for read in (self._tokens, self._budgets_of, self._back_offs_of):
+                        with self._scripts.sparing(app, "app"):
+                            found += await read(app)
                 if time.monotonic() - self._judged_at >= JUDGE_SECONDS:
                     self._store_safe.set(await self._is_safe())
                     self._judged_at = time.monotonic()
@@ -305,14 +313,15 @@ class Metrics(grpc.aio.ServerInterceptor):
             reply = await self._scripts.run("read", app, *shown[start : start + READ_BATCH])
             for token_id, flat, lease_id, _, waiting, *_, first_us in reply.values[0]:
                 labels, token = (app, token_id.decode()), record(flat)
-                cooldown_us = max(0, int(token.get("not_before_us", b"0")) - reply.now_us)
-                waits_us = reply.now_us - int(first_us) if int(first_us) else 0
-                found += [
-                    (self._held, labels, float(bool(lease_id) or "foreign" in token)),
-                    (self._waiting, labels, int(waiting)),
-                    (self._longest, labels, max(0, waits_us) / 1e6),
-                    (self._cooldown, labels, cooldown_us / 1e6),
-                ]
+                with self._scripts.sparing(app, f"tokens/{labels[1]}"):
+                    cooldown_us = max(0, int(token.get("not_before_us", b"0")) - reply.now_us)
+                    waits_us = reply.now_us - int(first_us) if int(first_us) else 0
+                    found += [
+                        (self._held, labels, float(bool(lease_id) or "foreign" in token)),
+                        (self._waiting, labels, int(waiting)),
+                        (self._longest, labels, max(0, waits_us) / 1e6),
+                        (self._cooldown, labels, cooldown_us / 1e6),
+                    ]
         return found
 
     async def _budgets_of(self, app: str) -> list[tuple[Gauge, tuple[str, ...], float]]:
@@ -321,8 +330,7 @@ class Metrics(grpc.aio.ServerInterceptor):
         ids = await self._scripts.budgets(app)
         for start in range(0, len(ids), READ_BATCH):
             reply = await self._scripts.run("read_budgets", app, *ids[start : start + READ_BATCH])
-            for entry in reply.values[0]:
-                one = budget_message(app, entry, reply.now_us)
+            for one in read_budgets(self._scripts, app, reply):
                 state = budget_pb2.BudgetState.Name(one.state).removeprefix("BUDGET_STATE_")
                 states[one.limit, state.lower()] += 1
                 room[one.limit] = min(one.room, room.get(one.limit, one.room))
@@ -334,8 +342,7 @@ class Metrics(grpc.aio.ServerInterceptor):
     async def _back_offs_of(self, app: str) -> list[tuple[Gauge, tuple[str, ...], float]]:
         reply = await self._scripts.run("read_back_offs", app, "", "", "")
         kinds: Tally[tuple[str, str]] = Tally()
-        for flat in reply.values[0]:
-            one = back_off_message(app, record(flat), reply.now_us)
+        for one in read_back_offs(self._scripts, app, reply):
             cause = budget_pb2.BackOffCause.Name(one.cause).removeprefix("BACK_OFF_CAUSE_")
             state = budget_pb2.BackOffState.Name(one.state).removeprefix("BACK_OFF_STATE_")
             kinds[cause.lower(), state.lower()] += 1

@@ -75,6 +75,10 @@ class Policies:
     def __init__(self, policies: Mapping[str, Policy]) -> None:
         self._policies = policies
 
+    def use(self, policies: Mapping[str, Policy]) -> None:
+        """Go on with other policies; a token keeps the rules that it was given."""
+        self._policies = policies
+
     def find(self, field: str, name: str) -> Policy:
         """Return a policy; an empty name means the default.
 

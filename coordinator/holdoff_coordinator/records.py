@@ -1,4 +1,4 @@
-"""From the store's records to the API's messages. Pure."""
+"""From the store's records to the API's messages."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from holdoff_coordinator.scripts import lock_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from holdoff_coordinator.scripts import Reply, Scripts
 
 Record = dict[str, bytes]
 
@@ -239,6 +241,23 @@ def budget_message(app: str, found: Sequence[Any], now_us: int) -> budget_pb2.Bu
         reset_time=timestamp(flat, "reset_us"),
         reset_reason=flat.get("reset_reason", b"").decode(),
         reset_by=flat.get("reset_by", b"").decode(),
+    )
+
+
+def read_budgets(scripts: Scripts, app: str, reply: Reply) -> list[budget_pb2.Budget]:
+    """The budgets that `read_budgets.lua` found, without those that are damaged."""
+    return scripts.readable(
+        app, "budgets", reply.values[0], lambda entry: budget_message(app, entry, reply.now_us)
+    )
+
+
+def read_back_offs(scripts: Scripts, app: str, reply: Reply) -> list[budget_pb2.BackOff]:
+    """The back-offs that `read_back_offs.lua` found, without those that are damaged."""
+    return scripts.readable(
+        app,
+        "backOffs",
+        reply.values[0],
+        lambda flat: back_off_message(app, record(flat), reply.now_us),
     )
 
 

@@ -6,24 +6,37 @@ Every decision is made in a script, with the store's clock. One script a file; b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 import uuid
 from collections import defaultdict
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
-from redis.exceptions import NoScriptError, RedisError
+from google.protobuf.message import DecodeError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from holdoff_coordinator.caller import NOBODY
-from holdoff_coordinator.clock import StoreClock
+from holdoff_coordinator.clock import TOLERANCE_US, StoreClock
 from holdoff_coordinator.cluster import Cluster, node_of
-from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.failures import CODES, Failure, store_trouble
+from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from redis.asyncio import Redis
 
@@ -31,6 +44,8 @@ if TYPE_CHECKING:
     from holdoff_coordinator.cluster import StoreClient
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 READ_BATCH = 100
 """Records read in one script call, so that no call holds up the store."""
@@ -128,6 +143,10 @@ class Reply:
     epoch: str
     status: str
     values: tuple[Any, ...]
+    damaged: tuple[str, ...] = ()
+    """What was left out because its record is damaged."""
+    late: bool = False
+    """The script took the store's clock for doubtful, and only the store was slow."""
 
 
 @dataclass(slots=True)
@@ -147,7 +166,6 @@ class Scripts:
         self,
         redis: StoreClient,
         *,
-        data_lost: bool = False,
         quarantine_us: int,
         boot_us: Callable[[], int] = boottime_us,
     ) -> None:
@@ -156,13 +174,15 @@ class Scripts:
         """Called with each entry that this replica added to the audit trail."""
         self.on_run: Callable[[str, float], None] = lambda *_: None
         """Called with the name of each script that ran, and how long the store took in seconds."""
-        self.on_failure: Callable[[], None] = lambda: None
-        """Called whenever the store did not answer."""
+        self.on_failure: Callable[[str], None] = lambda _: None
+        """Called with the reason whenever the store did not answer, or refused."""
+        self.on_damage: Callable[[str, str], None] = lambda *_: None
+        """Called with the app and kind of each record that was found damaged."""
         self.on_outdated: Callable[[Failure], None] = lambda _: None
         """Called when a newer coordinator has changed the store's records."""
         self.answers = 0
         """How many scripts the store has run for us."""
-        self._lost_until_us = boot_us() + quarantine_us if data_lost else 0
+        self._lost_until_us = 0
         self._quarantine_us = quarantine_us
         self._boot_us = boot_us
         # A server has one clock; the nodes of a Cluster have one each, and an app may move.
@@ -174,6 +194,10 @@ class Scripts:
         self._histories: set[str] = set()
         self._sources = {name: source(name) for name in SCRIPTS}
         self._digests = {name: digest(name) for name in SCRIPTS}
+
+    def data_is_lost(self) -> None:
+        """Take what the store does not know for lost, for as long as that may matter."""
+        self._lost_until_us = self._boot_us() + self._quarantine_us
 
     async def run(
         self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY
@@ -205,7 +229,7 @@ class Scripts:
         self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY
     ) -> Reply:
         # Finding out which node it is may take a second, by which the estimate would be wrong.
-        await _answer(node_of(self.redis, shard_key(app)))
+        await self._answer(node_of(self.redis, shard_key(app)))
         watched = self._watched(app)
         estimate_us = 0 if self._in_doubt(app) else watched.clock.estimate_us(self._boot_us())
         header = (
@@ -217,11 +241,7 @@ class Scripts:
             caller.peer,
         )
         sent_us = self._boot_us()
-        try:
-            answer = await _answer(self._evaluate(name, shard_key(app), *header, *args))
-        except Failure:
-            self.on_failure()
-            raise
+        answer = await self._answer(self._evaluate(name, shard_key(app), *header, *args))
         self.answers += 1
         self.on_run(name, (self._boot_us() - sent_us) / 1e6)
         now_us = int(answer[0])
@@ -233,9 +253,14 @@ class Scripts:
             watched.jumps += 1
             watched.jump_us, watched.jumped_at_us = jump_us, self._boot_us()
             log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
-        for entry_id, flat in answer[3]:
+        audited, damaged = answer[3]
+        for entry_id, flat in audited:
             self.on_audit(entry_id, dict(zip(flat[::2], flat[1::2], strict=True)))
-        reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]))
+        things = tuple(thing.decode(errors="replace") for thing, _ in damaged)
+        for thing, (_, why) in zip(things, damaged, strict=True):
+            self._found_damaged(app, thing, why.decode(errors="replace"))
+        late = bool(estimate_us and not jump_us and abs(now_us - estimate_us) > TOLERANCE_US)
+        reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]), things, late)
         if reply.status == "SCHEMA_TOO_NEW":
             found, known = (int(value) for value in reply.values)
             failure = Failure(
@@ -247,6 +272,39 @@ class Scripts:
             self.on_outdated(failure)
             raise failure
         return reply
+
+    async def _answer(self, command: Awaitable[Any]) -> Any:
+        try:
+            return await answered(command)
+        except Failure as failure:
+            self.on_failure(failure.reason)
+            raise
+
+    @contextlib.contextmanager
+    def sparing(self, app: str, thing: str) -> Iterator[None]:
+        """Go on after the block when it fails because a record is damaged, and report that."""
+        try:
+            yield
+        except Failure as failure:
+            if CODES[failure.reason] != CODES["STORE_DAMAGED"]:
+                raise
+            self._found_damaged(app, thing, failure.message)
+        except (ValueError, LookupError, TypeError, DecodeError) as error:
+            self._found_damaged(app, thing, repr(error))
+
+    def readable(
+        self, app: str, kind: str, entries: Iterable[Any], read: Callable[[Any], T]
+    ) -> list[T]:
+        """Read records of one kind; those that are damaged are reported and left out."""
+        found = []
+        for entry in entries:
+            with self.sparing(app, kind):
+                found.append(read(entry))
+        return found
+
+    def _found_damaged(self, app: str, thing: str, why: str) -> None:
+        self.on_damage(app, thing.partition("/")[0])
+        warn("a record is damaged and left out", f"apps/{app}/{thing}", why=why[:200])
 
     async def _evaluate(self, name: str, key: str, *args: bytes | str | int) -> Any:
         try:
@@ -274,13 +332,13 @@ class Scripts:
         That is when its quarantine ends in µs, and how often a back-off changed.
         """
         names = ("epoch", "changes", "quarantine_until_us", "back_off_moves")
-        epoch, *numbers = await _answer(self.redis.hmget(shard_key(app), *names))
+        epoch, *numbers = await self._answer(self.redis.hmget(shard_key(app), *names))
         number, quarantine_until_us, back_off_moves = (int(value or 0) for value in numbers)
         return Position((epoch or b"").decode(), number), quarantine_until_us, back_off_moves
 
     async def changes(self, app: str, after: int) -> list[tuple[int, dict[str, bytes]]] | None:
         """Return an app's changes after one number, with theirs; None if some are gone."""
-        entries = await _answer(
+        entries = await self._answer(
             self.redis.xrange(f"{shard_key(app)}:changes", min=str(after + 1), count=CHANGES_READ)
         )
         found = [
@@ -297,7 +355,7 @@ class Scripts:
         """
         by_node: defaultdict[Redis, list[str]] = defaultdict(list)
         for app in await self.apps():
-            by_node[await _answer(node_of(self.redis, shard_key(app)))].append(app)
+            by_node[await self._answer(node_of(self.redis, shard_key(app)))].append(app)
         busy: list[str] = []
         for node, apps in by_node.items():
             async with node.pipeline(transaction=False) as pipeline:
@@ -318,17 +376,17 @@ class Scripts:
 
     async def register(self, app: str) -> None:
         """Put an app into the index of apps."""
-        await _answer(self.redis.sadd(APPS, app))
+        await self._answer(self.redis.sadd(APPS, app))
 
     async def apps(self) -> list[str]:
         """List all apps, in order."""
-        return sorted(app.decode() for app in await _answer(self.redis.smembers(APPS)))
+        return sorted(app.decode() for app in await self._answer(self.redis.smembers(APPS)))
 
     async def tokens(self, app: str, after: str, limit: int) -> list[str]:
         """List up to `limit` token ids of an app after the id `after`, in order."""
         first = f"({after}" if after else "-"
         key = f"{shard_key(app)}:tokens"
-        found = await _answer(self.redis.zrangebylex(key, first, "+", start=0, num=limit))
+        found = await self._answer(self.redis.zrangebylex(key, first, "+", start=0, num=limit))
         return [token.decode() for token in found]
 
     async def moved(self, app: str, after: int | None) -> tuple[int, list[str], bool]:
@@ -337,11 +395,11 @@ class Scripts:
         That is the ids of budgets, and whether a back-off did.
         """
         key = shard_key(app)
-        number = int(await _answer(self.redis.hget(key, "moves")) or 0)
+        number = int(await self._answer(self.redis.hget(key, "moves")) or 0)
         if after is None or number == after:
             return number, [], False
         first = f"({after}" if number > after else "-inf"  # a store that began anew
-        found = await _answer(self.redis.zrange(f"{key}:moved", first, "+inf", byscore=True))
+        found = await self._answer(self.redis.zrange(f"{key}:moved", first, "+inf", byscore=True))
         things = [thing.decode().split(" ") for thing in found]
         return (
             number,
@@ -351,19 +409,21 @@ class Scripts:
 
     async def budgets(self, app: str) -> list[str]:
         """List the ids of an app's budgets with an event in their window."""
-        found = await _answer(self.redis.zrange(f"{shard_key(app)}:budgets", 0, -1))
+        found = await self._answer(self.redis.zrange(f"{shard_key(app)}:budgets", 0, -1))
         return [budget.decode() for budget in found]
 
     async def errors(self, app: str) -> list[tuple[bytes, bytes]]:
         """Return an app's latest errors, the newest first: when in µs, and the event as JSON."""
-        entries = await _answer(self.redis.xrevrange(f"{shard_key(app)}:errors", count=ERRORS_READ))
+        entries = await self._answer(
+            self.redis.xrevrange(f"{shard_key(app)}:errors", count=ERRORS_READ)
+        )
         return [(fields[b"at_us"], fields[b"event"]) for _, fields in entries]
 
     async def audit_trail(
         self, key: str, before: str, count: int
     ) -> list[tuple[bytes, dict[bytes, bytes]]]:
         """Return entries of one stream of the trail, the newest first, from an id on back."""
-        entries: list[tuple[bytes, dict[bytes, bytes]]] = await _answer(
+        entries: list[tuple[bytes, dict[bytes, bytes]]] = await self._answer(
             self.redis.xrevrange(key, max=before, count=count)
         )
         return entries
@@ -372,21 +432,26 @@ class Scripts:
         """Add a call that was refused to the audit trail."""
         entry: dict[Any, Any] = {"kind": "CALL_REFUSED", **fields}
         adding = self.redis.xadd(REFUSALS, entry, maxlen=AUDIT_KEPT, approximate=True)
-        entry_id = await _answer(adding)
+        entry_id = await self._answer(adding)
         self.on_audit(entry_id, {key.encode(): value.encode() for key, value in entry.items()})
 
     async def policy(self, app: str, token: str) -> str | None:
         """Return the name of a token's policy; None if there is no such token."""
-        found = await _answer(self.redis.hget(f"{shard_key(app)}:token:{token}", "policy"))
+        found = await self._answer(self.redis.hget(f"{shard_key(app)}:token:{token}", "policy"))
         return None if found is None else found.decode()
 
     async def busy_tokens(self, app: str) -> list[str]:
         """List the ids of an app's tokens that are leased, offered, or cooling, in order."""
-        found = await _answer(self.redis.zrange(f"{shard_key(app)}:due", 0, -1))
+        found = await self._answer(self.redis.zrange(f"{shard_key(app)}:due", 0, -1))
         return sorted(token.decode() for token in found)
 
 
-async def _answer(command: Awaitable[Any]) -> Any:
+async def answered(command: Awaitable[Any]) -> Any:
+    """Await a command of the store.
+
+    Raises:
+        Failure: One of `failures.STORE_TROUBLES`.
+    """
     try:
         return await command
     except RedisError as error:
@@ -395,9 +460,40 @@ async def _answer(command: Awaitable[Any]) -> Any:
 
 def store_failure(error: RedisError) -> Failure:
     """Turn the driver's error into ours; its text may name hosts, never a password."""
-    log.warning("store call failed", error=type(error).__name__, detail=str(error)[:200])
-    return Failure(
-        "STORE_UNAVAILABLE",
-        "the store does not answer; nothing is lost, try again",
-        retry_after_seconds=1.0,
-    )
+    reason = _reason_of(error)
+    warn("store call failed", reason, error=type(error).__name__, detail=str(error)[:200])
+    return store_trouble(reason)
+
+
+def unwrapped(error: RedisError) -> RedisError:
+    """Return what the server said; on a Unix socket redis-py wraps its answer to the first PING."""
+    if type(error) is RedisConnectionError and isinstance(error.__cause__, RedisError):
+        return error.__cause__
+    return error
+
+
+def _reason_of(error: RedisError) -> str:
+    match error := unwrapped(error):
+        case OutOfMemoryError():
+            return "STORE_OUT_OF_MEMORY"
+        case ReadOnlyError():
+            return "STORE_READ_ONLY"
+        case NoPermissionError() | AuthenticationError() | AuthorizationError():
+            return "STORE_ACCESS_DENIED"
+        case ResponseError() if str(error).startswith(_DENIED):
+            return "STORE_ACCESS_DENIED"
+        case ResponseError() if type(error) is ResponseError:  # others are about a Cluster
+            word = str(error).partition(" ")[0]
+            return _REASONS.get(word, "STORE_UNAVAILABLE" if word.isupper() else "INTERNAL")
+    return "STORE_UNAVAILABLE"
+
+
+_DENIED = ("ACL failure in script", "The user executing the script")
+"""How Valkey, and Redis, say that a command in a script is forbidden."""
+_REASONS = {
+    "WRONGTYPE": "STORE_DAMAGED",
+    "MISCONF": "STORE_NOT_WRITABLE",
+    "NOREPLICAS": "STORE_NOT_WRITABLE",
+}
+"""By the first word of what the server says; other words in capitals (LOADING, CLUSTERDOWN) pass
+by themselves, and a script that failed begins with none."""

@@ -14,7 +14,7 @@ from holdoff_coordinator.audit import AuditTrail
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.credentials import Credentials
-from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.failures import Failure, store_trouble
 from holdoff_coordinator.followers import Followers
 from holdoff_coordinator.gate import Gate
 from holdoff_coordinator.hub import Hub
@@ -22,8 +22,9 @@ from holdoff_coordinator.leases import Leases
 from holdoff_coordinator.places import Places
 from holdoff_coordinator.policies import Policies
 from holdoff_coordinator.scripts import Scripts, boottime_us
+from holdoff_coordinator.seldom import Seldom
 from holdoff_coordinator.service import SERVICES, Handlers, add_services
-from holdoff_coordinator.store import StoreError, answers
+from holdoff_coordinator.store import StoreAwayError, StoreError, answers
 from holdoff_coordinator.sweeper import Sweeper
 from holdoff_coordinator.tokens import Tokens
 from holdoff_coordinator.watches import BudgetWatches, Watches
@@ -57,6 +58,10 @@ _OPTIONS = (
 )
 
 
+WAIT_SECONDS = 1.0
+"""How often a store that is away is looked for."""
+
+
 async def _safe() -> Sequence[str]:
     """Stands for the judgement of a store that is known to be safe."""
     return ()
@@ -67,12 +72,14 @@ class CannotListenError(Exception):
 
 
 class Coordinator:
-    """One replica on a store that is ready.
+    """One replica on a store.
 
-    Use as an async context manager: inside it the port is open; leaving it drains.
+    Use as an async context manager: inside it callers are served; leaving it drains. Entering
+    waits for a store that is away; the port is open meanwhile, and health checks and callers are
+    told.
 
     Raises:
-        StoreError: On entering, if the store's records are of a newer release.
+        StoreError: On entering, if the store is unfit, or its records are of a newer release.
         CannotListenError: On entering, if the port is taken or the address is not ours.
     """
 
@@ -81,7 +88,7 @@ class Coordinator:
         redis: StoreClient,
         *,
         policies: Mapping[str, Policy],
-        epoch: Epoch,
+        open_store: Callable[[], Awaitable[Epoch]],
         listen: str,
         certificates: Certificates | None = None,
         health_listen: str | None = None,
@@ -96,11 +103,9 @@ class Coordinator:
         self._certificates = certificates
         self._health_listen = health_listen
         self._drain_seconds = drain_seconds
+        self._open_store = open_store
         self.scripts = Scripts(
-            redis,
-            data_lost=epoch.lost,
-            quarantine_us=round(quarantine_seconds * 1e6),
-            boot_us=boot_us,
+            redis, quarantine_us=round(quarantine_seconds * 1e6), boot_us=boot_us
         )
         self.hub = Hub(self.scripts)
         self._sweeper = Sweeper(self.scripts)
@@ -116,20 +121,21 @@ class Coordinator:
             interceptors=[self._metrics] if self._metrics else [], options=_OPTIONS
         )
         self._health_server = grpc.aio.server(options=_OPTIONS)
-        known = Policies(policies)
-        places = Places(self.scripts, known)
+        self.policies = Policies(policies)
+        places = Places(self.scripts, self.policies)
+        self._gate = Gate(Credentials(redis), access, trail)
         self._followers = Followers(self.scripts, self.hub, places)
         handlers = Handlers(
-            gate=Gate(Credentials(redis), access, trail),
+            gate=self._gate,
             trail=trail,
             leases=Leases(self.scripts, self.hub, places),
             followers=self._followers,
             watches=Watches(self.scripts, self.hub),
-            tokens=Tokens(self.scripts, known),
+            tokens=Tokens(self.scripts, self.policies),
             budgets=Budgets(self.scripts, places),
             back_offs=BackOffs(self.scripts, places),
             budget_watches=BudgetWatches(self.scripts, self.hub),
-            policies=known,
+            policies=self.policies,
         )
         self._health = add_services(self._server, handlers)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
@@ -140,9 +146,67 @@ class Coordinator:
 
     async def __aenter__(self) -> Self:
         try:
-            await self.scripts.upgrade()
-        except Failure as failure:
-            raise StoreError(failure.message) from failure
+            await self._listen_everywhere()
+            await self._wait_for_store()
+        except BaseException:
+            await self._close()
+            raise
+        for duty in (
+            self._report_health_forever,
+            self.hub.tick_forever,
+            self._followers.tick_forever,
+            self.hub.listen_forever,
+            self._sweeper.sweep_forever,
+        ):
+            self._duties.append(asyncio.create_task(_for_ever(duty)))
+        await self._set_serving(None)
+        log.info(
+            "serving",
+            address=self.address,
+            tls=bool(self._certificates),
+            health=self.health_address or self.address,
+            **({"metrics": self.metrics_address} if self.metrics_address else {}),
+        )
+        return self
+
+    async def _set_serving(self, refusal: Failure | None) -> None:
+        """Tell health checks and callers that this replica serves, or why it does not."""
+        self._gate.refusal = refusal
+        await self._set_health(_NOT_SERVING if refusal else _SERVING)
+
+    async def _wait_for_store(self) -> None:
+        """Return when the store is open, and its records are of this release.
+
+        Raises:
+            StoreError: Waiting does not help.
+        """
+        said = Seldom()
+        while True:
+            try:
+                if (await self._open_store()).lost:
+                    self.scripts.data_is_lost()
+                await self.scripts.upgrade()
+            except StoreAwayError as error:
+                reason = str(error)
+            except Failure as failure:
+                if failure.reason != "STORE_UNAVAILABLE":
+                    raise StoreError(failure.message) from failure
+                reason = failure.message
+            else:
+                return
+            if said.due(reason) is not None:
+                # Callers are refused, and health checks say NOT_SERVING.
+                log.error("waiting for the store", reason=reason, address=self.address)
+            await asyncio.sleep(WAIT_SECONDS)
+
+    async def _listen_everywhere(self) -> None:
+        """Open all ports.
+
+        Raises:
+            CannotListenError: One is taken, or its address is not ours.
+        """
+        await self._health.set(LIVENESS, _SERVING)
+        await self._set_serving(store_trouble("STORE_UNAVAILABLE"))
         credentials = self._certificates.credentials() if self._certificates else None
         self.address = _open(self._server, self._listen, credentials)
         if self._health_listen:
@@ -155,24 +219,6 @@ class Coordinator:
             except OSError:
                 raise _cannot_listen(self._metrics_listen) from None
         await self._server.start()
-        for duty in (
-            self._report_health_forever,
-            self.hub.tick_forever,
-            self._followers.tick_forever,
-            self.hub.listen_forever,
-            self._sweeper.sweep_forever,
-        ):
-            self._duties.append(asyncio.create_task(_for_ever(duty)))
-        await self._health.set(LIVENESS, _SERVING)
-        await self._set_health(_SERVING)
-        log.info(
-            "serving",
-            address=self.address,
-            tls=bool(self._certificates),
-            health=self.health_address or self.address,
-            **({"metrics": self.metrics_address} if self.metrics_address else {}),
-        )
-        return self
 
     async def _set_health(self, status: int) -> None:
         for service in ("", *SERVICES):
@@ -203,13 +249,16 @@ class Coordinator:
         log.info("draining", seconds=self._drain_seconds)
         await self._health.enter_graceful_shutdown()
         self.hub.drain()
+        await self._close()
+        await self._sweeper.stop()
+
+    async def _close(self) -> None:
         await self._server.stop(self._drain_seconds)
         await self._health_server.stop(None)
         await self._stack.aclose()
         for duty in self._duties:
             duty.cancel()
         await asyncio.gather(*self._duties, return_exceptions=True)
-        await self._sweeper.stop()
 
 
 def _open(

@@ -1,9 +1,11 @@
 """The store as the coordinator meets it: connect, check that it is fit, and know its epoch."""
 
 import asyncio
+import contextlib
 import re
 import uuid
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any, Final
 
 from redis.asyncio import Redis
@@ -11,8 +13,10 @@ from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
+    BusyLoadingError,
     InvalidResponse,
     NoPermissionError,
+    NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
@@ -21,13 +25,21 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from holdoff_coordinator.cluster import Cluster, StoreClient
-from holdoff_coordinator.connecting import Access, StoreError, connect, describe
+from holdoff_coordinator.cluster import Cluster, StoreClient, node_of
+from holdoff_coordinator.connecting import (
+    Access,
+    StoreAwayError,
+    StoreError,
+    connect,
+    describe,
+)
+from holdoff_coordinator.scripts import unwrapped
 
 __all__ = [
     "Access",
     "Assumed",
     "Epoch",
+    "StoreAwayError",
     "StoreError",
     "answers",
     "check",
@@ -45,7 +57,22 @@ CHECK_SECONDS: Final = 4.5
 """How long the check of a store may take in all."""
 
 _ANSWER_SECONDS: Final = 2.0
-_PROBE_KEY: Final = "holdoff:probe"
+_KEYS: Final = {
+    "~holdoff:*": "holdoff:{probe}:wake",
+    "~{holdoff}:*": "{holdoff}:probe",
+    "~lock:holdoff:*": "lock:holdoff:{probe}",
+    "~lock-signal:holdoff:*": "lock-signal:holdoff:{probe}",
+    "~lock:{holdoff:sweeper}": "lock:{holdoff:sweeper}",
+    "~lock-signal:{holdoff:sweeper}": "lock-signal:{holdoff:sweeper}",
+}
+"""Patterns of the keys that we use, and a key of each."""
+_PROBE_KEY: Final = _KEYS["~holdoff:*"]  # also the name of a channel
+_CHANNELS: Final = "&holdoff:*"
+ACCESS: Final = (
+    f"resetkeys {' '.join(_KEYS)} resetchannels {_CHANNELS} "
+    "+@read +@write +@scripting +@pubsub +@connection +info +time +cluster|slots"
+)
+"""What our user needs, as ACL SETUSER takes it."""
 _OLDEST: Final = (7, 2)  # of Redis and of Valkey alike
 _REMEDIES: Final = {
     "MISCONF": "it cannot write to its disk; free space or repair the disk, its log says which",
@@ -83,8 +110,8 @@ _NOTHING_ASSUMED: Final = Assumed()
 async def check(client: StoreClient, assumed: Assumed = _NOTHING_ASSUMED) -> list[str]:
     """Find out whether the store can be relied on; of a Cluster, every primary.
 
-    Asks for what INFO and CONFIG say, and writes, runs a script and deletes once, since only
-    doing so shows what an access list or a full disk forbids.
+    Asks for what INFO and CONFIG say, and tries every command, pattern of keys and channel that we
+    use, since only doing so shows what an access list or a full disk forbids.
 
     Args:
         client: The store.
@@ -94,9 +121,9 @@ async def check(client: StoreClient, assumed: Assumed = _NOTHING_ASSUMED) -> lis
         What an operator should be warned of, a sentence or two each; empty if all is well.
 
     Raises:
-        StoreError: The store cannot be reached within `CHECK_SECONDS`, refuses us, is too old,
-            is a replica, a Sentinel, or a Cluster where the URL says otherwise, may evict keys,
-            or does not accept writes.
+        StoreAwayError: The store cannot be reached within `CHECK_SECONDS`, or loads its data.
+        StoreError: It refuses us, is too old, is a replica, a Sentinel, or a Cluster where the
+            URL says otherwise, may evict keys, or does not accept writes.
     """
     name = describe(client)
     warnings: list[str] = []
@@ -112,9 +139,9 @@ async def check(client: StoreClient, assumed: Assumed = _NOTHING_ASSUMED) -> lis
                 if cluster or isinstance(node.connection_pool, SentinelConnectionPool):
                     warnings += _judge_replicas(name, info)
             name = describe(client)
-            await _probe(client)
+            await _probe(client, name)
     except TimeoutError:
-        raise StoreError(
+        raise StoreAwayError(
             f"the store at {name} does not answer within {CHECK_SECONDS} s: is it a Redis or "
             "Valkey server, is it stopped or overloaded, does a firewall drop packets?"
         ) from None
@@ -179,9 +206,7 @@ def explain(name: str, error: RedisError) -> StoreError:
         error: Whatever redis-py raised. Its text comes from the server or the socket and does
             not hold the password.
     """
-    # On a Unix socket redis-py wraps what the server answered to the first PING.
-    if type(error) is RedisConnectionError and isinstance(error.__cause__, RedisError):
-        error = error.__cause__
+    error = unwrapped(error)
     text = str(error).rstrip(".")
     match error:
         case AuthenticationError() | AuthorizationError():
@@ -191,9 +216,8 @@ def explain(name: str, error: RedisError) -> StoreError:
             )
         case NoPermissionError():
             message = (
-                f"the store at {name} refuses our user a command ({text}): the user needs "
-                "+@read +@write +@scripting +@pubsub +@connection +info +time and all keys and "
-                "channels; see ACL SETUSER"
+                f"the store at {name} refuses our user a command ({text}): what it needs is, for "
+                f"ACL SETUSER, {ACCESS}"
             )
         case ReadOnlyError():
             message = (
@@ -207,30 +231,32 @@ def explain(name: str, error: RedisError) -> StoreError:
                 "right, and does it want TLS (rediss://)?"
             )
         case RedisTimeoutError():
-            message = f"the store at {name} does not answer: {text}"
+            return StoreAwayError(f"the store at {name} does not answer: {text}")
+        case BusyLoadingError():
+            return StoreAwayError(f"the store at {name} is still loading its data")
         case RedisConnectionError():
-            message = _unreachable(name, error, text)
+            return _unreachable(name, error, text)
         case _:
             remedies = [remedy for sign, remedy in _REMEDIES.items() if sign in text]
             message = ": ".join([f"the store at {name} refuses us ({text})", *remedies])
     return StoreError(message)
 
 
-def _unreachable(name: str, error: RedisConnectionError, text: str) -> str:
+def _unreachable(name: str, error: RedisConnectionError, text: str) -> StoreError:
     """Say what to do about a store that does not even listen."""
     if isinstance(error, MasterNotFoundError):
         # Its text shows every client that it asked with, at length.
-        return (
+        return StoreAwayError(
             f"no Sentinel of {name} can be reached, takes our password, and tells a primary by "
             "that name that is up: are they running, is their password in "
             "--redis-sentinel-password-file, and what does SENTINEL MASTERS say there?"
         )
     if "SSL" in text or "certificate" in text:
-        return (
+        return StoreError(
             f"no TLS with the store at {name} ({text}): write redis:// if it speaks none, or "
             "name its authority with --redis-ca-file, or in the URL, ?ssl_ca_certs=FILE"
         )
-    return (
+    return StoreAwayError(
         f"the store at {name} cannot be reached: {text}; is it running, and is the address right?"
     )
 
@@ -264,7 +290,7 @@ def _judge(name: str, info: dict[str, Any], assumed: Assumed, *, cluster: bool) 
                 "redis+cluster://host:6379,host:6379, or that of a server with cluster-enabled no"
             )
     if info.get("loading"):
-        raise StoreError(f"the store at {name} is still loading its data: start again afterwards")
+        raise StoreAwayError(f"the store at {name} is still loading its data")
     if info.get("role") != "master":
         raise StoreError(
             f"the store at {name} is a replica: give the URL of the primary, since a replica "
@@ -333,8 +359,47 @@ async def _judge_fsync(
     return [warning]
 
 
-async def _probe(client: StoreClient) -> None:
-    """Write, run a script and delete, as the coordinator will do all day."""
+async def _probe(client: StoreClient, name: str) -> None:
+    """Write, run a script and delete, as the coordinator will do all day.
+
+    Raises:
+        StoreError: The access list forbids something that we need.
+    """
+    script = (files("holdoff_coordinator") / "lua" / "probe.lua").read_text()
+    missing = []
+    for pattern, key in _KEYS.items():
+        try:
+            forbidden = await client.eval(script, 1, key, "key")
+        except NoPermissionError as error:
+            if "access a key" not in str(error):
+                raise
+            forbidden = True
+        missing += [pattern] if forbidden else []
+    if "~holdoff:*" not in missing:
+        for command in await client.eval(script, 1, _PROBE_KEY, "commands"):
+            missing.append(f"+{command.decode()}")
+        if await client.eval(script, 1, _PROBE_KEY, "channel"):
+            missing.append(_CHANNELS)
+    missing += [one for one in await _lacks_to_listen(client) if one not in missing]
+    if missing:
+        raise StoreError(
+            f"the access list of the store at {name} lacks for our user: {' '.join(missing)}; what "
+            f"it needs is, for ACL SETUSER, {ACCESS}"
+        )
+    with contextlib.suppress(NoScriptError):
+        await client.evalsha("0" * 40, 1, _PROBE_KEY)
     await client.set(_PROBE_KEY, b"1", px=1000)
-    await client.eval("return 1", 1, _PROBE_KEY)
     await client.delete(_PROBE_KEY)
+
+
+async def _lacks_to_listen(client: StoreClient) -> list[str]:
+    """Return what it lacks to hear wake-ups."""
+    channel = (await node_of(client, _PROBE_KEY)).pubsub()
+    try:
+        await channel.ssubscribe(_PROBE_KEY)
+        await channel.get_message(timeout=1.0)
+    except NoPermissionError as error:
+        return [_CHANNELS if "access a channel" in str(error) else "+ssubscribe"]
+    finally:
+        await channel.aclose()  # type: ignore[no-untyped-call]
+    return []

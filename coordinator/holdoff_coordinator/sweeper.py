@@ -16,6 +16,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,7 +95,7 @@ class Sweeper:
                 if await asyncio.shield(self._asked):
                     await self.sweep()
             except (Failure, RedisError) as error:
-                log.warning("sweep failed", error=type(error).__name__)
+                warn("sweep failed", type(error).__name__)
 
     def _is_mine(self) -> bool:
         try:
@@ -109,7 +110,7 @@ class Sweeper:
             try:
                 await self._scripts.run("sweep", app, TOKENS_A_CALL)
             except Failure as failure:
-                log.warning("sweep failed", app=app, reason=failure.reason)
+                warn("sweep failed", failure.reason, app=app)
 
     async def stop(self) -> None:
         """Let another replica sweep at once."""

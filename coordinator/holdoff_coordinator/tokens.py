@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -10,7 +10,7 @@ from holdoff._text import quoted
 from holdoff.names import TokenName
 from holdoff.v1 import token_pb2, token_service_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import invalid, token_not_found
+from holdoff_coordinator.failures import invalid, token_damaged, token_not_found
 from holdoff_coordinator.leases import failure_of
 from holdoff_coordinator.policies import RefreshAt, rules
 from holdoff_coordinator.records import token_message
@@ -119,20 +119,25 @@ class Tokens:
                 last = tokens[-1]
                 seen = [token for token in tokens if caller.sees(app, token)]
                 reply = await self._scripts.run("read", app, *seen)
-                for entry in reply.values[0]:
+
+                def read(entry: Any, app: str = app, now_us: int = reply.now_us) -> token_pb2.Token:
+                    return token_message(TokenName(app, entry[0].decode()), entry, now_us)
+
+                for token in self._scripts.readable(app, "tokens", reply.values[0], read):
                     if len(found) == size:
                         return token_service_pb2.ListTokensResponse(
                             tokens=found, next_page_token=found[-1].name
                         )
-                    name = TokenName(app, entry[0].decode())
-                    found.append(token_message(name, entry, reply.now_us))
+                    found.append(token)
         return token_service_pb2.ListTokensResponse(tokens=found)
 
     async def _read(self, name: TokenName) -> token_pb2.Token:
         reply = await self._scripts.run("read", name.app, name.token)
         for entry in reply.values[0]:
-            return token_message(name, entry, reply.now_us)
-        raise token_not_found(name)
+            with self._scripts.sparing(name.app, f"tokens/{name.token}"):
+                return token_message(name, entry, reply.now_us)
+            raise token_damaged(name)
+        raise token_damaged(name) if reply.damaged else token_not_found(name)
 
     def _settings(self, token: token_pb2.Token) -> tuple[str, str, str, int, str, int]:
         """Check a token's settings and work out its rules, as the scripts take them."""

@@ -9,18 +9,17 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from holdoff.names import BudgetName, TokenName
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import Failure, invalid, token_not_found
+from holdoff_coordinator.failures import Failure, invalid, token_damaged, token_not_found
 from holdoff_coordinator.places import ScopeFilter
 from holdoff_coordinator.records import (
-    back_off_message,
-    budget_message,
     change_message,
-    record,
+    read_back_offs,
+    read_budgets,
     status_message,
 )
 from holdoff_coordinator.scripts import READ_BATCH, Position
@@ -63,17 +62,18 @@ class Watches:
         if isinstance(parent, TokenName):
             reply = await self._scripts.run("read", parent.app, parent.token)
             if not reply.values[0]:
-                raise token_not_found(parent)
+                raise token_damaged(parent) if reply.damaged else token_not_found(parent)
         while not self._hub.draining:
             idle = True
             apps = [parent.app] if parent else await self._scripts.apps()
             watched = {app: watched.get(app) or _App(app, None) for app in apps}
             for app in watched.values():
-                async for response in self._next(app, parent):
-                    idle = False
-                    if not response.HasField("snapshot") or response.snapshot.last:
-                        response.resume_token = resume_token(watched.values())
-                    yield response
+                with self._scripts.sparing(app.name, "app"):
+                    async for response in self._next(app, parent):
+                        idle = False
+                        if not response.HasField("snapshot") or response.snapshot.last:
+                            response.resume_token = resume_token(watched.values())
+                        yield response
             if idle:
                 await asyncio.sleep(LOOK_SECONDS)
         raise Failure(
@@ -103,7 +103,10 @@ class Watches:
             token = change["token"].decode()
             app.move(number)
             if (only is None or token == only) and number > app.shown.get(token, 0):
-                yield lease_service_pb2.WatchLeasesResponse(change=change_message(app.name, change))
+                with self._scripts.sparing(app.name, f"tokens/{token}"):
+                    yield lease_service_pb2.WatchLeasesResponse(
+                        change=change_message(app.name, change)
+                    )
 
     async def _snapshot(
         self, app: _App, only: str | None, quarantine_until_us: int
@@ -127,12 +130,13 @@ class Watches:
                 app.quarantine_until_us = quarantine_until_us
                 left_seconds = (quarantine_until_us - reply.now_us) / 1e6
                 app.quarantine_ends = time.monotonic() + left_seconds if left_seconds > 0 else None
+
+            def read(entry: Any, now_us: int = reply.now_us) -> lease_pb2.TokenStatus:
+                return status_message(TokenName(app.name, entry[0].decode()), entry, now_us)
+
             yield lease_pb2.Snapshot(
                 app=f"apps/{app.name}",
-                tokens=[
-                    status_message(TokenName(app.name, entry[0].decode()), entry, reply.now_us)
-                    for entry in found
-                ],
+                tokens=self._scripts.readable(app.name, "tokens", found, read),
                 first=first,
                 last=last,
             )
@@ -163,8 +167,9 @@ class BudgetWatches:
         while not self._hub.draining:
             for app in [parent.app] if parent else await self._scripts.apps():
                 budgets = watched.setdefault(app, _Budgets(app))
-                async for response in self._next(budgets, wanted):
-                    yield response
+                with self._scripts.sparing(app, "app"):
+                    async for response in self._next(budgets, wanted):
+                        yield response
             if not told_all:
                 told_all = True
                 yield budget_service_pb2.WatchBudgetsResponse(snapshot_end=True)
@@ -189,7 +194,7 @@ class BudgetWatches:
         for start in range(0, len(found := sorted({*ids, *due})), READ_BATCH):
             batch = found[start : start + READ_BATCH]
             reply = await self._scripts.run("read_budgets", app.name, *batch)
-            budgets = [budget_message(app.name, one, reply.now_us) for one in reply.values[0]]
+            budgets = read_budgets(self._scripts, app.name, reply)
             told = [
                 one
                 for one in budgets
@@ -200,9 +205,7 @@ class BudgetWatches:
                 yield budget_service_pb2.WatchBudgetsResponse(budgets=[*told, *gone])
         if moved or app.back_offs is None or due:
             reply = await self._scripts.run("read_back_offs", app.name, "", "", "")
-            back_offs = [
-                back_off_message(app.name, record(flat), reply.now_us) for flat in reply.values[0]
-            ]
+            back_offs = read_back_offs(self._scripts, app.name, reply)
             news = app.back_off_news([one for one in back_offs if wanted.matches(one.scope)])
             if news:
                 yield budget_service_pb2.WatchBudgetsResponse(back_offs=news)

@@ -2,22 +2,26 @@
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
+import redis
 from pydantic import SecretStr
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from holdoff_coordinator import store
+from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.settings import Settings
 from holdoff_coordinator.store import StoreError
+from tests.harness import Replica, Waiter, ask, wait_until
 
 SECRET = "sw0rdf1sh"
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
@@ -105,6 +109,73 @@ async def test_an_access_list_that_forbids_scripts_is_told(start_valkey: StartVa
     message = await refusal(f"unix://job:{SECRET}@{path}")
     assert "eval" in message
     assert "+@scripting" in message
+
+
+@pytest.mark.parametrize(
+    ("without", "named"),
+    [
+        *((f"~{key}", f"~{key}") for key in ("holdoff:*", "{holdoff}:*", "lock:{holdoff:sweeper}")),
+        ("~lock:holdoff:*", "~lock:holdoff:*"),
+        ("~lock-signal:holdoff:*", "~lock-signal:holdoff:*"),
+        ("&holdoff:*", "&holdoff:*"),
+        *(
+            (f"-{name}", f"+{name}")
+            for name in ("zpopmin", "xadd", "hincrby", "sadd", "ssubscribe")
+        ),
+        ("-evalsha", "evalsha"),
+        ("-info", "info"),
+    ],
+)
+async def test_what_an_access_list_lacks_is_named(
+    start_valkey: StartValkey, without: str, named: str
+) -> None:
+    """The check names the pattern, channel or command that is missing, and the whole line.
+
+    Fails when the check tries only a few commands on a key of one pattern.
+    """
+    rules = [rule for rule in store.ACCESS.split() if rule != without]
+    rules += [without] if without.startswith("-") else []
+    path = start_valkey(*DURABLE, "--user", "job", "on", f">{SECRET}", *rules).url
+    message = await refusal(path.replace("unix://", f"unix://job:{SECRET}@"))
+    before, _, line = message.partition("for ACL SETUSER, ")
+    assert named in before
+    assert line == store.ACCESS
+
+
+async def test_the_access_list_of_the_readme_is_enough(start_valkey: StartValkey) -> None:
+    """A coordinator serves as a user with these rights alone: leases, wake-ups, budgets, sweeps."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"ACL SETUSER holdoff on >PASSWORD {store.ACCESS}" in " ".join(
+        readme.replace("\\\n", " ").split()
+    )
+    url = start_valkey(*DURABLE, "--user", "job", "on", f">{SECRET}", *store.ACCESS.split()).url
+    own = url.replace("unix://", f"unix://job:{SECRET}@")
+    async with client_of(own) as client:
+        await store.check(client)
+        await Credentials(client).issue("job", 60, "test")
+    with Replica(own) as replica, redis.Redis.from_url(url) as admin:
+        token = replica.create_token(0.2)
+        held = replica.hold(token)
+        waiter = Waiter(replica, ask(token))
+        waiter.waiting()
+        replica.release(held)
+        replica.renew(waiter.offer())
+        wait_until(lambda: admin.exists("lock:{holdoff:sweeper}"))
+        waiter.vanish()
+        refused = {one["object"] for one in cast("Any", admin.acl_log())}
+        assert refused <= {"config|get"}  # without which it only knows less
+
+
+def test_the_check_tries_every_command() -> None:
+    """Fails when a script uses a command that the check of an access list does not try."""
+    folder = Path(store.__file__).parent / "lua"
+    tried = set(re.findall(r"\{'([A-Z]+)'", (folder / "probe.lua").read_text()))
+    used = {
+        name
+        for script in folder.glob("*.lua")
+        for name in re.findall(r"redis\.p?call\('([A-Z]+)'", script.read_text())
+    }
+    assert used <= tried
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,7 @@ async def epoch_of(url: str) -> store.Epoch:
 
 def test_a_restored_directory_is_held_back_too(tmp_path: Path) -> None:
     """The embedded store is started for it, and ended, as a process."""
+    (tmp_path / "valkey").mkdir()  # what a backup brought
     command = [COORDINATOR, "after-restore", "--data-dir", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=40)
     assert ended.returncode == 0, ended.stderr

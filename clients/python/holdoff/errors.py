@@ -240,6 +240,30 @@ class StoreUnavailable(Unavailable):
     REASON = "STORE_UNAVAILABLE"
 
 
+class StoreOutOfMemory(StoreUnavailable):
+    """The coordinator's store has no memory left and takes no writes."""
+
+    REASON = "STORE_OUT_OF_MEMORY"
+
+
+class StoreReadOnly(StoreUnavailable):
+    """The coordinator's store is a replica, or a primary that was replaced."""
+
+    REASON = "STORE_READ_ONLY"
+
+
+class StoreNotWritable(StoreUnavailable):
+    """The coordinator's store takes no writes: its disk, or too few replicas."""
+
+    REASON = "STORE_NOT_WRITABLE"
+
+
+class StoreAccessDenied(StoreUnavailable):
+    """The coordinator's store refuses its user or password, a command or a key."""
+
+    REASON = "STORE_ACCESS_DENIED"
+
+
 class SchemaTooNew(Unavailable):
     """The coordinator is older than the records in its store; others of its kind may not be."""
 
@@ -262,6 +286,12 @@ class UnexpectedError(HoldoffError):
     """Nothing that should happen."""
 
     REASON = "INTERNAL"
+
+
+class StoreDamaged(UnexpectedError):  # noqa: N818 - a state
+    """A record in the coordinator's store is not what it has to be."""
+
+    REASON = "STORE_DAMAGED"
 
 
 def _leaves(cls: type[HoldoffError]) -> list[type[HoldoffError]]:

@@ -86,14 +86,19 @@ class CoordinatorThread:
 
     Args:
         store_url: Any that `holdoff-coordinator serve --redis-url` takes.
+        epoch: What the store's epoch is said to be.
         options: What `holdoff_coordinator.server.Coordinator` takes, where it is to differ.
     """
 
-    def __init__(self, store_url: str, **options: Any) -> None:
+    def __init__(self, store_url: str, *, epoch: Epoch | None = None, **options: Any) -> None:
         self._store_url = store_url
+
+        async def open_store() -> Epoch:
+            return epoch or Epoch("test", lost=False)
+
         self._options = {
             "policies": presets(),
-            "epoch": Epoch("test", lost=False),
+            "open_store": open_store,
             "quarantine_seconds": 2.0,
             "drain_seconds": 0.2,
             "listen": "127.0.0.1:0",

@@ -1,16 +1,16 @@
 -- Asks for a lease: gives the same one again, offers a new one to the first
 -- live waiter, or says what the request waits for. Also the poll of a waiter.
--- ARGV 7.. token id, request hash, fingerprint of caller and parameters,
+-- ARGV 7.. token id, request hash, fingerprints of caller and parameters (see leases.lua),
 --         '1' to queue or '0', TTL µs, holder, hash of the lease's secret,
 --         time since the waiter was heard in µs, highest fencing token it knows,
 --         places of its calls as JSON, hash of the job's name or ''
-local id, hash, fingerprint = ARGV[7], ARGV[8], ARGV[9]
+local id, hash, fingerprints = ARGV[7], ARGV[8], ARGV[9]
 local may_queue, ttl, heard_age = ARGV[10] == '1', number(ARGV[11]), number(ARGV[14])
 
 local token, lease = settle(id)
 if not token then return reply('TOKEN_NOT_FOUND') end
 local request = load(request_key(hash))
-if request.fingerprint and request.fingerprint ~= fingerprint then
+if request.fingerprint and not is_same_request(request, fingerprints) then
   return reply('REQUEST_ID_REUSED')
 end
 if request.state == 'ended' then return reply('LEASE_ENDED', request.lease) end
@@ -20,7 +20,7 @@ local known = number(ARGV[15])
 if known > now + 366 * 24 * 3600 * SECOND then return reply('FENCING_TOKEN_TOO_LARGE') end
 
 local facts = {
-  fingerprint = fingerprint, token = id, state = 'waiting',
+  fingerprint = fingerprints:match('[^\n]+'), token = id, state = 'waiting',
   holder = ARGV[12], queued_us = number(request.queued_us or us(now)),
   places = ARGV[16], job = ARGV[17],
 }

@@ -133,13 +133,21 @@ local function back_offs()
   if found then return found end
   found = {}
   local ids = redis.call('ZRANGE', BACK_OFFS, 0, -1)
-  for _, id in ipairs(ids) do
+  local function load_one(id)
     local one = load(back_off_key(id))
     one.id = id
+    for _, key in ipairs({turns_key(id), callers_key(id)}) do redis.call('ZCARD', key) end -- else it is damaged
     if one.until_us then found[id] = one else redis.call('ZREM', BACK_OFFS, id) end
+    return true
   end
-  for _, id in ipairs(ids) do
+  local function settle_one(id)
     if found[id] then settle_back_off(found[id]) end
+    return true
+  end
+  for _, act in ipairs({load_one, settle_one}) do
+    for _, id in ipairs(ids) do
+      if not spare('backOffs/' .. id, act, id) then found[id] = nil end
+    end
   end
   return found
 end
@@ -227,9 +235,12 @@ end
 
 -- Where a job, or the holder of a lease, erred within a week.
 local function touched(who)
-  local places = redis.call('ZRANGEBYSCORE', touched_key(who), us(now - TOUCHED_US), '+inf')
-  for i, place in ipairs(places) do places[i] = cjson.decode(place) end
-  return places
+  local function read()
+    local places = redis.call('ZRANGEBYSCORE', touched_key(who), us(now - TOUCHED_US), '+inf')
+    for i, place in ipairs(places) do places[i] = cjson.decode(place) end
+    return places
+  end
+  return spare('touched/' .. who, read) or {}
 end
 
 -- The places of a job's calls: those it declared, and for what it left open those

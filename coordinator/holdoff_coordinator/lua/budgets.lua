@@ -185,7 +185,7 @@ local function count_once(event, at, count, specs)
   if redis.call('ZSCORE', IDS, event) then return end
   local kept, entries = OLDEST_US, {}
   for _, spec in ipairs(specs) do
-    entries[spec.id] = log_event(spec, event, at, count)
+    entries[spec.id] = spare('budgets/' .. spec.id, log_event, spec, event, at, count)
     kept = math.max(kept, OLDEST_US + spec.window_us)
   end
   redis.call('ZADD', IDS, us(now + kept), event)
@@ -205,22 +205,23 @@ end
 local function held(reservation, count) return reservation .. ':' .. us(count) end
 
 local function release_room(reservation, specs, count)
-  for _, spec in ipairs(specs) do
-    local budget = load_budget(spec.id)
-    if redis.call('ZREM', reserved_key(spec.id), held(reservation, count)) == 1 then
-      put(budget_key(spec.id), budget, {reserved = number(budget.reserved) - count})
-      moved('budget ' .. spec.id)
+  local function release(id)
+    local budget = load_budget(id)
+    if redis.call('ZREM', reserved_key(id), held(reservation, count)) == 1 then
+      put(budget_key(id), budget, {reserved = number(budget.reserved) - count})
+      moved('budget ' .. id)
     end
   end
+  for _, spec in ipairs(specs) do spare('budgets/' .. spec.id, release, spec.id) end
 end
 
 -- A reservation that was not committed in time is taken to have happened, at
 -- the last moment it could.
 local function expire_reservations()
   redis.call('ZREMRANGEBYSCORE', IDS, '-inf', us(now))
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', RESERVATIONS, '-inf', us(now))) do
-    local reservation = load(reservation_key(id))
+  local function expire(id)
     redis.call('ZREM', RESERVATIONS, id)
+    local reservation = load(reservation_key(id))
     if reservation.state == 'reserved' then
       local specs, count = cjson.decode(reservation.budgets), number(reservation.count)
       local expired = number(reservation.expires_us)
@@ -230,6 +231,9 @@ local function expire_reservations()
         entries = cjson.encode(count_once(id, expired, count, specs) or {}),
       })
     end
+  end
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', RESERVATIONS, '-inf', us(now))) do
+    spare('reservations/' .. id, expire, id)
   end
 end
 

@@ -75,8 +75,25 @@ end
 -- How long after its last renewal a holder's last refresh may still matter.
 local function longest_hold() return number(shard.longest_ttl_us) + number(shard.longest_interval_us) end
 
+local damaged = {} -- {thing, why} of the records that this call could not use
+
+-- Does something for one thing of many and returns what that gives; nothing if the thing's
+-- record is damaged, which is reported. Trouble of the whole store ends the script.
+local function spare(thing, act, ...)
+  local function result(well, ...)
+    if well then return ... end
+    local why = ...
+    local text = type(why) == 'table' and why.err or tostring(why)
+    local code = text:match('^(%u+) ')
+    local denied = text:find('ACL failure', 1, true) or text:find('The user executing the script', 1, true)
+    if denied or (code and code ~= 'WRONGTYPE' and code ~= 'ERR') then error(why) end
+    damaged[#damaged + 1] = {thing, text}
+  end
+  return result(pcall(act, ...))
+end
+
 local function reply(status, ...)
-  return {us(now), epoch or '', us(longest_hold()), audited, status, ...}
+  return {us(now), epoch or '', us(longest_hold()), {audited, damaged}, status, ...}
 end
 
 local function put(key, record, changes)
@@ -111,13 +128,16 @@ end
 -- Schema 1 did not know who waits and since when, nor whether a cooldown's end
 -- was told; schema 2 knew no back-offs, so that its coordinators would not keep them.
 local function upgrade_from_1()
-  for _, id in ipairs(redis.call('ZRANGE', SHARD .. ':tokens', 0, -1)) do
+  local function upgrade_token(id)
     local token = load(token_key(id))
     if number(token.not_before_us) > now then put(token_key(id), token, {cooling = '1'}) end
     for _, hash in ipairs(redis.call('ZRANGE', queue_key(id), 0, -1)) do
       local request = load(request_key(hash))
       if request.state then put(request_key(hash), request, {holder = '', queued_us = now}) end
     end
+  end
+  for _, id in ipairs(redis.call('ZRANGE', SHARD .. ':tokens', 0, -1)) do
+    spare('tokens/' .. id, upgrade_token, id)
   end
   put(SHARD, shard, {changes = 0})
 end

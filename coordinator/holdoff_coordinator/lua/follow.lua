@@ -3,10 +3,8 @@
 -- Answers one {token id, lease id, status, …} a lease. After LEASE_OVER: its state,
 -- and why it was broken; after LEASE_BROKEN: why. After OK: '' or the earliest start
 -- in µs, '1' if it may go on then without being told, the places that it named, and
--- the back-offs that it is subject to.
-local answers = {}
-for i = 7, #ARGV, 3 do
-  local id, lease_id = ARGV[i], ARGV[i + 1]
+-- the back-offs that it is subject to. DAMAGED: its record, or that of its token.
+local function follow(id, lease_id, secret_hash)
   local lease = load(lease_key(id, lease_id))
   if number(lease.expires_us) <= now and not lease.ended_us then
     settle(id)
@@ -15,7 +13,7 @@ for i = 7, #ARGV, 3 do
   local answer = {id, lease_id}
   if not lease.state then
     answer[3] = 'LEASE_NOT_FOUND'
-  elseif lease.secret_hash ~= ARGV[i + 2] then
+  elseif lease.secret_hash ~= secret_hash then
     answer[3] = 'WRONG_SECRET'
   elseif lease.state ~= 'ACTIVE' and lease.state ~= 'OFFERED' then
     answer[3], answer[4], answer[5] = 'LEASE_OVER', lease.state, lease.break_reason or ''
@@ -35,6 +33,13 @@ for i = 7, #ARGV, 3 do
     answer[6] = named or ''
     for _, one in ipairs(subject) do answer[#answer + 1] = shown_back_off(one) end
   end
-  answers[#answers + 1] = answer
+  return answer
+end
+
+local answers = {}
+for i = 7, #ARGV, 3 do
+  local id, lease_id = ARGV[i], ARGV[i + 1]
+  local answer = spare('tokens/' .. id, follow, id, lease_id, ARGV[i + 2])
+  answers[#answers + 1] = answer or {id, lease_id, 'DAMAGED'}
 end
 return reply('OK', answers)

@@ -86,20 +86,43 @@ end
 
 -- Queue ---------------------------------------------------------------------
 
+-- What a walk of a queue reads of each request: some 1000 of them may wait.
+local WALK_FIELDS = {'state', 'heard_service_us', 'heard_us', 'token', 'places', 'job'}
+local WALK_STEP = 50
+
+-- A request in a queue, with whether it is live; nil if its place is not kept, or it is damaged.
+local function kept_request(hash)
+  local found = redis.pcall('HMGET', request_key(hash), unpack(WALK_FIELDS))
+  local heard_service, heard = tonumber(found[2] or '0'), tonumber(found[3] or '0')
+  if found.err or not heard or not heard_service then
+    return spare('requests/' .. hash, error, found.err and found or 'it has no time')
+  end
+  if not found[1] or number(shard.service_us) - heard_service > PLACE_KEPT_FOR then return end
+  return {
+    state = found[1], token = found[4] or nil, places = found[5] or nil, job = found[6] or nil,
+    live = now - heard <= LIVE_FOR,
+  }
+end
+
 -- Walks the places that are kept, in order, dropping those that are not;
 -- `visit(hash, request, live)` ends the walk by returning true.
 local function walk_queue(id, visit)
-  local dropped = false
-  for _, hash in ipairs(redis.call('ZRANGE', queue_key(id), 0, -1)) do
-    local request = load(request_key(hash))
-    if not request.state or number(shard.service_us) - number(request.heard_service_us) > PLACE_KEPT_FOR then
-      redis.call('ZREM', queue_key(id), hash)
-      redis.call('DEL', request_key(hash))
-      dropped = true
-    elseif visit(hash, request, now - number(request.heard_us) <= LIVE_FOR) then
-      break
+  local key, at, dropped, done = queue_key(id), 0, false, false
+  repeat
+    local hashes = redis.call('ZRANGE', key, at, at + WALK_STEP - 1)
+    at = at + #hashes
+    for _, hash in ipairs(hashes) do
+      local request = kept_request(hash)
+      if not request then
+        redis.call('ZREM', key, hash)
+        redis.call('DEL', request_key(hash))
+        dropped, at = true, at - 1
+      elseif visit(hash, request, request.live) then
+        done = true
+        break
+      end
     end
-  end
+  until done or #hashes < WALK_STEP
   if dropped then tell_queue_moved(id) end
 end
 
@@ -112,17 +135,18 @@ end
 -- does, and what it must be quiet for. One who must be quiet is passed over. `free`
 -- says whether the token could be given away now: only then does the first who must
 -- be quiet for a back-off ask for its turn there.
+local NOTHING = {}
 local function queue_of(id, free)
   local queue = {length = 0, ahead = 0, first = true, ahead_returning = false}
-  local asked = {}
+  local asked, all_go = {}, not next(back_offs())
   walk_queue(id, function(hash, request, live)
     queue.length = queue.length + 1
-    local subject = back_offs_of(request)
+    local subject = all_go and NOTHING or back_offs_of(request)
     local asks = free and live and queue.first
     for _, one in ipairs(subject) do
       asks = asks and not asked[one.id]
     end
-    local wait = wait_of(hash, subject, asks)
+    local wait = #subject > 0 and wait_of(hash, subject, asks) or nil
     for _, one in ipairs(subject) do
       asked[one.id] = asked[one.id] or (live and in_the_way(wait, one))
     end
@@ -146,6 +170,13 @@ local function next_waiter(id)
     return first
   end)
   return first
+end
+
+-- `fingerprints` are lines: the one that is written now, then those that earlier releases
+-- wrote for the same request.
+local function is_same_request(request, fingerprints)
+  local known = request.fingerprint
+  return known and ('\n' .. fingerprints .. '\n'):find('\n' .. known .. '\n', 1, true)
 end
 
 local function hear(hash, request, age)

@@ -2,10 +2,9 @@
 -- ARGV 7.. token ids
 -- Answers one {token id, token, lease id or '', lease, queue length, reason, earliest
 -- start, since when its first waiter waits or '0'} a token that exists, then the number
--- of the app's latest change.
+-- of the app's latest change. A token that is damaged is left out.
 local found = {}
-for i = 7, #ARGV do
-  local id = ARGV[i]
+local function read(id)
   local token, lease = settle(id)
   if token then
     local wait = wait_of('', subject_to(id, {{'', ''}}), false)
@@ -18,4 +17,5 @@ for i = 7, #ARGV do
     }
   end
 end
+for i = 7, #ARGV do spare('tokens/' .. ARGV[i], read, ARGV[i]) end
 return reply('OK', found, redis.call('HGET', SHARD, 'changes') or '0')

@@ -4,9 +4,10 @@
 -- with something left in its window.
 expire_reservations()
 local found = {}
-for i = 7, #ARGV do
-  local budget = load_budget(ARGV[i])
-  local in_use = tonumber(redis.call('ZSCORE', BUDGETS, ARGV[i]) or 0) > now
-  if budget.limit and in_use then found[#found + 1] = shown_budget(ARGV[i], budget, 1) end
+local function read(id)
+  local budget = load_budget(id)
+  local in_use = tonumber(redis.call('ZSCORE', BUDGETS, id) or 0) > now
+  if budget.limit and in_use then found[#found + 1] = shown_budget(id, budget, 1) end
 end
+for i = 7, #ARGV do spare('budgets/' .. ARGV[i], read, ARGV[i]) end
 return reply('OK', found)

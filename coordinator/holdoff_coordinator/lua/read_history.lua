@@ -7,5 +7,7 @@ if not token then return reply('TOKEN_NOT_FOUND') end
 local ids = redis.call('LRANGE', history_key(id), 0, -1)
 if live and live.state == 'ACTIVE' then table.insert(ids, 1, token.lease) end
 local found = {}
-for i, lease_id in ipairs(ids) do found[i] = {lease_id, flat_lease(id, lease_id)} end
+for _, lease_id in ipairs(ids) do
+  found[#found + 1] = {lease_id, spare(lease_name(id, lease_id):sub(2), flat_lease, id, lease_id) or {}}
+end
 return reply('OK', found)

@@ -1,7 +1,14 @@
 -- Settles the tokens whose time has come, reservations, and all back-offs.
 -- ARGV 7   how many tokens to settle at most
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE, '-inf', us(now), 'LIMIT', 0, ARGV[7])) do
+local DAMAGED_AFTER = 60 * SECOND -- a damaged token is looked at again, behind all others
+
+local function sweep(id)
   if not settle(id) then redis.call('ZREM', DUE, id) end
+  return true
+end
+
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE, '-inf', us(now), 'LIMIT', 0, ARGV[7])) do
+  if not spare('tokens/' .. id, sweep, id) then redis.call('ZADD', DUE, us(now + DAMAGED_AFTER), id) end
 end
 expire_reservations()
 back_offs()

@@ -1,10 +1,10 @@
 -- Gives up a place, and an offer that was not accepted yet.
--- ARGV 7.. token id, request hash, fingerprint of caller and parameters
+-- ARGV 7.. token id, request hash, fingerprints of caller and parameters
 local id, hash = ARGV[7], ARGV[8]
 local token, lease = settle(id)
 if not token then return reply('TOKEN_NOT_FOUND') end
 local request = load(request_key(hash))
-if request.fingerprint ~= ARGV[9] then return reply('OK') end
+if not is_same_request(request, ARGV[9]) then return reply('OK') end
 if request.state == 'waiting' or request.state == 'offered' then
   redis.call('ZREM', queue_key(id), hash)
   if lease and lease.state == 'OFFERED' and lease.request == hash then

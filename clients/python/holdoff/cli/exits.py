@@ -127,6 +127,15 @@ _REMEDIES: Final = {
     "TOKEN_EXISTS": "how it stands: holdoff token show {token}",
     "STORE_UNAVAILABLE": "{endpoint} answers, its Valkey or Redis does not: see the coordinator's "
     "log",
+    "STORE_OUT_OF_MEMORY": "the store of {endpoint} is full: raise its maxmemory, or free memory",
+    "STORE_READ_ONLY": "the store of {endpoint} is no primary: give its coordinator the URL of the "
+    "primary, or of the Sentinels",
+    "STORE_NOT_WRITABLE": "see the log of the store of {endpoint}: is its disk full, are its "
+    "replicas down?",
+    "STORE_ACCESS_DENIED": "the store of {endpoint} refuses its coordinator: see the coordinator's "
+    "log, and in Valkey ACL LOG",
+    "STORE_DAMAGED": "the coordinator's log at {endpoint} names the record; nothing else is "
+    "concerned. What to do: deploy/RUNBOOK.md, HoldoffStoreAway",
     "SCHEMA_TOO_NEW": "upgrade the coordinator at {endpoint}, or ask a newer one: --endpoint "
     "HOST:PORT",
     "DRAINING": "it is being stopped or restarted, and places are kept: ask again in a moment",

@@ -1,0 +1,44 @@
+-- Finds out what an access list forbids us. Alone: no other part stands before it.
+-- KEYS[1]  a key to read and to write; what is there is gone, if ARGV[1] is 'commands'
+-- ARGV[1]  what to find out: 'key', 'channel' (of that name), or 'commands'
+-- Answers 1 if the key or channel is forbidden, else 0; for 'commands' those that are, in
+-- lower case.
+local key = KEYS[1]
+
+-- How a command is refused: nil, 'command', or 'key' for the key or channel.
+local function refused(command)
+  local answer = redis.pcall(unpack(command))
+  local text = type(answer) == 'table' and answer.err or ''
+  -- The words of Valkey, then those of Redis. What else goes wrong is not of interest here.
+  if text:find('to run the') or text:find("can't run this command") then return 'command' end
+  if text:find('to access a') or text:find("can't access") or text:find("can't publish") then return 'key' end
+end
+
+if ARGV[1] == 'key' then
+  -- These change nothing.
+  for _, command in ipairs({{'GET', key}, {'PEXPIRE', key, '600000', 'NX'}}) do
+    if refused(command) == 'key' then return 1 end
+  end
+  return 0
+elseif ARGV[1] == 'channel' then
+  return refused({'SPUBLISH', key, ''}) == 'key' and 1 or 0
+end
+
+local forbidden = {}
+for _, command in ipairs({
+  {'DEL', key}, {'SET', key, '1', 'PX', '1000'}, {'GET', key}, {'EXISTS', key}, {'TTL', key}, {'PTTL', key},
+  {'EXPIRE', key, '1'}, {'PEXPIRE', key, '1000'},
+  {'HSET', key, 'a', '1'}, {'HGET', key, 'a'}, {'HMGET', key, 'a'}, {'HGETALL', key}, {'HDEL', key, 'a'},
+  {'HINCRBY', key, 'a', '1'},
+  {'LPUSH', key, '1'}, {'LRANGE', key, '0', '0'}, {'RPOP', key},
+  {'SADD', key, 'a'}, {'SMEMBERS', key},
+  {'ZADD', key, '1', 'a'}, {'ZCARD', key}, {'ZPOPMIN', key}, {'ZRANGE', key, '0', '0'},
+  {'ZRANGEBYLEX', key, '-', '+'}, {'ZRANGEBYSCORE', key, '0', '0'}, {'ZRANK', key, 'a'}, {'ZREM', key, 'a'},
+  {'ZREMRANGEBYRANK', key, '0', '0'}, {'ZREMRANGEBYSCORE', key, '0', '0'}, {'ZSCORE', key, 'a'},
+  {'XADD', key, '*', 'a', '1'}, {'XRANGE', key, '-', '+'}, {'XREVRANGE', key, '+', '-'},
+  {'SPUBLISH', key, ''}, {'TIME'}, {'INFO', 'replication'},
+}) do
+  if refused(command) == 'command' then forbidden[#forbidden + 1] = command[1]:lower() end
+end
+redis.pcall('DEL', key)
+return forbidden
