@@ -9,6 +9,7 @@ import grpc
 
 from holdoff._core import CHANNEL_OPTIONS
 from holdoff._endpoint import CredentialFile, channel_options, endpoint_of, target
+from holdoff._forks import Owner
 from holdoff._platform import boottime_ns
 from holdoff._status import from_rpc_error
 from holdoff._tracing import headers
@@ -42,6 +43,7 @@ class Connection:
         # gRPC would take any loop that it finds, and hang in the one that runs later.
         asyncio.get_running_loop()
         self.endpoint = endpoint_of(endpoint)
+        self._owner = Owner()
         self._timeout_seconds = timeout_seconds
         self._credential = CredentialFile(credential_file, self.endpoint, tls)
         where = target(self.endpoint)
@@ -63,13 +65,24 @@ class Connection:
 
     async def close(self) -> None:
         """Close the connection. Leases that are still held run out by themselves."""
+        if not self._owner.is_here:
+            return
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what every call carries: who we are, and the trace that it is part of."""
+        """Return what every call carries: who we are, and the trace that it is part of.
+
+        Raises:
+            HoldoffError: This is a forked child, in which gRPC does not work.
+        """
+        if not self._owner.is_here:
+            raise HoldoffError(
+                f"this client belongs to process {self._owner.pid}, of which this one is a fork: "
+                "make a client here"
+            )
         return (*self._credential.metadata(), *headers())
 
     async def _items(
@@ -122,9 +135,25 @@ class Connection:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _unhindered(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Do what the cancellation of our caller must not cut short."""
-        await asyncio.shield(self._start(coroutine))
+    async def _unhindered(self, work: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
+        """Do what no cancellation may cut short, and be cancelled after it.
+
+        It is begun again if its own task is cancelled, as by somebody who cancels all tasks.
+        """
+        cancelled: asyncio.CancelledError | None = None
+        while True:
+            task = asyncio.create_task(work())
+            while not task.done():
+                try:
+                    await asyncio.wait([task])
+                except asyncio.CancelledError as error:
+                    cancelled = error
+            if not task.cancelled():
+                break
+        if cancelled is None:
+            return task.result()
+        task.exception()  # not raised, so that it counts as seen
+        raise cancelled
 
     async def _listen(
         self,

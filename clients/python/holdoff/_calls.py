@@ -99,6 +99,7 @@ def release_lease(
     last_refresh_age_seconds: float | None = None,
     *,
     saw_every_refresh: bool = False,
+    unused: bool = False,
 ) -> Call[Any, lease_pb2.Lease]:
     """End a lease."""
     age = None if last_refresh_age_seconds is None else duration(last_refresh_age_seconds)
@@ -108,7 +109,7 @@ def release_lease(
     return Call(
         f"{_LEASES}/ReleaseLease",
         lease_service_pb2.ReleaseLeaseRequest(
-            name=offer.lease.name, secret=offer.secret, refresh=report
+            name=offer.lease.name, secret=offer.secret, refresh=report, unused=unused
         ),
         lease_service_pb2.ReleaseLeaseResponse,
         lambda response: response.lease,

@@ -14,6 +14,7 @@ import grpc
 
 from holdoff._core import CHANNEL_OPTIONS
 from holdoff._endpoint import CredentialFile, channel_options, endpoint_of, target
+from holdoff._forks import Owner
 from holdoff._platform import boottime_ns
 from holdoff._status import from_rpc_error
 from holdoff._tracing import headers
@@ -54,6 +55,7 @@ class Connection:
         credential_file: str | Path | None = None,
     ) -> None:
         self.endpoint = endpoint_of(endpoint)
+        self._owner = Owner()
         self._timeout_seconds = timeout_seconds
         self._credential = CredentialFile(credential_file, self.endpoint, tls)
         where = target(self.endpoint)
@@ -74,10 +76,20 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection. Leases that are still held run out by themselves."""
-        self._channel.close()
+        if self._owner.is_here:
+            self._channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what every call carries: who we are, and the trace that it is part of."""
+        """Return what every call carries: who we are, and the trace that it is part of.
+
+        Raises:
+            HoldoffError: This is a forked child, in which gRPC does not work.
+        """
+        if not self._owner.is_here:
+            raise HoldoffError(
+                f"this client belongs to process {self._owner.pid}, of which this one is a fork: "
+                "make a client here"
+            )
         return (*self._credential.metadata(), *headers())
 
     def _items(self, call: _calls.Call[Any, _calls.Page[ItemT]] | None) -> Iterator[ItemT]:
@@ -151,6 +163,7 @@ class Subscription(Generic[ResponseT]):
         self._on_unreachable = on_unreachable
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._owner = Owner()
         self._stream: _Stream[ResponseT] | None = None
 
     def __iter__(self) -> Generator[ResponseT, None, None]:
@@ -167,7 +180,8 @@ class Subscription(Generic[ResponseT]):
                 if self._on_unreachable and isinstance(error, Unavailable):
                     self._on_unreachable(error)
             finally:
-                stream.cancel()
+                if self._owner.is_here:
+                    stream.cancel()
             self._closed.wait(pause_seconds)
 
     def _open(self) -> _Stream[ResponseT] | None:
