@@ -13,7 +13,7 @@ from google.protobuf import timestamp_pb2
 from google.protobuf.message import Message
 
 from holdoff._core import WITHDRAWAL_SECONDS, duration, here
-from holdoff._text import without_secrets
+from holdoff._text import MOST_JOB_CHARACTERS, described, without_secrets
 from holdoff.v1 import (
     admin_service_pb2,
     audit_pb2,
@@ -430,7 +430,7 @@ def explain(where: budget_pb2.Scope, job: str) -> Call[Any, budget_service_pb2.E
     """Ask whether something may go on now."""
     return Call(
         f"{_BUDGETS}/Explain",
-        budget_service_pb2.ExplainRequest(scope=where, job=job),
+        budget_service_pb2.ExplainRequest(scope=where, job=described(job, MOST_JOB_CHARACTERS)),
         budget_service_pb2.ExplainResponse,
         lambda response: response,
     )

@@ -158,17 +158,18 @@ class Client(Connection):
                     while True:
                         with self._interruptible():
                             event = conversation.receive()
-                        if isinstance(event, lease_pb2.WaitStatus):
-                            if on_waiting:
+                            if on_waiting and isinstance(event, lease_pb2.WaitStatus):
                                 on_waiting(event)
-                        elif lease := self._accept(event, timing, callbacks):
+                        if isinstance(event, lease_pb2.WaitStatus):
+                            continue
+                        if lease := self._accept(event, timing, callbacks):
                             self._fencing_tokens[token] = lease.fencing_token
                             return lease
             except HoldoffError as error:
                 pause = acquisition.failed(error, boottime_ns())
-                if on_unreachable and isinstance(error, Unavailable):
-                    on_unreachable(error)
                 with self._interruptible():
+                    if on_unreachable and isinstance(error, Unavailable):
+                        on_unreachable(error)
                     time.sleep(pause)
 
     def _accept(

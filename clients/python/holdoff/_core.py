@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from google.protobuf import duration_pb2
 
 from holdoff._status import from_status
+from holdoff._text import MOST_JOB_CHARACTERS, MOST_LABEL_CHARACTERS, described
 from holdoff._timing import SECOND, Timing
 from holdoff._version import VERSION
 from holdoff.errors import BudgetSpent, HoldoffError, LeaseLost, Unavailable
@@ -68,18 +69,20 @@ def retry_delay_seconds(attempt: int, random_: Callable[[], float] = random.rand
 
 
 def here(job: str = "", labels: Mapping[str, str] | None = None) -> lease_pb2.Holder:
-    """Describe this process as a holder."""
+    """Describe this process as a holder, whatever its surroundings call it."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # no entry for our uid, as in many containers
         user = str(os.getuid())
     return lease_pb2.Holder(
-        host=socket.gethostname(),
+        host=described(socket.gethostname(), 255),
         pid=os.getpid(),
-        user=user,
-        job=job,
+        user=described(user, 100),
+        job=described(job, MOST_JOB_CHARACTERS),
         client_version=f"holdoff/{VERSION}",
-        labels=labels,
+        labels={
+            key: described(text, MOST_LABEL_CHARACTERS) for key, text in (labels or {}).items()
+        },
     )
 
 
