@@ -6,6 +6,7 @@ import click
 
 EX_USAGE = 64
 EX_CANNOT_SERVE = 69
+EX_OUTPUT_LOST = 74
 
 
 def fail(code: int, message: str) -> NoReturn:

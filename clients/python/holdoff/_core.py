@@ -18,9 +18,9 @@ from google.protobuf import duration_pb2
 
 from holdoff._status import from_status
 from holdoff._text import MOST_JOB_CHARACTERS, MOST_LABEL_CHARACTERS, described
-from holdoff._timing import SECOND, Timing
+from holdoff._timing import MOST_WAIT_SECONDS, SECOND, Timing
 from holdoff._version import VERSION
-from holdoff.errors import BudgetSpent, HoldoffError, LeaseLost, Unavailable
+from holdoff.errors import BudgetSpent, HoldoffError, InvalidRequest, LeaseLost, Unavailable
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
@@ -198,6 +198,10 @@ class Acquisition:
     """Where the job will call: pairs of a division and an endpoint."""
     request_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     _failures: int = 0
+
+    def __post_init__(self) -> None:
+        if self.wait_seconds is not None and not self.wait_seconds <= MOST_WAIT_SECONDS:
+            raise InvalidRequest("wait_seconds is at most 366 days; None waits without limit")
 
     def request(self, now_ns: int) -> lease_service_pb2.AcquireLeaseRequest:
         """What to send on a new connection: the wait that is left, and the rest as before."""

@@ -16,7 +16,7 @@ from holdoff._output import Passage
 from holdoff._platform import inherited_descriptors
 from holdoff._process import Guard, which
 from holdoff._text import MOST_JOB_CHARACTERS, described
-from holdoff._timing import DEFAULT_TTL_SECONDS, Timing
+from holdoff._timing import DEFAULT_TTL_SECONDS, MOST_WAIT_SECONDS, Timing
 from holdoff.cli import exits
 from holdoff.cli._account import Account, Interrupted, Order, now
 from holdoff.cli._help import example
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 LEAST_TTL_SECONDS = 1
 MOST_TTL_SECONDS = 24 * 3600
-MOST_WAIT_SECONDS = 366 * 24 * 3600
-"""The coordinator's limit of a wait."""
 
 
 def _labels(
