@@ -2,9 +2,12 @@
 
 import sys
 
+from holdoff import _streams
+
 
 def main() -> None:
     """Run the service's command line, if what it needs is installed."""
+    _streams.prepare()
     try:
         from holdoff_coordinator import cli  # noqa: PLC0415 - what it needs may be missing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from holdoff._version import VERSION
-from holdoff_coordinator.exits import EX_USAGE, fail
+from holdoff_coordinator.exits import EX_OUTPUT_LOST, EX_USAGE, fail
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,6 +40,12 @@ class _Group(click.Group):
                 raise
             where = f"; see {error.ctx.command_path} --help" if error.ctx else ""
             fail(EX_USAGE, f"{error.format_message().rstrip('.')}{where}")
+        except OSError as error:
+            if error.filename is not None or error.errno != errno.ENOSPC:
+                raise
+            # What is still buffered must go somewhere, or Python ends with code 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            fail(EX_OUTPUT_LOST, "cannot write the output: its disk is full")
         except click.Abort:  # Ctrl-C before we listen to it
             if not standalone_mode:
                 raise

@@ -34,6 +34,7 @@ import structlog
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
+from holdoff import _files
 from holdoff_coordinator import die_with_parent
 from holdoff_coordinator.store import StoreError, connect
 
@@ -164,6 +165,7 @@ class EmbeddedStore:
         try:
             with _explained(self._root):
                 self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _require_private(self._root)
                 self._lock = await self._take_root()
                 self._home.mkdir(mode=0o700, exist_ok=True)
                 socket = self._short_path(self._home / "valkey.sock")
@@ -249,18 +251,8 @@ class EmbeddedStore:
             StoreError: The file cannot be written.
         """
         path = self._root / "epoch"
-        draft = self._root / "epoch.new"
         with _explained(path):
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(f"{epoch}\n")
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-            directory = os.open(self._root, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            _files.write(path, f"{epoch}\n".encode(), mode=0o666, durable=True)
 
     async def _take_root(self) -> int:
         """Lock the directory for this coordinator and return the lock's descriptor."""
@@ -463,10 +455,31 @@ class EmbeddedStore:
                 await asyncio.wait_for(relay, 1.0)
 
 
+def _require_private(root: Path) -> None:
+    """Refuse a directory in which another user could put files of theirs.
+
+    Root may own it, and our own group may write to it: so Kubernetes hands out volumes.
+
+    Raises:
+        StoreError: It is one.
+    """
+    found = root.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        raise StoreError(
+            f"{root} belongs to user {found.st_uid}, who could change what is in it: give it to "
+            f"user {os.geteuid()}, or choose another with --data-dir"
+        )
+    if found.st_mode & 0o002 or (found.st_mode & 0o020 and found.st_gid != os.getegid()):
+        raise StoreError(
+            f"other users may write to {root}, and change what is in it: chmod go-w {root}, or "
+            "choose another with --data-dir"
+        )
+
+
 async def _flock(path: Path, patience_seconds: float) -> int | None:
     """Return a descriptor that holds the lock file, None if another holds it for too long."""
     give_up = time.monotonic() + patience_seconds
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         while True:
             try:

@@ -8,6 +8,7 @@ from holdoff_coordinator.journal import with_priority
 
 EX_USAGE = 64
 EX_CANNOT_SERVE = 69
+EX_OUTPUT_LOST = 74
 
 
 def fail(code: int, message: str) -> NoReturn:

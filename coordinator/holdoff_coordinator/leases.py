@@ -295,6 +295,7 @@ class Leases:
             _sha256(validation.secret(request.secret).encode()),
             "1" if saw_every else "0",
             age_us,
+            "1" if request.unused else "0",
             caller=caller,
         )
         lease = _lease(reply, name)

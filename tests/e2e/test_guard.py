@@ -208,7 +208,8 @@ def test_signal_is_told(run: Run, isolate: str, signum: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "status"), [("#!/nonexistent/interpreter\n", 127), ("neither script nor binary", 126)]
+    ("text", "status"),
+    [("#!/nonexistent/interpreter\n", 127), ("\0 neither script nor binary", 126)],
 )
 def test_exec_failure_is_told(run: Run, text: str, status: int) -> None:
     """What only exec itself can find out comes back as 126 or 127 with its text."""

@@ -234,6 +234,35 @@ async def test_a_cancellation_at_any_moment_leaves_nothing(
     await until_waiters(client, token, 0)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
+async def test_cancelled_while_it_releases_it_gives_the_lease_back(
+    replica: Replica, steps: int
+) -> None:
+    """A task that is cancelled in its release releases all the same, and is cancelled after that.
+
+    Twice, and with its client closed at once. Fails when `_unhindered` does not wait for its work.
+    """
+    token = replica.create_token(0.0)
+
+    async def work() -> None:
+        async with holdoff.aio.Client(replica.address) as client:
+            lease = await client.acquire(token)
+            held.set_result(lease.name)
+            await lease.release()
+
+    held: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(work())
+    name = await held
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    for one in asyncio.all_tasks() - {asyncio.current_task()}:  # as many programs end
+        one.cancel()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert replica.show(name).state == lease_pb2.LEASE_STATE_RELEASED
+
+
 async def test_a_broken_lease_is_told(client: holdoff.aio.Client, replica: Replica) -> None:
     """Promise 5: a holder learns of a lost lease, by callback and by exception.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import email
+import http.client
 import uuid
 from typing import TYPE_CHECKING
 
@@ -71,3 +73,17 @@ def test_a_block_is_recognised_by_status_headers_and_body(replica: Replica) -> N
         asyncio.run(asynchronously())
         [back_off] = client.list_back_offs(zoho.partition("/tokens/")[0])
         assert "access-denied" in back_off.reason
+
+
+def test_headers_and_body_may_be_what_a_library_has(replica: Replica) -> None:
+    """The headers of `urllib`, which are no `Mapping`, and a body that is not there.
+
+    Fails when headers are read as a `Mapping`, or the body is taken for bytes.
+    """
+    headers = email.message_from_string("Retry-After: 90\n", http.client.HTTPMessage)
+    with (
+        holdoff.Client(replica.address) as client,
+        client.acquire(token_of(replica)) as lease,
+    ):
+        assert not lease.answered(URL, 200, headers, None)
+        assert lease.answered(URL, 429, headers, None)

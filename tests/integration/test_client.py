@@ -233,3 +233,10 @@ def test_lists_follow_their_pages(client: holdoff.Client, replica: Replica) -> N
     for name in names:
         replica.create_token(name=name)
     assert [token.name for token in client.list_tokens(app)] == [*names, f"{app}/tokens/t"]
+
+
+def test_a_wait_beyond_every_limit_is_refused_at_once(client: holdoff.Client) -> None:
+    """A call by gRPC would never return. Fails when `Acquisition` takes any number."""
+    for wait_seconds in (367 * 24 * 3600, 8.64e9, float("inf"), float("nan")):
+        with pytest.raises(holdoff.InvalidRequest, match="366 days"):
+            client.acquire("apps/a/tokens/t", wait_seconds=wait_seconds)

@@ -138,6 +138,23 @@ async def test_data_and_epoch_survive_a_restart(data_dir: Path) -> None:
     assert sorted(path.name for path in data_dir.iterdir()) == ["epoch", "lock", "valkey"]
 
 
+async def test_a_directory_that_others_may_change_is_refused(data_dir: Path) -> None:
+    """One that others may write to, or that belongs to somebody else; our own group may write.
+
+    Fails when `start` does not look at who may.
+    """
+    data_dir.mkdir(exist_ok=True)
+    data_dir.chmod(0o777)
+    assert "chmod go-w" in await refusal(data_dir)
+    if os.geteuid() == 0:
+        os.chown(data_dir, 65534, -1)
+        assert "belongs to user 65534" in await refusal(data_dir)
+        os.chown(data_dir, 0, -1)
+    data_dir.chmod(0o770)
+    async with EmbeddedStore(data_dir):
+        pass
+
+
 async def test_data_that_vanished_is_noticed(data_dir: Path) -> None:
     """An emptied Valkey directory beside an epoch file counts as lost."""
     async with EmbeddedStore(data_dir) as running, client_of(running.url) as client:

@@ -184,3 +184,15 @@ def test_a_lost_acquire_after_the_cooldown_key_is_gone(replica: Replica, token: 
     released = replica.release(replica.hold(token))
     wait_until(lambda: replica.show_token(token).cooldown.ToMilliseconds() < 500)
     assert next_start_us(replica, token) >= released.not_before_time.ToMicroseconds()
+
+
+def test_an_unused_lease_costs_no_cooldown(replica: Replica) -> None:
+    """A lease under which nothing ran starts no cooldown.
+
+    Fails when release.lua does not look at `unused`.
+    """
+    token = replica.create_token(5.0)
+    released = replica.release(replica.hold(token), unused=True)
+    assert not released.HasField("not_before_time")
+    used = replica.release(replica.hold(token))
+    assert used.not_before_time.ToMicroseconds() == used.lease.end_time.ToMicroseconds() + 5_000_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis_lock
@@ -254,11 +254,13 @@ def test_what_a_failover_lost(
     before, offers = state_of(store, token), list[LeaseOffer]()
     accept = holdoff.Client._accept
 
-    def accept_later(client: holdoff.Client, offer: LeaseOffer) -> int | None:
+    def accept_later(
+        client: holdoff.Client, offer: LeaseOffer, *how: Any
+    ) -> holdoff.HeldLease | None:
         offers.append(offer)
         if len(offers) == 1:
             lose_what_came_since(store, token, before)
-        return accept(client, offer)
+        return accept(client, offer, *how)
 
     monkeypatch.setattr(holdoff.Client, "_accept", accept_later)
     with holdoff.Client(replica.address) as client:
@@ -277,11 +279,13 @@ async def test_what_a_failover_lost_with_asyncio(
     before, offers = state_of(store, token), list[LeaseOffer]()
     accept = holdoff.aio.Client._accept
 
-    async def accept_later(client: holdoff.aio.Client, offer: LeaseOffer) -> int | None:
+    async def accept_later(
+        client: holdoff.aio.Client, offer: LeaseOffer, *how: Any
+    ) -> holdoff.aio.HeldLease | None:
         offers.append(offer)
         if len(offers) == 1:
             lose_what_came_since(store, token, before)
-        return await accept(client, offer)
+        return await accept(client, offer, *how)
 
     monkeypatch.setattr(holdoff.aio.Client, "_accept", accept_later)
     async with holdoff.aio.Client(replica.address) as client:

@@ -265,7 +265,7 @@ class Model(model.Model):
             if one.probe and at >= one.probe_since:
                 one.erred = max(one.erred, at)
 
-    def _end(self, token: Token, state: str, refreshed: int) -> None:
+    def _end(self, token: Token, state: str, refreshed: int | None) -> None:
         assert token.lease
         self._caller_ended(token.lease.request, well=state == "RELEASED")
         super()._end(token, state, refreshed)

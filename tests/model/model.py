@@ -171,11 +171,12 @@ class Model:
         token.last_refresh = max(token.last_refresh or 0, refreshed)
         token.not_before = max(token.not_before, refreshed + interval)
 
-    def _end(self, token: Token, state: str, refreshed: int) -> None:
+    def _end(self, token: Token, state: str, refreshed: int | None) -> None:
         lease = token.lease
         assert lease
         lease.state, token.lease = state, None
-        self._cool(token, refreshed, max(lease.rules.interval, token.rules.interval))
+        if refreshed is not None:
+            self._cool(token, refreshed, max(lease.rules.interval, token.rules.interval))
         self.requests[lease.request].state = "ended"
 
     def _take_back(self, token: Token, *, lapsed: bool = False) -> None:
@@ -345,8 +346,15 @@ class Model:
         lease.expires = self.now + lease.ttl
         return _state(lease)
 
-    def release(
-        self, name: str, number: int, secret: str, *, saw_every: bool, age: int | None
+    def release(  # noqa: PLR0913 - what a release says
+        self,
+        name: str,
+        number: int,
+        secret: str,
+        *,
+        saw_every: bool,
+        age: int | None,
+        unused: bool = False,
     ) -> Answer:
         """End a lease; again gives the same answer."""
         lease = self._lease(name, number, secret)
@@ -360,11 +368,13 @@ class Model:
             self._leave(lease.request)
             self._take_back(token)
             return _state(lease)
-        refreshed = self.now
+        refreshed: int | None = self.now
         if not lease.broken:
             at_start = {lease.rules.refresh_at, token.rules.refresh_at} == {"START"}
             life = min(lease.rules.access_token_life, token.rules.access_token_life)
-            if saw_every and age is not None and self.now - age >= lease.accepted:
+            if unused:
+                refreshed = None
+            elif saw_every and age is not None and self.now - age >= lease.accepted:
                 refreshed = self.now - age
             elif at_start and lease.started is not None and self.now - lease.started < life:
                 refreshed = lease.started

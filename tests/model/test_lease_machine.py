@@ -163,6 +163,7 @@ ages = st.sampled_from([0] * 6 + [SECOND, LIVE, LIVE + 1, 20 * SECOND])
 reports = st.tuples(
     st.booleans(),  # it saw every refresh
     st.sampled_from([None, 0, 1, SECOND, SECOND + 1, 3 * SECOND, 3 * SECOND + 1]),
+    st.sampled_from([False, False, True]),  # nothing ran under it
 )
 
 
@@ -422,7 +423,7 @@ class LeaseMachine(RuleBasedStateMachine):
         patient: bool,
         started: bool,
         us: int,
-        report: tuple[bool, int | None],
+        report: tuple[bool, int | None, bool],
         meanwhile: str | Rules,
         renewed: bool,
     ) -> None:
@@ -479,7 +480,7 @@ class LeaseMachine(RuleBasedStateMachine):
                 self._delete_lock(name)
                 self._take_lock(name, 2)
             elif offer and end == "no":
-                self._release(offer, (False, None), asker.secret)
+                self._release(offer, (False, None, False), asker.secret)
             elif offer:
                 self._pass(OFFER, attended=False)
 
@@ -581,18 +582,19 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @given("offers")
     @rule(offer=of("leases"), report=reports, right=rather)
-    def release(self, offer: Offer, report: tuple[bool, int | None], right: bool) -> None:
+    def release(self, offer: Offer, report: tuple[bool, int | None, bool], right: bool) -> None:
         """A holder ends its lease or turns down an offer; perhaps again, or too late."""
         self._release(offer, report, offer.asker.secret if right else "wrong")
 
-    def _release(self, offer: Offer, report: tuple[bool, int | None], secret: str) -> None:
+    def _release(self, offer: Offer, report: tuple[bool, int | None, bool], secret: str) -> None:
         name = offer.asker.token
-        saw_every, age = report
-        args = (secret, "1" if saw_every else "0", "" if age is None else age)
+        saw_every, age, unused = report
+        words = ["1" if one else "0" for one in (saw_every, unused)]
+        args = (secret, words[0], "" if age is None else age, words[1])
         current = self.model.tokens[name].rules if name in self.model.tokens else offer.rules
         answer = self._spoken("release", offer, *args)
         assert answer == self.model.release(
-            name, offer.number, secret, saw_every=saw_every, age=age
+            name, offer.number, secret, saw_every=saw_every, age=age, unused=unused
         )
         self._check(name)
         hold = self.history.find(name, offer.number)
@@ -600,7 +602,9 @@ class LeaseMachine(RuleBasedStateMachine):
             return
         hold.until = hold.refreshed = self.now
         started = self.started.get(offer)
-        if saw_every and age is not None and self.now - age >= hold.begun:
+        if unused:
+            hold.refreshed = 0
+        elif saw_every and age is not None and self.now - age >= hold.begun:
             hold.refreshed = self.now - age
         elif started is not None and all(
             rules.refresh_at == "START" and self.now - started < rules.access_token_life

@@ -30,6 +30,8 @@ PIECE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([dhms])")
         ("2h", "7200"),
         ("1d", "86400"),
         ("570ms", "0.570"),
+        ("9m28s", "568"),
+        ("1d2h3m4.5s", "93784.5"),
         ("0.000000001", "0.000000001"),
         ("0s", "0"),
         ("007s", "7"),
@@ -45,13 +47,14 @@ def test_reads(text: str, seconds: str) -> None:
     "text",
     [
         "", " ", "s", ".", ".5s", "5.s", "-5s", "+5s", "5 s", " 5s", "5s ", "5s\n", "5S", "5M",
-        "1e3", "0x10", "1_000", "1,5s", "inf", "nan", "infinity", "9m28s", "5min", "5us", "\u0665s",
-        "\u00bds", "1/2h", "9" * 16, "0." + "0" * 10, "\x1b[31m5s", "\x005s",
+        "1e3", "0x10", "1_000", "1,5s", "inf", "nan", "infinity", "28s9m", "9.5m28s", "1h30",
+        "5min", "5us", "\u0665s", "\u00bds", "1/2h", "9" * 16, "0." + "0" * 10,
+        "\x1b[31m5s", "\x005s",
     ],
 )  # fmt: skip
 def test_refuses(text: str) -> None:
     """Anything but one plain number with a known unit is refused, and the message says how."""
-    with pytest.raises(ValueError, match=r"write one number with ms, s, m, h or d, such as 570s"):
+    with pytest.raises(ValueError, match=r"write a number with ms, s, m, h or d, such as 570s"):
         parse_duration(text)
 
 
@@ -130,6 +133,5 @@ def test_writing_is_no_further_off_than_it_says(seconds: float) -> None:
 
 @given(st.integers(0, 10**9))
 def test_round_trip(seconds: int) -> None:
-    """Whole seconds come back from what is written, piece by piece."""
-    pieces = PIECE.findall(format_duration(seconds))
-    assert sum(parse_duration(number + unit) for number, unit in pieces) == seconds
+    """Whole seconds come back from what is written."""
+    assert parse_duration(format_duration(seconds)) == seconds

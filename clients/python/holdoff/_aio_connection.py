@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 import grpc
 
 from holdoff._endpoint import CredentialFile, endpoint_of
+from holdoff._forks import Owner
 from holdoff._platform import boottime_ns
 from holdoff._route import Route
 from holdoff._timing import SECOND
@@ -52,6 +53,7 @@ class Connection:
         # gRPC would take any loop that it finds, and hang in the one that runs later.
         asyncio.get_running_loop()
         self.endpoint = endpoint_of(endpoint)
+        self._owner = Owner()
         self._timeout_seconds = timeout_seconds
         self._tls = tls
         self._credential = CredentialFile(credential_file, self.endpoint, tls)
@@ -89,6 +91,8 @@ class Connection:
 
     async def close(self) -> None:
         """Close the connection. Leases that are still held run out by themselves."""
+        if not self._owner.is_here:
+            return
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -96,7 +100,16 @@ class Connection:
         await self._current.channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what every call carries: who we are, and the trace that it is part of."""
+        """Return what every call carries: who we are, and the trace that it is part of.
+
+        Raises:
+            HoldoffError: This is a forked child, in which gRPC does not work.
+        """
+        if not self._owner.is_here:
+            raise HoldoffError(
+                f"this client belongs to process {self._owner.pid}, of which this one is a fork: "
+                "make a client here"
+            )
         return (*self._credential.metadata(), *headers())
 
     async def _items(
@@ -153,9 +166,25 @@ class Connection:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _unhindered(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        """Do what the cancellation of our caller must not cut short."""
-        await asyncio.shield(self._start(coroutine))
+    async def _unhindered(self, work: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
+        """Do what no cancellation may cut short, and be cancelled after it.
+
+        It is begun again if its own task is cancelled, as by somebody who cancels all tasks.
+        """
+        cancelled: asyncio.CancelledError | None = None
+        while True:
+            task = asyncio.create_task(work())
+            while not task.done():
+                try:
+                    await asyncio.wait([task])
+                except asyncio.CancelledError as error:
+                    cancelled = error
+            if not task.cancelled():
+                break
+        if cancelled is None:
+            return task.result()
+        task.exception()  # not raised, so that it counts as seen
+        raise cancelled
 
     async def _listen(
         self,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import grpc
 
@@ -24,12 +24,13 @@ from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, Unavailable
 from holdoff.v1 import lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator
     from types import TracebackType
 
     from holdoff._aio_connection import Connection
     from holdoff._core import Acquisition, Renewals
     from holdoff._held import Callbacks
+    from holdoff._recognise import Headers
 
 log = logging.getLogger("holdoff")
 
@@ -69,7 +70,7 @@ class Conversation:
     ) -> None:
         try:
             if error is not None and not isinstance(error, HoldoffError):
-                await self._client._unhindered(self._withdraw())  # noqa: SLF001
+                await self._client._unhindered(self._withdraw)  # noqa: SLF001
         finally:
             if self._reading:
                 self._reading.cancel()
@@ -178,26 +179,41 @@ class HeldLease(Held):
         self._changed.set()
 
     async def release(
-        self, *, last_refresh_age_seconds: float | None = None, saw_every_refresh: bool = False
+        self,
+        *,
+        last_refresh_age_seconds: float | None = None,
+        saw_every_refresh: bool = False,
+        unused: bool = False,
     ) -> None:
-        """End the lease.
+        """End the lease. In a forked child it does nothing: the lease is its parent's.
 
         Args:
             last_refresh_age_seconds: Time since the last refresh under this lease.
             saw_every_refresh: The caller saw *every* refresh that was made under this lease;
                 without it the end of the lease counts as the last one.
+            unused: Nothing ran under this lease, so that no cooldown begins.
 
         Raises:
             LeaseLost: The lease was lost before.
             Unavailable: The coordinator could not be told; the lease runs out by itself.
         """
-        await self._stop()
+        if not self._owner.is_here:
+            return
         call = _calls.release_lease(
-            self._offer, last_refresh_age_seconds, saw_every_refresh=saw_every_refresh
+            self._offer,
+            last_refresh_age_seconds,
+            saw_every_refresh=saw_every_refresh,
+            unused=unused,
         )
+        await self._client._unhindered(lambda: self._end(call))  # noqa: SLF001
+
+    async def _end(self, release: _calls.Call[Any, lease_pb2.Lease]) -> None:
+        """Stop what keeps the lease, and tell the coordinator; begun again it goes on."""
+        await self._stop()
+        patience = self._renewals.release_patience(boottime_ns())
         try:
             # Also when it was broken: that confirms that nothing runs under it any more.
-            await self._client._insist(call, self._renewals.release_patience(boottime_ns()))  # noqa: SLF001
+            await self._client._insist(release, patience)  # noqa: SLF001
         except LeaseNotFound as error:  # a failover of the store lost it
             raise LeaseLost(str(error)) from error
         except HoldoffError:
@@ -240,8 +256,8 @@ class HeldLease(Held):
         self,
         url: str,
         status: int,
-        headers: Mapping[str, str] = MappingProxyType({}),
-        body: bytes = b"",
+        headers: Headers = MappingProxyType({}),
+        body: bytes | None = b"",
     ) -> bool:
         """Report an answer of the provider if its policy counts it as an error, or it blocks.
 
@@ -250,8 +266,9 @@ class HeldLease(Held):
         Args:
             url: What was called, with its query: that is cut off.
             status: HTTP status of the answer.
-            headers: Its headers: some say how long a block lasts.
-            body: Its body: some providers block with status 200.
+            headers: Its headers, as a dict or as a library for HTTP has them: some say how long
+                a block lasts.
+            body: Its body, if it has one: some providers block with status 200.
 
         Returns:
             Whether it was reported.
@@ -312,7 +329,7 @@ class HeldLease(Held):
 
     async def _renew_on(self) -> None:
         try:
-            while True:
+            while self._owner.is_here:
                 await self._sleep_until_due()
                 await self._renew()
         except LeaseLost as error:

@@ -13,7 +13,7 @@ from google.protobuf import timestamp_pb2
 from google.protobuf.message import Message
 
 from holdoff._core import WITHDRAWAL_SECONDS, duration, here
-from holdoff._text import without_secrets
+from holdoff._text import MOST_JOB_CHARACTERS, described, without_secrets
 from holdoff.v1 import (
     admin_service_pb2,
     audit_pb2,
@@ -100,6 +100,7 @@ def release_lease(
     last_refresh_age_seconds: float | None = None,
     *,
     saw_every_refresh: bool = False,
+    unused: bool = False,
 ) -> Call[Any, lease_pb2.Lease]:
     """End a lease."""
     age = None if last_refresh_age_seconds is None else duration(last_refresh_age_seconds)
@@ -109,7 +110,7 @@ def release_lease(
     return Call(
         f"{_LEASES}/ReleaseLease",
         lease_service_pb2.ReleaseLeaseRequest(
-            name=offer.lease.name, secret=offer.secret, refresh=report
+            name=offer.lease.name, secret=offer.secret, refresh=report, unused=unused
         ),
         lease_service_pb2.ReleaseLeaseResponse,
         lambda response: response.lease,
@@ -430,7 +431,7 @@ def explain(where: budget_pb2.Scope, job: str) -> Call[Any, budget_service_pb2.E
     """Ask whether something may go on now."""
     return Call(
         f"{_BUDGETS}/Explain",
-        budget_service_pb2.ExplainRequest(scope=where, job=job),
+        budget_service_pb2.ExplainRequest(scope=where, job=described(job, MOST_JOB_CHARACTERS)),
         budget_service_pb2.ExplainResponse,
         lambda response: response,
     )

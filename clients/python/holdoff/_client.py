@@ -43,6 +43,7 @@ from holdoff.v1 import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from datetime import datetime
     from pathlib import Path
     from types import TracebackType
@@ -89,6 +90,8 @@ class Client(Connection):
             credential_file=credential_file,
         )
         self._fencing_tokens: dict[str, int] = {}
+        self._interruptible: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+        """Entered where `acquire` waits: a signal handler of ours raises there, and only there."""
 
     def acquire(  # noqa: PLR0913 - each is part of the question
         self,
@@ -154,38 +157,44 @@ class Client(Connection):
             try:
                 with Conversation(self, acquisition) as conversation:
                     while True:
-                        event = conversation.receive()
-                        if isinstance(event, lease_pb2.WaitStatus):
-                            if on_waiting:
+                        with self._interruptible():
+                            event = conversation.receive()
+                            if on_waiting and isinstance(event, lease_pb2.WaitStatus):
                                 on_waiting(event)
-                        elif sent_ns := self._accept(event):
-                            self._fencing_tokens[token] = event.lease.fencing_token
-                            renewals = Renewals(timing, sent_ns)
-                            return HeldLease(self, event, renewals, callbacks)
+                        if isinstance(event, lease_pb2.WaitStatus):
+                            continue
+                        if lease := self._accept(event, timing, callbacks):
+                            self._fencing_tokens[token] = lease.fencing_token
+                            return lease
             except HoldoffError as error:
                 pause = acquisition.failed(error, boottime_ns())
-                if on_unreachable and isinstance(error, Unavailable):
-                    on_unreachable(error)
-                time.sleep(pause)
+                with self._interruptible():
+                    if on_unreachable and isinstance(error, Unavailable):
+                        on_unreachable(error)
+                    time.sleep(pause)
 
-    def _accept(self, offer: lease_service_pb2.LeaseOffer) -> int | None:
-        """Accept an offer; return when that was sent, or None if there is no such offer any more.
+    def _accept(
+        self, offer: lease_service_pb2.LeaseOffer, timing: Timing, callbacks: Callbacks
+    ) -> HeldLease | None:
+        """Accept an offer; return the lease, or None if there is no such offer any more.
 
         It ran out, or a failover of the store lost it; the request waits on.
 
-        Interrupted in the middle it gives the lease back, accepted or not.
+        Interrupted in the middle it gives the lease back unused, accepted or not.
         """
         patience = acceptance_patience(offer, boottime_ns())
         try:
             sent_ns, _ = self._insist(_calls.renew_lease(offer), patience)
-            return sent_ns
+            return HeldLease(self, offer, Renewals(timing, sent_ns), callbacks)
         except (OfferExpired, LeaseNotFound):
             return None
         except HoldoffError:
             raise
         except BaseException:
+            release = _calls.release_lease(offer, unused=True)
+            patience = withdrawal_patience(boottime_ns())
             with contextlib.suppress(HoldoffError):
-                self._call(_calls.release_lease(offer))
+                self._insist(release, patience)
             raise
 
     def get_lease(self, name: str) -> lease_pb2.Lease:

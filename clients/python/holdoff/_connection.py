@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 import grpc
 
 from holdoff._endpoint import CredentialFile, endpoint_of
+from holdoff._forks import Owner
 from holdoff._platform import boottime_ns
 from holdoff._route import Route
 from holdoff._timing import SECOND
@@ -63,6 +64,7 @@ class Connection:
         credential_file: str | Path | None = None,
     ) -> None:
         self.endpoint = endpoint_of(endpoint)
+        self._owner = Owner()
         self._timeout_seconds = timeout_seconds
         self._tls = tls
         self._credential = CredentialFile(credential_file, self.endpoint, tls)
@@ -106,10 +108,20 @@ class Connection:
         """Close the connection. Leases that are still held run out by themselves."""
         with self._lock:
             self._route.closed = True
-        self._current.channel.close()
+        if self._owner.is_here:
+            self._current.channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what every call carries: who we are, and the trace that it is part of."""
+        """Return what every call carries: who we are, and the trace that it is part of.
+
+        Raises:
+            HoldoffError: This is a forked child, in which gRPC does not work.
+        """
+        if not self._owner.is_here:
+            raise HoldoffError(
+                f"this client belongs to process {self._owner.pid}, of which this one is a fork: "
+                "make a client here"
+            )
         return (*self._credential.metadata(), *headers())
 
     def _items(self, call: _calls.Call[Any, _calls.Page[ItemT]] | None) -> Iterator[ItemT]:
@@ -186,6 +198,7 @@ class Subscription(Generic[ResponseT]):
         self._on_unreachable = on_unreachable
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._owner = Owner()
         self._stream: _Stream[ResponseT] | None = None
 
     def __iter__(self) -> Generator[ResponseT, None, None]:
@@ -204,7 +217,7 @@ class Subscription(Generic[ResponseT]):
                 if self._on_unreachable and isinstance(error, Unavailable):
                     self._on_unreachable(error)
             finally:
-                if self._stream:
+                if self._stream and self._owner.is_here:
                     self._stream.cancel()
             self._closed.wait(pause_seconds)
 

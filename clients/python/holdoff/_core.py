@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from google.protobuf import duration_pb2
 
 from holdoff._status import from_status
-from holdoff._timing import SECOND, Timing
+from holdoff._text import MOST_JOB_CHARACTERS, MOST_LABEL_CHARACTERS, described
+from holdoff._timing import MOST_WAIT_SECONDS, SECOND, Timing
 from holdoff._version import VERSION
-from holdoff.errors import BudgetSpent, HoldoffError, LeaseLost, Unavailable
+from holdoff.errors import BudgetSpent, HoldoffError, InvalidRequest, LeaseLost, Unavailable
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
@@ -59,18 +60,20 @@ def retry_delay_seconds(attempt: int, random_: Callable[[], float] = random.rand
 
 
 def here(job: str = "", labels: Mapping[str, str] | None = None) -> lease_pb2.Holder:
-    """Describe this process as a holder."""
+    """Describe this process as a holder, whatever its surroundings call it."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # no entry for our uid, as in many containers
         user = str(os.getuid())
     return lease_pb2.Holder(
-        host=socket.gethostname(),
+        host=described(socket.gethostname(), 255),
         pid=os.getpid(),
-        user=user,
-        job=job,
+        user=described(user, 100),
+        job=described(job, MOST_JOB_CHARACTERS),
         client_version=f"holdoff/{VERSION}",
-        labels=labels,
+        labels={
+            key: described(text, MOST_LABEL_CHARACTERS) for key, text in (labels or {}).items()
+        },
     )
 
 
@@ -186,6 +189,10 @@ class Acquisition:
     """Where the job will call: pairs of a division and an endpoint."""
     request_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     _failures: int = 0
+
+    def __post_init__(self) -> None:
+        if self.wait_seconds is not None and not self.wait_seconds <= MOST_WAIT_SECONDS:
+            raise InvalidRequest("wait_seconds is at most 366 days; None waits without limit")
 
     def request(self, now_ns: int) -> lease_service_pb2.AcquireLeaseRequest:
         """What to send on a new connection: the wait that is left, and the rest as before."""

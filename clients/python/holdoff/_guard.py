@@ -11,7 +11,8 @@ command when it has one. Three processes stand between the terminal and the comm
 I is there for two reasons. The kernel lets a terminal stop a process group only while some parent
 of it is in the same session and another group; G, in a session of its own, cannot be that parent.
 And under ``--isolate`` I is process 1 of a PID namespace, so that its death is the death of
-everything in there. With and without a namespace all else is the same.
+everything in there. With and without a namespace all else is the same. I has one deadline of its
+own: between G's KILL and the fence it sends KILL too, in case W and G are both stopped.
 
 The tree is ended (TERM with CONT, grace, KILL) when the fence is near, when W is gone (its pipe
 closes; the parent-death signal is a second channel), when W says so, and when the command itself
@@ -28,6 +29,7 @@ What nobody can promise:
   after it, but the tree may run for the first milliseconds too;
 * a set-id program drops its parent-death signal and an unprivileged guard may not signal it;
   it is reported as a survivor;
+* SIGSTOP to W, G and I at once stops whatever would end C;
 * SIGKILL to W and G at once leaves what C had started, unless in a PID namespace;
 * without a namespace, a process that forks *and* leaves its group faster than /proc can be read
   may escape some rounds;
@@ -51,6 +53,7 @@ but the standard library, and ``_platform`` and ``_fence`` from its own folder.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -146,21 +149,37 @@ def _wait_for(fds: Sequence[int], wake_up_fd: int, timeout_ms: int | None = None
             os.read(fd, 4096)
 
 
-def _use_null_device(*fds: int) -> None:
+def _let_go_of(passed: Sequence[int]) -> None:
+    """Closes the command's input and output, and whatever else was passed to it."""
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in fds:
+    for fd in (0, 1):
         os.dup2(null, fd)
-    os.close(null)
+    for fd in (null, *passed):
+        os.close(fd)
 
 
 class _Init:
-    """I: starts the command, reaps, passes signals and the terminal on. It decides nothing."""
+    """I: starts the command, reaps, passes signals and the terminal on.
 
-    def __init__(self, orders_fd: int, reports_fd: int, ignored: frozenset[int]) -> None:
+    It decides nothing, except that all has to end when its deadline passes without a later one.
+    """
+
+    def __init__(
+        self,
+        orders_fd: int,
+        reports_fd: int,
+        ignored: frozenset[int],
+        passed: Sequence[int],
+    ) -> None:
         self._orders = _Lines(orders_fd)
         self._reports_fd = reports_fd
         self._ignored = ignored
+        self._passed = passed
         self._command: int | None = None
+        self._timer = _platform.BootTimer()
+        self._deadline: int | None = None
+        self._kill_at: int | None = None
+        """When the next round of KILL is due: at the deadline, and after it until all is gone."""
 
     def run(self, *, isolated: bool) -> NoReturn:
         """Serves until neither the command nor anything below it is left."""
@@ -175,18 +194,34 @@ class _Init:
                 _send(self._reports_fd, {"failed": str(error)})
                 os._exit(1)
         _send(self._reports_fd, {"ready": True})
+        fds = [self._orders.fd] if self._timer.fd is None else [self._orders.fd, self._timer.fd]
         while self._orders.open and self._reap():
-            _wait_for([self._orders.fd], wake_up_fd)
+            self._timer.arm(self._kill_at)
+            _wait_for(fds, wake_up_fd, self._timer.poll_timeout_ms())
             for order in self._orders.read():
                 self._obey(order)
+            self._kill_when_due()
         # Without parent-death signals this is how I learns that G was killed.
         if not self._orders.open and self._command is not None:
             self._signal_command(signal.SIGKILL)
         os._exit(0)
 
+    def _kill_when_due(self) -> None:
+        now = _platform.boottime_ns()
+        if self._deadline is None or self._kill_at is None or now < self._kill_at:
+            return
+        if self._kill_at == self._deadline:
+            _send(self._reports_fd, {"fenced": True})
+        _platform.signal_descendants(os.getpid(), [signal.SIGKILL])
+        helpless = now - self._deadline > _GIVE_UP_NS
+        self._kill_at = now + (_KILL_ROUND_SLOW_NS if helpless else _KILL_ROUND_NS)
+
     def _obey(self, order: dict[str, Any]) -> None:
         if "launch" in order:
+            self._deadline = self._kill_at = order["launch"]["deadline"]
             self._launch(order["launch"])
+        elif "deadline" in order:
+            self._deadline = self._kill_at = order["deadline"]
         elif "signal" in order:
             self._signal_command(order["signal"])
         elif "resume" in order:
@@ -220,10 +255,10 @@ class _Init:
         number = os.read(failure, 16)
         os.close(failure)
         # So that a reader sees the end of the output when the command closes it.
-        _use_null_device(0, 1)
+        _let_go_of(self._passed)
         if number:
             os.waitpid(command, 0)
-            message = os.strerror(int(number))
+            message = _cannot_run(_exec_bytes(launch["path"]), int(number))
             _send(self._reports_fd, {"cannot_run": [int(number), message]})
             os._exit(0)
         self._command = command
@@ -244,9 +279,16 @@ class _Init:
             signal.signal(signum, wanted)
         argv = [_exec_bytes(word) for word in launch["argv"]]
         env = {_exec_bytes(name): _exec_bytes(value) for name, value in launch["env"].items()}
-        # Every descriptor but 0, 1 and 2 is closed by the exec: W let only ours through to G.
+        # Of the descriptors only 0, 1, 2 and what W was given for the command outlive the exec.
         signal.pthread_sigmask(signal.SIG_SETMASK, launch["mask"])
-        os.execve(_exec_bytes(launch["path"]), argv, env)  # noqa: S606 - no shell: that's the point
+        path = _exec_bytes(launch["path"])
+        try:
+            os.execve(path, argv, env)  # noqa: S606 - no shell: that's the point
+        except OSError as error:
+            if error.errno != errno.ENOEXEC or not _is_script(path):
+                raise
+        # What every shell does with a script that does not name its interpreter.
+        os.execve("/bin/sh", [b"sh", path, *argv[1:]], env)  # noqa: S606 - see above
 
     def _reap(self) -> bool:
         """Reaps and reports. Returns whether there is, or may yet be, something to wait for."""
@@ -271,6 +313,23 @@ def _exec_bytes(text: str) -> bytes:
     return text.encode("latin-1")
 
 
+def _is_script(path: bytes) -> bool:
+    """Whether a file without `#!` may be a shell's: its first line is text, as bash looks at it."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - pathlib loads slowly
+            return b"\0" not in file.read(256).partition(b"\n")[0]
+    except OSError:
+        return False
+
+
+def _cannot_run(path: bytes, number: int) -> str:
+    """What to tell about a command that exec refuses."""
+    reason = os.strerror(number)
+    if number == errno.ENOENT and os.path.exists(path):  # noqa: PTH110 - pathlib loads slowly
+        reason = "the interpreter that it needs is not there"
+    return f"{os.fsdecode(path)}: {reason}"
+
+
 def _give_terminal_to(group: int) -> None:
     """Makes a group of this session the foreground group of its terminal (SIGTTOU is blocked)."""
     try:
@@ -288,8 +347,14 @@ def _give_terminal_to(group: int) -> None:
 class _Guard:
     """G: owns the deadline. See the module's docstring."""
 
-    def __init__(
-        self, launch_fd: int, control_fd: int, events_fd: int, wrapper: int, isolate: str
+    def __init__(  # noqa: PLR0913, PLR0917 - the arguments of the command line
+        self,
+        launch_fd: int,
+        control_fd: int,
+        events_fd: int,
+        wrapper: int,
+        isolate: str,
+        passed: Sequence[int],
     ) -> None:
         self._launch = _Lines(launch_fd)
         self._control = _Lines(control_fd)
@@ -297,8 +362,11 @@ class _Guard:
         os.set_blocking(events_fd, False)
         self._wrapper = wrapper
         self._isolate = isolate
+        self._passed = passed
         self._timer = _platform.BootTimer()
         self._launched = False
+        self._commanded = False
+        """I was told to start the command."""
         self._held_launch: dict[str, Any] | None = None
         """What is to be launched when the pause is over."""
         self._paused = False
@@ -334,7 +402,7 @@ class _Guard:
         if not self._start_init(ignored):
             return
         os.setsid()
-        _use_null_device(0, 1)
+        _let_go_of(self._passed)
         while not self._step():
             self._timer.arm(self._next_alarm())
             channels = [self._launch, self._control, self._reports]
@@ -382,7 +450,7 @@ class _Guard:
                 reports_fd,
             ):
                 os.close(fd)
-            _Init(orders, reporting, ignored).run(isolated=isolated)
+            _Init(orders, reporting, ignored, self._passed).run(isolated=isolated)
         os.close(orders)
         os.close(reporting)
         self._reports = _Lines(reports_fd)
@@ -486,9 +554,16 @@ class _Guard:
             self._start_command(launch)
 
     def _start_command(self, launch: dict[str, Any]) -> None:
-        _send(self._orders_fd, {"launch": launch})
+        _send(self._orders_fd, {"launch": {**launch, "deadline": self._init_deadline()}})
         # From here on G never blocks on I.
         os.set_blocking(self._orders_fd, False)
+        self._commanded = True
+
+    def _init_deadline(self) -> int | None:
+        """When I sends KILL by itself: halfway between ours, which goes first, and the fence."""
+        if self._fence_ns is None or self._kill_at is None:
+            return None
+        return (self._fence_ns + self._kill_at) // 2
 
     def _set_fence(self, fence_ns: int | None, now: int) -> None:
         if fence_ns is None or self._next_round_at is not None:
@@ -496,12 +571,16 @@ class _Guard:
         # Renewals come from another thread than the launch, so they may overtake each other.
         self._fence_ns = max(fence_ns, self._fence_ns or 0)
         self._term_at, self._kill_at = plan(now, self._fence_ns, self._grace_ns)
+        if self._commanded:
+            _send(self._orders_fd, {"deadline": self._init_deadline()})
 
     def _take(self, report: dict[str, Any]) -> None:
         if "exited" in report:
             self._status = report["exited"]
         elif "cannot_run" in report:
             self._cannot_run = report["cannot_run"]
+        elif "fenced" in report:
+            self._ended_by = self._ended_by or FENCE
         else:
             self._started = self._started or "started" in report
             if "continued" not in report and "resumed" not in report:
@@ -602,11 +681,16 @@ class _Guard:
 
 
 def main() -> None:
-    """Runs the guard: descriptors, the wrapper's pid and the isolation come as arguments."""
-    launch, control, events, wrapper, isolate = sys.argv[1:]
+    """Runs the guard: its descriptors, the pid of W and the isolation come as arguments.
+
+    After them come the descriptors that the command is to have beyond the first three.
+    """
+    launch, control, events, wrapper, isolate, *passed = sys.argv[1:]
     for fd in (launch, control, events):
         os.set_inheritable(int(fd), False)
-    _Guard(int(launch), int(control), int(events), int(wrapper), isolate).run()
+    _Guard(
+        int(launch), int(control), int(events), int(wrapper), isolate, [int(fd) for fd in passed]
+    ).run()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from holdoff import _calls
+from holdoff._forks import Owner
 from holdoff.errors import HoldoffError, Unavailable
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Guarding:
         self._token = token
         self._entered = False
         self._cancelled = False
+        self._owner = Owner()
 
     def cancel(self) -> None:
         """Say that the call was not made, so that its room is given back on leaving."""
@@ -52,9 +54,13 @@ class Guarding:
     ) -> _calls.Call[Any, budget_pb2.Reservation] | None:
         """Return what to tell the coordinator about the call; None where nobody knows.
 
+        The call of a forked child's parent is the parent's to tell of.
+
         A body that raised, by a time-out say, does not know when its call arrived: what was
         reserved runs out, and counts as an error at that moment, which is later than any.
         """
+        if not self._owner.is_here:
+            return None
         if self.reservation is None:
             raise RuntimeError("this guard was not entered")
         reservation_id = self.reservation.id

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING
 
 from holdoff import _calls
 from holdoff._core import LONGEST_SLEEP_SECONDS
+from holdoff._forks import Owner
 from holdoff._platform import boottime_ns
 from holdoff._recognise import recognise_answer
 from holdoff._timing import SECOND
-from holdoff.errors import LeaseEnded
+from holdoff.errors import LeaseEnded, LeaseLost
 from holdoff.v1 import lease_service_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from typing import Any
 
     from holdoff._core import Renewal, Renewals
-    from holdoff.errors import HoldoffError, LeaseLost
+    from holdoff._recognise import Headers
+    from holdoff.errors import HoldoffError
     from holdoff.v1 import budget_pb2, lease_pb2
 
 log = logging.getLogger("holdoff")
@@ -59,6 +61,7 @@ class Held:
         self._stopped = False
         """Our own release has begun."""
         self._callbacks = callbacks
+        self._owner = Owner()
 
     @property
     def deadline_ns(self) -> int:
@@ -73,8 +76,13 @@ class Held:
     def check(self) -> None:
         """Raise LeaseLost if the lease was lost; call it before anything that needs the lease.
 
-        It looks at the clock itself, so it also tells when renewals were held up with all else.
+        It looks at the clock itself, so it also tells when renewals were held up with all else. A
+        forked child never has its parent's lease.
         """
+        if not self._owner.is_here:
+            raise LeaseLost(
+                f"the lease belongs to process {self._owner.pid}, of which this one is a fork"
+            )
         self._renewals.check(boottime_ns())
 
     def command_started(self) -> None:
@@ -133,7 +141,7 @@ class Held:
         return self.notice is not None and self.notice.instruction != run
 
     def _event_of(
-        self, url: str, status: int, headers: Mapping[str, str], body: bytes
+        self, url: str, status: int, headers: Headers, body: bytes | None
     ) -> budget_pb2.Event | None:
         """Return what an answer of the provider is to the policy; None if it is nothing bad."""
         token, job = self.name.partition("/leases/")[0], self._offer.lease.holder.job

@@ -25,12 +25,13 @@ from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, Unavailable
 from holdoff.v1 import lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from types import TracebackType
 
     from holdoff._connection import Connection
     from holdoff._core import Acquisition, Renewals
     from holdoff._held import Callbacks
+    from holdoff._recognise import Headers
 
 log = logging.getLogger("holdoff")
 
@@ -158,6 +159,8 @@ class HeldLease(Held):
 
         Where the policy's `refresh_at` is START, that instant counts as the refresh.
         """
+        if not self._owner.is_here:
+            return
         with self._changed:
             super().command_started()
             self._changed.notify_all()
@@ -192,6 +195,7 @@ class HeldLease(Held):
         give_up_ns = None
         if timeout_seconds is not None:
             give_up_ns = boottime_ns() + round(timeout_seconds * SECOND)
+        self.check()  # before the lock, which in a forked child may be held for ever
         with self._changed:
             while self._must_be_quiet():
                 pause = pause_seconds(give_up_ns)
@@ -204,8 +208,8 @@ class HeldLease(Held):
         self,
         url: str,
         status: int,
-        headers: Mapping[str, str] = MappingProxyType({}),
-        body: bytes = b"",
+        headers: Headers = MappingProxyType({}),
+        body: bytes | None = b"",
     ) -> bool:
         """Report an answer of the provider if its policy counts it as an error, or it blocks.
 
@@ -214,8 +218,9 @@ class HeldLease(Held):
         Args:
             url: What was called, with its query: that is cut off.
             status: HTTP status of the answer.
-            headers: Its headers: some say how long a block lasts.
-            body: Its body: some providers block with status 200.
+            headers: Its headers, as a dict or as a library for HTTP has them: some say how long
+                a block lasts.
+            body: Its body, if it has one: some providers block with status 200.
 
         Returns:
             Whether it was reported.
@@ -232,22 +237,32 @@ class HeldLease(Held):
         return True
 
     def release(
-        self, *, last_refresh_age_seconds: float | None = None, saw_every_refresh: bool = False
+        self,
+        *,
+        last_refresh_age_seconds: float | None = None,
+        saw_every_refresh: bool = False,
+        unused: bool = False,
     ) -> None:
-        """End the lease.
+        """End the lease. In a forked child it does nothing: the lease is its parent's.
 
         Args:
             last_refresh_age_seconds: Time since the last refresh under this lease.
             saw_every_refresh: The caller saw *every* refresh that was made under this lease;
                 without it the end of the lease counts as the last one.
+            unused: Nothing ran under this lease, so that no cooldown begins.
 
         Raises:
             LeaseLost: The lease was lost before.
             Unavailable: The coordinator could not be told; the lease runs out by itself.
         """
+        if not self._owner.is_here:
+            return
         self._stop()
         call = _calls.release_lease(
-            self._offer, last_refresh_age_seconds, saw_every_refresh=saw_every_refresh
+            self._offer,
+            last_refresh_age_seconds,
+            saw_every_refresh=saw_every_refresh,
+            unused=unused,
         )
         try:
             # Also when it was broken: that confirms that nothing runs under it any more.

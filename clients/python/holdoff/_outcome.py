@@ -23,6 +23,10 @@ class GuardError(HoldoffError):
     """The guard did not start, or was gone before it could launch the command."""
 
 
+class GuardLostError(GuardError):
+    """The guard was killed before it could launch the command: nothing ran."""
+
+
 class CannotRunError(HoldoffError):
     """A command cannot be run.
 

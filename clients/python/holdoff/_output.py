@@ -29,7 +29,6 @@ from holdoff._process import (
     GuardError,
     Stdio,
     is_pipe,
-    occupy_standard_descriptors,
     require_supported,
 )
 
@@ -127,7 +126,7 @@ class Passage:
             GuardError: This is a platform without a guard, or out of pipes or terminals.
         """
         require_supported()
-        occupy_standard_descriptors()
+        _platform.occupy_standard_descriptors()
         self._streams: list[_Stream] = []
         try:
             self._streams.append(_Stream("stdout", 1))

@@ -211,6 +211,25 @@ def signal_descendants(
     return found
 
 
+def occupy_standard_descriptors() -> None:
+    """Opens /dev/null for those of 0, 1 and 2 that are closed: no pipe may become one."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stdin, stdout, stderr
+        pass
+    os.close(fd)
+
+
+def inherited_descriptors() -> list[int]:
+    """Those beyond 0, 1 and 2 that whoever started this process meant for what it starts."""
+    if sys.platform == "win32":
+        return []
+    inherited = []
+    for name in os.listdir("/dev/fd"):  # noqa: PTH208 - pathlib loads slowly
+        with contextlib.suppress(OSError):  # that of the listing itself
+            if int(name) > 2 and os.get_inheritable(int(name)):  # noqa: PLR2004 - stderr
+                inherited.append(int(name))
+    return inherited
+
+
 # Without waiting, should it be no file after all; and on Windows byte by byte.
 READ_LOG = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 

@@ -36,6 +36,7 @@ from holdoff._outcome import (
     CannotRunError,
     Event,
     GuardError,
+    GuardLostError,
     Outcome,
     Stdio,
     outcome_of,
@@ -110,16 +111,28 @@ def which(command: str) -> str:
             raise CannotRunError(NOT_FOUND, f"{command}: command not found")
         return found
     typed_path = os.sep in command
-    refused = False
+    refused = ""
     for folder in [""] if typed_path else os.get_exec_path():
-        # An empty entry of PATH is the current folder.
-        path = Path(folder, command)
-        if path.is_file() and os.access(path, os.X_OK):
-            return command if typed_path else str(path.absolute())
-        refused = refused or path.is_file() or (typed_path and path.exists())
+        # An empty entry of PATH is the current folder; one that may not be searched has nothing.
+        path = os.path.join(folder, command)  # noqa: PTH118 - keeps `./`
+        if os.path.isfile(path) and os.access(path, os.X_OK):  # noqa: PTH113 - never raises
+            return command if typed_path else str(Path(path).absolute())
+        if os.path.isfile(path) or (typed_path and _is_there(path)):  # noqa: PTH113 - likewise
+            refused = refused or path
     if refused:
-        raise CannotRunError(NOT_EXECUTABLE, f"{command}: cannot be executed")
+        raise CannotRunError(NOT_EXECUTABLE, f"{refused}: cannot be executed")
     raise CannotRunError(NOT_FOUND, f"{command}: command not found")
+
+
+def _is_there(path: str) -> bool:
+    """Whether there is something, or may be: in a folder that may not be searched."""
+    try:
+        os.stat(path)  # noqa: PTH116 - no path of ours
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -216,7 +229,9 @@ class PosixGuard:
     _outcome: Outcome | None = None
 
     @classmethod
-    def start(cls, stdio: Stdio | None = None, isolate: Isolate = "auto") -> Self:
+    def start(
+        cls, stdio: Stdio | None = None, isolate: Isolate = "auto", passed: Sequence[int] = ()
+    ) -> Self:
         """Starts a guard, which then waits for ``launch``; best before a lease is asked for.
 
         The command will have the signal mask and the ignored signals that the wrapper has now.
@@ -224,12 +239,13 @@ class PosixGuard:
         Args:
             stdio: What the command reads and writes; the wrapper's own if not given.
             isolate: Whether it gets a PID namespace: where possible, always or never.
+            passed: Descriptors beyond the three that the command gets too.
 
         Raises:
             GuardError: It does not start, ``always`` is not possible, or this is a platform
                 without a guard.
         """
-        guard = cls.spawn(stdio, isolate)
+        guard = cls.spawn(stdio, isolate, passed)
         try:
             guard.await_ready()
         except BaseException:
@@ -238,7 +254,9 @@ class PosixGuard:
         return guard
 
     @classmethod
-    def spawn(cls, stdio: Stdio | None = None, isolate: Isolate = "auto") -> Self:
+    def spawn(
+        cls, stdio: Stdio | None = None, isolate: Isolate = "auto", passed: Sequence[int] = ()
+    ) -> Self:
         """Does the same as ``start``, except that it leaves the wait to ``await_ready``."""
         require_supported()
         if threading.current_thread() is not threading.main_thread():
@@ -246,7 +264,7 @@ class PosixGuard:
             raise GuardError("a guard must be started from the main thread")
         if not sys.executable:
             raise GuardError("the Python interpreter that runs the guard is not known")
-        occupy_standard_descriptors()
+        _platform.occupy_standard_descriptors()
         stdio = stdio or Stdio()
         spare = frozenset(_platform.children(os.getpid()))
         _platform.become_subreaper()
@@ -254,7 +272,7 @@ class PosixGuard:
         events_in, events_out = os.pipe()
         inherited = (launch_in, control_in, events_out)
         program = str(Path(__file__).with_name("_guard.py"))
-        arguments = [*map(str, inherited), str(os.getpid()), isolate]
+        arguments = [*map(str, inherited), str(os.getpid()), isolate, *map(str, passed)]
         # Nothing may end the guard before it is ready to be ended by nothing: it unblocks what it
         # wants. Ctrl-C, for one, reaches it as long as it is in our session.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -264,7 +282,7 @@ class PosixGuard:
                 stdin=stdio.stdin,
                 stdout=stdio.stdout,
                 stderr=stdio.stderr,
-                pass_fds=inherited,
+                pass_fds=(*inherited, *passed),
             )
         except OSError as error:
             for fd in (launch_out, control_out, events_in):
@@ -339,11 +357,10 @@ class PosixGuard:
             grace_seconds: The time between TERM and KILL. It is cut where the fence is too near.
 
         Raises:
-            GuardError: The guard is gone.
+            GuardLostError: The guard was killed.
         """
-        if self._launched:
+        if self._launch_fd < 0:
             raise GuardError("a guard launches one command")
-        self._launched = True
         launch = {
             "path": _exec_text(path),
             "argv": [_exec_text(word) for word in argv],
@@ -357,9 +374,13 @@ class PosixGuard:
             with open(self._launch_fd, "wb") as pipe:  # noqa: PTH123 - a descriptor
                 pipe.write(json.dumps({"launch": launch}).encode() + b"\n")
         except BrokenPipeError:
-            raise GuardError("the guard is gone") from None
+            raise GuardLostError(
+                "the guard was killed before it could start the command: nothing ran"
+            ) from None
         finally:
             self._launch_fd = -1
+        # Only now, so that no signal is passed on to a command that is not there yet.
+        self._launched = True
 
     def extend(self, fence_boottime_ns: int) -> None:
         """Moves the fence, in nanoseconds of ``boottime_ns``; an earlier one changes nothing."""
@@ -505,6 +526,17 @@ class PosixGuard:
         else:
             self._send({"signal": int(signal.SIGCONT)})
 
+    def reap_strangers(self) -> None:
+        """Reaps children that we did not start.
+
+        Process 1 of a container gets them, and one that took a shell's place has them.
+        """
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        with contextlib.suppress(ChildProcessError):
+            # The guard is left to `close`; with it gone, all is over.
+            while (found := os.waitid(os.P_ALL, 0, options)) and found.si_pid != self.pid:
+                os.waitpid(found.si_pid, os.WNOHANG)
+
     def _end_orphans(self) -> int:
         """The guard was killed: ends what comes to us, since we are a subreaper too.
 
@@ -543,13 +575,6 @@ def is_pipe(fd: int) -> bool:
     """Whether this is a pipe, or a socket, which a reader may leave."""
     mode = os.fstat(fd).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
-def occupy_standard_descriptors() -> None:
-    """Opens /dev/null for those of 0, 1 and 2 that are closed: no pipe may become one."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stdin, stdout, stderr
-        pass
-    os.close(fd)
 
 
 if sys.platform == "win32":

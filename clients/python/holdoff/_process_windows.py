@@ -49,13 +49,15 @@ class WindowsGuard:
         self._reader.start()
 
     @classmethod
-    def start(cls, stdio: Stdio | None = None, isolate: Isolate = "auto") -> Self:
+    def start(
+        cls, stdio: Stdio | None = None, isolate: Isolate = "auto", passed: Sequence[int] = ()
+    ) -> Self:
         """Starts a guard, which then waits for ``launch``.
 
         Raises:
             GuardError: It does not start.
         """
-        guard = cls.spawn(stdio, isolate)
+        guard = cls.spawn(stdio, isolate, passed)
         try:
             guard.await_ready()
         except BaseException:
@@ -64,9 +66,11 @@ class WindowsGuard:
         return guard
 
     @classmethod
-    def spawn(cls, stdio: Stdio | None = None, isolate: Isolate = "auto") -> Self:
+    def spawn(
+        cls, stdio: Stdio | None = None, isolate: Isolate = "auto", passed: Sequence[int] = ()
+    ) -> Self:
         """Does the same as ``start``, except that it leaves the wait to ``await_ready``."""
-        del isolate  # a job is all the isolation there is
+        del isolate, passed  # a job is all the isolation there is, and handles are not inherited
         stdio = stdio or Stdio()
         (control_in, control_out), (events_in, events_out) = os.pipe(), os.pipe()
         theirs = (control_in, events_out)
@@ -82,6 +86,9 @@ class WindowsGuard:
         control = os.fdopen(control_out, "wb", buffering=0)
         events = os.fdopen(events_in, "rb")
         return cls(process, control, events)
+
+    def reap_strangers(self) -> None:
+        """Does nothing: there are no zombies here."""
 
     def await_ready(self) -> None:
         """Waits until the guard can launch a command.

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from holdoff._places import MOST_PATH_CHARACTERS, find_place, try_compile
 from holdoff._text import without_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from holdoff.v1 import policy_pb2
 
@@ -49,6 +48,15 @@ _WHAT = {"code", "status"}
 _NEUTRAL = re.compile(r"(?<![\w-])HOLDOFF-(ERROR|BLOCKED)(?![\w-])(.*)")
 _FIELD = re.compile(r"(\w+)=(?:\"([^\"]*)\"|(\S*))")
 _TERMINAL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+
+
+@runtime_checkable
+class Headers(Protocol):
+    """Headers of an HTTP answer: a dict, or what the libraries for HTTP have instead."""
+
+    def items(self) -> Iterable[tuple[str, str]]:
+        """Return pairs of a name and a value; a name may come more than once."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +238,8 @@ class OutputRecogniser:
 def recognise_answer(
     policy: policy_pb2.Policy,
     status: int,
-    headers: Mapping[str, str] | Iterable[tuple[str, str]],
-    body: bytes = b"",
+    headers: Headers | Iterable[tuple[str, str]],
+    body: bytes | None = b"",
     *,
     now_epoch_seconds: float,
 ) -> SeenBlock | None:
@@ -239,9 +247,9 @@ def recognise_answer(
 
     A time in a header counts from the answer's own `Date`, where it has one.
     """
-    pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
+    pairs = list(headers.items() if isinstance(headers, Headers) else headers)
     lines = [f"{name}: {value}"[:MOST_SEARCHED] for name, value in pairs]
-    text = body[:MOST_BODY_BYTES].decode(errors="replace")
+    text = (body or b"")[:MOST_BODY_BYTES].decode(errors="replace")
     for throttle in policy.throttles:
         if not (throttle.statuses or throttle.body or throttle.header):
             continue  # of a newer release, which recognises it by something else

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from holdoff._core import retry_delay_seconds
+from holdoff._forks import Owner
 from holdoff._spool import Moment, Spool, SpoolError
 from holdoff.errors import EventTooOld, HoldoffError, InvalidRequest, NotFound, Unavailable
 
@@ -120,7 +121,7 @@ class _Delivery:
 class Reporter:
     """Reports what a run sees, in a thread of its own that starts with the first report.
 
-    Nothing of it ever raises into the run.
+    Nothing of it ever raises into the run. In a forked child it does nothing.
 
     Args:
         send: Reports events of one app, such as `Client.record_events`.
@@ -132,6 +133,7 @@ class Reporter:
         self._spool = spool
         self._warn = warn
         self._delivery = _Delivery(send, warn)
+        self._owner = Owner()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._lost = 0
@@ -147,6 +149,8 @@ class Reporter:
 
         Where the disk does not take them they are sent all the same, if this process lives.
         """
+        if not self._owner.is_here:
+            return
         self.idle_since = None
         try:
             self._spool.append(*events)
@@ -170,6 +174,8 @@ class Reporter:
 
         They are sent by the next `holdoff run` on this host, or by `holdoff spool flush`.
         """
+        if not self._owner.is_here:
+            return 0
         self._closing.set()
         self._news.set()
         with self._lock:

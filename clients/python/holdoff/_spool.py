@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NoReturn, Self
 
 from google.protobuf import json_format
 
+from holdoff import _files
 from holdoff._platform import boottime_ns
 from holdoff._state import state_folder
 from holdoff._text import without_secrets
@@ -368,7 +369,7 @@ class Spool:
         for one in reversed((self.folder, *self.folder.parents)):
             if not one.is_dir():
                 one.mkdir(mode=0o700, exist_ok=True)
-                _sync_folder(one.parent)
+                _files.sync_folder(one.parent)
         if self.folder.stat().st_uid != os.geteuid():
             self._refuse("it belongs to another user")
         return self.folder
@@ -446,12 +447,12 @@ class _File:
         """Make a file, and lock it."""
         while True:
             path = folder / f"{uuid.uuid4().hex}{suffix}"
-            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o600)
+            fd = _files.create(path, os.O_RDWR | os.O_APPEND)
             file = cls(path, fd)
             try:
                 # Another process may have taken it for a leftover before it was locked.
                 if file.lock():
-                    _sync_folder(folder)
+                    _files.sync_folder(folder)
                     return file
                 file.close()
             except OSError:
@@ -519,7 +520,7 @@ class _File:
             draft.close(remove=True)
             raise
         with contextlib.suppress(OSError):
-            _sync_folder(self.path.parent)
+            _files.sync_folder(self.path.parent)
         self.close()
         draft.path = self.path
         return draft
@@ -577,11 +578,3 @@ def _require_ours(found: os.stat_result) -> None:
         raise ValueError("it belongs to another user")
     if found.st_size > 3 * MOST_BYTES:
         raise ValueError("it is too large to be ours")
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

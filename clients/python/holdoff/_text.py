@@ -4,6 +4,10 @@ import re
 
 _LONGEST_QUOTE = 60
 
+MOST_JOB_CHARACTERS = 100
+MOST_LABEL_CHARACTERS = 200
+"""What the coordinator takes."""
+
 
 def quoted(text: str) -> str:
     """Quote what somebody typed, for an error message.
@@ -27,6 +31,12 @@ def printable(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def described(text: str, most: int) -> str:
+    """Make a text that only describes something fit to be sent: escaped, and cut if too long."""
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def without_secrets(url: str) -> str:

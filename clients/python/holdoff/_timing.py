@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SECOND = 1_000_000_000
+MOST_WAIT_SECONDS = 366 * 24 * 3600
+"""The coordinator's limit of a wait; gRPC cannot count much longer ones."""
 DEFAULT_TTL_SECONDS = 120.0
 
 

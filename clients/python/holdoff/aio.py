@@ -179,34 +179,37 @@ class Client(Connection):
                         if isinstance(event, lease_pb2.WaitStatus):
                             if on_waiting:
                                 on_waiting(event)
-                        elif sent_ns := await self._accept(event):
-                            self._fencing_tokens[token] = event.lease.fencing_token
-                            renewals = Renewals(timing, sent_ns)
-                            return HeldLease(self, event, renewals, callbacks)
+                        elif lease := await self._accept(event, timing, callbacks):
+                            self._fencing_tokens[token] = lease.fencing_token
+                            return lease
             except HoldoffError as error:
                 pause = acquisition.failed(error, boottime_ns())
                 if on_unreachable and isinstance(error, Unavailable):
                     on_unreachable(error)
                 await asyncio.sleep(pause)
 
-    async def _accept(self, offer: lease_service_pb2.LeaseOffer) -> int | None:
-        """Accept an offer; return when that was sent, or None if there is no such offer any more.
+    async def _accept(
+        self, offer: lease_service_pb2.LeaseOffer, timing: Timing, callbacks: Callbacks
+    ) -> HeldLease | None:
+        """Accept an offer; return the lease, or None if there is no such offer any more.
 
         It ran out, or a failover of the store lost it; the request waits on.
 
-        Interrupted in the middle it gives the lease back, accepted or not.
+        Interrupted in the middle it gives the lease back unused, accepted or not.
         """
         patience = acceptance_patience(offer, boottime_ns())
         try:
             sent_ns, _ = await self._insist(_calls.renew_lease(offer), patience)
-            return sent_ns
+            return HeldLease(self, offer, Renewals(timing, sent_ns), callbacks)
         except (OfferExpired, LeaseNotFound):
             return None
         except HoldoffError:
             raise
         except BaseException:
+            release = _calls.release_lease(offer, unused=True)
+            patience = withdrawal_patience(boottime_ns())
             with contextlib.suppress(HoldoffError):
-                await self._unhindered(self._call(_calls.release_lease(offer)))
+                await self._unhindered(lambda: self._insist(release, patience))
             raise
 
     async def get_lease(self, name: str) -> lease_pb2.Lease:
@@ -692,7 +695,7 @@ class Client(Connection):
             if reserving.may_stand(error):
                 patience = withdrawal_patience(boottime_ns())
                 with contextlib.suppress(HoldoffError):
-                    await self._unhindered(self._insist(_calls.give_up(request), patience))
+                    await self._unhindered(lambda: self._insist(_calls.give_up(request), patience))
             raise
 
     async def commit(
@@ -811,9 +814,9 @@ class BudgetGuard(Guarding):
         call = self._settlement(error)
         if call is None:
             return
-        patience = report_patience(boottime_ns())
+        insist = partial(self._client._insist, call, report_patience(boottime_ns()))  # noqa: SLF001
         try:
-            await self._client._unhindered(self._client._insist(call, patience))  # noqa: SLF001
+            await self._client._unhindered(insist)  # noqa: SLF001
         except HoldoffError as lost:
             self._unsettled(lost, error)
 

@@ -15,7 +15,12 @@ _UNIT_SECONDS = {
 
 # The digits are bounded so that the product with any unit fits into the 28 digits of Decimal's
 # arithmetic, and is exact, wherever it is not too long anyway.
-_DURATION = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)(ms|s|m|h|d)?")
+_NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,9})?"
+_DURATION = re.compile(rf"({_NUMBER})(ms|s|m|h|d)?")
+# As `format_duration` writes it: from days to seconds, of which there may be a fraction.
+_SEVERAL_UNITS = re.compile(
+    rf"(?:([0-9]{{1,15}})d)?(?:([0-9]{{1,15}})h)?(?:([0-9]{{1,15}})m)?(?:({_NUMBER})s)?"
+)
 
 # The longest that google.protobuf.Duration carries: 10,000 years.
 _MAX_SECONDS = 315_576_000_000
@@ -24,24 +29,29 @@ _MAX_SECONDS = 315_576_000_000
 def parse_duration(text: str) -> Decimal:
     """Read a duration: one decimal number with ms, s, m, h or d; a bare number is in seconds.
 
+    What `format_duration` writes is read too.
+
     Args:
-        text: Such as `570s`, `9.5m`, `0.5` or `2h`.
+        text: Such as `570s`, `9.5m`, `0.5`, `2h` or `9m32s`.
 
     Returns:
         The duration in seconds, exactly.
 
     Raises:
-        ValueError: If the text is anything else: signs, exponents, spaces, infinity, several
-            units, or more than 10,000 years.
+        ValueError: If the text is anything else: signs, exponents, spaces, infinity, units that
+            do not get smaller, or more than 10,000 years.
     """
-    match = _DURATION.fullmatch(text)
-    if match is None:
+    if match := _DURATION.fullmatch(text):
+        pieces = [(match[1], match[2] or "s")]
+    elif text and (match := _SEVERAL_UNITS.fullmatch(text)):
+        pieces = list(zip(match.groups(default="0"), "dhms", strict=True))
+    else:
         raise ValueError(
-            f"{quoted(text)} is not a duration: write one number with ms, s, m, h or d, "
-            "such as 570s, 9.5m or 2h (a bare number is in seconds)"
+            f"{quoted(text)} is not a duration: write a number with ms, s, m, h or d, "
+            "such as 570s, 9.5m, 2h or 9m32s (a bare number is in seconds)"
         )
-    number, unit = match.groups()
-    seconds = Decimal(number) * _UNIT_SECONDS[unit or "s"]
+    exact = (Decimal(number) * _UNIT_SECONDS[unit] for number, unit in pieces)
+    seconds = sum(exact, Decimal(0))
     if seconds > _MAX_SECONDS:
         raise ValueError(f"{quoted(text)} is too long for a duration: the limit is 10,000 years")
     return seconds

@@ -214,11 +214,14 @@ local function forget_lease(id, token)
   token.lease = nil
 end
 
--- Ends a lease that was accepted, and keeps it in the token's history.
+-- Ends a lease that was accepted, and keeps it in the token's history. Without `refreshed` no
+-- cooldown begins.
 local function finish(id, token, lease, state, ended, refreshed)
   caller_ended(lease.request, state == 'RELEASED') -- while its probe is still one
   local lease_id = token.lease
-  cool_down(id, token, refreshed, math.max(number(lease.interval_us), number(token.interval_us)))
+  if refreshed then
+    cool_down(id, token, refreshed, math.max(number(lease.interval_us), number(token.interval_us)))
+  end
   put(lease_key(id, lease_id), lease, {
     state = state, ended_us = ended, not_before_us = token.not_before_us,
   })

@@ -1,6 +1,7 @@
 -- Ends a lease for its holder; a second time gives the same answer.
 -- ARGV 7.. token id, lease id, hash of the secret, '1' if the holder saw every
---         refresh, age of the last refresh in µs ('' if not told)
+--         refresh, age of the last refresh in µs ('' if not told), '1' if nothing
+--         ran under the lease
 local id, lease_id = ARGV[7], ARGV[8]
 local token, lease, record = owned_lease(id, lease_id, ARGV[9])
 if not token then return lease end
@@ -19,7 +20,9 @@ else
     local reported = ARGV[11] ~= '' and now - number(ARGV[11]) or 0
     local started = number(lease.started_us)
     local life = math.min(number(lease.access_token_life_us), number(token.access_token_life_us))
-    if ARGV[10] == '1' and reported >= number(lease.accepted_us) then
+    if ARGV[12] == '1' then
+      refreshed = nil
+    elseif ARGV[10] == '1' and reported >= number(lease.accepted_us) then
       refreshed = math.min(reported, now)
     elseif lease.refresh_at == 'START' and token.refresh_at == 'START'
         and started > 0 and now - started < life then

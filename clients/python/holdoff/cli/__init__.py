@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from holdoff import _tracing
+from holdoff import _streams, _tracing
 from holdoff._endpoint import DEFAULT_ENDPOINT, ENDPOINT_VARIABLE, CredentialFile, Endpoint, tls_of
+from holdoff._text import quoted
 from holdoff.cli import exits
 from holdoff.cli._help import example
 
@@ -68,6 +69,8 @@ class _Group(click.Group):
         except BrokenPipeError as error:
             exits.discard_output()
             raise click.exceptions.Exit(exits.BROKEN_PIPE) from error
+        except UnicodeEncodeError as error:
+            raise click.UsageError(f"{quoted(str(error.object))} is not UTF-8") from None
         except Exception as error:
             code = exits.code_of(error)
             if code is None:
@@ -85,6 +88,7 @@ class _Group(click.Group):
     ) -> Any:
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        _streams.prepare()
         try:
             # Outside of its standalone mode click returns the code of an `Exit`, and leaves
             # errors, to which it would give codes of its own, to us.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
+from holdoff import _files
 from holdoff.cli import exits
 from holdoff.cli._voice import say
 
@@ -83,14 +83,11 @@ class Account:
     waited_seconds: float | None = None
 
     def write(self, path: Path) -> None:
-        """Write the account whole or not at all."""
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        """Write the account whole or not at all; a failure is reported and changes nothing."""
         try:
-            draft.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-            draft.replace(path)
-        except OSError as error:
-            say(f"cannot write {path}: {error.strerror}")
-            draft.unlink(missing_ok=True)
+            _files.write(path, json.dumps(asdict(self), indent=2).encode() + b"\n", mode=0o666)
+        except (OSError, ValueError) as error:
+            say(f"cannot write {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def now() -> str:

@@ -6,14 +6,16 @@ data. Losing this memory does no harm, so that no error here is ever raised.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
+from holdoff import _files
 from holdoff._state import state_folder
 from holdoff.names import TokenName
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_MOST_BYTES = 100
 
 
 def _path(token: str) -> Path:
@@ -24,7 +26,7 @@ def _path(token: str) -> Path:
 def last_fencing_token(token: str) -> int:
     """Return the highest fencing token seen, or 0."""
     try:
-        return max(0, int(_path(token).read_text(encoding="ascii")))
+        return max(0, int(_files.read(_path(token), _MOST_BYTES)))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
         return 0
 
@@ -34,8 +36,6 @@ def remember_fencing_token(token: str, fencing_token: int) -> None:
     try:
         path = _path(token)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.{os.getpid()}")
-        draft.write_text(f"{fencing_token}\n", encoding="ascii")
-        draft.replace(path)
+        _files.write(path, f"{fencing_token}\n".encode("ascii"))
     except (OSError, RuntimeError):
         return

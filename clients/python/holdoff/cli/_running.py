@@ -22,11 +22,11 @@ from holdoff.cli._account import Interrupted, now
 from holdoff.cli._conduct import Conduct
 from holdoff.cli._fencing import last_fencing_token, remember_fencing_token
 from holdoff.cli._waiting import WaitDisplay
-from holdoff.errors import InvalidRequest, LeaseLost, NotFound, Unavailable
+from holdoff.errors import HoldoffError, InvalidRequest, LeaseLost, NotFound, Unavailable
 from holdoff.v1 import lease_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from holdoff import Client, HeldLease
@@ -74,6 +74,9 @@ class Run:
         self._account = account
         self._scopes = order.scopes
         self._lease: HeldLease | None = None
+        self._may_interrupt = False
+        self._interrupted_by: int | None = None
+        client._interruptible = self._interruptible  # noqa: SLF001 - where it waits
         self._say = voice.say
         self._faults = _Faults(voice)
         self._reporter = Reporter(client.record_events, Spool(), warn=self._say)
@@ -118,27 +121,55 @@ class Run:
             HoldoffError: There was no lease, or it was lost.
             Interrupted: A signal ended the wait.
         """
-        with caught_signals(self._on_signal):
-            began = time.monotonic()
+        with caught_signals(self._on_signal), self._reaping():
             try:
-                self._see_that_it_ends()
-                self._lease = self._acquire(wait)
-            except Unavailable as error:
-                if not break_glass:
-                    raise
-                self._say(f"RUNNING WITHOUT A LEASE, as --if-unreachable run says: {error}")
-                self._account.reason = str(error)
-            self._account.waited_seconds = round(time.monotonic() - began, 3)
-            with contextlib.ExitStack() as stack:
-                if self._lease:
-                    # Until the launch an interruption gives the lease back.
-                    stack.enter_context(self._lease)
+                self._acquire(wait, break_glass=break_glass)
                 self._launch(path, command)
-                stack.pop_all()
+            except BaseException:
+                if self._lease:
+                    with contextlib.suppress(HoldoffError):
+                        self._lease.release(unused=True)
+                raise
             outcome = self._guard.wait(self._on_event)
             self._account.ended_at = now()
             self._see_the_rest()
-        self._settle(outcome)
+            self._settle(outcome)
+
+    @contextlib.contextmanager
+    def _reaping(self) -> Iterator[None]:
+        """Reap meanwhile what others started and this process inherited."""
+        if not hasattr(signal, "SIGCHLD"):
+            yield
+            return
+        before = signal.signal(signal.SIGCHLD, lambda *_: self._guard.reap_strangers())
+        self._guard.reap_strangers()
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let a signal end what is done here. One that comes elsewhere waits for the next time.
+
+        So none comes between the acceptance of a lease and the moment at which it is known here.
+        """
+        self._may_interrupt = True
+        try:
+            self._interrupt()
+            yield
+        finally:
+            self._may_interrupt = False
+
+    def _interrupt(self) -> None:
+        """End the wait if a signal has come.
+
+        Raises:
+            Interrupted: One has.
+        """
+        if self._interrupted_by is not None:
+            self._may_interrupt = False  # once is enough
+            raise Interrupted(self._interrupted_by)
 
     def _see_the_rest(self) -> None:
         """See and report the last errors before the lease is given back, whose end is judged."""
@@ -172,10 +203,25 @@ class Run:
                     "start the command without `holdoff run`"
                 )
 
-    def _acquire(self, wait: float | None) -> HeldLease:
+    def _acquire(self, wait: float | None, *, break_glass: bool) -> None:
+        """Wait for a lease, or do without one where nobody answers and the order says so."""
+        began = time.monotonic()
+        try:
+            with self._interruptible():
+                self._see_that_it_ends()
+            self._acquire_lease(wait)
+        except Unavailable as error:
+            if not break_glass:
+                raise
+            self._say(f"RUNNING WITHOUT A LEASE, as --if-unreachable run says: {error}")
+            self._account.reason = str(error)
+        self._account.waited_seconds = round(time.monotonic() - began, 3)
+
+    def _acquire_lease(self, wait: float | None) -> None:
         token = self._account.token
-        with WaitDisplay(token, self._client.endpoint) as display:
-            lease = self._client.acquire(
+        with contextlib.ExitStack() as waiting:
+            display = waiting.enter_context(WaitDisplay(token, self._client.endpoint))
+            self._lease = lease = self._client.acquire(
                 token,
                 wait_seconds=wait,
                 ttl_seconds=self._timing.ttl_seconds,
@@ -190,20 +236,24 @@ class Run:
                 on_lost=self._on_lost,
                 on_notice=self._conduct.on_notice,
             )
-        remember_fencing_token(token, lease.fencing_token)
+            with self._interruptible():
+                waiting.close()
+                remember_fencing_token(token, lease.fencing_token)
         self._account.lease = lease.name
         self._account.fencing_token = lease.fencing_token
-        return lease
 
     def _launch(self, path: str, command: Sequence[str]) -> None:
-        env = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+        # One without a name, which no program can ask for, cannot be handed on.
+        env = {name: value for name, value in os.environ.items() if name not in ("", *VARIABLES)}
         env["HOLDOFF_TOKEN"] = self._account.token
         if self._lease:
             env["HOLDOFF_LEASE"] = self._lease.name
             env["HOLDOFF_FENCING_TOKEN"] = str(self._lease.fencing_token)
-        self._conduct.begin(self._guard, self._lease)
-        if self._log:
-            self._log.start()
+        with self._interruptible():
+            self._conduct.begin(self._guard, self._lease)
+            if self._log:
+                self._log.start()
+        self._interrupt()
         self._guard.launch(
             path,
             command,
@@ -211,10 +261,15 @@ class Run:
             fence_boottime_ns=self._lease.deadline_ns if self._lease else None,
             grace_seconds=self._timing.grace_seconds,
         )
+        if self._interrupted_by is not None:  # in the very moment of the launch
+            self._guard.signal(self._interrupted_by)
 
     def _on_signal(self, signum: int) -> None:
-        if not self._guard.signal(signum) and signum not in _HARMLESS_SIGNALS:
-            raise Interrupted(signum)
+        if self._guard.signal(signum) or signum in _HARMLESS_SIGNALS:
+            return
+        self._interrupted_by = signum
+        if self._may_interrupt:
+            self._interrupt()
 
     def _on_event(self, event: Event) -> None:
         if event.kind == "started":
@@ -242,7 +297,7 @@ class Run:
             self._say(f"{outcome.survivors} processes outlived KILL: the lease is left to run out")
         elif self._lease:
             try:
-                self._lease.release()
+                self._lease.release(unused=outcome.cannot_run is not None)
             except Unavailable as error:
                 self._say(f"the lease could not be given back and runs out by itself: {error}")
         if outcome.cannot_run:

@@ -14,7 +14,13 @@ from holdoff._text import printable
 
 def say(message: str) -> None:
     """Write one line of the wrapper's own to stderr."""
-    click.echo(printable(f"holdoff: {message}"), err=True)
+    write_line(f"holdoff: {message}")
+
+
+def write_line(line: str) -> None:
+    """Write a line to stderr. One that cannot be written is no reason to do anything else."""
+    with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full
+        click.echo(printable(line), err=True)
 
 
 class Voice:
@@ -41,5 +47,4 @@ class Voice:
 
     def _work(self) -> None:
         for line in iter(self._lines.get, None):
-            with contextlib.suppress(OSError):  # nobody reads it any more
-                say(line)
+            say(line)

@@ -1,5 +1,6 @@
 """Exit codes, the same in every command, and what a failed command says."""
 
+import errno
 import os
 import re
 import signal
@@ -8,7 +9,7 @@ from typing import Final, NoReturn
 
 import click
 
-from holdoff._text import printable
+from holdoff.cli._voice import write_line
 from holdoff.durations import format_duration
 
 OK: Final = 0
@@ -16,6 +17,7 @@ DECLINED: Final = 1
 USAGE: Final = 64
 UNREACHABLE: Final = 69
 INTERNAL: Final = 70
+OUTPUT_LOST: Final = 74
 NOT_GRANTED: Final = 75
 REFUSED: Final = 77
 LEASE_LOST: Final = 79
@@ -30,6 +32,7 @@ TABLE: Final = (
     (str(USAGE), "wrong usage"),
     (str(UNREACHABLE), "the coordinator, its store or a simulator cannot be reached"),
     (str(INTERNAL), "a fault of Holdoff itself"),
+    (str(OUTPUT_LOST), "the output cannot be written: its disk is full"),
     (
         str(NOT_GRANTED),
         "no lease within the wait: held, cooling, backing off, queued, quarantined; a spent budget",
@@ -148,7 +151,7 @@ _REMEDIES: Final = {
 def complain(message: str, remedy: str = "") -> None:
     """Write one line about what went wrong to stderr, and one about what to do if that is known."""
     for line in filter(None, (f"holdoff: {' '.join(message.split())}", remedy)):
-        click.echo(printable(line), err=True)
+        write_line(line)
 
 
 def discard_output() -> None:
@@ -169,6 +172,10 @@ def end(error: Exception) -> NoReturn:
         case click.ClickException():
             complain(error.format_message())
             sys.exit(error.exit_code)
+        case OSError(filename=None, errno=errno.ENOSPC | errno.EDQUOT | errno.EFBIG | errno.EIO):
+            discard_output()
+            complain(f"cannot write the output: {error.strerror}")
+            sys.exit(OUTPUT_LOST)
         case click.Abort():
             interrupted = isinstance(error.__cause__, KeyboardInterrupt)
             sys.exit(SIGNAL_BASE + signal.SIGINT if interrupted else DECLINED)

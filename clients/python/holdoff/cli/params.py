@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 from click.shell_completion import CompletionItem
 
-from holdoff._text import printable, quoted
+from holdoff._text import MOST_LABEL_CHARACTERS, described, printable, quoted
 from holdoff.durations import parse_duration
 from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _COMPLETION_SECONDS = 1.0
 
 MOST_LABELS = 16
-_MOST_LABEL_CHARACTERS = 200
 _LABEL_KEY = re.compile(r"[a-z0-9]([a-z0-9._/-]{0,61}[a-z0-9])?")
 _RANDOM_UUID = 4
 _TIME_OF_DAY = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])(?::([0-5][0-9]))?")
@@ -152,14 +151,7 @@ class Label(click.ParamType[tuple[str, str]]):
                 param,
                 ctx,
             )
-        if len(text) > _MOST_LABEL_CHARACTERS or not text.isprintable():
-            self.fail(
-                f"the value of {key} must be one line of at most {_MOST_LABEL_CHARACTERS} "
-                "printable characters",
-                param,
-                ctx,
-            )
-        return key, text
+        return key, described(text, MOST_LABEL_CHARACTERS)
 
 
 class EventId(click.ParamType[str]):

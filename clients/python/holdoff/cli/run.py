@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 from click.shell_completion import CompletionItem
 
-from holdoff._outcome import CannotRunError, GuardError
+from holdoff._outcome import CannotRunError, GuardError, GuardLostError
 from holdoff._output import Passage
+from holdoff._platform import inherited_descriptors
 from holdoff._process import Guard, which
-from holdoff._timing import DEFAULT_TTL_SECONDS, Timing
+from holdoff._text import MOST_JOB_CHARACTERS, described
+from holdoff._timing import DEFAULT_TTL_SECONDS, MOST_WAIT_SECONDS, Timing
 from holdoff.cli import exits
 from holdoff.cli._account import Account, Interrupted, Order, now
 from holdoff.cli._help import example
@@ -121,7 +124,7 @@ def _labels(
 )
 @click.option(
     "--result-file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
     help="Write a JSON account of the run to this file.",
 )
 @click.argument(
@@ -163,7 +166,11 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     """
     if no_wait and wait is not None:
         raise click.UsageError("--wait and --no-wait exclude each other")
-    if result_file and not result_file.absolute().parent.is_dir():
+    if wait is not None and wait > MOST_WAIT_SECONDS:
+        raise click.BadParameter(
+            "must be at most 366d; without it the wait has no limit", param_hint="--wait"
+        )
+    if result_file and not os.path.isdir(result_file.parent):  # noqa: PTH112 - never raises
         raise click.BadParameter("its folder does not exist", param_hint="--result-file")
     order = Order(
         coordinator=coordinator,
@@ -175,18 +182,20 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
         # Of log file and output one is read: Data Hub writes the same errors to both.
         read_output=read_output and not log_file,
     )
+    job = described(job, MOST_JOB_CHARACTERS)
     account = Account(token=token, job=job, labels=labels, requested_at=now())
     try:
         path = which(command[0])
         with _started(order, account) as one:
             wait = 0.0 if no_wait else wait
             one.run(path, command, wait, break_glass=if_unreachable == "run")
-    except ValueError as error:  # of the log file
-        raise click.BadParameter(str(error), param_hint="--log-file") from None
     except CannotRunError as error:
         account.outcome, account.reason = "cannot_run", str(error)
         account.exit_code = error.exit_code
         exits.complain(str(error), exits.CANNOT_RUN.get(error.exit_code, ""))
+    except GuardLostError as error:
+        account.reason, account.exit_code = str(error), exits.INTERNAL
+        exits.complain(str(error), "start it again")
     except GuardError as error:
         account.outcome, account.reason = "cannot_run", str(error)
         account.exit_code = exits.CANNOT_EXECUTE
@@ -210,8 +219,9 @@ def _started(order: Order, account: Account) -> Iterator[Run]:
 
     Raises:
         GuardError: There is no guard.
-        ValueError: The log file is none.
+        click.BadParameter: The log file is none.
     """
+    passed = inherited_descriptors()  # before there are some of our own
     with contextlib.ExitStack() as stack:
         voice = stack.enter_context(Voice())
         # Left when all of the output has been seen, so that its last errors are reported.
@@ -222,7 +232,7 @@ def _started(order: Order, account: Account) -> Iterator[Run]:
             read_output = False
         passage = stack.enter_context(Passage()) if read_output else None
         stdio = passage.stdio if passage else None
-        guard = stack.enter_context(Guard.spawn(stdio, order.isolate))
+        guard = stack.enter_context(Guard.spawn(stdio, order.isolate, passed))
         # Not at the top: they bring gRPC along, and the guard starts meanwhile.
         from holdoff import Client  # noqa: PLC0415
         from holdoff.cli._running import Run  # noqa: PLC0415
@@ -230,7 +240,10 @@ def _started(order: Order, account: Account) -> Iterator[Run]:
         client = connected.enter_context(Client(order.coordinator))
         one = connected.enter_context(Run(client, guard, voice, account, order))
         if order.log_file:
-            one.read_log(order.log_file)
+            try:
+                one.read_log(order.log_file)
+            except ValueError as error:
+                raise click.BadParameter(str(error), param_hint="--log-file") from None
         guard.await_ready()
         if passage:
             one.read_output(passage)

@@ -505,10 +505,15 @@ class ReleaseLeaseRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     REFRESH_FIELD_NUMBER: _builtins.int
+    UNUSED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The lease: `apps/{app}/tokens/{token}/leases/{lease}`."""
     secret: _builtins.str
     """The secret that came with the offer."""
+    unused: _builtins.bool
+    """Nothing ran under the lease, so that no cooldown begins: its command could
+    not be started, for example.
+    """
     @_builtins.property
     def refresh(self) -> Global___RefreshReport:
         """What the holder knows about refreshes. Counts only when the holder saw
@@ -522,10 +527,11 @@ class ReleaseLeaseRequest(_message.Message):
         name: _builtins.str = ...,
         secret: _builtins.str = ...,
         refresh: Global___RefreshReport | None = ...,
+        unused: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["refresh", b"refresh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "refresh", b"refresh", "secret", b"secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "refresh", b"refresh", "secret", b"secret", "unused", b"unused"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,33 @@
+"""Tells a process from the children that it forks.
+
+A forked child has copies of its parent's leases, connections and files, but none of the threads
+that keep them. It may end or change none of them: what they stand for is still the parent's.
+"""
+
+from __future__ import annotations
+
+import os
+
+_generation = 0
+
+
+def _count() -> None:
+    global _generation  # noqa: PLW0603 - one for the process
+    _generation += 1
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_count)
+
+
+class Owner:
+    """The process that made something."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self._generation = _generation
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is that process, and no child that it forked."""
+        return self._generation == _generation

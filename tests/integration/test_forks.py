@@ -1,0 +1,155 @@
+"""A child that a holder forks: it has neither the lease nor the connection, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from holdoff.v1 import lease_pb2
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.harness import Replica
+
+# In a process of its own: a fork of the tests' own process would copy a coordinator.
+BLOCKING = """
+import json, multiprocessing, os, sys, uuid
+import holdoff
+from holdoff._calls import error_event, scope
+from holdoff._reporting import Reporter
+from holdoff._spool import Spool
+
+endpoint, token, folder = sys.argv[1:]
+told = {}
+
+def away(_events):
+    raise holdoff.Unavailable("it is away")
+
+def event():
+    one = error_event(scope(token, "1", "crm/Accounts"), status=404)
+    one.id = str(uuid.uuid4())
+    return one
+
+def in_child(lease):
+    refused = []
+    for call in (lease.check, lease.wait_while_quiet):
+        try:
+            call()
+        except holdoff.LeaseLost as error:
+            refused.append(str(error))
+    lease.command_started()
+    lease.release()
+    assert len(refused) == 2 and str(os.getppid()) in refused[0], refused
+
+reporter = Reporter(away, Spool(), warn=lambda _: None)
+reporter.report(event())
+with (
+    holdoff.Client(endpoint) as client,
+    client.acquire(token, ttl_seconds=3) as lease,
+    client.budget_guard(token) as guard,
+):
+    child = os.fork()
+    if child == 0:
+        in_child(lease)
+        try:
+            client.list_waiters(token)
+        except holdoff.HoldoffError as error:
+            assert "make a client here" in str(error), error
+            reporter.report(event())
+            reporter.close(60)
+            sys.exit(3)  # through all of the blocks
+        os._exit(4)
+    told["fork"] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    process = multiprocessing.get_context("fork").Process(target=in_child, args=[lease])
+    process.start()
+    process.join()
+    told["multiprocessing"] = process.exitcode
+    lease.check()
+    told["state"] = client.get_lease(lease.name).state
+    app = token.partition("/tokens/")[0]
+    told["reserved"] = max((one.reserved for one in client.list_budgets(app)), default=0)
+    told["spooled"] = len(list(Spool().survey(print)))
+    guard.cancel()
+reporter.close(0)
+print(json.dumps(told))
+"""
+
+ASYNCHRONOUS = """
+import asyncio, json, multiprocessing, os, sys
+import holdoff
+
+endpoint, token, _ = sys.argv[1:]
+
+def in_child(lease, client, guard):
+    try:
+        lease.check()
+        sys.exit(4)
+    except holdoff.LeaseLost:
+        pass
+    async def end():
+        await guard.__aexit__(None, None, None)
+        await lease.release()
+        await client.close()
+    asyncio.run(end())
+
+async def main():
+    async with (
+        holdoff.aio.Client(endpoint) as client,
+        await client.acquire(token, ttl_seconds=3) as lease,
+        client.budget_guard(token) as guard,
+    ):
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=in_child, args=[lease, client, guard])
+        process.start()
+        await asyncio.to_thread(process.join)
+        lease.check()
+        app = token.partition("/tokens/")[0]
+        told = {
+            "multiprocessing": process.exitcode,
+            "state": (await client.get_lease(lease.name)).state,
+            "reserved": max([one.reserved async for one in client.list_budgets(app)], default=0),
+        }
+        guard.cancel()
+    print(json.dumps(told))
+
+asyncio.run(main())
+"""
+
+
+def told_by(program: str, replica: Replica, folder: Path) -> dict[str, Any]:
+    """Run a program with a token of its own, and return what it found."""
+    name = f"apps/forks-{folder.name.replace('_', '-')}/tokens/t"[:80]
+    token = replica.create_token(0.0, name=name, token={"policy": "exact-online"})
+    ended = subprocess.run(
+        [sys.executable, "-c", program, replica.address, token, str(folder)],
+        env={"XDG_STATE_HOME": str(folder)},
+        stdout=subprocess.PIPE,
+        timeout=40,
+        check=True,
+    )
+    told: dict[str, Any] = json.loads(ended.stdout)
+    return told
+
+
+def test_a_forked_child_leaves_its_parents_lease_alone(replica: Replica, tmp_path: Path) -> None:
+    """Neither leaving the blocks nor a call ends what is the parent's, and the child ends at once.
+
+    Fails when any of release, guard, reporter and client does not look at who it belongs to.
+    """
+    told = told_by(BLOCKING, replica, tmp_path)
+    assert (told["fork"], told["multiprocessing"]) == (3, 0)
+    assert told["state"] == lease_pb2.LEASE_STATE_ACTIVE
+    assert (told["reserved"], told["spooled"]) == (1, 1)
+
+
+def test_a_forked_child_leaves_its_parents_lease_alone_with_asyncio(
+    replica: Replica, tmp_path: Path
+) -> None:
+    """The same with asyncio, where the child has an event loop of its own."""
+    told = told_by(ASYNCHRONOUS, replica, tmp_path)
+    assert told["multiprocessing"] == 0
+    assert told["state"] == lease_pb2.LEASE_STATE_ACTIVE
+    assert told["reserved"] == 1
