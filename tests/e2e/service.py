@@ -86,7 +86,7 @@ class Service:
         while self._commands:
             command = self._commands.pop()
             command.kill()
-            command.wait(timeout=20)
+            command.wait(timeout=40)
             for pipe in filter(None, (command.stdin, command.stdout, command.stderr)):
                 pipe.close()
 
@@ -126,7 +126,7 @@ class Service:
     def end(self, signum: signal.Signals) -> None:
         """End the process and wait for it."""
         self.process.send_signal(signum)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=40)
         self._reader.join(timeout=5)
         assert self.process.stderr is not None
         self.process.stderr.close()
@@ -156,7 +156,7 @@ class Service:
             stdout, stderr = process.communicate(timeout=40)
         except subprocess.TimeoutExpired:
             process.kill()
-            said = process.communicate(timeout=20)
+            said = process.communicate(timeout=40)
             raise AssertionError(f"{arguments} does not end; it wrote {said}") from None
         sys.stderr.write(stderr)  # which pytest shows if the test fails
         return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)

@@ -228,7 +228,7 @@ def call(
     )
     argument = iter([request]) if descriptor.client_streaming else request
     try:
-        answer = stub(argument, metadata=metadata, timeout=20)
+        answer = stub(argument, metadata=metadata, timeout=40)
         if descriptor.server_streaming:
             next(answer)
             answer.cancel()
@@ -430,7 +430,7 @@ def test_a_user_without_a_name_may_issue(service: GuardedService) -> None:
     )
     command = [sys.executable, "-c", program, "token", *issue]
     issued = subprocess.run(
-        command, capture_output=True, text=True, env=service.environment, check=False, timeout=20
+        command, capture_output=True, text=True, env=service.environment, check=False, timeout=40
     )
     assert issued.returncode == 0, issued.stderr
     with service.client(service.issue("operator")) as operator:

@@ -70,7 +70,7 @@ class Member:
     def end(self) -> tuple[int, str]:
         """Have its command end; return the wrapper's exit code and what it said."""
         self.puppet.end()
-        _, stderr = self.wrapper.communicate(timeout=20)
+        _, stderr = self.wrapper.communicate(timeout=40)
         return self.wrapper.returncode, stderr
 
     def close(self) -> None:

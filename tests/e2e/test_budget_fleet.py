@@ -113,11 +113,11 @@ class Provider:
         self._over.set()
         self._refresher.join()
         self._process.terminate()
-        self._process.communicate(timeout=20)
+        self._process.communicate(timeout=40)
 
     def _ask(self, path: str, form: dict[str, str] | None = None) -> Any:
         data = urllib.parse.urlencode(form).encode() if form else None
-        with urllib.request.urlopen(f"http://{self.address}{path}", data, timeout=20) as answer:
+        with urllib.request.urlopen(f"http://{self.address}{path}", data, timeout=40) as answer:
             return json.load(answer)
 
     def _refresh(self) -> None:
@@ -211,7 +211,7 @@ def calling(plan: Plan) -> Iterator[None]:
         try:
             yield
             Path(plan.stop_file).touch()
-            _, said = process.communicate(timeout=20)
+            _, said = process.communicate(timeout=40)
         finally:
             process.kill()  # its callers end when it is gone
     assert (process.returncode, said) == (0, "")

@@ -56,7 +56,7 @@ statuses = [400, 404]
 first = "BLOCK"
 most = "1h"
 """
-USUAL = {"DEFAULT": "pause", "LIFE": "0s", "WINDOW": "1h", "BLOCK": "2s"}
+USUAL = {"DEFAULT": "pause", "LIFE": "0s", "WINDOW": "1h", "BLOCK": "2.5s"}
 POLICIES = {
     "pause": {},
     "finish": {"DEFAULT": "finish"},
@@ -305,7 +305,7 @@ def test_a_break_ends_the_command_at_once(app: App, paused: bool) -> None:
         wait_until(lambda: run.puppet.is_stopped)
     [lease] = app.client.list_leases(token)
     app.client.break_lease(lease.name, "wrong file")
-    wait_until(lambda: run.puppet.is_gone, 30)
+    wait_until(lambda: run.puppet.is_gone)
     code, _, stderr = run.wait()
     assert code == 79
     assert "wrong file" in stderr
@@ -528,12 +528,12 @@ def test_a_reader_that_blocks_delays_no_renewal(app: App) -> None:
     runs, leases = {}, {}
     for stream in ("stdout", "stderr"):
         token = app.token(name=stream)
-        runs[stream] = app.start(token, "--ttl", "2.5s")
+        runs[stream] = app.start(token, "--ttl", "4s")
         runs[stream].puppet.do(f"sys.{stream}.write('x' * {len(text)}); sys.{stream}.flush()")
         runs[stream].puppet.end(5)
         wait_until(lambda: runs[stream].puppet.told)  # noqa: B023 - it is called here
         [leases[stream]] = app.client.list_leases(token)
-    renewed_until = time.time() + (12 if LONG else 6)
+    renewed_until = time.time() + (20 if LONG else 8)
     for lease in leases.values():
         wait_until(
             lambda: seconds(app.client.get_lease(lease.name).expire_time) > renewed_until,  # noqa: B023

@@ -211,7 +211,7 @@ def test_the_book_is_right(story: tuple[Replica, datetime]) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
-            timeout=20,
+            timeout=40,
         )
         where = f"README.md:{recipe.line}: "
         assert (asked.returncode != 0) == ("ERROR:" in recipe.answer), where + asked.stdout

@@ -246,7 +246,7 @@ main(sys.argv[1:])
     token = service.create_token("windows", "0.1s")
     for code in (0, 4):
         done = holdoff_run("--", "sh", "-c", f"echo $HOLDOFF_TOKEN; exit {code}")
-        stdout, stderr = done.communicate(timeout=20)
+        stdout, stderr = done.communicate(timeout=40)
         assert (done.returncode, stdout) == (code, f"{token}\n"), stderr
         assert "name its --log-file" in stderr
     with holdoff.Client(service.address) as client:
@@ -255,6 +255,6 @@ main(sys.argv[1:])
         running = holdoff_run("--when-quiet", "pause", "--", "sleep", "60")
         wait_until(lambda: list(client.list_leases(token)))
         client.set_back_off(token, 60, "the provider asked")
-        _, stderr = running.communicate(timeout=20)
+        _, stderr = running.communicate(timeout=40)
         assert running.returncode == 75, stderr
         assert "ending the command" in stderr

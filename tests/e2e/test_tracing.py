@@ -81,7 +81,7 @@ def test_a_run_is_one_trace(tmp_path: Path, collector: tuple[Collector, dict[str
         token = "apps/a/tokens/ours"
         with service.client(credential) as operator:
             operator.create_token(token)
-        arguments = ("run", "--token", token, "--ttl", "3s", "--", "sleep", "1.5")
+        arguments = ("run", "--token", token, "--ttl", "6s", "--", "sleep", "3")
         done = service.holdoff(*arguments, env=environment)
         assert done.returncode == 0, done.stderr
         [run] = [one for one in collected.spans("holdoff") if one.name == "holdoff run"]
