@@ -299,11 +299,10 @@ async def _serve(
         )
         coordinator.scripts.on_outdated = on_outdated
         _follow_hangups(stop, partial(_reload, settings, coordinator, access))
-        if not await _before(stop, stack.enter_async_context(coordinator)):
-            return
-        if dangers := settings.dangers():
-            log.warning("insecure: the port can be reached from other hosts", dangers=dangers)
-        await stop.wait()
+        if await _before(stop, stack.enter_async_context(coordinator)):
+            if dangers := settings.dangers():
+                log.warning("insecure: the port can be reached from other hosts", dangers=dangers)
+            await stop.wait()
     if outdated:
         raise outdated[0]
 

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 import holdoff
-from holdoff import _core, errors
+from holdoff import _core, _route, errors
 from holdoff.policies import Policy, Seconds, presets
 from holdoff.v1 import budget_pb2
 from tests.harness import Replica, let_pass, wait_until
@@ -353,7 +353,7 @@ def test_an_interrupted_reservation_gives_its_room_back(
         def interrupted(*_: object) -> float:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(_core.Reserving, "failed", interrupted)
+        monkeypatch.setattr(_route.Route, "is_worth_another_try", interrupted)
         relay.cut_next = True
         with pytest.raises(KeyboardInterrupt):
             lossy.reserve(token, endpoint=ACCOUNTS)
