@@ -130,8 +130,8 @@ print(json.dumps({"lines": lines, "wrong": [one for one in wrong if one]}))
 def test_a_signal_at_any_moment_after_the_grant_gives_the_lease_back(service: Service) -> None:
     """As nothing ran, without a cooldown; or it reaches the command.
 
-    Fails when the handler raises outside of `_interruptible`, or what follows the grant is not in
-    the block that gives the lease back.
+    Fails when what follows the grant is not in the block that gives the lease back, or that gives
+    it back as used.
     """
     ended = subprocess.run(
         [sys.executable, "-c", SIGNALLED, service.address, "30"],
