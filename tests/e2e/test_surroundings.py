@@ -184,14 +184,16 @@ def test_a_command_ends_before_the_next_lease_with_wrapper_and_guard_stopped(
     [guard] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in (process.pid, int(guard)):
         os.kill(pid, signal.SIGSTOP)
-    with service.asked() as client:
-        expired = lease_pb2.LEASE_STATE_EXPIRED
-        wait_until(lambda: client.get_lease(name).state == expired)
-        ended = client.get_lease(name).expire_time.ToMicroseconds() / 1e6
-    assert puppet.is_gone
-    assert puppet.runs[-1] < ended
-    for pid in (int(guard), process.pid):
-        os.kill(pid, signal.SIGCONT)
+    try:
+        with service.asked() as client:
+            expired = lease_pb2.LEASE_STATE_EXPIRED
+            wait_until(lambda: client.get_lease(name).state == expired)
+            ended = client.get_lease(name).expire_time.ToMicroseconds() / 1e6
+        assert puppet.is_gone
+        assert puppet.runs[-1] < ended
+    finally:
+        for pid in (int(guard), process.pid):
+            os.kill(pid, signal.SIGCONT)
     process.communicate(timeout=20)
     assert process.returncode == 79
     puppet.close()
