@@ -130,8 +130,8 @@ print(json.dumps({"lines": lines, "wrong": [one for one in wrong if one]}))
 def test_a_signal_at_any_moment_after_the_grant_gives_the_lease_back(service: Service) -> None:
     """As nothing ran, without a cooldown; or it reaches the command.
 
-    Fails when the handler raises outside of `_interruptible`, or what follows the grant is not in
-    the block that gives the lease back.
+    Fails when what follows the grant is not in the block that gives the lease back, or that gives
+    it back as used.
     """
     ended = subprocess.run(
         [sys.executable, "-c", SIGNALLED, service.address, "30"],
@@ -184,14 +184,16 @@ def test_a_command_ends_before_the_next_lease_with_wrapper_and_guard_stopped(
     [guard] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in (process.pid, int(guard)):
         os.kill(pid, signal.SIGSTOP)
-    with service.asked() as client:
-        expired = lease_pb2.LEASE_STATE_EXPIRED
-        wait_until(lambda: client.get_lease(name).state == expired)
-        ended = client.get_lease(name).expire_time.ToMicroseconds() / 1e6
-    assert puppet.is_gone
-    assert puppet.runs[-1] < ended
-    for pid in (int(guard), process.pid):
-        os.kill(pid, signal.SIGCONT)
+    try:
+        with service.asked() as client:
+            expired = lease_pb2.LEASE_STATE_EXPIRED
+            wait_until(lambda: client.get_lease(name).state == expired)
+            ended = client.get_lease(name).expire_time.ToMicroseconds() / 1e6
+        assert puppet.is_gone
+        assert puppet.runs[-1] < ended
+    finally:
+        for pid in (int(guard), process.pid):
+            os.kill(pid, signal.SIGCONT)
     process.communicate(timeout=20)
     assert process.returncode == 79
     puppet.close()
