@@ -98,9 +98,13 @@ class Service:
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
-        wait_until(lambda: self._serving() or not self._reader.is_alive())
-        line = self._serving()
-        assert line, "".join(self.log)
+        try:
+            wait_until(lambda: self._serving() or not self._reader.is_alive())
+            line = self._serving()
+            assert line, "".join(self.log)
+        except AssertionError:  # it may still start, and nothing would end it
+            self.process.kill()
+            raise
         self.address = json.loads(line)["address"]
         self.environment["HOLDOFF_ENDPOINT"] = self.address
 
