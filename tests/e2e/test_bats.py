@@ -6,8 +6,6 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-
 from tests.e2e.service import BIN
 
 if TYPE_CHECKING:
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
 SUITE = Path(__file__).parents[1] / "bats"
 
 
-@pytest.mark.timeout(120)
 def test_the_suite_passes(service: Service) -> None:
     """Fails when `with_lease` drops an exit code, an option, or a function's exports."""
     environment = {**service.environment, "TOKEN": service.create_token("bats", "0.1s")}

@@ -22,8 +22,6 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Self
 
-import pytest
-
 import holdoff
 from holdoff.v1 import budget_pb2
 from tests.checkers import calls_of, fullest_window
@@ -217,7 +215,6 @@ def calling(plan: Plan) -> Iterator[None]:
     assert (process.returncode, said) == (0, "")
 
 
-@pytest.mark.timeout(150)
 def test_callers_that_crash_never_exceed_a_limit(tmp_path: Path, start_valkey: StartValkey) -> None:
     """Promise 6, with reservations: many callers over two replicas, half of which crash.
 
@@ -354,7 +351,6 @@ def insist(
     raise AssertionError("nobody is there")
 
 
-@pytest.mark.timeout(150)
 def test_reports_that_are_retried_count_once(two_replicas: tuple[Service, Service]) -> None:
     """Promise 6: reports count once, also above the limit, whoever repeats them and whoever dies.
 

@@ -9,7 +9,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import pytest
 
 import holdoff
 from holdoff.v1 import lease_pb2, lease_service_pb2, lease_service_pb2_grpc
@@ -100,7 +99,6 @@ def kill_replica(replica: Service, survivor: holdoff.Client, lease: str) -> None
     wait_until(lambda: survivor.get_lease(lease).expire_time.ToMicroseconds() > renewed_after)
 
 
-@pytest.mark.timeout(90)
 def test_wrappers_on_two_hosts_under_fire(
     tmp_path: Path, two_replicas: tuple[Service, Service]
 ) -> None:
