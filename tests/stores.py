@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SILENCE_MS = 10_000
-SHORT_SILENCE_MS = 1000
+SHORT_SILENCE_MS = 1500
 """Time without a sign of life after which a server counts as gone."""
 START_SECONDS = 20.0
 

@@ -181,6 +181,6 @@ def test_a_failover_under_load(
     sys.stderr.write(f"{told}\n")
     assert min(gaps) > TTL_SECONDS - 1
     assert max(gaps) < FOLLOWED_SECONDS + TTL_SECONDS
-    assert lost <= reported / 10
+    assert lost <= max(reported / 10, 4 * WORKERS)
     for worker in workers:
         assert worker.numbers == sorted(set(worker.numbers))

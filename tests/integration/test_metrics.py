@@ -46,6 +46,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 def measured(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
     """Give a coordinator that serves metrics, read from the store at each scrape."""
     monkeypatch.setattr(metrics, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "READ_SECONDS", 30.0)
     with Replica(valkey.url, metrics_listen="127.0.0.1:0") as one:
         yield one
 
@@ -224,7 +225,7 @@ async def test_a_store_that_is_away(
     Fails when the scrape waits for the store, or old gauges are told as if they were true.
     """
     monkeypatch.setattr(metrics, "FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(metrics, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(metrics, "READ_SECONDS", 30.0)
     monkeypatch.setattr(metrics, "JUDGE_SECONDS", 0.0)
     server = start_valkey()
     judged: list[bool] = []
@@ -240,6 +241,7 @@ async def test_a_store_that_is_away(
         found = await samples(replica)
         assert (value(found, "store_up"), value(found, "lease_held", **labels)) == (1, 1)
         os.kill(server.pid, signal.SIGSTOP)
+        monkeypatch.setattr(metrics, "READ_SECONDS", 0.3)
         began = time.monotonic()
         try:
             found = await samples(replica)
@@ -249,6 +251,7 @@ async def test_a_store_that_is_away(
             assert len(judged) == 1
         finally:
             os.kill(server.pid, signal.SIGCONT)
+        monkeypatch.setattr(metrics, "READ_SECONDS", 30.0)
         found = await samples(replica)
         assert (value(found, "store_up"), value(found, "lease_held", **labels)) == (1, 1)
 
@@ -259,6 +262,7 @@ async def test_a_store_that_is_not_safe(valkey: Server, monkeypatch: pytest.Monk
     Fails when it is looked at once.
     """
     monkeypatch.setattr(metrics, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "READ_SECONDS", 30.0)
     monkeypatch.setattr(metrics, "JUDGE_SECONDS", 0.0)
     warnings: list[str] = []
 
