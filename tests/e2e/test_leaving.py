@@ -339,7 +339,9 @@ def test_clients_go_on_at_the_newer_coordinator(store: str, newer: Replica, tmp_
                 target=lambda: got.append(waiting.acquire(other, ttl_seconds=TTL_SECONDS))
             )
             waiter.start()
-            older.wait_for_queue(other, 1)
+            # A client that moved early, on a busy machine, has brought up the records already.
+            with contextlib.suppress(holdoff.Unavailable):
+                older.wait_for_queue(other, 1)
             seen_ns = boottime_ns()
             newer.show_token(token)  # which brings up the records of their app
             assert older.process.wait(60) == 69

@@ -10,7 +10,7 @@ settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("ours")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def patient_completion(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let completion wait for a slow coordinator, which a user who types would not."""
     monkeypatch.setattr(params, "_COMPLETION_SECONDS", 20.0)

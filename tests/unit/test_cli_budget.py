@@ -361,6 +361,7 @@ def test_wrong_usage_is_64(holdoff: Holdoff, coordinator: Coordinator, args: lis
     assert coordinator.requests == []
 
 
+@pytest.mark.usefixtures("patient_completion")
 def test_names_are_completed(holdoff: Holdoff, coordinator: Coordinator) -> None:
     """The budgets of the app that was typed are offered, with where they stand."""
     coordinator.budgets = [a_budget(), CALLS]
