@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
 PROGRAMS = Path(__file__).parent / "programs"
+
+KILL_ROOM_SECONDS = 0.1
+"""So long before the fence a guard begins to send KILL."""
 
 
 def python(program: str, *arguments: object) -> list[str]:
@@ -38,9 +41,20 @@ def library_program(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-I", str(PROGRAMS / f"{name}.py"), *map(str, arguments)]
 
 
-def held_up(stamps: Iterable[float]) -> float:
+def held_up(stamps: Sequence[float]) -> float:
     """Return the longest time between two stamps of a program that makes many a second."""
     return max((later - sooner for sooner, later in itertools.pairwise(stamps)), default=0.0)
+
+
+def ended_before(instant: float, *programs: Sequence[float]) -> bool:
+    """Tell whether none of some programs made a stamp at an instant, or later.
+
+    It may be later by what the machine held up one of them, if that is longer than the room that a
+    guard has for KILL.
+    """
+    longest = max(map(held_up, programs))
+    allowed = longest if longest > KILL_ROOM_SECONDS else 0
+    return max(stamps[-1] for stamps in programs) < instant + allowed
 
 
 class Terminal:

@@ -25,8 +25,8 @@ import pytest
 
 from holdoff import _fence, _process
 from holdoff._process import CannotRunError, Guard, GuardError, boottime_ns, which
-from tests.e2e.family import KILL_ROOM_SECONDS, Family
-from tests.e2e.processes import Terminal, library_program, program, python
+from tests.e2e.family import Family
+from tests.e2e.processes import KILL_ROOM_SECONDS, Terminal, library_program, program, python
 from tests.harness import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux promises")

@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import threading
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +18,10 @@ import pytest
 from holdoff import _files
 from holdoff._process import CannotRunError, which
 from holdoff.v1 import lease_pb2
-from tests.e2e.processes import Terminal
+from tests.e2e.processes import Terminal, ended_before, library_program
 from tests.e2e.puppet import Puppet
 from tests.e2e.service import BIN
-from tests.harness import wait_until
+from tests.harness import LONG, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +36,7 @@ HOLDOFF = str(BIN / "holdoff")
 @pytest.fixture
 def token(service: Service) -> str:
     """Give a token whose cooldown no test outlasts."""
-    return service.create_token(uuid.uuid4().hex[:16], "1h")
+    return service.create_token("t", "1h")
 
 
 def cools(service: Service, token: str) -> bool:
@@ -66,66 +65,6 @@ def shell(service: Service, script: str, *arguments: str) -> subprocess.Complete
 
 # Signals --------------------------------------------------------------------------------------
 
-# Runs a command again and again, each time with a signal at a later line of the program, counted
-# from the arrival of the offer. Prints how many lines there were, and what went wrong.
-SIGNALLED = """
-import json, signal, sys, uuid
-import holdoff
-from holdoff._process import Guard, which
-from holdoff._timing import Timing
-from holdoff.cli._account import Account, Interrupted, Order
-from holdoff.cli._running import Run
-from holdoff.cli._voice import Voice
-
-endpoint, tries = sys.argv[1], int(sys.argv[2])
-order = Order(endpoint, Timing.of(30, None), [], None, "never", None, False)
-lines = 0
-
-def once(client, at):
-    global lines
-    count = 0
-    def trace(frame, event, _):
-        nonlocal count
-        name = frame.f_code.co_filename
-        if "holdoff" not in name and "contextlib" not in name:
-            return None
-        if event == "line" and (count or frame.f_code.co_name == "_accept"):
-            count += 1
-            if count == at:
-                signal.raise_signal(signal.SIGTERM)
-        return trace
-    token = client.create_token(f"apps/s{uuid.uuid4().hex}/tokens/t",
-                                refresh_interval_seconds=3600).name
-    account = Account(token=token, job="", labels={})
-    with Voice() as voice, Guard.start(isolate="never") as guard:
-        with Run(client, guard, voice, account, order) as run:
-            launch = guard.launch
-            def launched(*words, **more):  # the lines after it are the command's
-                launch(*words, **more)
-                sys.settrace(None)
-            run._guard = type("Spy", (), {"__getattr__": lambda _, name: getattr(guard, name)})()
-            run._guard.launch = launched
-            sys.settrace(trace)
-            try:
-                run.run(which("true"), ["true"], None, break_glass=False)
-                ended = account.outcome
-            except Interrupted:
-                ended = "interrupted"
-            finally:
-                sys.settrace(None)
-    lines = max(lines, count)
-    used = client.get_token(token).HasField("not_before_time")
-    live = list(client.list_leases(token))
-    good = (ended == "interrupted") != used and not live
-    return None if good else [at, ended, used, len(live)]
-
-with holdoff.Client(endpoint) as client:
-    wrong = [once(client, 0)]
-    step = max(1, lines // tries)
-    wrong += [once(client, at) for at in range(1, lines + 1, step)]
-print(json.dumps({"lines": lines, "wrong": [one for one in wrong if one]}))
-"""
-
 
 def test_a_signal_at_any_moment_after_the_grant_gives_the_lease_back(service: Service) -> None:
     """As nothing ran, without a cooldown; or it reaches the command.
@@ -134,10 +73,10 @@ def test_a_signal_at_any_moment_after_the_grant_gives_the_lease_back(service: Se
     it back as used.
     """
     ended = subprocess.run(
-        [sys.executable, "-c", SIGNALLED, service.address, "30"],
+        library_program("signalled_run", service.address, 30 if LONG else 10),
         env=service.environment,
         stdout=subprocess.PIPE,
-        timeout=55,
+        timeout=120,
         check=True,
     )
     told = json.loads(ended.stdout)
@@ -149,7 +88,7 @@ def test_a_guard_that_is_killed_in_the_wait_is_no_fault_of_the_command(
     service: Service,
 ) -> None:
     """70, as nothing ran; and no cooldown. Fails when `GuardLostError` is taken for 126."""
-    token = service.create_token(uuid.uuid4().hex[:16], "0.3s")
+    token = service.create_token("t")
     first = service.start_holdoff("run", "--token", token, "--", "sleep", "60")
     service.only_lease(token)
     second = service.start_holdoff("run", "--token", token, "--", "true")
@@ -157,9 +96,9 @@ def test_a_guard_that_is_killed_in_the_wait_is_no_fault_of_the_command(
     [guard] = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
     os.kill(int(guard), signal.SIGKILL)
     first.terminate()
-    _, stderr = second.communicate(timeout=20)
+    _, stderr = second.communicate(timeout=30)
     assert (second.returncode, "the guard was killed" in stderr) == (70, True)
-    first.communicate(timeout=20)
+    first.communicate(timeout=30)
     with service.asked() as client:
         leases = client.list_lease_history(token)
         assert (
@@ -175,7 +114,7 @@ def test_a_command_ends_before_the_next_lease_with_wrapper_and_guard_stopped(
 
     Fails when `_kill_when_due` does nothing.
     """
-    token = service.create_token(uuid.uuid4().hex[:16], "0.3s")
+    token = service.create_token("t")
     puppet = Puppet(tmp_path)
     options = ("run", "--token", token, "--ttl", "3s", "--isolate", "never")
     process = service.start_holdoff(*options, "--", *puppet.command)
@@ -190,11 +129,11 @@ def test_a_command_ends_before_the_next_lease_with_wrapper_and_guard_stopped(
             wait_until(lambda: client.get_lease(name).state == expired)
             ended = client.get_lease(name).expire_time.ToMicroseconds() / 1e6
         assert puppet.is_gone
-        assert puppet.runs[-1] < ended
+        assert ended_before(ended, puppet.runs)
     finally:
         for pid in (int(guard), process.pid):
             os.kill(pid, signal.SIGCONT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=30)
     assert process.returncode == 79
     puppet.close()
 
@@ -225,12 +164,12 @@ def test_a_coordinator_with_closed_descriptors_opens_none_in_their_place(tmp_pat
     command = ["bash", "-c", script, str(BIN / "holdoff-coordinator"), str(tmp_path / "data")]
     process = subprocess.Popen(command)
     try:
-        wait_until((tmp_path / "data" / "epoch").exists, 20)
+        wait_until((tmp_path / "data" / "epoch").exists)
         links = [str(Path(f"/proc/{process.pid}/fd/{fd}").readlink()) for fd in range(3)]
         assert links == ["/dev/null"] * 3
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=30)
 
 
 def test_what_a_shell_passes_to_the_command_arrives(service: Service, token: str) -> None:
@@ -272,7 +211,7 @@ def test_children_that_came_with_the_process_are_reaped(service: Service, token:
         wait_until(lambda: len(children.read_text().split()) == 1)
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=30)
 
 
 # Commands -------------------------------------------------------------------------------------
@@ -383,10 +322,10 @@ def test_a_locale_without_our_letters(service: Service) -> None:
     helped = service.holdoff("--help", env=latin)
     assert (helped.returncode, "HOST:PORT[,?]" in helped.stdout) == (0, True), helped.stderr
     command = ["env", *(f"{name}={latin[name]}" for name in ("PYTHONIOENCODING", "TERM"))]
-    command += [f"HOLDOFF_ENDPOINT={service.address}", HOLDOFF, "budget", "watch", "apps/e2e"]
+    command += [f"HOLDOFF_ENDPOINT={service.address}", HOLDOFF, "budget", "watch", service.app]
     terminal = Terminal(command)
     try:
-        terminal.expect("e2e")
+        terminal.expect(service.app)
     finally:
         terminal.close()
 
