@@ -169,7 +169,7 @@ class Connection:
     async def _unhindered(self, work: Callable[[], Coroutine[Any, Any, ResultT]]) -> ResultT:
         """Do what no cancellation may cut short, and be cancelled after it.
 
-        It is begun again if its own task is cancelled, as by somebody who cancels all tasks.
+        It starts again if its own task is cancelled, as by code that cancels all tasks.
         """
         cancelled: asyncio.CancelledError | None = None
         while True:

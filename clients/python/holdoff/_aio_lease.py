@@ -208,7 +208,7 @@ class HeldLease(Held):
         await self._client._unhindered(lambda: self._end(call))  # noqa: SLF001
 
     async def _end(self, release: _calls.Call[Any, lease_pb2.Lease]) -> None:
-        """Stop what keeps the lease, and tell the coordinator; begun again it goes on."""
+        """Stop the renewals and release the lease; a second call continues the first."""
         await self._stop()
         patience = self._renewals.release_patience(boottime_ns())
         try:

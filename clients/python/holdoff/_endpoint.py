@@ -90,7 +90,7 @@ class Endpoint:
 
     @property
     def stays_here(self) -> bool:
-        """Whether nobody but this host hears what is sent there."""
+        """Whether what is sent there stays on this host."""
         if self.scheme.startswith("unix"):
             return True
         hosts = [address.rpartition(":")[0].strip("[]") for address in self.addresses]

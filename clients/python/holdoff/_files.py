@@ -1,8 +1,8 @@
-"""How files are written and read that another user may have had a hand in.
+"""Writes and reads files that another user may have tampered with.
 
-A file is written under a random name that did not exist before, and renamed: whole or not at all,
-and never through a link that somebody planted. What is no file but a device or a FIFO is written
-to, and never replaced. Nothing here waits for another process.
+A file is written under a new random name, and renamed: whole or not at all, and never through a
+planted link. A device or a FIFO is written to, and never replaced. Nothing here waits for another
+process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def write(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = False) 
         durable: When this returns it is on the disk.
 
     Raises:
-        OSError: It cannot be written, or nobody reads the FIFO.
+        OSError: It cannot be written, or the FIFO has no reader.
     """
     if _is_written_in_place(path):
         _write_in_place(path, data)
@@ -99,7 +99,7 @@ def _is_the_systems(path: Path) -> bool:
     folder = Path(os.path.realpath(path.parent))
     roots = [Path("/dev"), Path("/proc")]
     return any(folder.is_relative_to(root) for root in roots) and not folder.is_relative_to(
-        "/dev/shm"  # noqa: S108 - the one folder there for everybody's files
+        "/dev/shm"  # noqa: S108 - the one folder there for files of all users
     )
 
 

@@ -1,7 +1,7 @@
 """Tells a process from the children that it forks.
 
 A forked child has copies of its parent's leases, connections and files, but none of the threads
-that keep them. It may end or change none of them: what they stand for is still the parent's.
+that keep them. It may end or change none of them: the parent still owns them.
 """
 
 from __future__ import annotations

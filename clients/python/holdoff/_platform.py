@@ -219,7 +219,7 @@ def occupy_standard_descriptors() -> None:
 
 
 def inherited_descriptors() -> list[int]:
-    """Those beyond 0, 1 and 2 that whoever started this process meant for what it starts."""
+    """The inheritable descriptors beyond 0, 1 and 2, which the command gets too."""
     if sys.platform == "win32":
         return []
     inherited = []

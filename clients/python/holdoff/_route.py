@@ -110,7 +110,7 @@ class Route:
     def failed(self, number: int, error: HoldoffError, now_ns: int) -> None:
         """Take in that a call through a channel failed, and perhaps go to another coordinator.
 
-        That is when the connection broke, or the coordinator says that it is of no use now; a
+        That is when the connection broke, or the coordinator says that it cannot serve now; a
         time-out counts when it is the second in a row, or nothing ever came through the channel.
         """
         if not isinstance(error, Unavailable) or (
@@ -176,7 +176,7 @@ class Route:
 
 
 def _is_cancelled() -> bool:
-    """Whether somebody cancelled the task that runs."""
+    """Whether the current task was cancelled."""
     # Not in the frame of the error, which the task will hold: both would be kept alive.
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0

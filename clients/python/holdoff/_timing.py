@@ -20,7 +20,7 @@ def margin_seconds(ttl_seconds: float) -> float:
 
 
 def default_grace_seconds(ttl_seconds: float) -> float:
-    """Time between TERM and KILL where nobody says otherwise."""
+    """The default time between TERM and KILL."""
     return min(10.0, ttl_seconds / 3)
 
 

@@ -75,7 +75,7 @@ class Client(Connection):
 
     Args:
         endpoint: `host:port`, or several addresses with commas in between; it begins at any
-            of them, and goes to the next when one is of no use. By default `HOLDOFF_ENDPOINT`,
+            of them, and moves to the next when one does not serve. By default `HOLDOFF_ENDPOINT`,
             else 127.0.0.1:50051.
         timeout_seconds: How long a call other than `acquire` may take.
         ca_file: Authorities (PEM) that the coordinator's certificate may come from; by default
