@@ -84,6 +84,9 @@ SCRIPTS = (
     "upgrade",
     "withdraw",
 )
+NEEDS_MEMORY = ("acquire", "create_token", "record_events", "reserve", "set_back_off")
+"""Scripts that a store refuses when its memory is full, because they add records. All others read,
+free, or change what exists: they run, so that a full store ends no lease."""
 
 
 def source(name: str) -> str:
@@ -92,7 +95,10 @@ def source(name: str) -> str:
     if name in BUDGET_SCRIPTS:
         before.append("budgets")
     folder = files("holdoff_coordinator") / "lua"
-    return "".join((folder / f"{part}.lua").read_text() for part in [*before, name])
+    flags = "" if name in NEEDS_MEMORY else " flags=allow-oom"
+    text = "".join((folder / f"{part}.lua").read_text() for part in [*before, name])
+    # With this line, a server refuses a script before it begins, or never because of memory.
+    return f"#!lua{flags}\n{text}"
 
 
 def digest(name: str) -> str:
