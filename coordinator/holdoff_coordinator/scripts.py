@@ -203,6 +203,7 @@ class Scripts:
 
     def data_is_lost(self) -> None:
         """Take what the store does not know for lost, for as long as that may matter."""
+        self._epochs.clear()
         self._lost_until_us = self._boot_us() + self._quarantine_us
 
     async def run(
