@@ -84,7 +84,7 @@ class Budgets:
         [app] = apps
         answers: Iterator[str] = iter(())
         if entries:
-            reply = await self._scripts.run(
+            reply = await self._scripts.run_lasting(
                 "record_events", app, json.dumps(entries), caller=caller
             )
             answers = iter([word.decode() for word in reply.values[0]])
@@ -114,7 +114,7 @@ class Budgets:
             if count > spec["most"] - spec["margin"]:
                 raise invalid("count", f"is more than {spec['limit']} ever allows")
         budgets = json.dumps(specs)
-        reply = await self._scripts.run(
+        reply = await self._scripts.run_lasting(
             "reserve",
             place.token.app,
             _hash(reservation_id),
@@ -161,7 +161,7 @@ class Budgets:
         reservation_id = validation.request_id(request.reservation_id, "reservation_id")
         app = validation.app_name("app", request.app).app
         status = request.status if isinstance(request, budget_service_pb2.CommitRequest) else 0
-        reply = await self._scripts.run(
+        reply = await self._scripts.run_lasting(
             "commit",
             app,
             _hash(reservation_id),

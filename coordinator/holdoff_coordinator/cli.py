@@ -186,6 +186,24 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(path_type=Path),
     help="Directory of policies (*.toml) beside the presets.",
 )
+@click.option(
+    "--wait-replicas",
+    type=int,
+    metavar="N",
+    help="Acknowledge a grant, a refresh, a reservation or a report only when so many replicas of "
+    "the store have it (WAIT). [default: 0]",
+)
+@click.option(
+    "--wait-fsync",
+    is_flag=True,
+    default=None,
+    help="... and when these and the primary have it on their disks (WAITAOF).",
+)
+@click.option(
+    "--wait-seconds",
+    type=float,
+    help="How long to wait; then the call fails, and a grant is taken back. [default: 0.5]",
+)
 @click.option("--drain-seconds", type=float, help="Time that open calls get at a stop.")
 def serve(**options: Any) -> None:
     """Serve until SIGTERM or SIGINT.

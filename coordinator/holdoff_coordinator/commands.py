@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from holdoff.policies import Policy
     from holdoff_coordinator.cluster import StoreClient
+    from holdoff_coordinator.durability import Durability
     from holdoff_coordinator.store import Epoch
 
     Options = Mapping[str, Any]  # what was given on the command line, by the name of the setting
@@ -179,7 +180,9 @@ def _configured(options: Options) -> tuple[Settings, _Store]:
     settings = None
     try:
         settings = Settings(**{key: value for key, value in options.items() if value is not None})
-        store = _Store(settings.store_url(), settings.access(), settings.assumed())
+        store = _Store(
+            settings.store_url(), settings.access(), settings.assumed(), settings.durability()
+        )
     except (ValidationError, OSError) as error:
         fail(EX_USAGE, _explain(error))
     except UnicodeDecodeError:
@@ -208,6 +211,7 @@ class _Store:
     url: str | None
     access: Access
     assumed: Assumed
+    durability: Durability
 
     @contextlib.asynccontextmanager
     async def connected(
@@ -229,7 +233,7 @@ class _Store:
     async def judged(self, client: StoreClient, embedded: EmbeddedStore | None) -> Epoch:
         """Judge it, and return its epoch."""
         try:
-            for warning in await check(client, self.assumed):
+            for warning in await check(client, self.assumed, self.durability):
                 log.warning(warning)
             return await ensure_epoch(client, embedded.read_epoch() if embedded else None)
         except StoreError as error:
@@ -291,7 +295,8 @@ async def _serve(
             health_listen=settings.health_listen,
             access=access,
             metrics_listen=settings.metrics_listen,
-            judge=partial(check, client, store.assumed),
+            judge=partial(check, client, store.assumed, store.durability),
+            durability=store.durability,
             quarantine_seconds=settings.quarantine_seconds,
             drain_seconds=settings.drain_seconds,
         )

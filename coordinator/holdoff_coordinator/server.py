@@ -14,6 +14,7 @@ from holdoff_coordinator.audit import AuditTrail
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.durability import NO_COPIES
 from holdoff_coordinator.failures import Failure, store_trouble
 from holdoff_coordinator.followers import Followers
 from holdoff_coordinator.gate import Gate
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from holdoff.policies import Policy
     from holdoff_coordinator.cluster import StoreClient
+    from holdoff_coordinator.durability import Durability
     from holdoff_coordinator.gate import AccessFile
     from holdoff_coordinator.metrics import Metrics
     from holdoff_coordinator.store import Epoch
@@ -98,6 +100,7 @@ class Coordinator:
         quarantine_seconds: float,
         drain_seconds: float,
         boot_us: Callable[[], int] = boottime_us,
+        durability: Durability = NO_COPIES,
     ) -> None:
         self._listen = listen
         self._certificates = certificates
@@ -105,7 +108,10 @@ class Coordinator:
         self._drain_seconds = drain_seconds
         self._open_store = open_store
         self.scripts = Scripts(
-            redis, quarantine_us=round(quarantine_seconds * 1e6), boot_us=boot_us
+            redis,
+            quarantine_us=round(quarantine_seconds * 1e6),
+            boot_us=boot_us,
+            durability=durability,
         )
         self.hub = Hub(self.scripts)
         self._sweeper = Sweeper(self.scripts)
