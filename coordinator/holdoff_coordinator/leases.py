@@ -268,8 +268,8 @@ class Leases:
     ) -> lease_service_pb2.RenewLeaseResponse:
         """Accept an offer or prolong a lease.
 
-        What was begun is brought to its end when the caller gives up: an acceptance that nobody
-        hears of is taken back.
+        It runs to its end also when the caller gives up, so that an acceptance that was not
+        answered is taken back.
         """
         renewing = asyncio.create_task(self._renew(request, caller))
         self._renewing.add(renewing)
@@ -279,7 +279,7 @@ class Leases:
     def _renewed(self, renewing: asyncio.Task[lease_service_pb2.RenewLeaseResponse]) -> None:
         self._renewing.discard(renewing)
         if not renewing.cancelled():
-            renewing.exception()  # nobody may be left to hear of it
+            renewing.exception()  # the caller may be gone, and asyncio would log it
 
     async def _renew(
         self, request: lease_service_pb2.RenewLeaseRequest, caller: Caller

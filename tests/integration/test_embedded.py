@@ -383,7 +383,7 @@ async def test_loading_is_waited_for_and_reported(
 async def test_a_half_written_last_command_counts_as_a_loss(data_dir: Path) -> None:
     """A file that ends in the middle of a write is loaded, and the next epoch differs.
 
-    Fails when Valkey drops the end without a word: an acknowledged write may have been there.
+    Fails when Valkey drops the end silently: an acknowledged write may have been there.
     """
     async with EmbeddedStore(data_dir) as running, client_of(running.url) as client:
         running.write_epoch((await store.ensure_epoch(client, None)).epoch)
@@ -410,7 +410,7 @@ async def test_a_half_written_last_command_counts_as_a_loss(data_dir: Path) -> N
 def test_a_grant_that_was_cut_off_is_not_given_again(running: bool, data_dir: Path) -> None:
     """When the end of the append-only file is gone, no app is granted a lease at first.
 
-    Fails when Valkey loads such a file without a word, or when the coordinator whose Valkey is
+    Fails when Valkey loads such a file silently, or when the coordinator whose Valkey is
     started again trusts the data: the second lease is then granted at once.
     """
     service = Service(data_dir.parent)
