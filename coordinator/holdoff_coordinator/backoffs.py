@@ -19,6 +19,8 @@ from holdoff_coordinator.records import (
     back_off_sentence,
     duration,
     held_words,
+    quarantine_message,
+    quarantine_show,
     read_back_offs,
     read_budgets,
     record,
@@ -170,14 +172,18 @@ class BackOffs:
         [entry] = reply.values[0]
         status, now_us = status_message(token, entry, reply.now_us), reply.now_us
         obstacles = []
-        _, quarantine_until_us, _ = await self._scripts.position(token.app)
-        if quarantine_until_us > now_us:
+        shard = record((await self._scripts.run("read_quarantine", token.app)).values[0])
+        quarantine = quarantine_message(token.app, shard, now_us)
+        if quarantine.HasField("remaining"):
             obstacles.append(
                 budget_service_pb2.Obstacle(
                     reason=lease_pb2.WAIT_REASON_QUARANTINED,
-                    message="quarantined: the store may have forgotten something",
-                    end_time=timestamp({"until": b"%d" % quarantine_until_us}, "until"),
-                    remaining=duration(quarantine_until_us - now_us),
+                    message=f"quarantined: {quarantine.reason}: {quarantine_show(token.app)}",
+                    start_time=(
+                        quarantine.start_time if quarantine.HasField("start_time") else None
+                    ),
+                    end_time=quarantine.end_time,
+                    remaining=quarantine.remaining,
                 )
             )
         if status.HasField("lease"):

@@ -21,6 +21,7 @@ from holdoff_coordinator.hub import Hub
 from holdoff_coordinator.leases import Leases
 from holdoff_coordinator.places import Places
 from holdoff_coordinator.policies import Policies
+from holdoff_coordinator.quarantines import Quarantines
 from holdoff_coordinator.scripts import Scripts, boottime_us
 from holdoff_coordinator.seldom import Seldom
 from holdoff_coordinator.service import SERVICES, Handlers, add_services
@@ -135,6 +136,7 @@ class Coordinator:
             budgets=Budgets(self.scripts, places),
             back_offs=BackOffs(self.scripts, places),
             budget_watches=BudgetWatches(self.scripts, self.hub),
+            quarantines=Quarantines(self.scripts),
             policies=self.policies,
         )
         self._health = add_services(self._server, handlers)

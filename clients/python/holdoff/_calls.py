@@ -427,6 +427,26 @@ def clear_back_off(name: str, reason: str) -> Call[Any, budget_pb2.BackOff]:
     )
 
 
+def list_quarantines(parent: str) -> Call[Any, list[lease_pb2.Quarantine]]:
+    """Read which apps are in quarantine."""
+    return Call(
+        f"{_LEASES}/ListQuarantines",
+        lease_service_pb2.ListQuarantinesRequest(parent=parent),
+        lease_service_pb2.ListQuarantinesResponse,
+        lambda response: list(response.quarantines),
+    )
+
+
+def end_quarantine(app: str, reason: str) -> Call[Any, lease_pb2.Quarantine]:
+    """End the quarantine of an app."""
+    return Call(
+        f"{_ADMIN}/EndQuarantine",
+        admin_service_pb2.EndQuarantineRequest(app=app, reason=reason, holder=here()),
+        admin_service_pb2.EndQuarantineResponse,
+        lambda response: response.quarantine,
+    )
+
+
 def explain(where: budget_pb2.Scope, job: str) -> Call[Any, budget_service_pb2.ExplainResponse]:
     """Ask whether something may go on now."""
     return Call(

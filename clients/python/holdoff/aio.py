@@ -628,6 +628,24 @@ class Client(Connection):
         """
         return await self._call(_calls.clear_back_off(name, reason))
 
+    async def list_quarantines(self, parent: str = "") -> list[lease_pb2.Quarantine]:
+        """Return the quarantines of all apps, or that of an app; those that end last first."""
+        return await self._call(_calls.list_quarantines(parent))
+
+    async def end_quarantine(self, app: str, reason: str) -> lease_pb2.Quarantine:
+        """End a quarantine, so that new leases are granted at once.
+
+        What the store may have lost is then at risk, as `at_risk` of the quarantine says.
+
+        Args:
+            app: `apps/{app}`.
+            reason: Why; it is kept, with this user. At most 200 characters.
+
+        Raises:
+            QuarantineNotFound: The app is not in quarantine.
+        """
+        return await self._call(_calls.end_quarantine(app, reason))
+
     async def explain(
         self, token_or_app: str, *, division: str = "", endpoint: str = "", job: str = ""
     ) -> budget_service_pb2.ExplainResponse:

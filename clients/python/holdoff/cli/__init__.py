@@ -25,6 +25,7 @@ _COMMANDS = {
     "budget": ("holdoff.cli.budget", "Show what is used of limits; count and forget errors."),
     "spool": ("holdoff.cli.spool", "Show and send reports that wait for the coordinator."),
     "backoff": ("holdoff.cli.backoff", "List, set and end back-offs: who must be quiet."),
+    "quarantine": ("holdoff.cli.quarantine", "Show and end quarantines: no new leases of an app."),
     "explain": ("holdoff.cli.explain", "Say whether a job may go on now, and why not."),
     "audit": ("holdoff.cli.audit", "Show who did what, from where, when and why."),
     "policy": ("holdoff.cli.policy", "Show the rules of providers; check files of your own."),

@@ -90,7 +90,7 @@ def remedy_of(error: Exception, endpoint: str) -> str:
                 "asks for a certificate"
             )
         case errors.Quarantined(retry_after_seconds=float(seconds)) if seconds:
-            remedy += f", for {format_duration(round(seconds))} at least"
+            remedy += f"; it lasts for {format_duration(round(seconds))} at least"
         case errors.InvalidRequest(reason="") if str(error).startswith("resource exhausted"):
             remedy = "too much for one message (4 MB): ask for one app or token, not for all"
         case errors.UnexpectedError() if str(error).startswith("unimplemented"):
@@ -108,8 +108,8 @@ _REMEDIES: Final = {
     "TOKEN_COOLING": "until when: holdoff token show {token}; to wait for it: --wait 2h",
     "TOKEN_QUEUED": "who comes first: holdoff token queue {token}; to queue up: --wait 2h",
     "QUEUE_FULL": "who waits: holdoff token queue {token}; jobs are started faster than they run",
-    "QUARANTINED": "no new leases, in case the store forgot one; what runs goes on. Only waiting "
-    "helps",
+    "QUARANTINED": "what runs goes on; an operator can end it: holdoff quarantine end apps/{app} "
+    "--reason WHY",
     "BUDGET_SPENT": "until when: holdoff budget list apps/{app} --state spent; others wait for it "
     "too",
     "BACKING_OFF": "why, and until when: holdoff explain {about}; to wait for it: --wait 2h",
@@ -124,6 +124,7 @@ _REMEDIES: Final = {
     "LEASE_NOT_FOUND": "the live ones: holdoff lease list",
     "BUDGET_NOT_FOUND": "those in use: holdoff budget list apps/{app}",
     "BACK_OFF_NOT_FOUND": "those that are not over: holdoff backoff list apps/{app}",
+    "QUARANTINE_NOT_FOUND": "the apps that are: holdoff quarantine show",
     "RESERVATION_NOT_FOUND": "it is committed under the app, and by the caller, that reserved; it "
     "is forgotten a day after its window",
     "EVENT_TOO_OLD": "it has left every window by now: leave it out, or correct its age",
