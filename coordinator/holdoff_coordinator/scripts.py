@@ -36,9 +36,10 @@ from holdoff_coordinator.failures import CODES, Failure, store_trouble
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 
     from redis.asyncio import Redis
+    from redis.asyncio.client import Pipeline
 
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.cluster import StoreClient
@@ -138,6 +139,25 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class Life:
+    """Which data an app has: another one may lack what was acknowledged before."""
+
+    epoch: str
+    history: str
+    """Of the server's writes; empty where it does not tell."""
+
+    def differs(self, known: Life) -> bool:
+        """Whether it is another one, as far as the store tells."""
+        histories = {self.history, known.history} - {""}
+        return self.epoch != known.epoch or len(histories) > 1
+
+    @property
+    def name(self) -> str:
+        """A name for it that tells nothing of the store."""
+        return hashlib.sha256(f"{self.epoch}{self.history}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """A script's answer: the store's time in µs, a status word, and what goes with it."""
 
@@ -149,6 +169,8 @@ class Reply:
     """What was left out because its record is damaged."""
     late: bool = False
     """The script took the store's clock for doubtful, and only the store was slow."""
+    life: str = ""
+    """The name of the life of the app's data."""
 
 
 @dataclass(slots=True)
@@ -182,6 +204,8 @@ class Scripts:
         """Called with the app and kind of each record that was found damaged."""
         self.on_outdated: Callable[[Failure], None] = lambda _: None
         """Called when a newer coordinator has changed the store's records."""
+        self.on_new_life: Callable[[str], None] = lambda _: None
+        """Called with an app whose data is not what we know: some of it may be lost."""
         self.answers = 0
         """How many scripts the store has run for us."""
         self._lost_until_us = 0
@@ -191,6 +215,7 @@ class Scripts:
         self._clock_an_app = isinstance(redis, Cluster)
         self._clocks: defaultdict[str, _Watched] = defaultdict(_Watched)
         self._epochs: dict[str, str] = {}
+        self._lives: dict[str, Life] = {}
         self._longest_hold_us: dict[str, int] = {}
         self._cleared: dict[str, int] = {}
         self._histories: set[str] = set()
@@ -255,14 +280,15 @@ class Scripts:
             watched.jumps += 1
             watched.jump_us, watched.jumped_at_us = jump_us, self._boot_us()
             log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
-        audited, damaged = answer[3]
+        audited, damaged, history = answer[3]
+        life = self._note_life(app, Life(epoch, history.decode()))
         for entry_id, flat in audited:
             self.on_audit(entry_id, dict(zip(flat[::2], flat[1::2], strict=True)))
         things = tuple(thing.decode(errors="replace") for thing, _ in damaged)
         for thing, (_, why) in zip(things, damaged, strict=True):
             self._found_damaged(app, thing, why.decode(errors="replace"))
         late = bool(estimate_us and not jump_us and abs(now_us - estimate_us) > TOLERANCE_US)
-        reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]), things, late)
+        reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]), things, late, life)
         if reply.status == "SCHEMA_TOO_NEW":
             found, known = (int(value) for value in reply.values)
             failure = Failure(
@@ -274,6 +300,16 @@ class Scripts:
             self.on_outdated(failure)
             raise failure
         return reply
+
+    def _note_life(self, app: str, life: Life) -> str:
+        """Tell when an app has another life; return the name of the one it has."""
+        if not life.epoch:
+            return ""
+        known = self._lives.get(app, life)
+        self._lives[app] = life
+        if life.differs(known):
+            self.on_new_life(app)
+        return life.name
 
     async def _answer(self, command: Awaitable[Any]) -> Any:
         try:
@@ -355,26 +391,48 @@ class Scripts:
         This asks for one number an app; apps are API keys, of which there are few. All apps of a
         server that is new to us are among them: the next script sees whether it took over.
         """
-        by_node: defaultdict[Redis, list[str]] = defaultdict(list)
-        for app in await self.apps():
-            by_node[await self._answer(node_of(self.redis, shard_key(app)))].append(app)
         busy: list[str] = []
-        for node, apps in by_node.items():
-            async with node.pipeline(transaction=False) as pipeline:
-                for app in apps:
-                    pipeline.exists(*(f"{shard_key(app)}:{key}" for key in _BUSY))
-                pipeline.info("replication")
-                try:
-                    *counts, info = await pipeline.execute(raise_on_error=False)
-                except RedisError as error:
-                    counts, info = [error] * len(apps), {}
-            # A node of a Cluster that is down, or serves some no more: what they are asked next
-            # finds out about each. A managed store may refuse to tell of its replication.
-            history = info.get("master_replid", "") if isinstance(info, dict) else ""
+        async for apps, counts, history in self._asked(
+            await self.apps(),
+            lambda node, app: node.exists(*(f"{shard_key(app)}:{key}" for key in _BUSY)),
+        ):
             is_new = history not in self._histories
             self._histories.add(history)
             busy += [app for app, count in zip(apps, counts, strict=True) if is_new or count]
         return sorted(busy)
+
+    async def changed(self, apps: Iterable[str]) -> list[str]:
+        """List those of some apps that have another life than we know; this only reads."""
+        found: list[str] = []
+        async for asked, epochs, history in self._asked(
+            apps, lambda node, app: node.hget(shard_key(app), "epoch")
+        ):
+            for app, epoch in zip(asked, epochs, strict=True):
+                if isinstance(epoch, bytes) and app in self._lives:
+                    life = Life(epoch.decode(errors="replace"), history)
+                    found += [app] * life.differs(self._lives[app])
+        return found
+
+    async def _asked(
+        self, apps: Iterable[str], ask: Callable[[Pipeline, str], object]
+    ) -> AsyncIterator[tuple[list[str], list[Any], str]]:
+        """Ask one thing of each app in one round trip a node; give the node's history, too."""
+        by_node: defaultdict[Redis, list[str]] = defaultdict(list)
+        for app in apps:
+            by_node[await self._answer(node_of(self.redis, shard_key(app)))].append(app)
+        for node, its_apps in by_node.items():
+            async with node.pipeline(transaction=False) as pipeline:
+                for app in its_apps:
+                    ask(pipeline, app)
+                pipeline.info("replication")
+                try:
+                    *answers, info = await pipeline.execute(raise_on_error=False)
+                except RedisError as error:
+                    answers, info = [error] * len(its_apps), {}
+            # A node of a Cluster that is down, or serves some no more: what they are asked next
+            # finds out about each. A managed store may refuse to tell of its replication.
+            history = info.get("master_replid", "") if isinstance(info, dict) else ""
+            yield its_apps, answers, history
 
     async def register(self, app: str) -> None:
         """Put an app into the index of apps."""

@@ -183,19 +183,21 @@ def break_lease(name: str, reason: str) -> Call[Any, lease_pb2.Lease]:
     )
 
 
+def parts(events: Sequence[budget_pb2.Event]) -> list[Sequence[budget_pb2.Event]]:
+    """Split events into as many parts as it takes calls to report them."""
+    return [events[first : first + _MOST_EVENTS] for first in range(0, len(events), _MOST_EVENTS)]
+
+
 def record_events(
     events: Sequence[budget_pb2.Event],
-) -> list[Call[Any, list[budget_pb2.EventOutcome.ValueType]]]:
-    """Report what happened, in as many calls as it takes, to be made in their order."""
-    return [
-        Call(
-            f"{_BUDGETS}/RecordEvents",
-            budget_service_pb2.RecordEventsRequest(events=events[first : first + _MOST_EVENTS]),
-            budget_service_pb2.RecordEventsResponse,
-            lambda response: list(response.outcomes),
-        )
-        for first in range(0, len(events), _MOST_EVENTS)
-    ]
+) -> Call[Any, budget_service_pb2.RecordEventsResponse]:
+    """Report what happened; a part of `parts`."""
+    return Call(
+        f"{_BUDGETS}/RecordEvents",
+        budget_service_pb2.RecordEventsRequest(events=events),
+        budget_service_pb2.RecordEventsResponse,
+        lambda response: response,
+    )
 
 
 def scope(token: str, division: str, endpoint: str) -> budget_pb2.Scope:

@@ -396,10 +396,7 @@ class Client(Connection):
             TooManyBudgets: The app has too many different scopes.
             TooManyEvents: The app has too many events.
         """
-        outcomes: list[budget_pb2.EventOutcome.ValueType] = []
-        for call in _calls.record_events(events):
-            outcomes += (await self._insist(call, report_patience(boottime_ns())))[1]
-        return outcomes
+        return await self._report(events)
 
     async def record_error(  # noqa: PLR0913 - each is part of the event
         self,
