@@ -112,6 +112,7 @@ class BackOffs:
         token = TokenName(app, values["token"]) if values["token"] else None
         pairs = [(values["division"], values["endpoint"])]
         obstacles, start_in_us = await self._token_obstacles(token) if token else ([], 0)
+        obstacles += await self._quarantine(app)
         back_offs = await self._read(
             app, values["token"] or " ", json.dumps(pairs), job_hash(request.job)
         )
@@ -172,20 +173,6 @@ class BackOffs:
         [entry] = reply.values[0]
         status, now_us = status_message(token, entry, reply.now_us), reply.now_us
         obstacles = []
-        shard = record((await self._scripts.run("read_quarantine", token.app)).values[0])
-        quarantine = quarantine_message(token.app, shard, now_us)
-        if quarantine.HasField("remaining"):
-            obstacles.append(
-                budget_service_pb2.Obstacle(
-                    reason=lease_pb2.WAIT_REASON_QUARANTINED,
-                    message=f"quarantined: {quarantine.reason}: {quarantine_show(token.app)}",
-                    start_time=(
-                        quarantine.start_time if quarantine.HasField("start_time") else None
-                    ),
-                    end_time=quarantine.end_time,
-                    remaining=quarantine.remaining,
-                )
-            )
         if status.HasField("lease"):
             lease = status.lease
             obstacles.append(
@@ -225,6 +212,20 @@ class BackOffs:
                 )
             )
         return obstacles, int(entry[6]) - now_us
+
+    async def _quarantine(self, app: str) -> list[budget_service_pb2.Obstacle]:
+        reply = await self._scripts.run("read_quarantine", app)
+        one = quarantine_message(app, record(reply.values[0]), reply.now_us)
+        if not one.HasField("remaining"):
+            return []
+        obstacle = budget_service_pb2.Obstacle(
+            reason=lease_pb2.WAIT_REASON_QUARANTINED,
+            message=f"quarantined: {one.reason}: {quarantine_show(app)}",
+            start_time=one.start_time if one.HasField("start_time") else None,
+            end_time=one.end_time,
+            remaining=one.remaining,
+        )
+        return [obstacle]
 
     async def _budgets(
         self, app: str, token: str, values: dict[str, str]

@@ -240,8 +240,9 @@ def test_a_quarantine_is_shown(start_valkey: StartValkey) -> None:
         assert (code, LOST in text, one.at_risk[:40] in text) == (0, True, True)
         code, text = holdoff(replica, "quarantine", "show", "apps/no-such-app")
         assert (code, text) == (0, "apps/no-such-app is not in quarantine\n")
-        code, text = holdoff(replica, "explain", token)
-        assert (code, LOST in text) == (0, True)
+        for scope in (app, token):
+            code, text = holdoff(replica, "explain", scope)
+            assert (code, LOST in text) == (0, True)
 
 
 def test_an_operator_ends_a_quarantine(start_valkey: StartValkey) -> None:
