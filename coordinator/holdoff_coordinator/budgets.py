@@ -174,7 +174,7 @@ class Budgets:
         )
         reply = await self._scripts.run("commit", app, *call, caller=caller)
         reservation = _reservation(reply, app, reservation_id)
-        self._replays.settled(app, call)
+        self._replays.settled(app, call, reply)
         return reservation
 
     async def _read(self, app: str, ids: list[str]) -> list[budget_pb2.Budget]:

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.records import record
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from holdoff_coordinator.scripts import Scripts
+    from holdoff_coordinator.scripts import Reply, Scripts
 
-    Call = tuple[str | int, ...]
+    Call = tuple[str | int | bytes, ...]
     """The arguments of a script."""
 
 log = structlog.get_logger()
@@ -30,8 +31,6 @@ KEPT_US = 5 * 60 * 1_000_000
 MOST_KEPT = 10_000
 """So much of each kind is kept of an app; of more, the oldest is left out."""
 LOOK_SECONDS = 1.0
-LATE_ROUNDS = 10
-"""How often a commit is sent whose reservation another replica has to restore first."""
 _BATCH = 100
 """Events in one script call, so that none holds up the store."""
 
@@ -43,19 +42,15 @@ class _Kept:
         self.events: deque[tuple[int, str]] = deque(maxlen=MOST_KEPT)
         """As JSON, which takes less room than what it describes."""
         self.reservations: deque[tuple[int, Call]] = deque(maxlen=MOST_KEPT)
-        self.settled: deque[tuple[int, Call]] = deque(maxlen=MOST_KEPT)
-        """Commits and cancels."""
-        self.late: list[tuple[int, Call]] = []
-        """Those of them whose reservation the store does not know yet."""
-        self.rounds = 0
-        """How often they are still to be sent."""
+        self.settled: deque[tuple[int, tuple[Call, Call]]] = deque(maxlen=MOST_KEPT)
+        """Commits and cancels, each with its reservation, which another replica may have made."""
 
     def forget(self, before_us: int) -> bool:
         """Drop what is older; return whether anything is left."""
         for kept in (self.events, self.reservations, self.settled):
             while kept and kept[0][0] < before_us:
                 kept.popleft()
-        return bool(self.events or self.reservations or self.settled or self.rounds)
+        return bool(self.events or self.reservations or self.settled)
 
 
 class Replays:
@@ -75,11 +70,20 @@ class Replays:
 
     def reserved(self, app: str, call: Call) -> None:
         """Keep a reservation, by the arguments of reserve.lua."""
-        self._of(app).reservations.append((self._boot_us(), call))
+        self._of(app).reservations.append((self._boot_us(), (*call, 0)))
 
-    def settled(self, app: str, call: Call) -> None:
-        """Keep a commit or a cancel, by the arguments of commit.lua."""
-        self._of(app).settled.append((self._boot_us(), call))
+    def settled(self, app: str, call: Call, reply: Reply) -> None:
+        """Keep a commit or a cancel, by the arguments and the answer of commit.lua."""
+        found = record(reply.values[2])
+        reserved_us = int(found["reserved_us"])
+        reservation = (
+            call[0],
+            found["fingerprint"],
+            int(found["expires_us"]) - reserved_us,
+            *(found[field] for field in ("count", "budgets", "caller", "token", "place")),
+            reply.now_us - reserved_us,
+        )
+        self._of(app).settled.append((self._boot_us(), (call, reservation)))
 
     def _of(self, app: str) -> _Kept:
         return self._kept.setdefault(app, _Kept())
@@ -98,31 +102,29 @@ class Replays:
                     await self._scripts.run("upgrade", app)  # whose answer tells the new life
             except Failure as failure:
                 warn("a store that may have lost events cannot be asked", failure.reason)
-            for app, kept in list(self._kept.items()):
+            for app in sorted(self._due):
                 try:
-                    if app in self._due:
-                        await self._replay(app, kept)
-                    elif kept.rounds:
-                        await self._settle(app, kept)
+                    await self._replay(app, self._of(app))
                 except Failure as failure:
                     self._due.add(app)
                     warn("what a store may have lost cannot be sent again", failure.reason, app=app)
 
     async def _replay(self, app: str, kept: _Kept) -> None:
         self._due.discard(app)
-        events, reservations = list(kept.events), list(kept.reservations)
-        kept.late, kept.rounds = list(kept.settled), LATE_ROUNDS
+        events, reservations, settled = [*kept.events], [*kept.reservations], [*kept.settled]
         new_events = new_reservations = 0
         for first in range(0, len(events), _BATCH):
             batch = events[first : first + _BATCH]
-            now_us = self._boot_us()
-            entries = [_older(json.loads(text), now_us - at_us) for at_us, text in batch]
+            entries = [_older(json.loads(text), self._since(at_us)) for at_us, text in batch]
             reply = await self._scripts.run("record_events", app, json.dumps(entries))
             new_events += reply.values[0].count(b"COUNTED")
         for at_us, call in reservations:
-            reply = await self._scripts.run("reserve", app, *call, self._boot_us() - at_us)
-            new_reservations += reply.values[2:] == (b"1",)
-        await self._settle(app, kept)
+            new_reservations += await self._restore(app, call, self._since(at_us))
+        for at_us, (call, reservation) in settled:
+            if await self._settle(app, call, self._since(at_us)):
+                continue
+            new_reservations += await self._restore(app, reservation, self._since(at_us))
+            await self._settle(app, call, self._since(at_us))
         log.info(
             "sent again what the store may have lost",
             app=app,
@@ -130,18 +132,24 @@ class Replays:
             new_events=new_events,
             reservations=len(reservations),
             new_reservations=new_reservations,
+            settled=len(settled),
         )
 
-    async def _settle(self, app: str, kept: _Kept) -> None:
-        """Send commits and cancels; those whose reservation is not there stay late."""
-        late: list[tuple[int, Call]] = []
-        for at_us, (reservation, caller, made, age_us, status) in kept.late:
-            aged = int(age_us) + self._boot_us() - at_us
-            call = (reservation, caller, made, aged, status)
-            reply = await self._scripts.run("commit", app, *call)
-            if reply.status == "RESERVATION_NOT_FOUND":
-                late.append((at_us, (reservation, caller, made, age_us, status)))
-        kept.late, kept.rounds = late, kept.rounds - 1 if late else 0
+    def _since(self, at_us: int) -> int:
+        return self._boot_us() - at_us
+
+    async def _restore(self, app: str, call: Call, by_us: int) -> bool:
+        """Send a reservation that is so much older now; return whether it was lost."""
+        *rest, age_us = call
+        reply = await self._scripts.run("reserve", app, *rest, int(age_us) + by_us)
+        return reply.values[2:] == (b"1",)
+
+    async def _settle(self, app: str, call: Call, by_us: int) -> bool:
+        """Send a commit or a cancel; return whether the store knows its reservation."""
+        reservation, caller, made, age_us, status = call
+        aged_us = int(age_us) + by_us
+        reply = await self._scripts.run("commit", app, reservation, caller, made, aged_us, status)
+        return reply.status == "OK"
 
 
 def _older(entry: dict[str, Any], by_us: int) -> dict[str, Any]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import tempfile
+import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 
 import holdoff
+from holdoff._reporting import Reporter
+from holdoff._spool import Spool
 from holdoff.policies import presets
 from holdoff.v1 import budget_pb2, token_service_pb2
 from tests.harness import Replica, wait_until
@@ -92,8 +97,7 @@ def counted_at(store: redis.Redis, token: str, event: budget_pb2.Event) -> float
 
 def has_replayed(*replicas: Replica) -> bool:
     """Tell whether replicas have nothing left to send again."""
-    kept = [one.coordinator._replays for one in replicas]
-    return not any(one._due or any(app.rounds for app in one._kept.values()) for one in kept)
+    return not any(one.coordinator._replays._due for one in replicas)
 
 
 def test_what_a_failover_lost_counts_again(valkey: Server, store: redis.Redis) -> None:
@@ -137,6 +141,27 @@ def test_a_reservation_is_restored_where_there_is_no_room(
         past.take_over()
         other.record(*(other.event() for _ in range(8)))
         wait_until(lambda: (one.errors().used, one.errors().reserved) == (8, 1))
+
+
+def test_a_commit_brings_its_reservation_along(valkey: Server, store: redis.Redis) -> None:
+    """A call counts again although the replica that reserved its room is gone.
+
+    Fails when a commit is given up whose reservation the store has lost.
+    """
+    with two_replicas(valkey) as (first, second, token):
+        one, other = Budgets(first, token), Budgets(second, token)
+        past = Past(store)
+        other.commit(one.reserve(), 404)
+        assert (other.errors().used, other.errors().reserved) == (1, 0)
+        first.stop()
+        past.take_over()
+
+        def used() -> list[tuple[int, int]]:
+            return [(budget.used, budget.reserved) for budget in other.list()]
+
+        wait_until(lambda: used() == [(1, 0)] * 2)
+        wait_until(lambda: has_replayed(second))
+        assert used() == [(1, 0)] * 2
 
 
 def test_what_a_store_that_lost_everything_counted(valkey: Server, store: redis.Redis) -> None:
@@ -196,7 +221,29 @@ def report_in_a_loop(endpoint: str, token: str, between: Callable[[], None]) -> 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("reports", [report, report_in_a_loop])
+def report_as_a_run_does(endpoint: str, token: str, between: Callable[[], None]) -> None:
+    """Do the same as `holdoff run`, by way of its spool."""
+
+    def error() -> budget_pb2.Event:
+        scope = budget_pb2.Scope(token=token, endpoint=ENDPOINT)
+        kind = budget_pb2.EVENT_KIND_ERROR
+        return budget_pb2.Event(id=str(uuid.uuid4()), kind=kind, scope=scope, status=400)
+
+    with (
+        holdoff.Client(endpoint) as client,
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(Spool(Path(folder, "spool"))) as spool,
+    ):
+        reporter = Reporter(client.record_events, spool)
+        reporter.report(*(error() for _ in range(3)))
+        wait_until(lambda: reporter.idle_since)
+        between()
+        reporter.report(error())
+        wait_until(lambda: reporter.idle_since)
+        assert reporter.close(10) == 0
+
+
+@pytest.mark.parametrize("reports", [report, report_in_a_loop, report_as_a_run_does])
 def test_a_client_sends_again_what_coordinator_and_store_lost(
     valkey: Server, store: redis.Redis, reports: Callable[[str, str, Callable[[], None]], None]
 ) -> None:
