@@ -94,17 +94,15 @@ class Replays:
             await asyncio.sleep(LOOK_SECONDS)
             before_us = self._boot_us() - KEPT_US
             self._kept = {app: kept for app, kept in self._kept.items() if kept.forget(before_us)}
-            self._due.intersection_update(self._kept)
-            if not self._kept:
-                continue
             try:
-                for app in await self._scripts.changed(self._kept):
+                for app in await self._scripts.changed([*self._kept]):
                     await self._scripts.run("upgrade", app)  # whose answer tells the new life
             except Failure as failure:
                 warn("a store that may have lost events cannot be asked", failure.reason)
+            self._due.intersection_update(self._kept)
             for app in sorted(self._due):
                 try:
-                    await self._replay(app, self._of(app))
+                    await self._replay(app, self._kept[app])
                 except Failure as failure:
                     self._due.add(app)
                     warn("what a store may have lost cannot be sent again", failure.reason, app=app)

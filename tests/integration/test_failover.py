@@ -185,3 +185,36 @@ def test_a_failover_under_load(
     assert max(gaps) < FOLLOWED_SECONDS + TTL_SECONDS
     for worker in workers:
         assert worker.numbers == sorted(set(worker.numbers))
+
+
+def test_reports_that_no_replica_had() -> None:
+    """What a primary alone acknowledged before it died counts again, and once.
+
+    Fails when the coordinator does not send again what it acknowledged.
+    """
+    options = {"replicas": 1, "silence_ms": stores.SHORT_SILENCE_MS}
+    with stores.watched("--appendonly", "yes", **options) as store:
+        primary, follower = store.nodes
+        with Replica(store.url) as replica, holdoff.Client(replica.address) as client:
+            token = replica.create_token(0)
+            app = token.partition("/tokens/")[0]
+
+            def report(count: int) -> None:
+                for _ in range(count):
+                    client.record_error(token, endpoint="crm/Accounts", status=400)
+
+            def used() -> int:
+                with contextlib.suppress(holdoff.Unavailable):
+                    return sum(budget.used for budget in client.list_budgets(app))
+                return 0
+
+            report(2)
+            assert primary.client.wait(1, 30_000) == 1
+            os.kill(follower.process.pid, signal.SIGSTOP)
+            primary.client.client_kill_filter(_type="replica")
+            report(3)
+            primary.kill()
+            os.kill(follower.process.pid, signal.SIGCONT)
+            wait_until(lambda: used() == 5, 60)
+            report(1)
+            assert used() == 6

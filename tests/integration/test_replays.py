@@ -114,7 +114,7 @@ def test_what_a_failover_lost_counts_again(valkey: Server, store: redis.Redis) -
         lost = [one.event(age_seconds=100) for _ in range(2)]
         assert one.record(*lost) == [COUNTED] * 2
         assert other.record(other.event()) == [COUNTED]
-        reserved = [one.reserve() for _ in range(3)]
+        reserved = [one.reserve(ttl_seconds=600) for _ in range(3)]
         other.commit(reserved[0], 404)  # made by one replica, and settled by another one
         one.cancel(reserved[1])
         assert (one.errors().used, one.errors().reserved) == (6, 1)
@@ -137,7 +137,7 @@ def test_a_reservation_is_restored_where_there_is_no_room(
     with two_replicas(valkey) as (first, second, token):
         one, other = Budgets(first, token), Budgets(second, token)
         past = Past(store)
-        one.reserve()
+        one.reserve(ttl_seconds=600)
         past.take_over()
         other.record(*(other.event() for _ in range(8)))
         wait_until(lambda: (one.errors().used, one.errors().reserved) == (8, 1))
@@ -151,7 +151,7 @@ def test_a_commit_brings_its_reservation_along(valkey: Server, store: redis.Redi
     with two_replicas(valkey) as (first, second, token):
         one, other = Budgets(first, token), Budgets(second, token)
         past = Past(store)
-        other.commit(one.reserve(), 404)
+        other.commit(one.reserve(ttl_seconds=600), 404)
         assert (other.errors().used, other.errors().reserved) == (1, 0)
         first.stop()
         past.take_over()
