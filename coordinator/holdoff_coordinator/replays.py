@@ -1,4 +1,4 @@
-"""Sends again what this replica acknowledged of late, when the store may have lost it.
+"""Sends again what this replica acknowledged recently, when the store may have lost it.
 
 A server that took over, or that began from older data, may lack the last writes. Ids tell it what
 it still has, so that each event counts once, however many replicas and clients send it again.

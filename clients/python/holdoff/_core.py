@@ -124,7 +124,7 @@ def withdrawal_patience(now_ns: int) -> Patience:
 
 
 class Counted:
-    """Events that were counted of late, to be sent again if the store loses them.
+    """Events that were counted recently, to be sent again if the store loses them.
 
     Ids tell it what it still has, so that each counts once. Any thread may use it.
     """
