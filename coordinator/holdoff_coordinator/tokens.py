@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.scripts import Scripts
+    from holdoff_coordinator.store_watch import StoreWatch
 
 log = structlog.get_logger()
 
+CREATION_SECONDS = 1.0
+"""Within so long the first records of an app follow its entry in the index."""
 MOST_INTERVAL_US = 31 * 24 * 3600 * 1_000_000
 _SETTINGS = ("policy", "refresh_interval", "refresh_at")
 _OWN_REFRESH_AT = {
@@ -35,9 +39,10 @@ _OWN_REFRESH_AT = {
 class Tokens:
     """Create, update, get and list tokens."""
 
-    def __init__(self, scripts: Scripts, policies: Policies) -> None:
+    def __init__(self, scripts: Scripts, policies: Policies, watch: StoreWatch) -> None:
         self._scripts = scripts
         self._policies = policies
+        self._watch = watch
 
     async def create(
         self, request: token_service_pb2.CreateTokenRequest, caller: Caller
@@ -53,13 +58,23 @@ class Tokens:
                 last_refresh_age = "0"
             case _:
                 last_refresh_age = ""
-        await self._scripts.register(name.app)
+        await self._prepare(name.app)
         reply = await self._scripts.run(
             "create_token", name.app, name.token, *settings, last_refresh_age, caller=caller
         )
         if reply.status != "OK":
             raise failure_of(reply, name)
         return token_service_pb2.CreateTokenResponse(token=await self._read(name))
+
+    async def _prepare(self, app: str) -> None:
+        """Find out whether the store has lost what it knew of an app."""
+        is_new = await self._scripts.register(app)
+        await self._watch.compare_epoch()
+        if is_new or await self._scripts.has_records(app):
+            return
+        await asyncio.sleep(CREATION_SECONDS)
+        if not await self._scripts.has_records(app):
+            self._scripts.records_are_lost(app)
 
     async def update(
         self, request: token_service_pb2.UpdateTokenRequest, caller: Caller
