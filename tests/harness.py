@@ -202,11 +202,11 @@ def run_out(store: redis.Redis, offer: lease_service_pb2.LeaseOffer) -> int:
 
 
 def end_cooldown(store: redis.Redis, token: str) -> None:
-    """Let the cooldown of a token be over at this instant."""
+    """Let the cooldown of a token have been over for a second."""
     _, app, _, token_id = token.split("/")
     seconds, microseconds = store.time()
     now_us = seconds * 1_000_000 + microseconds
-    store.hset(f"holdoff:{{{app}}}:token:{token_id}", "not_before_us", str(now_us))
+    store.hset(f"holdoff:{{{app}}}:token:{token_id}", "not_before_us", str(now_us - 1_000_000))
 
 
 def let_pass(store: redis.Redis, token: str, seconds: float) -> None:

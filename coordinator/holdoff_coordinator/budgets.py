@@ -359,9 +359,7 @@ def _unknown(app: str, reply: Reply) -> Failure:
         "COUNTS_UNKNOWN",
         f"the store may have lost what was counted for apps/{app}, which therefore counts as spent",
         resource=f"apps/{app}",
-        retry_after_seconds=max(
-            LEAST_RETRY_SECONDS, (int(reply.values[0]) - reply.now_us) / 1e6
-        ),
+        retry_after_seconds=max(LEAST_RETRY_SECONDS, (int(reply.values[0]) - reply.now_us) / 1e6),
     )
 
 

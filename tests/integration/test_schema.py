@@ -92,5 +92,5 @@ def test_an_older_coordinator_does_not_start(start_valkey: StartValkey) -> None:
         [*command, "--redis-url", url], capture_output=True, text=True, timeout=20, check=False
     )
     assert ended.returncode == 69
-    assert re.search(r"schema 4, .* knows up to 3: .* upgrade this one", ended.stderr)
+    assert re.search(r"schema 5, .* knows up to 4: .* upgrade this one", ended.stderr)
     assert "Traceback" not in ended.stderr
