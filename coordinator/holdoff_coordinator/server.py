@@ -132,7 +132,7 @@ class Coordinator:
             leases=Leases(self.scripts, self.hub, places),
             followers=self._followers,
             watches=Watches(self.scripts, self.hub),
-            tokens=Tokens(self.scripts, self.policies, self._watch),
+            tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
             budgets=Budgets(self.scripts, places),
             back_offs=BackOffs(self.scripts, places),
             budget_watches=BudgetWatches(self.scripts, self.hub),

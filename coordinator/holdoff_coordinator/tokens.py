@@ -18,10 +18,11 @@ from holdoff_coordinator.records import token_message
 from holdoff_coordinator.scripts import READ_BATCH
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.scripts import Scripts
-    from holdoff_coordinator.store_watch import StoreWatch
 
 log = structlog.get_logger()
 
@@ -39,10 +40,15 @@ _OWN_REFRESH_AT = {
 class Tokens:
     """Create, update, get and list tokens."""
 
-    def __init__(self, scripts: Scripts, policies: Policies, watch: StoreWatch) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        policies: Policies,
+        compare_epoch: Callable[[], Awaitable[None]],
+    ) -> None:
         self._scripts = scripts
         self._policies = policies
-        self._watch = watch
+        self._compare_epoch = compare_epoch
 
     async def create(
         self, request: token_service_pb2.CreateTokenRequest, caller: Caller
@@ -69,7 +75,7 @@ class Tokens:
     async def _prepare(self, app: str) -> None:
         """Find out whether the store has lost what it knew of an app."""
         is_new = await self._scripts.register(app)
-        await self._watch.compare_epoch()
+        await self._compare_epoch()
         if is_new or await self._scripts.has_records(app):
             return
         await asyncio.sleep(CREATION_SECONDS)

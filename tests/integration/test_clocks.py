@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 import uuid
@@ -201,7 +202,8 @@ def test_forward_and_back_shuts_an_app_for_no_longer_than_is_safe(
     """
     with Replica(valkey.url, quarantine_seconds=2.0) as replica:
         token = replica.create_token(0.5)
-        released = replica.release(replica.hold(token, ttl=1.0))
+        held = replica.hold(token, ttl=1.0)
+        replica.release(held)
         plain.hset(
             shard_of(token),
             mapping={
@@ -216,7 +218,7 @@ def test_forward_and_back_shuts_an_app_for_no_longer_than_is_safe(
         assert status.reason == lease_pb2.WAIT_REASON_QUARANTINED
         assert status.earliest_start_in.ToSeconds() < 60
         offer = waiter.offer()
-        assert offer.lease.fencing_token > released.fencing_token
+        assert offer.lease.fencing_token > held.lease.fencing_token
         waiter.vanish()
 
 
@@ -444,10 +446,15 @@ def test_two_failovers_between_two_looks(start_valkey: StartValkey) -> None:
             replica.release(replica.hold(token))
         for old, new in ((first, second), (second, third)):
             new.run("REPLICAOF", "127.0.0.1", old.port)
-            wait_until(lambda new=new: new.client.info("replication")["master_link_status"] == "up")
+            wait_until(functools.partial(is_linked, new))
             new.run("REPLICAOF", "NO", "ONE")
         with Replica(url(third), quarantine_seconds=60.0) as replica:
             assert refusal(lambda: replica.acquire(token)) == "QUARANTINED"
+
+
+def is_linked(node: stores.Node) -> bool:
+    """Tell whether a replica has what its primary has."""
+    return bool(node.client.info("replication")["master_link_status"] == "up")
 
 
 def url(node: stores.Node) -> str:
@@ -462,7 +469,7 @@ def quarantine_length_us(store: redis.Redis, token: str, replica: Replica) -> in
     """Start a quarantine, and return how long it lasts."""
     store.hset(shard_of(token), "epoch", "another")
     assert refusal(lambda: replica.acquire(token)) == "QUARANTINED"
-    until_us = int(store.hget(shard_of(token), "quarantine_until_us") or 0)  # type: ignore[arg-type]
+    until_us = int(store.hget(shard_of(token), "quarantine_until_us") or 0)
     return until_us - now_us(store)
 
 
