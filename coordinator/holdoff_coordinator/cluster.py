@@ -87,12 +87,12 @@ class Cluster(AsyncCoreCommands):
         """Return the clients of all nodes that serve slots.
 
         Raises:
-            ClusterError: Some slots are served by nobody.
+            ClusterError: Some slots are served by no node.
         """
         await self._look()
         if None in self._owners:
             raise ClusterError(
-                f"{self._owners.count(None)} of its {SLOTS} slots are served by nobody"
+                f"{self._owners.count(None)} of its {SLOTS} slots are served by no node"
             )
         return [self._node(address) for address in sorted(set(filter(None, self._owners)))]
 
@@ -114,7 +114,7 @@ class Cluster(AsyncCoreCommands):
         owner = self._owners[slot]
         if owner is None:
             self._must_look = True
-            raise ClusterDownError("the slot is served by nobody")
+            raise ClusterDownError("the slot is served by no node")
         return owner
 
     async def _execute(self, address: Address, *args: Any, **options: Any) -> Any:

@@ -135,9 +135,9 @@ def _resource_type(name: str) -> str:
 
 STORE_TROUBLES: Mapping[str, str] = {
     "STORE_UNAVAILABLE": "the store does not answer",
-    "STORE_OUT_OF_MEMORY": "the store is out of memory and takes no writes",
+    "STORE_OUT_OF_MEMORY": "the store is out of memory and accepts no writes",
     "STORE_READ_ONLY": "the store is read-only: a replica, or a primary that was replaced",
-    "STORE_NOT_WRITABLE": "the store takes no writes: its disk, or too few replicas",
+    "STORE_NOT_WRITABLE": "the store accepts no writes: a full disk, or too few replicas",
     "STORE_ACCESS_DENIED": "the store refuses our user or password, a command or a key",
     "STORE_DAMAGED": "a record in the store is damaged",
     "INTERNAL": "a script failed in the store",
@@ -169,7 +169,7 @@ def token_not_found(name: TokenName) -> Failure:
     """Say that there is no such token."""
     return Failure(
         "TOKEN_NOT_FOUND",
-        f"there is no token {name}; make it with: holdoff token create {name}",
+        f"there is no token {name}; create it with: holdoff token create {name}",
         resource=str(name),
     )
 

@@ -77,7 +77,7 @@ _REMEDIES: Final = {
     "NOREPLICAS": "start its replicas, or lower its min-replicas-to-write",
     "DB index": "end the URL with the number of a database that it has",
     "cluster support disabled": "it is a single server, whose URL begins with redis://",
-    "served by nobody": "see CLUSTER NODES for what is wrong with the nodes that had them",
+    "served by no node": "see CLUSTER NODES for what is wrong with the nodes that had them",
 }
 """What to do about a refusal that the server words like this."""
 
@@ -197,7 +197,7 @@ def explain(name: str, error: RedisError) -> StoreError:
     match error:
         case AuthenticationError() | AuthorizationError():
             message = (
-                f"the store at {name} wants a user name and password other than ours ({text}): "
+                f"the store at {name} requires a user name and password other than ours ({text}): "
                 "put them into the URL, redis://user:password@host:6379/0"
             )
         case NoPermissionError():
@@ -213,8 +213,8 @@ def explain(name: str, error: RedisError) -> StoreError:
             message = f"the store at {name} is out of memory: raise its maxmemory"
         case InvalidResponse():
             message = (
-                f"what listens at {name} is no Redis or Valkey server ({text}): is the address "
-                "right, and does it want TLS (rediss://)?"
+                f"the server at {name} is not Redis or Valkey ({text}): is the address "
+                "right, and does it require TLS (rediss://)?"
             )
         case RedisTimeoutError():
             return StoreAwayError(f"the store at {name} does not answer: {text}")
@@ -233,13 +233,13 @@ def _unreachable(name: str, error: RedisConnectionError, text: str) -> StoreErro
     if isinstance(error, MasterNotFoundError):
         # Its text shows every client that it asked with, at length.
         return StoreAwayError(
-            f"no Sentinel of {name} can be reached, takes our password, and tells a primary by "
-            "that name that is up: are they running, is their password in "
-            "--redis-sentinel-password-file, and what does SENTINEL MASTERS say there?"
+            f"no Sentinel of {name} can be reached, accepts our password, and reports a running "
+            "primary of that name: are they running, is their password in "
+            "--redis-sentinel-password-file, and what does SENTINEL MASTERS report?"
         )
     if "SSL" in text or "certificate" in text:
         return StoreError(
-            f"no TLS with the store at {name} ({text}): write redis:// if it speaks none, or "
+            f"no TLS with the store at {name} ({text}): write redis:// if it does not use TLS, or "
             "name its authority with --redis-ca-file, or in the URL, ?ssl_ca_certs=FILE"
         )
     return StoreAwayError(
@@ -306,8 +306,8 @@ def _judge_replicas(name: str, info: dict[str, Any]) -> list[str]:
     if "min_slaves_good_slaves" in info:  # there only if it asks for replicas
         return []
     warning = (
-        f"the store at {name} acknowledges writes that no replica has, and goes on to do so when "
-        "it is cut off: a failover may forget all of them, and a token may be granted twice; set "
+        f"the store at {name} acknowledges writes that no replica has, and continues to do so when "
+        "it is cut off: a failover may lose all of them, and a token may be granted twice; set "
         "min-replicas-to-write 1 and min-replicas-max-lag 10"
     )
     return [warning]

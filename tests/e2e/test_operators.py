@@ -234,7 +234,7 @@ def test_a_waiters_line_follows_a_block(service: Service, tmp_path: Path) -> Non
         client.set_back_off(token, 3600, "it answers nonsense", endpoint="crm/accounts")
         wait_until(lambda: "it answers nonsense" in log.read_text(), 30)
         line = log.read_text().splitlines()[-1]
-        assert re.search("held by job 'other'.*; and .* made .* quiet: it answers nonsense", line)
+        assert re.search("held by job 'other'.*; and .* paused .*: it answers nonsense", line)
         assert re.search("earliest start in (59m|1h)", line)
         run.terminate()
         run.wait(timeout=30)

@@ -314,7 +314,7 @@ def test_a_wait_keeps_trying_until_its_limit(service: Service) -> None:
     _, stderr = waited.communicate(timeout=30)
     assert waited.returncode == 69
     assert time.monotonic() - began >= 2
-    assert stderr.count("trying on") == 1
+    assert stderr.count("retrying") == 1
 
 
 def test_a_coordinator_that_comes_late_is_found(own_service: Service) -> None:
@@ -324,7 +324,7 @@ def test_a_coordinator_that_comes_late_is_found(own_service: Service) -> None:
     service.end(signal.SIGTERM)
     process = run(service, token, "--wait", "30s", "--", "true")
     assert process.stderr is not None
-    assert "trying on" in process.stderr.readline()
+    assert "retrying" in process.stderr.readline()
     service.start()
     process.communicate(timeout=30)
     assert process.returncode == 0

@@ -142,11 +142,11 @@ async def test_what_an_access_list_lacks_is_named(
     assert line == store.ACCESS
 
 
-async def test_the_access_list_of_the_readme_is_enough(start_valkey: StartValkey) -> None:
+async def test_the_documented_access_list_is_enough(start_valkey: StartValkey) -> None:
     """A coordinator serves as a user with these rights alone: leases, wake-ups, budgets, sweeps."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/operating.md").read_text(encoding="utf-8")
     assert f"ACL SETUSER holdoff on >PASSWORD {store.ACCESS}" in " ".join(
-        readme.replace("\\\n", " ").split()
+        page.replace("\\\n", " ").split()
     )
     url = start_valkey(*DURABLE, "--user", "job", "on", f">{SECRET}", *store.ACCESS.split()).url
     own = url.replace("unix://", f"unix://job:{SECRET}@")

@@ -87,7 +87,7 @@ async def test_a_failover_that_loses_writes_is_warned_of(
     ("url", "words"),
     [
         ("redis+cluster://127.0.0.1:{single}", "is a single server, whose URL begins with redis:"),
-        ("redis+sentinel://127.0.0.1:{sentinel}/other", "tells a primary by that name"),
+        ("redis+sentinel://127.0.0.1:{sentinel}/other", "reports a running primary of that name"),
         ("redis+sentinel://127.0.0.1:{single}/main", "SENTINEL"),
         ("redis://127.0.0.1:{sentinel}", "redis+sentinel://host:26379/name-of-the-primary"),
         ("redis://127.0.0.1:{member}", "redis+cluster://host:6379,host:6379"),
@@ -137,7 +137,7 @@ async def test_a_cluster_without_all_slots_is_refused() -> None:
     with stores.cluster(primaries=1) as whole:
         whole.nodes[0].run("CLUSTER", "DELSLOTSRANGE", 0, 9)
         async with opened(whole.url) as client:
-            with pytest.raises(StoreError, match="10 of its 16384 slots are served by nobody"):
+            with pytest.raises(StoreError, match="10 of its 16384 slots are served by no node"):
                 await store.check(client)
 
 

@@ -223,7 +223,7 @@ class HeldLease(Held):
             raise self._renewals.lost
 
     async def wait_while_quiet(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until the holder may make calls: at once where nothing stands in the way.
+        """Wait until the holder may make calls: return at once unless it must back off.
 
         A job that makes calls in a loop asks before each of them::
 
@@ -235,10 +235,10 @@ class HeldLease(Held):
             timeout_seconds: How long to wait at most; None waits without limit.
 
         Returns:
-            Whether it may go on; False after the timeout.
+            Whether it may make calls; False after the timeout.
 
         Raises:
-            LeaseLost: The lease was lost, or given back.
+            LeaseLost: The lease was lost, or released.
         """
         give_up_ns = None
         if timeout_seconds is not None:
@@ -261,7 +261,7 @@ class HeldLease(Held):
     ) -> bool:
         """Report an answer of the provider if its policy counts it as an error, or it blocks.
 
-        The holder is told to be quiet when it must be, and so is everybody else.
+        The holder is told to back off when it must, and so are all others in the scope.
 
         Args:
             url: What was called, with its query: that is cut off.

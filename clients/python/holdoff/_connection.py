@@ -1,6 +1,6 @@
 """The synchronous connection: calls that are carried out, repeated and listened to.
 
-`holdoff._aio_connection` is the same with an event loop in the place of threads.
+`holdoff._aio_connection` is the same with an event loop instead of threads.
 """
 
 from __future__ import annotations

@@ -470,9 +470,7 @@ class Renewals:
         if self.lost is not None:
             raise self.lost
         if now_ns >= self.deadline_ns:
-            raise LeaseLost(
-                "no renewal came through before the deadline: the lease must be taken as lost"
-            )
+            raise LeaseLost("no renewal succeeded before the deadline: the lease counts as lost")
 
     def release_patience(self, now_ns: int) -> Patience:
         """How long to try to give the lease back: not beyond its end, and never for long."""

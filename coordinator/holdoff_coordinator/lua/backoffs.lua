@@ -188,7 +188,7 @@ end
 local function be_quiet(id, facts)
   if not redis.call('ZSCORE', BACK_OFFS, id) and redis.call('ZCARD', BACK_OFFS) >= BACK_OFFS_MOST then
     id, facts.division, facts.endpoint = 'many-' .. redis.sha1hex(facts.token), '', ''
-    facts.reason = 'too many scopes are quiet'
+    facts.reason = 'too many scopes back off'
     facts.until_us = math.max(facts.until_us, number(redis.call('HGET', back_off_key(id), 'until_us')))
   end
   local one = back_off_record(id)

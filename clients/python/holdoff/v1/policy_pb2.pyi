@@ -31,19 +31,19 @@ class _WhenQuietEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WhenQuiet.V
     WHEN_QUIET_UNSPECIFIED: _WhenQuiet.ValueType  # 0
     """Never sent."""
     WHEN_QUIET_FINISH: _WhenQuiet.ValueType  # 1
-    """It goes on: what runs is let finish."""
+    """It continues: a running command may finish."""
     WHEN_QUIET_PAUSE: _WhenQuiet.ValueType  # 2
     """It is stopped and continued later, no longer than its access token lives."""
     WHEN_QUIET_TERMINATE: _WhenQuiet.ValueType  # 3
     """It is ended."""
 
 class WhenQuiet(_WhenQuiet, metaclass=_WhenQuietEnumTypeWrapper):
-    """What a run does while a scope of its own must be quiet."""
+    """What a run does while one of its scopes backs off."""
 
 WHEN_QUIET_UNSPECIFIED: WhenQuiet.ValueType  # 0
 """Never sent."""
 WHEN_QUIET_FINISH: WhenQuiet.ValueType  # 1
-"""It goes on: what runs is let finish."""
+"""It continues: a running command may finish."""
 WHEN_QUIET_PAUSE: WhenQuiet.ValueType  # 2
 """It is stopped and continued later, no longer than its access token lives."""
 WHEN_QUIET_TERMINATE: WhenQuiet.ValueType  # 3
@@ -110,7 +110,7 @@ class Policy(_message.Message):
     are any, `division`, that finds both in the path or URL of a call.
     """
     when_quiet: Global___WhenQuiet.ValueType
-    """What a run does while a scope of its own must be quiet."""
+    """What a run does while one of its scopes backs off."""
     @_builtins.property
     def refresh(self) -> Global___RefreshPolicy:
         """When a token may be refreshed."""
@@ -189,7 +189,7 @@ class Throttle(_message.Message):
 
     @_builtins.property
     def scope(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Who must be quiet: `app` and any of `token`, `division` and `endpoint`."""
+        """Which scope backs off: `app` and any of `token`, `division` and `endpoint`."""
 
     @_builtins.property
     def until(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -360,7 +360,7 @@ class Limit(_message.Message):
     most: _builtins.int
     """How many."""
     margin: _builtins.int
-    """So many are kept in hand."""
+    """The part of `most` that is kept free."""
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
         """In which window."""
