@@ -378,9 +378,7 @@ async def _probe(client: StoreClient, name: str) -> None:
     if "~holdoff:*" not in missing:
         for command in await client.eval(script, 1, _PROBE_KEY, "commands"):
             missing.append(f"+{command.decode()}")
-        if await client.eval(script, 1, _PROBE_KEY, "channel"):
-            missing.append(_CHANNELS)
-    missing += [one for one in await _lacks_to_listen(client) if one not in missing]
+    missing += await _lacks_to_listen(client)
     if missing:
         raise StoreError(
             f"the access list of the store at {name} lacks for our user: {' '.join(missing)}; what "

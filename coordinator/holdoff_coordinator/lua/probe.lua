@@ -1,17 +1,16 @@
 -- Finds out what an access list forbids us. Alone: no other part stands before it.
 -- KEYS[1]  a key to read and to write; what is there is gone, if ARGV[1] is 'commands'
--- ARGV[1]  what to find out: 'key', 'channel' (of that name), or 'commands'
--- Answers 1 if the key or channel is forbidden, else 0; for 'commands' those that are, in
--- lower case.
+-- ARGV[1]  what to find out: 'key' or 'commands'
+-- Answers 1 if the key is forbidden, else 0; for 'commands' those that are, in lower case.
 local key = KEYS[1]
 
--- How a command is refused: nil, 'command', or 'key' for the key or channel.
+-- How a command is refused: nil, 'command', or 'key' for the key.
 local function refused(command)
   local answer = redis.pcall(unpack(command))
   local text = type(answer) == 'table' and answer.err or ''
   -- The words of Valkey, then those of Redis. What else goes wrong is not of interest here.
   if text:find('to run the') or text:find("can't run this command") then return 'command' end
-  if text:find('to access a') or text:find("can't access") or text:find("can't publish") then return 'key' end
+  if text:find('to access a') or text:find("can't access") then return 'key' end
 end
 
 if ARGV[1] == 'key' then
@@ -20,8 +19,6 @@ if ARGV[1] == 'key' then
     if refused(command) == 'key' then return 1 end
   end
   return 0
-elseif ARGV[1] == 'channel' then
-  return refused({'SPUBLISH', key, ''}) == 'key' and 1 or 0
 end
 
 local forbidden = {}
