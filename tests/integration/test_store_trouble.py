@@ -361,6 +361,26 @@ def test_a_damaged_budget_harms_no_other(damage: str, server: tuple[Replica, red
     assert metrics(replica)[key] > 0
 
 
+@pytest.mark.parametrize("damage", ["errors", "reservation:damaged"])
+def test_damage_beside_a_budget_fails_no_report(
+    damage: str, server: tuple[Replica, redis.Redis]
+) -> None:
+    """Errors are counted though their list, or a reservation that is due, cannot be read.
+
+    Fails when what else a report does ends it.
+    """
+    replica, store = server
+    app = App(replica, store)
+    app.spoil(f"{app.key}:{damage}")
+    store.zadd(f"{app.key}:reservations", {"damaged": 0})
+    event = error(app.good, ENDPOINT)
+    request = budget_service_pb2.RecordEventsRequest(events=[event])
+    assert replica.budgets.RecordEvents(request).outcomes == [budget_pb2.EVENT_OUTCOME_COUNTED]
+    kind = "events" if damage == "errors" else "reservations"
+    key = f'holdoff_damaged_records_total{{app="{app.name[5:]}",kind="{kind}"}}'
+    assert metrics(replica)[key] > 0
+
+
 @pytest.mark.parametrize("damage", ["backoff", "turns", "callers", "field"])
 def test_a_damaged_back_off_harms_no_other(
     damage: str, server: tuple[Replica, redis.Redis]
