@@ -171,8 +171,6 @@ class Metrics(grpc.aio.ServerInterceptor):
         app = resource[1] if resource[0] == "apps" and len(resource) > 1 else ""
         if event[b"kind"] == b"CALL_REFUSED":
             app = ""  # a name that a stranger chose
-        if app:
-            self._begin(app)
         self._events.labels(app, event[b"kind"].decode().lower()).inc()
         if b"waited_us" in event:
             self._waited.labels(app).observe(int(event[b"waited_us"]) / 1e6)

@@ -213,6 +213,8 @@ def test_a_paused_holder_says_why_and_for_how_long(app: App) -> None:
     wait_until(lambda: [one.activity_message for one in app.client.list_leases(token)] == [why], 30)
     app.client.reset_budget(next(app.client.list_budgets(app.name)).name, "test")
     wait_until(lambda: not run.puppet.is_stopped)
+    running = lease_pb2.HOLDER_ACTIVITY_RUNNING
+    wait_until(lambda: [one.activity for one in app.client.list_leases(token)] == [running], 30)
     run.puppet.end()
     code, _, stderr = run.wait()
     assert code == 0

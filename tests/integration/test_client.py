@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 import time
 from datetime import UTC
@@ -14,6 +16,7 @@ import holdoff
 from holdoff import errors
 from holdoff._platform import boottime_ns
 from holdoff.v1 import lease_pb2, lease_service_pb2
+from tests.cable import Cable
 from tests.harness import Replica, Waiter, ask, end_cooldown, wait_until
 
 if TYPE_CHECKING:
@@ -125,6 +128,36 @@ def test_an_interrupted_wait_gives_up_its_place(client: holdoff.Client, replica:
         with pytest.raises(KeyboardInterrupt):
             client.acquire(token, on_waiting=interrupt)
         wait_until(lambda: replica.show_token(token).queue_length == 0)
+
+
+def test_interrupted_while_it_accepts_it_gives_the_lease_back(replica: Replica) -> None:
+    """The lease was accepted, its answer is on the way, and Ctrl-C comes.
+
+    Fails when `_accept` does not release it, or as one under which something ran.
+    """
+    token = replica.create_token(600)
+    with Cable(replica.address) as cable, holdoff.Client(cable.address) as client:
+
+        def hold_answer(data: bytes) -> None:
+            if b"RenewLease" in data:
+                cable.flows.clear()
+
+        def interrupt() -> None:
+            wait_until(lambda: not cable.flows.is_set())
+            lease = replica.show_token(token).lease
+            wait_until(lambda: replica.show(lease).state == lease_pb2.LEASE_STATE_ACTIVE)
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_until(lambda: not replica.show_token(token).lease)
+            cable.flows.set()
+
+        cable.on_request = hold_answer
+        interrupting = threading.Thread(target=interrupt)
+        interrupting.start()
+        with pytest.raises(KeyboardInterrupt):
+            client.acquire(token)
+        interrupting.join()
+    shown = replica.show_token(token)
+    assert (shown.lease, shown.HasField("not_before_time")) == ("", False)
 
 
 def test_a_wait_survives_its_coordinator(valkey: Server, replica: Replica) -> None:

@@ -142,6 +142,25 @@ async def test_what_an_access_list_lacks_is_named(
     assert line == store.ACCESS
 
 
+async def test_a_pattern_that_may_only_be_read_is_named(start_valkey: StartValkey) -> None:
+    """Fails when the check only reads a key of each pattern."""
+    rules = store.ACCESS.replace(" ~lock:holdoff:*", " %R~lock:holdoff:*").split()
+    path = start_valkey(*DURABLE, "--user", "job", "on", f">{SECRET}", *rules).url
+    message = await refusal(path.replace("unix://", f"unix://job:{SECRET}@"))
+    assert "lacks for our user: ~lock:holdoff:*;" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--maxmemory", "is out of memory"), ("--min-replicas-to-write", "start its replicas")],
+)
+async def test_a_store_that_takes_no_writes_is_refused(
+    start_valkey: StartValkey, option: str, words: str
+) -> None:
+    """Fails when the check itself writes nothing, as when it judges the store again later."""
+    assert words in await refusal(start_valkey(*DURABLE, option, "1").url)
+
+
 async def test_the_documented_access_list_is_enough(start_valkey: StartValkey) -> None:
     """A coordinator serves as a user with these rights alone: leases, wake-ups, budgets, sweeps."""
     page = (Path(__file__).parents[2] / "docs/operating.md").read_text(encoding="utf-8")

@@ -289,8 +289,7 @@ class HeldLease(Held):
         self._wake()
         for task in (self._task, self._following):
             task.cancel()
-        # Which takes their CancelledErrors, that would hold their frames and connections.
-        await asyncio.gather(self._task, self._following, return_exceptions=True)
+        await asyncio.wait([self._task, self._following])
 
     def _wake(self) -> None:
         """Wake all who wait for news."""

@@ -249,11 +249,10 @@ class Run:
         if self._lease:
             env["HOLDOFF_LEASE"] = self._lease.name
             env["HOLDOFF_FENCING_TOKEN"] = str(self._lease.fencing_token)
+        self._conduct.begin(self._guard, self._lease)
         with self._interruptible():
-            self._conduct.begin(self._guard, self._lease)
             if self._log:
                 self._log.start()
-        self._interrupt()
         self._guard.launch(
             path,
             command,
