@@ -191,7 +191,7 @@ def lease_key(name: str) -> str:
 
 
 def run_out(store: redis.Redis, offer: lease_service_pb2.LeaseOffer) -> int:
-    """Let a lease, or an offer that was not accepted, have run out a second ago; return when, in µs.
+    """Let a lease, or an offer that was not accepted, have run out a second ago; return when (µs).
 
     Its record says so: whoever looks next settles it.
     """
