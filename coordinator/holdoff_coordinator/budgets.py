@@ -130,6 +130,8 @@ class Budgets:
             raise _backing_off(place.token.app, reply)
         if reply.status == "BUDGET_SPENT":
             raise _spent(place.token.app, reply)
+        if reply.status == "COUNTS_UNKNOWN":
+            raise _unknown(place.token.app, reply)
         return budget_service_pb2.ReserveResponse(
             reservation=_reservation(reply, place.token.app, reservation_id)
         )
@@ -348,6 +350,16 @@ def _spent(app: str, reply: Reply) -> Failure:
         f"{last.reserved} reserved of {last.most}, margin {last.margin}",
         resource=last.name,
         retry_after_seconds=last.room_in.ToMicroseconds() / 1e6,
+    )
+
+
+def _unknown(app: str, reply: Reply) -> Failure:
+    """What the store may have lost counts as spent."""
+    return Failure(
+        "COUNTS_UNKNOWN",
+        f"the store may have lost what was counted for apps/{app}, which therefore counts as spent",
+        resource=f"apps/{app}",
+        retry_after_seconds=max(LEAST_RETRY_SECONDS, (int(reply.values[0]) - reply.now_us) / 1e6),
     )
 
 

@@ -96,17 +96,11 @@ class Cluster(AsyncCoreCommands):
             )
         return [self._node(address) for address in sorted(set(filter(None, self._owners)))]
 
-    async def answers(self) -> bool:
-        """Tell whether any node answers."""
-        return any(await asyncio.gather(*map(self._answers, self._ask_next)))
-
-    async def _answers(self, address: Address) -> bool:
-        try:
-            async with asyncio.timeout(LOOK_SECONDS):
-                await self._execute(address, "PING")
-        except (RedisError, TimeoutError):
-            return False
-        return True
+    def known_nodes(self) -> list[Redis]:
+        """Return the clients of the nodes that serve slots, as far as we know; else of all."""
+        return [
+            self._node(address) for address in set(filter(None, self._owners)) or self._ask_next
+        ]
 
     async def aclose(self) -> None:
         """Close all connections."""

@@ -35,6 +35,7 @@ CODES: Mapping[str, int] = {
     "DRAINING": code_pb2.UNAVAILABLE,
     "BUDGET_SPENT": code_pb2.RESOURCE_EXHAUSTED,
     "BACKING_OFF": code_pb2.RESOURCE_EXHAUSTED,
+    "COUNTS_UNKNOWN": code_pb2.RESOURCE_EXHAUSTED,
     "TOO_MANY_BUDGETS": code_pb2.RESOURCE_EXHAUSTED,
     "TOO_MANY_EVENTS": code_pb2.RESOURCE_EXHAUSTED,
     # The lease is not what the caller thinks.
@@ -102,7 +103,7 @@ class Failure(Exception):  # noqa: N818 - the word of the domain; "Error" would 
                 type=self.reason, subject=self.resource, description=self.message
             )
             details.append(error_details_pb2.PreconditionFailure(violations=[violation]))
-        elif self.reason in ("BUDGET_SPENT", "BACKING_OFF"):
+        elif self.reason in ("BUDGET_SPENT", "BACKING_OFF", "COUNTS_UNKNOWN"):
             quota = error_details_pb2.QuotaFailure.Violation(
                 subject=self.resource, description=self.message
             )

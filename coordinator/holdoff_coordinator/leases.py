@@ -148,6 +148,7 @@ class Leases:
             token = validation.token_name("token", request.token)
             places = await self._places.declared(token, request.scopes)
             ask = check_ask(request, caller, places)
+            await self._places.check_ttl(token, ask.ttl_us)
             with self._hub.joined(waiter, ask.token, ask.request_hash):
                 async for event in self._conversation(ask, waiter):
                     if event.HasField("offer"):

@@ -24,7 +24,8 @@ from holdoff_coordinator.policies import Policies
 from holdoff_coordinator.scripts import Scripts, boottime_us
 from holdoff_coordinator.seldom import Seldom
 from holdoff_coordinator.service import SERVICES, Handlers, add_services
-from holdoff_coordinator.store import StoreAwayError, StoreError, answers
+from holdoff_coordinator.store import StoreAwayError, StoreError
+from holdoff_coordinator.store_watch import StoreWatch
 from holdoff_coordinator.sweeper import Sweeper
 from holdoff_coordinator.tokens import Tokens
 from holdoff_coordinator.watches import BudgetWatches, Watches
@@ -103,10 +104,10 @@ class Coordinator:
         self._certificates = certificates
         self._health_listen = health_listen
         self._drain_seconds = drain_seconds
-        self._open_store = open_store
         self.scripts = Scripts(
             redis, quarantine_us=round(quarantine_seconds * 1e6), boot_us=boot_us
         )
+        self._watch = StoreWatch(self.scripts, open_store)
         self.hub = Hub(self.scripts)
         self._sweeper = Sweeper(self.scripts)
         trail = AuditTrail(self.scripts)
@@ -131,7 +132,7 @@ class Coordinator:
             leases=Leases(self.scripts, self.hub, places),
             followers=self._followers,
             watches=Watches(self.scripts, self.hub),
-            tokens=Tokens(self.scripts, self.policies),
+            tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
             budgets=Budgets(self.scripts, places),
             back_offs=BackOffs(self.scripts, places),
             budget_watches=BudgetWatches(self.scripts, self.hub),
@@ -183,8 +184,7 @@ class Coordinator:
         said = Seldom()
         while True:
             try:
-                if (await self._open_store()).lost:
-                    self.scripts.data_is_lost()
+                await self._watch.open()
                 await self.scripts.upgrade()
             except StoreAwayError as error:
                 reason = str(error)
@@ -229,7 +229,7 @@ class Coordinator:
         missed = heard = 0
         while True:
             await asyncio.sleep(_HEALTH_SECONDS)
-            is_there = self.scripts.answers > heard or await answers(self.scripts.redis)
+            is_there = await self._watch.look() or self.scripts.answers > heard
             heard, missed = self.scripts.answers, 0 if is_there else missed + 1
             if missed == _MOST_MISSED:
                 log.error("not serving: the store does not answer")

@@ -41,7 +41,6 @@ __all__ = [
     "Epoch",
     "StoreAwayError",
     "StoreError",
-    "answers",
     "check",
     "connect",
     "describe",
@@ -56,7 +55,6 @@ RESTORED_KEY: Final = "holdoff:restored"
 CHECK_SECONDS: Final = 4.5
 """How long the check of a store may take in all."""
 
-_ANSWER_SECONDS: Final = 2.0
 _KEYS: Final = {
     "~holdoff:*": "holdoff:{probe}:wake",
     "~{holdoff}:*": "{holdoff}:probe",
@@ -70,7 +68,7 @@ _PROBE_KEY: Final = _KEYS["~holdoff:*"]  # also the name of a channel
 _CHANNELS: Final = "&holdoff:*"
 ACCESS: Final = (
     f"resetkeys {' '.join(_KEYS)} resetchannels {_CHANNELS} "
-    "+@read +@write +@scripting +@pubsub +@connection +info +time +cluster|slots"
+    "+@read +@write +@scripting +@pubsub +@connection +info +time +cluster|slots +cluster|myshardid"
 )
 """What our user needs, as ACL SETUSER takes it."""
 _OLDEST: Final = (7, 2)  # of Redis and of Valkey alike
@@ -184,18 +182,6 @@ async def mark_restored(client: StoreClient, seconds: float) -> None:
         await client.set(RESTORED_KEY, b"1", px=max(1, round(seconds * 1000)))
     except RedisError as error:
         raise explain(describe(client), error) from error
-
-
-async def answers(client: StoreClient) -> bool:
-    """Tell whether the store answers; of a Cluster, whether any node does."""
-    try:
-        async with asyncio.timeout(_ANSWER_SECONDS):
-            if isinstance(client, Cluster):
-                return await client.answers()
-            await client.ping()
-    except (RedisError, TimeoutError):
-        return False
-    return True
 
 
 def explain(name: str, error: RedisError) -> StoreError:

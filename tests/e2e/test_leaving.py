@@ -314,7 +314,7 @@ async def test_leaving_leaks_nothing_in_asyncio(cut_off: Replica, healthy: Repli
 def newer(store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
     """Give a coordinator of the next release, as far as the store's schema goes."""
     before = scripts.source
-    known = "local SCHEMA = 3 "
+    known = "local SCHEMA = 4 "
     assert known in before("renew")
     with monkeypatch.context() as patch:
         newer_one = known.replace("3", "4")

@@ -194,7 +194,8 @@ def test_the_check_tries_every_command() -> None:
         for script in folder.glob("*.lua")
         for name in re.findall(r"redis\.p?call\('([A-Z]+)'", script.read_text())
     }
-    assert used <= tried
+    # In a Cluster; without it the scripts only know less.
+    assert used - {"CLUSTER"} <= tried
 
 
 @pytest.mark.parametrize(

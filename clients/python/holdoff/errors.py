@@ -80,6 +80,12 @@ class BackingOff(BudgetSpent):
     REASON = "BACKING_OFF"
 
 
+class CountsUnknown(BudgetSpent):
+    """The store may have lost what was counted; until the window has passed it counts as spent."""
+
+    REASON = "COUNTS_UNKNOWN"
+
+
 class TooManyBudgets(NotGranted):
     """The app has too many different scopes to count."""
 

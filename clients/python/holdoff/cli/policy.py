@@ -67,6 +67,7 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
             ("refresh tokens", enum_text(refresh, "rotation")),
             ("used ones work for", duration_text(refresh, "grace")),
             ("idle life", duration_text(refresh, "idle_life")),
+            ("longest lease", duration_text(found, "longest_ttl")),
             *((f"limit {limit.name}", _limit_text(limit)) for limit in found.limits),
             ("block", _block_text(block)),
             *((f"throttle {one.name}", _throttle_text(one)) for one in found.throttles),

@@ -198,6 +198,8 @@ class Policy(_Table, frozen=True, kw_only=True):
     name: Id
     title: str = ""
     refresh: Refresh
+    longest_ttl: Seconds = Seconds(86400)
+    """The longest TTL of a lease; a loss of data holds back grants for as long, and an interval."""
     endpoint: Endpoint | None = None
     limit: tuple[Limit, ...] = ()
     block: Block = msgspec.field(default_factory=Block)

@@ -98,6 +98,7 @@ class Policy(_message.Message):
     THROTTLES_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     WHEN_QUIET_FIELD_NUMBER: _builtins.int
+    LONGEST_TTL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The policy's name, such as `exact-online`; tokens refer to it."""
     title: _builtins.str
@@ -132,6 +133,10 @@ class Policy(_message.Message):
     def output(self) -> Global___OutputPolicy:
         """How errors are recognised in what a job prints."""
 
+    @_builtins.property
+    def longest_ttl(self) -> _duration_pb2.Duration:
+        """The longest TTL that a lease may ask for."""
+
     def __init__(
         self,
         *,
@@ -145,10 +150,11 @@ class Policy(_message.Message):
         throttles: _abc.Iterable[Global___Throttle] | None = ...,
         output: Global___OutputPolicy | None = ...,
         when_quiet: Global___WhenQuiet.ValueType = ...,
+        longest_ttl: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "output", b"output", "refresh", b"refresh"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "longest_ttl", b"longest_ttl", "output", b"output", "refresh", b"refresh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "endpoint_path", b"endpoint_path", "limits", b"limits", "name", b"name", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "name", b"name", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
