@@ -263,8 +263,8 @@ def test_a_damaged_token_harms_no_other(
     wait_until(lambda: store.zscore(f"{app.key}:due", "swept") is None, 20.0)
     for waiter in waiters:
         waiter.vanish()
-    for one in (of_bad, follower):
-        one.close()
+    for stream in (of_bad, follower):
+        stream.close()
 
 
 def test_a_damaged_lease_leaves_the_history(server: tuple[Replica, redis.Redis]) -> None:
