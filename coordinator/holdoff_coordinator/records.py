@@ -109,13 +109,13 @@ _RUNNING = lease_pb2.HOLDER_ACTIVITY_RUNNING
 def _activity(
     app: str, lease: Record, now_us: int
 ) -> tuple[lease_pb2.HolderActivity.ValueType, str]:
-    """What the holder of an active lease does, and why."""
+    """What the holder of an active lease does, and why; of a late renewal nobody knows why."""
+    if int(lease["expires_us"]) - now_us < int(lease["ttl_us"]) / 2:
+        return lease_pb2.HOLDER_ACTIVITY_RENEWAL_LATE, ""
     why = ""
     if "back_off" in lease:
         facts = {key: value.encode() for key, value in json.loads(lease["back_off"]).items()}
         why = back_off_sentence(back_off_message(app, facts, now_us))
-    if int(lease["expires_us"]) - now_us < int(lease["ttl_us"]) / 2:
-        return lease_pb2.HOLDER_ACTIVITY_RENEWAL_LATE, why
     if lease.get("paused") == b"1":
         return lease_pb2.HOLDER_ACTIVITY_PAUSED, why
     return (lease_pb2.HOLDER_ACTIVITY_BACKING_OFF if why else _RUNNING), why

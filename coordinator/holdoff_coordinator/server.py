@@ -55,7 +55,7 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
     # Clients that wait for hours ping now and then to find out about dead connections.
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 
 
@@ -173,7 +173,8 @@ class Coordinator:
     async def _set_serving(self, refusal: Failure | None) -> None:
         """Tell health checks and callers that this replica serves, or why it does not."""
         self._gate.refusal = refusal
-        await self._set_health(_NOT_SERVING if refusal else _SERVING)
+        for service in ("", *SERVICES):
+            await self._health.set(service, _NOT_SERVING if refusal else _SERVING)
 
     async def _wait_for_store(self) -> None:
         """Return when the store is open, and its records are of this release.
@@ -220,10 +221,6 @@ class Coordinator:
                 raise _cannot_listen(self._metrics_listen) from None
         await self._server.start()
 
-    async def _set_health(self, status: int) -> None:
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
-
     async def _report_health_forever(self) -> None:
         """Look at the store each second; while it is away, say so and send everybody away."""
         missed = heard = 0
@@ -233,12 +230,12 @@ class Coordinator:
             heard, missed = self.scripts.answers, 0 if is_there else missed + 1
             if missed == _MOST_MISSED:
                 log.error("not serving: the store does not answer")
-                await self._set_health(_NOT_SERVING)
+                await self._set_serving(store_trouble("STORE_UNAVAILABLE"))
                 self.hub.lose_store()
             elif not missed and self.hub.store_is_away:
                 log.info("serving again: the store answers")
                 self.hub.store_is_away = False
-                await self._set_health(_SERVING)
+                await self._set_serving(None)
 
     async def __aexit__(
         self,

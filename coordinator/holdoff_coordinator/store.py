@@ -370,6 +370,7 @@ async def _probe(client: StoreClient, name: str) -> None:
         )
     with contextlib.suppress(NoScriptError):
         await client.evalsha("0" * 40, 1, _PROBE_KEY)
+    await (await node_of(client, _PROBE_KEY)).ping()
     await client.set(_PROBE_KEY, b"1", px=1000)
     await client.delete(_PROBE_KEY)
 

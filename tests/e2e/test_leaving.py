@@ -234,12 +234,15 @@ def test_a_holder_hears_notices_though_its_coordinator_lost_the_store(
 def test_health_follows_the_store(to_store: Cable, cut_off: Replica) -> None:
     """NOT_SERVING while the store is away, and SERVING when it is back; the process lives.
 
-    Fails when the coordinator reports that it serves whatever its store does.
+    Meanwhile it refuses all calls without asking the store, which may take seconds to fail.
+    Fails when the coordinator reports that it serves whatever its store does, or answers calls.
     """
     assert health(cut_off.address) == SERVING
     to_store.cut()
     wait_until(lambda: health(cut_off.address) != SERVING, 60)
     assert health(cut_off.address, "liveness") == SERVING
+    with holdoff.Client(cut_off.address) as client, pytest.raises(errors.StoreUnavailable):
+        client.list_policies()
     to_store.mend()
     wait_until(lambda: health(cut_off.address) == SERVING, 60)
     cut_off.hold(cut_off.create_token(0.1))
@@ -317,7 +320,7 @@ def newer(store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
     known = "local SCHEMA = 4 "
     assert known in before("renew")
     with monkeypatch.context() as patch:
-        newer_one = known.replace("3", "4")
+        newer_one = known.replace("4", "5")
         patch.setattr(scripts, "source", lambda name: before(name).replace(known, newer_one))
         patch.setattr(scripts.Scripts, "upgrade", lambda _: asyncio.sleep(0))
         replica = Replica(f"unix://{store}")

@@ -378,3 +378,22 @@ def test_a_lock_script_asleep_is_woken_when_a_lease_expires(
     assert got
     assert got[0] >= seconds(client.get_lease(name).expire_time) + INTERVAL_SECONDS
     lock.release()
+
+
+def test_a_release_that_meets_a_fault_changes_no_exit_code(
+    service: Service, token: str, store: redis.Redis, tmp_path: Path
+) -> None:
+    """The fault is reported, and the lease expires. Fails when 70 replaces the command's code."""
+    go, record = tmp_path / "go", f"holdoff:{{{token.split('/')[1]}}}:token:t"
+    command = 'until [ -e "$0" ]; do sleep 0.05; done; exit 3'
+    process = run(service, token, "--", "sh", "-c", command, str(go))
+    service.only_lease(token)
+    store.rename(record, f"{record}:aside")
+    store.set(record, "damaged")
+    try:
+        go.touch()
+        _, told = process.communicate(timeout=60)
+    finally:
+        store.delete(record)
+        store.rename(f"{record}:aside", record)
+    assert (process.returncode, "could not be released" in told) == (3, True)

@@ -103,6 +103,25 @@ async def test_a_lease_is_renewed_until_it_is_released(
     assert ended.holder.labels == labels
 
 
+async def test_what_the_client_ends_itself_moves_it_nowhere(
+    client: holdoff.aio.Client, replica: Replica
+) -> None:
+    """Releases, and waits that end or are cancelled, say nothing about the coordinator.
+
+    Fails when the end of a conversation that the client withdrew counts as a broken connection.
+    """
+    token = replica.create_token(0.1)
+    async with await client.acquire(token):
+        with pytest.raises(errors.LeaseHeld):
+            await client.acquire(token, wait_seconds=0.1)
+        told = asyncio.Event()
+        waiting = asyncio.create_task(client.acquire(token, on_waiting=lambda _: told.set()))
+        await told.wait()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    assert client._route.number == 0
+
+
 async def test_waiting_is_told_and_ends_with_the_lease(
     client: holdoff.aio.Client, replica: Replica, store: redis.Redis
 ) -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from datetime import UTC
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,6 +43,25 @@ def test_a_lease_is_renewed_until_it_is_released(client: holdoff.Client, replica
         wait_until(lambda: boottime_ns() > first_deadline)
         lease.check()
     assert client.get_lease(lease.name).state == lease_pb2.LEASE_STATE_RELEASED
+
+
+def test_what_the_client_ends_itself_moves_it_nowhere(
+    client: holdoff.Client, replica: Replica
+) -> None:
+    """Releases, waits that end and watches that are closed say nothing about the coordinator.
+
+    Fails when the end of a stream that the client cancelled counts as a broken connection.
+    """
+    token = replica.create_token(0.1)
+    for _ in range(3):
+        with client.acquire(token) as lease:
+            wait_until(partial(getattr, lease, "notice"))  # it follows
+            with pytest.raises(errors.LeaseHeld):
+                client.acquire(token, wait_seconds=0.1)
+    watch = client.watch_leases(token)
+    next(watch)
+    watch.close()
+    assert client._route.number == 0
 
 
 def test_waiting_is_told_and_ends_with_the_lease(

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(600 if LONG else 60)
 
 # In a process of its own: a fork of the tests' own process would copy a coordinator.
 BLOCKING = """
-import json, multiprocessing, os, sys, uuid
+import json, multiprocessing, os, sys, threading, uuid
 import holdoff
 from holdoff._calls import error_event, scope
 from holdoff._reporting import Reporter
@@ -46,8 +46,14 @@ def in_child(lease):
         except holdoff.LeaseLost as error:
             refused.append(str(error))
     lease.command_started()
+    lease.command_paused(paused=True)
     lease.release()
     assert len(refused) == 2 and str(os.getppid()) in refused[0], refused
+
+def hold_locks(client, lease, locked, forked):
+    with client._lock, lease._changed:
+        locked.set()
+        forked.wait()
 
 reporter = Reporter(away, Spool(), warn=lambda _: None)
 reporter.report(event())
@@ -56,20 +62,32 @@ with (
     client.acquire(token, ttl_seconds=3) as lease,
     client.budget_guard(token) as guard,
 ):
+    watch = client.watch_leases(token)
+    next(watch)
     codes = set()
     for _ in range(int(forks)):
+        locked, forked = threading.Event(), threading.Event()
+        holding = threading.Thread(target=hold_locks, args=[client, lease, locked, forked])
+        holding.start()
+        locked.wait()
         child = os.fork()
+        forked.set()
         if child == 0:
             in_child(lease)
-            try:
-                client.list_waiters(token)
-            except holdoff.HoldoffError as error:
-                assert "make a client here" in str(error), error
+            refused = []
+            for call in (lambda: client.list_waiters(token), lambda: next(watch)):
+                try:
+                    call()
+                except holdoff.HoldoffError as error:
+                    refused.append(str(error))
+            if len(refused) == 2 and all("make a client here" in one for one in refused):
                 reporter.report(event())
                 reporter.close(60)
                 sys.exit(3)  # through all of the blocks
             os._exit(4)
+        holding.join()
         codes.add(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    watch.close()
     told["forks"] = list(codes)
     process = multiprocessing.get_context("fork").Process(target=in_child, args=[lease])
     process.start()
@@ -147,7 +165,8 @@ def told_by(program: str, replica: Replica, folder: Path) -> dict[str, Any]:
 def test_a_forked_child_leaves_its_parents_lease_alone(replica: Replica, tmp_path: Path) -> None:
     """Neither leaving the blocks nor a call ends what is the parent's, and the child ends at once.
 
-    Fails when any of release, guard, reporter and client does not look at who it belongs to.
+    Fails when any of release, guard, reporter, watch and client does not look at who it belongs
+    to, or waits for a lock that a thread of the parent held during the fork.
     """
     told = told_by(BLOCKING, replica, tmp_path)
     assert (told["forks"], told["multiprocessing"]) == ([3], 0)

@@ -1,6 +1,7 @@
 """Connecting to a store, judging it, and its epoch, on real servers."""
 
 import asyncio
+import gc
 import os
 import re
 import signal
@@ -19,8 +20,11 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from holdoff_coordinator import store
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.scripts import Scripts
 from holdoff_coordinator.settings import Settings
 from holdoff_coordinator.store import StoreError
+from holdoff_coordinator.sweeper import Sweeper
+from tests.cable import Cable
 from tests.harness import Replica, Waiter, ask, wait_until
 
 SECRET = "sw0rdf1sh"
@@ -123,6 +127,7 @@ async def test_an_access_list_that_forbids_scripts_is_told(start_valkey: StartVa
             for name in ("zpopmin", "xadd", "hincrby", "sadd", "ssubscribe")
         ),
         ("-evalsha", "evalsha"),
+        ("-ping", "ping"),
         ("-info", "info"),
     ],
 )
@@ -183,6 +188,25 @@ async def test_the_documented_access_list_is_enough(start_valkey: StartValkey) -
         waiter.vanish()
         refused = {one["object"] for one in cast("Any", admin.acl_log())}
         assert refused <= {"config|get"}  # without which it only knows less
+
+
+async def test_a_sweeper_that_stops_without_its_store_logs_no_fault(
+    start_valkey: StartValkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fails when the error of its last call to the store is dropped, which asyncio then logs."""
+    with Cable(start_valkey().url.removeprefix("unix://")) as cable:
+        async with client_of(f"redis://{cable.address}/0") as client:
+            sweeper = Sweeper(Scripts(client, quarantine_us=0))
+            cable.flows.clear()
+            sweeping = asyncio.create_task(sweeper.sweep_forever())
+            await asyncio.to_thread(wait_until, lambda: cable.received)
+            sweeping.cancel()
+            await asyncio.gather(sweeping, return_exceptions=True)
+            cable.cut()
+            await sweeper.stop()
+    sweeper._asked = None
+    gc.collect()
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_the_check_tries_every_command() -> None:

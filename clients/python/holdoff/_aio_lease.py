@@ -119,11 +119,11 @@ class Conversation:
     async def _read(self) -> _Event:
         with self._route.watched(self._line.number):
             response = await self._stream.read()
-            if response is grpc.aio.EOF:
-                raise Unavailable("the coordinator ended the conversation")
-            self._route.answered(self._line.number)
-            answer = cast("lease_service_pb2.StreamAcquireLeaseResponse", response)
-            return self._acquisition.received(answer.event)
+            if response is not grpc.aio.EOF:
+                self._route.answered(self._line.number)
+                answer = cast("lease_service_pb2.StreamAcquireLeaseResponse", response)
+                return self._acquisition.received(answer.event)
+        raise Unavailable("the coordinator ended the conversation")
 
 
 class HeldLease(Held):

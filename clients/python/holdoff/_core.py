@@ -20,7 +20,14 @@ from holdoff._status import from_status
 from holdoff._text import MOST_JOB_CHARACTERS, MOST_LABEL_CHARACTERS, described
 from holdoff._timing import MOST_WAIT_SECONDS, SECOND, Timing
 from holdoff._version import VERSION
-from holdoff.errors import BudgetSpent, HoldoffError, InvalidRequest, LeaseLost, Unavailable
+from holdoff.errors import (
+    BudgetSpent,
+    HoldoffError,
+    InvalidRequest,
+    LeaseLost,
+    Unavailable,
+    UnexpectedError,
+)
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
@@ -451,12 +458,12 @@ class Renewals:
             self.next_ns = 0
 
     def failed(self, error: HoldoffError, now_ns: int) -> None:
-        """Take in a renewal that failed; a time-out says nothing about the lease.
+        """Take in a renewal that failed; a time-out or a fault says nothing about the lease.
 
         Raises:
             LeaseLost: The coordinator says that the lease is gone, or the deadline has passed.
         """
-        if not isinstance(error, Unavailable):
+        if not isinstance(error, (Unavailable, UnexpectedError)):
             if isinstance(error, LeaseLost):
                 raise error
             raise LeaseLost(f"the renewal was refused: {error}") from error

@@ -100,10 +100,10 @@ class Conversation:
         """
         with self._route.watched(self._line.number):
             response = next(self._stream, None)
-            if response is None:
-                raise Unavailable("the coordinator ended the conversation")
-            self._route.answered(self._line.number)
-            return self._acquisition.received(response.event)
+            if response is not None:
+                self._route.answered(self._line.number)
+                return self._acquisition.received(response.event)
+        raise Unavailable("the coordinator ended the conversation")
 
 
 class HeldLease(Held):
@@ -170,6 +170,8 @@ class HeldLease(Held):
 
         It shows where leases are listed.
         """
+        if not self._owner.is_here:
+            return
         with self._changed:
             super().command_paused(paused=paused)
             self._changed.notify_all()

@@ -22,7 +22,14 @@ from holdoff.cli._account import Interrupted, now
 from holdoff.cli._conduct import Conduct
 from holdoff.cli._fencing import last_fencing_token, remember_fencing_token
 from holdoff.cli._waiting import WaitDisplay
-from holdoff.errors import HoldoffError, InvalidRequest, LeaseLost, NotFound, Unavailable
+from holdoff.errors import (
+    HoldoffError,
+    InvalidRequest,
+    LeaseLost,
+    NotFound,
+    Unavailable,
+    UnexpectedError,
+)
 from holdoff.v1 import lease_pb2
 
 if TYPE_CHECKING:
@@ -299,7 +306,7 @@ class Run:
         elif self._lease:
             try:
                 self._lease.release(unused=outcome.cannot_run is not None)
-            except Unavailable as error:
+            except (Unavailable, UnexpectedError) as error:
                 self._say(f"the lease could not be released, and will expire: {error}")
         if outcome.cannot_run:
             raise outcome.cannot_run

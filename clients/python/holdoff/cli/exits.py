@@ -65,7 +65,8 @@ def code_of(error: Exception) -> int | None:
 
 CANNOT_RUN: Final = {
     CANNOT_EXECUTE: "is it executable (chmod +x), and is it a program or does it begin with #!?",
-    COMMAND_NOT_FOUND: "is it on the PATH of this user? If not, write its full path",
+    COMMAND_NOT_FOUND: "is it on the PATH of this user? If not, write its full path; if it is a "
+    "script, is the interpreter in its first line (#!) installed?",
 }
 """What the user can do about a command that cannot be run."""
 
