@@ -102,7 +102,10 @@ def test_what_was_gained_before_the_window_is_forgotten() -> None:
 
 @given(st.lists(st.integers(-SECOND, SECOND), min_size=2, max_size=80))
 def test_the_floor_is_never_above_what_the_clock_showed(steps: list[int]) -> None:
-    """Whatever the clock did within the window, the floor counts from its slowest instant."""
+    """Whatever the clock did within the window, the floor counts from its slowest instant.
+
+    That instant is known as exactly as the answers were quick: here to 100 µs.
+    """
     clock, offset, slowest = StoreClock(), 0, 0
     for at, step in enumerate(steps):
         offset += step
@@ -110,4 +113,4 @@ def test_the_floor_is_never_above_what_the_clock_showed(steps: list[int]) -> Non
         stepped(clock, at, offset)
     reading = clock.read(0)
     assert reading is not None
-    assert reading.floor_us <= slowest
+    assert reading.floor_us <= slowest + 100
