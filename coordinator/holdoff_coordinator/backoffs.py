@@ -149,7 +149,7 @@ class BackOffs:
         if app not in await self._scripts.apps():
             raise Failure(
                 "TOKEN_NOT_FOUND",
-                f"apps/{app} has no token; make one with: holdoff token create apps/{app}/tokens/…",
+                f"apps/{app} has no token; create one: holdoff token create apps/{app}/tokens/…",
                 resource=str(AppName(app)),
             )
         return app, {
@@ -208,7 +208,7 @@ class BackOffs:
             obstacles.append(
                 budget_service_pb2.Obstacle(
                     reason=lease_pb2.WAIT_REASON_QUEUED,
-                    message=f"{_waiters(status.queue_length)} for it: holdoff token queue {token}",
+                    message=f"{_waiters(status.queue_length)}: holdoff token queue {token}",
                 )
             )
         return obstacles, int(entry[6]) - now_us
@@ -263,7 +263,7 @@ class BackOffs:
 
 
 def _waiters(count: int) -> str:
-    return "1 waits" if count == 1 else f"{count} wait"
+    return "1 waiter" if count == 1 else f"{count} waiters"
 
 
 def _scope_of(app: str, values: dict[str, str]) -> budget_pb2.Scope:
@@ -304,6 +304,6 @@ def _words(
 ) -> str:
     where, reasons = scope_words(scope), [one.message for one in obstacles]
     if not reasons:
-        return f"{where} may go on now"
-    when = f", for {format_duration(longest_us / 1e6)} at least" if longest_us else ""
+        return f"{where} may start now"
+    when = f" for at least {format_duration(longest_us / 1e6)}" if longest_us else ""
     return f"{where} must wait{when}: {reasons[0]}"

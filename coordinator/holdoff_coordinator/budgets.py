@@ -111,7 +111,7 @@ class Budgets:
         )
         count = _count("count", request.count)
         if request.kind not in (budget_pb2.EVENT_KIND_CALL, budget_pb2.EVENT_KIND_TOKEN_REQUEST):
-            raise invalid("kind", "must be CALL or TOKEN_REQUEST: an error is not planned")
+            raise invalid("kind", "must be CALL or TOKEN_REQUEST: an error cannot be reserved")
         place = await self._places.find("scope", request.scope, {})
         specs = place.specs(_KINDS[request.kind]) + place.specs("errors")
         for spec in specs:
@@ -133,6 +133,8 @@ class Budgets:
             raise _backing_off(place.token.app, reply)
         if reply.status == "BUDGET_SPENT":
             raise _spent(place.token.app, reply)
+        if reply.status == "COUNTS_UNKNOWN":
+            raise _unknown(place.token.app, reply)
         reservation = _reservation(reply, place.token.app, reservation_id)
         if reservation.state == budget_pb2.RESERVATION_STATE_RESERVED:
             self._replays.reserved(place.token.app, call)
@@ -320,7 +322,7 @@ def _reservation(reply: Reply, app: str, reservation_id: str) -> budget_pb2.Rese
         case "RESERVATION_NOT_FOUND":
             raise Failure(
                 "RESERVATION_NOT_FOUND",
-                f"apps/{app} has no such reservation of this caller, or it is long over",
+                f"apps/{app} has no such reservation of this caller, or it has long expired",
             )
         case "RESERVATION_ID_REUSED":
             raise Failure(
@@ -336,7 +338,7 @@ def _too_many(word: str, app: str) -> Failure:
     what = "different scopes" if word == "TOO_MANY_BUDGETS" else "events"
     return Failure(
         word,
-        f"apps/{app} has too many {what} to count: is a varying part of the path taken for the "
+        f"apps/{app} has too many {what} to count: is a variable part of the path part of the "
         "endpoint? See `endpoint` in the policy",
         retry_after_seconds=60.0,
     )
@@ -349,9 +351,19 @@ def _spent(app: str, reply: Reply) -> Failure:
     return Failure(
         "BUDGET_SPENT",
         f"the budget {last.limit!r} of {scope_words(last.scope)} has no room: {last.used} used and "
-        f"{last.reserved} reserved of {last.most}, {last.margin} in hand",
+        f"{last.reserved} reserved of {last.most}, margin {last.margin}",
         resource=last.name,
         retry_after_seconds=last.room_in.ToMicroseconds() / 1e6,
+    )
+
+
+def _unknown(app: str, reply: Reply) -> Failure:
+    """What the store may have lost counts as spent."""
+    return Failure(
+        "COUNTS_UNKNOWN",
+        f"the store may have lost what was counted for apps/{app}, which therefore counts as spent",
+        resource=f"apps/{app}",
+        retry_after_seconds=max(LEAST_RETRY_SECONDS, (int(reply.values[0]) - reply.now_us) / 1e6),
     )
 
 

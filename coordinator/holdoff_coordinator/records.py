@@ -109,13 +109,13 @@ _RUNNING = lease_pb2.HOLDER_ACTIVITY_RUNNING
 def _activity(
     app: str, lease: Record, now_us: int
 ) -> tuple[lease_pb2.HolderActivity.ValueType, str]:
-    """What the holder of an active lease does, and why."""
+    """What the holder of an active lease does, and why; of a late renewal nobody knows why."""
+    if int(lease["expires_us"]) - now_us < int(lease["ttl_us"]) / 2:
+        return lease_pb2.HOLDER_ACTIVITY_RENEWAL_LATE, ""
     why = ""
     if "back_off" in lease:
         facts = {key: value.encode() for key, value in json.loads(lease["back_off"]).items()}
         why = back_off_sentence(back_off_message(app, facts, now_us))
-    if int(lease["expires_us"]) - now_us < int(lease["ttl_us"]) / 2:
-        return lease_pb2.HOLDER_ACTIVITY_RENEWAL_LATE, why
     if lease.get("paused") == b"1":
         return lease_pb2.HOLDER_ACTIVITY_PAUSED, why
     return (lease_pb2.HOLDER_ACTIVITY_BACKING_OFF if why else _RUNNING), why
@@ -368,7 +368,7 @@ def back_off_sentence(back_off: budget_pb2.BackOff) -> str:
     match back_off.state:
         case budget_pb2.BACK_OFF_STATE_PROBING:
             probe = f", {holder_words(back_off.probe)}," if back_off.HasField("probe") else ""
-            return f"{back_off.reason}; that is over, and one job{probe} tries first"
+            return f"{back_off.reason}; that is over, and one job{probe} probes first"
         case budget_pb2.BACK_OFF_STATE_REOPENING:
             return f"{back_off.reason}; that is over, and jobs follow one by one"
         case _:
@@ -399,7 +399,7 @@ def _back_off_words(app: str, back_off: Mapping[str, bytes]) -> str:
     where, reason = scope_words(_scope(app, back_off)), back_off.get("reason", b"").decode()
     match back_off["cause"]:
         case b"SPENT" if reason:
-            return f"{reason}: {where} is quiet"
+            return f"{reason}: {where} is backing off"
         case b"SPENT":
             return f"the budget {back_off['limit'].decode()!r} of {where} is spent"
         case b"BLOCKED":
@@ -408,14 +408,14 @@ def _back_off_words(app: str, back_off: Mapping[str, bytes]) -> str:
             what = f" ({reason})" if reason else ""
             return f"the provider refuses calls of {where}{how}{what}"
         case _:
-            who = back_off.get("user", b"").decode() or "somebody"
-            return f"{who} made {where} quiet: {reason}"
+            who = back_off.get("user", b"").decode() or "an operator"
+            return f"{who} paused {where}: {reason}"
 
 
 def _cleared_words(back_off: Record) -> str:
     if "cleared_by" not in back_off:
         return ""
-    return f"; {back_off['cleared_by'].decode()} ended it: {back_off['clear_reason'].decode()}"
+    return f"; {back_off['cleared_by'].decode()} cleared it: {back_off['clear_reason'].decode()}"
 
 
 def scope_words(scope: budget_pb2.Scope) -> str:

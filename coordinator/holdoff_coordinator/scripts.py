@@ -11,7 +11,7 @@ import hashlib
 import time
 import uuid
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +30,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from holdoff_coordinator.caller import NOBODY
-from holdoff_coordinator.clock import TOLERANCE_US, StoreClock
+from holdoff_coordinator.clock import SLACK_US, TOLERANCE_US, StoreClock
 from holdoff_coordinator.cluster import Cluster, node_of
 from holdoff_coordinator.failures import CODES, Failure, store_trouble
 from holdoff_coordinator.seldom import warn
@@ -95,7 +95,9 @@ def source(name: str) -> str:
     if name in BUDGET_SCRIPTS:
         before.append("budgets")
     folder = files("holdoff_coordinator") / "lua"
-    return "".join((folder / f"{part}.lua").read_text() for part in [*before, name])
+    parts = [(folder / f"{part}.lua").read_text() for part in [*before, name]]
+    # In a function, since Lua allows 200 local variables in each.
+    return "".join([*parts[:-1], "return (function() ", parts[-1], "end)()\n"])
 
 
 def digest(name: str) -> str:
@@ -124,6 +126,8 @@ def boottime_us() -> int:
     return time.clock_gettime_ns(clock) // 1000
 
 
+_FIRST_LOOKS = 3
+"""How often a clock is looked at before it is relied on; the quickest answer counts."""
 ERRORS_READ = 1000
 """Errors of an app looked through for an explanation."""
 CHANGES_READ = 200
@@ -182,6 +186,18 @@ class _Watched:
     jump_us: int = 0
     jumped_at_us: int = 0
 
+    def copy(self) -> _Watched:
+        """Return another one with the same past."""
+        return replace(self, clock=self.clock.copy())
+
+
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    """The longest hold of an app that the store told of, and until when it counts (boot µs)."""
+
+    us: int = 0
+    until_us: int = 0
+
 
 class Scripts:
     """Runs scripts on the shards of one store."""
@@ -206,17 +222,21 @@ class Scripts:
         """Called when a newer coordinator has changed the store's records."""
         self.on_new_life: Callable[[str], None] = lambda _: None
         """Called with an app whose data is not what we know: some of it may be lost."""
+        self.jumps = 0
+        """How often a clock of the store jumped."""
         self.answers = 0
         """How many scripts the store has run for us."""
         self._lost_until_us = 0
         self._quarantine_us = quarantine_us
         self._boot_us = boot_us
-        # A server has one clock; the nodes of a Cluster have one each, and an app may move.
-        self._clock_an_app = isinstance(redis, Cluster)
-        self._clocks: defaultdict[str, _Watched] = defaultdict(_Watched)
+        # Each node of a Cluster has a clock, and an app may move to another node: so we keep one
+        # for each app too, which begins with what is known of the node's.
+        self._nodes: defaultdict[Redis, _Watched] = defaultdict(_Watched)
+        self._clocks: dict[str, _Watched] = {}
         self._epochs: dict[str, str] = {}
         self._lives: dict[str, Life] = {}
-        self._longest_hold_us: dict[str, int] = {}
+        self._holds: defaultdict[str, _Hold] = defaultdict(_Hold)
+        self._keep_us = quarantine_us
         self._cleared: dict[str, int] = {}
         self._histories: set[str] = set()
         self._sources = {name: source(name) for name in SCRIPTS}
@@ -226,6 +246,10 @@ class Scripts:
         """Take what the store does not know for lost, for as long as that may matter."""
         self._lost_until_us = self._boot_us() + self._quarantine_us
 
+    def records_are_lost(self, app: str) -> None:
+        """Take what the store does not know of an app for lost."""
+        self._epochs[app] = LOST
+
     async def run(
         self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY
     ) -> Reply:
@@ -234,36 +258,78 @@ class Scripts:
         Raises:
             Failure: STORE_UNAVAILABLE; whether the script ran is then unknown.
         """
-        if self._in_doubt(app):
-            watched = self._watched(app)
+        watched = await self._watched(app)
+        if self._in_doubt(app, watched):
             jumps = watched.jumps
             why = f"the clock of the store jumped by {watched.jump_us / 1e6:+.3f} s"
-            await self._run("quarantine", app, why)
+            loss = "DATA" if watched.jump_us > SLACK_US else "NOTHING"
+            await self._run("quarantine", app, why, loss)
             self._cleared[app] = jumps
+            if loss == "DATA":
+                self.on_new_life(app)
         return await self._run(name, app, *args, caller=caller)
 
-    def _in_doubt(self, app: str) -> bool:
+    def _in_doubt(self, app: str, watched: _Watched) -> bool:
         """Tell whether the clock jumped, not long ago, and the app was not quarantined for it."""
-        watched = self._watched(app)
         since_us = self._boot_us() - watched.jumped_at_us
-        safe_us = max(self._quarantine_us, self._longest_hold_us.get(app, 0))
-        return self._cleared.get(app, 0) < watched.jumps and since_us < safe_us
+        return self._cleared.get(app, 0) < watched.jumps and since_us < self._safe_us(app)
 
-    def _watched(self, app: str) -> _Watched:
-        return self._clocks[app if self._clock_an_app else ""]
+    def _safe_us(self, app: str) -> int:
+        """Return for how long something of the app may matter that the store does not know."""
+        hold = self._holds[app]
+        return max(self._quarantine_us, hold.us if self._boot_us() < hold.until_us else 0)
+
+    def _learn_hold(self, app: str, hold_us: int) -> None:
+        now_us, known = self._boot_us(), self._holds[app]
+        if hold_us >= known.us or now_us >= known.until_us:
+            self._holds[app] = _Hold(hold_us, now_us + hold_us)
+            self._keep_us = max(self._keep_us, hold_us)
+
+    async def _watched(self, app: str) -> _Watched:
+        """Return the clock that an app goes by."""
+        # Finding out which node it is may take a second, by which an estimate would be wrong.
+        node = await self._answer(node_of(self.redis, shard_key(app)))
+        if self._nodes[node].clock.read(0) is None:
+            for _ in range(_FIRST_LOOKS):
+                await self.look_at_clock(node)
+        if not isinstance(self.redis, Cluster):
+            return self._nodes[node]
+        if app not in self._clocks:
+            self._clocks[app] = self._nodes[node].copy()
+        return self._clocks[app]
+
+    async def look_at_clock(self, node: Redis) -> None:
+        """Compare the clock of a node of the store with ours.
+
+        Raises:
+            Failure: The node did not answer.
+        """
+        sent_us = self._boot_us()
+        seconds, microseconds = await self._answer(node.time())
+        self._observe(self._nodes[node], sent_us, seconds * 1_000_000 + microseconds)
+
+    def _observe(self, watched: _Watched, sent_us: int, store_us: int) -> int:
+        """Take in what the store's clock showed; return by how many µs it jumped, or 0."""
+        jump_us = watched.clock.observe(sent_us, self._boot_us(), store_us, self._keep_us)
+        if jump_us:
+            watched.jumps += 1
+            watched.jump_us, watched.jumped_at_us = jump_us, self._boot_us()
+            self.jumps += 1
+            log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
+        return jump_us
 
     async def _run(
         self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY
     ) -> Reply:
-        # Finding out which node it is may take a second, by which the estimate would be wrong.
-        await self._answer(node_of(self.redis, shard_key(app)))
-        watched = self._watched(app)
-        estimate_us = 0 if self._in_doubt(app) else watched.clock.estimate_us(self._boot_us())
+        watched = await self._watched(app)
+        reading = watched.clock.read(self._boot_us())
+        if self._in_doubt(app, watched) and reading:
+            reading = replace(reading, estimate_us=0)
         header = (
-            "" if estimate_us is None else estimate_us,
+            str(reading or ""),
             self._epochs.get(app) or (LOST if self._boot_us() < self._lost_until_us else ""),
             uuid.uuid4().hex,
-            max(self._quarantine_us, self._longest_hold_us.get(app, 0)),
+            self._safe_us(app),
             caller.identity,
             caller.peer,
         )
@@ -274,12 +340,8 @@ class Scripts:
         now_us = int(answer[0])
         if epoch := answer[1].decode():
             self._epochs[app] = epoch
-            self._longest_hold_us[app] = max(int(answer[2]), self._longest_hold_us.get(app, 0))
-        jump_us = watched.clock.observe(sent_us, self._boot_us(), now_us)
-        if jump_us:
-            watched.jumps += 1
-            watched.jump_us, watched.jumped_at_us = jump_us, self._boot_us()
-            log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
+            self._learn_hold(app, int(answer[2]))
+        jump_us = self._observe(watched, sent_us, now_us)
         audited, damaged, history = answer[3]
         life = self._note_life(app, Life(epoch, history.decode()))
         for entry_id, flat in audited:
@@ -287,7 +349,8 @@ class Scripts:
         things = tuple(thing.decode(errors="replace") for thing, _ in damaged)
         for thing, (_, why) in zip(things, damaged, strict=True):
             self._found_damaged(app, thing, why.decode(errors="replace"))
-        late = bool(estimate_us and not jump_us and abs(now_us - estimate_us) > TOLERANCE_US)
+        off_us = abs(now_us - reading.estimate_us) if reading and reading.estimate_us else 0
+        late = off_us > TOLERANCE_US and not jump_us
         reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]), things, late, life)
         if reply.status == "SCHEMA_TOO_NEW":
             found, known = (int(value) for value in reply.values)
@@ -434,9 +497,13 @@ class Scripts:
             history = info.get("master_replid", "") if isinstance(info, dict) else ""
             yield its_apps, answers, history
 
-    async def register(self, app: str) -> None:
-        """Put an app into the index of apps."""
-        await self._answer(self.redis.sadd(APPS, app))
+    async def register(self, app: str) -> bool:
+        """Put an app into the index of apps; tell whether it was new there."""
+        return bool(await self._answer(self.redis.sadd(APPS, app)))
+
+    async def has_records(self, app: str) -> bool:
+        """Tell whether the store has records of an app."""
+        return bool(await self._answer(self.redis.exists(shard_key(app))))
 
     async def apps(self) -> list[str]:
         """List all apps, in order."""

@@ -119,16 +119,17 @@ def renewals() -> Renewals:
     return Renewals(Timing.of(10), 0)
 
 
-def test_a_time_out_says_nothing_until_the_deadline() -> None:
-    """A renewal without an answer is tried again; at the deadline the lease counts as lost.
+@pytest.mark.parametrize("error", [errors.Unavailable("x"), errors.StoreDamaged("x")])
+def test_a_fault_says_nothing_until_the_deadline(error: errors.HoldoffError) -> None:
+    """A renewal without an answer, or that a fault ended, is tried again until the deadline.
 
-    Fails when `failed` takes Unavailable for a loss, or never looks at the deadline.
+    Fails when `failed` takes the error for a loss, or never looks at the deadline.
     """
     one = renewals()
-    one.failed(errors.Unavailable("x"), 4 * SECOND)
+    one.failed(error, 4 * SECOND)
     assert 4 * SECOND < one.next_ns < 5 * SECOND
     with pytest.raises(errors.LeaseLost):
-        one.failed(errors.Unavailable("x"), one.deadline_ns)
+        one.failed(error, one.deadline_ns)
 
 
 def test_a_deadline_counts_from_when_the_renewal_was_sent() -> None:
@@ -141,7 +142,7 @@ def test_a_deadline_counts_from_when_the_renewal_was_sent() -> None:
 
 @pytest.mark.parametrize("error", [errors.LeaseBroken("x"), errors.WrongSecret("x")])
 def test_a_refused_renewal_is_a_loss(error: errors.HoldoffError) -> None:
-    """Whatever the coordinator says other than «not now»."""
+    """A refusal is no fault: the coordinator says that the lease cannot be renewed."""
     with pytest.raises(errors.LeaseLost):
         renewals().failed(error, 0)
 

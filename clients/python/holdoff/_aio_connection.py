@@ -78,8 +78,9 @@ class Connection:
         """Return the channel to use: a fresh one, once the route goes elsewhere.
 
         Raises:
-            HoldoffError: The client was closed.
+            HoldoffError: The client was closed, or this is a forked child.
         """
+        self._owner.check()
         self._route.check()
         if self._current.number != self._route.number:
             left, self._current = self._current, self._open()
@@ -103,16 +104,7 @@ class Connection:
         await self._current.channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what every call carries: who we are, and the trace that it is part of.
-
-        Raises:
-            HoldoffError: This is a forked child, in which gRPC does not work.
-        """
-        if not self._owner.is_here:
-            raise HoldoffError(
-                f"this client belongs to process {self._owner.pid}, of which this one is a fork: "
-                "make a client here"
-            )
+        """Return what every call carries: who we are, and the trace that it is part of."""
         return (*self._credential.metadata(), *headers())
 
     async def _items(
@@ -229,6 +221,7 @@ class Connection:
                     while (response := await stream.read()) is not grpc.aio.EOF:
                         self._route.answered(line.number)
                         yield listening.received(cast("ResponseT", response))
+                        self._owner.check()
                     raise Unavailable("the coordinator ended the stream")
             except HoldoffError as error:
                 pause_seconds = listening.failed(error)

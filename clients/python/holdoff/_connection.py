@@ -1,6 +1,6 @@
 """The synchronous connection: calls that are carried out, repeated and listened to.
 
-`holdoff._aio_connection` is the same with an event loop in the place of threads.
+`holdoff._aio_connection` is the same with an event loop instead of threads.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ class Connection:
         """Return the channel to use: a fresh one, once the route goes elsewhere.
 
         Raises:
-            HoldoffError: The client was closed.
+            HoldoffError: The client was closed, or this is a forked child.
         """
+        self._owner.check()  # before the lock, which in a forked child may be held for ever
         with self._lock:
             self._route.check()
             left, line = None, self._current
@@ -109,22 +110,14 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection. Leases that are still held run out by themselves."""
+        if not self._owner.is_here:
+            return
         with self._lock:
             self._route.closed = True
-        if self._owner.is_here:
-            self._current.channel.close()
+        self._current.channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what every call carries: who we are, and the trace that it is part of.
-
-        Raises:
-            HoldoffError: This is a forked child, in which gRPC does not work.
-        """
-        if not self._owner.is_here:
-            raise HoldoffError(
-                f"this client belongs to process {self._owner.pid}, of which this one is a fork: "
-                "make a client here"
-            )
+        """Return what every call carries: who we are, and the trace that it is part of."""
         return (*self._credential.metadata(), *headers())
 
     def _items(self, call: _calls.Call[Any, _calls.Page[ItemT]] | None) -> Iterator[ItemT]:
@@ -234,9 +227,15 @@ class Subscription(Generic[ResponseT]):
             line = self._client._line()  # noqa: SLF001
             try:
                 with self._route.watched(line.number):
-                    for response in self._open(line):
-                        self._route.answered(line.number)
-                        yield self._listening.received(response)
+                    try:
+                        for response in self._open(line):
+                            self._route.answered(line.number)
+                            yield self._listening.received(response)
+                            self._owner.check()
+                    except grpc.RpcError:
+                        if self._closed.is_set():  # cancelled here: nothing is wrong with the route
+                            return
+                        raise
                     raise Unavailable("the coordinator ended the stream")
             except HoldoffError as error:
                 if self._closed.is_set():

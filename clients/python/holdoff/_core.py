@@ -21,7 +21,14 @@ from holdoff._status import from_status
 from holdoff._text import MOST_JOB_CHARACTERS, MOST_LABEL_CHARACTERS, described
 from holdoff._timing import MOST_WAIT_SECONDS, SECOND, Timing
 from holdoff._version import VERSION
-from holdoff.errors import BudgetSpent, HoldoffError, InvalidRequest, LeaseLost, Unavailable
+from holdoff.errors import (
+    BudgetSpent,
+    HoldoffError,
+    InvalidRequest,
+    LeaseLost,
+    Unavailable,
+    UnexpectedError,
+)
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
@@ -509,12 +516,12 @@ class Renewals:
             self.next_ns = 0
 
     def failed(self, error: HoldoffError, now_ns: int) -> None:
-        """Take in a renewal that failed; a time-out says nothing about the lease.
+        """Take in a renewal that failed; a time-out or a fault says nothing about the lease.
 
         Raises:
             LeaseLost: The coordinator says that the lease is gone, or the deadline has passed.
         """
-        if not isinstance(error, Unavailable):
+        if not isinstance(error, (Unavailable, UnexpectedError)):
             if isinstance(error, LeaseLost):
                 raise error
             raise LeaseLost(f"the renewal was refused: {error}") from error
@@ -528,9 +535,7 @@ class Renewals:
         if self.lost is not None:
             raise self.lost
         if now_ns >= self.deadline_ns:
-            raise LeaseLost(
-                "no renewal came through before the deadline: the lease must be taken as lost"
-            )
+            raise LeaseLost("no renewal succeeded before the deadline: the lease counts as lost")
 
     def release_patience(self, now_ns: int) -> Patience:
         """How long to try to give the lease back: not beyond its end, and never for long."""

@@ -28,6 +28,9 @@ for i, spec in ipairs(specs) do
   if not age and count > room(budgets[i]) then spent[#spent + 1] = shown_budget(spec.id, budgets[i], count) end
 end
 if #spent > 0 then return reply('BUDGET_SPENT', spent) end
+local known_at = not age and clock_in_doubt and now + SECOND or 0
+for _, spec in ipairs(not age and specs or {}) do known_at = math.max(known_at, counts_known_at(spec.window_us)) end
+if known_at > 0 then return reply('COUNTS_UNKNOWN', us(over_at(known_at))) end
 
 local ttl, longest = number(ARGV[9]), 0
 local reserved = now - (age or 0)

@@ -34,7 +34,7 @@ class BreakLeaseRequest(_message.Message):
     name: _builtins.str
     """The lease: `apps/{app}/tokens/{token}/leases/{lease}`."""
     reason: _builtins.str
-    """Why, in the operator's words; the holder is told. At most 200 characters."""
+    """Why, in the operator's words; shown to the holder. At most 200 characters."""
     @_builtins.property
     def holder(self) -> _lease_pb2.Holder:
         """Who wishes it."""
@@ -136,7 +136,7 @@ Global___ResetBudgetResponse: _TypeAlias = ResetBudgetResponse  # noqa: Y015
 
 @_typing.final
 class SetBackOffRequest(_message.Message):
-    """Makes everybody in a scope quiet."""
+    """Makes all callers in a scope back off."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

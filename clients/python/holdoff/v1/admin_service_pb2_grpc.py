@@ -89,16 +89,16 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetBackOff(self, request, context):
-        """Makes everybody in a scope quiet for a while. A second time with the same
-        scope replaces the first one.
+        """Makes all callers in a scope back off for a time. A second time with the
+        same scope replaces the first one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ClearBackOff(self, request, context):
-        """Ends a back-off, whatever it comes from. Those who kept it go on one after
-        the other, without a probe.
+        """Clears a back-off, whatever its cause. Its callers resume one by one,
+        without a probe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,12 +43,12 @@ class AdminServiceStub:
     ever after, and reservations keep their room.
     """
     SetBackOff: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SetBackOffRequest, _admin_service_pb2.SetBackOffResponse]
-    """Makes everybody in a scope quiet for a while. A second time with the same
-    scope replaces the first one.
+    """Makes all callers in a scope back off for a time. A second time with the
+    same scope replaces the first one.
     """
     ClearBackOff: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ClearBackOffRequest, _admin_service_pb2.ClearBackOffResponse]
-    """Ends a back-off, whatever it comes from. Those who kept it go on one after
-    the other, without a probe.
+    """Clears a back-off, whatever its cause. Its callers resume one by one,
+    without a probe.
     """
     EndQuarantine: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.EndQuarantineRequest, _admin_service_pb2.EndQuarantineResponse]
     """Ends the quarantine of an app: new leases are granted at once. What the
@@ -74,12 +74,12 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ever after, and reservations keep their room.
     """
     SetBackOff: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SetBackOffRequest, _admin_service_pb2.SetBackOffResponse]  # type: ignore[assignment]
-    """Makes everybody in a scope quiet for a while. A second time with the same
-    scope replaces the first one.
+    """Makes all callers in a scope back off for a time. A second time with the
+    same scope replaces the first one.
     """
     ClearBackOff: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ClearBackOffRequest, _admin_service_pb2.ClearBackOffResponse]  # type: ignore[assignment]
-    """Ends a back-off, whatever it comes from. Those who kept it go on one after
-    the other, without a probe.
+    """Clears a back-off, whatever its cause. Its callers resume one by one,
+    without a probe.
     """
     EndQuarantine: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.EndQuarantineRequest, _admin_service_pb2.EndQuarantineResponse]  # type: ignore[assignment]
     """Ends the quarantine of an app: new leases are granted at once. What the
@@ -120,8 +120,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.SetBackOffRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.SetBackOffResponse, _abc.Awaitable[_admin_service_pb2.SetBackOffResponse]]:
-        """Makes everybody in a scope quiet for a while. A second time with the same
-        scope replaces the first one.
+        """Makes all callers in a scope back off for a time. A second time with the
+        same scope replaces the first one.
         """
 
     @_abc_1.abstractmethod
@@ -130,8 +130,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ClearBackOffRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ClearBackOffResponse, _abc.Awaitable[_admin_service_pb2.ClearBackOffResponse]]:
-        """Ends a back-off, whatever it comes from. Those who kept it go on one after
-        the other, without a probe.
+        """Clears a back-off, whatever its cause. Its callers resume one by one,
+        without a probe.
         """
 
     @_abc_1.abstractmethod
