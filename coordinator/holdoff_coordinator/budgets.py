@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from holdoff.policies import Policy
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.places import Place, Places
+    from holdoff_coordinator.replays import Replays
     from holdoff_coordinator.scripts import Reply, Scripts
 
 log = structlog.get_logger()
@@ -60,9 +61,10 @@ _OUTCOMES = {
 class Budgets:
     """Record, reserve, commit, cancel, get, list and reset."""
 
-    def __init__(self, scripts: Scripts, places: Places) -> None:
+    def __init__(self, scripts: Scripts, places: Places, replays: Replays) -> None:
         self._scripts = scripts
         self._places = places
+        self._replays = replays
 
     async def record_events(
         self, request: budget_service_pb2.RecordEventsRequest, caller: Caller
@@ -83,19 +85,21 @@ class Budgets:
             raise invalid("events", "must be of one app")
         [app] = apps
         answers: Iterator[str] = iter(())
+        life = ""
         if entries:
             reply = await self._scripts.run(
                 "record_events", app, json.dumps(entries), caller=caller
             )
-            answers = iter([word.decode() for word in reply.values[0]])
+            answers, life = iter([word.decode() for word in reply.values[0]]), reply.life
         outcomes = []
         for is_limited in limited:
             word = next(answers) if is_limited else ""
             if word.startswith("TOO_MANY"):
                 raise _too_many(word, app)
             outcomes.append(_OUTCOMES.get(word, budget_pb2.EVENT_OUTCOME_NOT_LIMITED))
+        self._replays.recorded(app, entries)
         log.debug("events recorded", app=app, count=len(outcomes), peer=caller.peer)
-        return budget_service_pb2.RecordEventsResponse(outcomes=outcomes)
+        return budget_service_pb2.RecordEventsResponse(outcomes=outcomes, store_life=life)
 
     async def reserve(
         self, request: budget_service_pb2.ReserveRequest, caller: Caller
@@ -114,9 +118,7 @@ class Budgets:
             if count > spec["most"] - spec["margin"]:
                 raise invalid("count", f"is more than {spec['limit']} ever allows")
         budgets = json.dumps(specs)
-        reply = await self._scripts.run(
-            "reserve",
-            place.token.app,
+        call = (
             _hash(reservation_id),
             _hash(f"{caller.identity}\0{count}\0{ttl_us}\0{budgets}"),
             ttl_us,
@@ -126,15 +128,17 @@ class Budgets:
             place.token.token,
             json.dumps(place.pair),
         )
+        reply = await self._scripts.run("reserve", place.token.app, *call)
         if reply.status == "BACKING_OFF":
             raise _backing_off(place.token.app, reply)
         if reply.status == "BUDGET_SPENT":
             raise _spent(place.token.app, reply)
         if reply.status == "COUNTS_UNKNOWN":
             raise _unknown(place.token.app, reply)
-        return budget_service_pb2.ReserveResponse(
-            reservation=_reservation(reply, place.token.app, reservation_id)
-        )
+        reservation = _reservation(reply, place.token.app, reservation_id)
+        if reservation.state == budget_pb2.RESERVATION_STATE_RESERVED:
+            self._replays.reserved(place.token.app, call)
+        return budget_service_pb2.ReserveResponse(reservation=reservation)
 
     async def commit(
         self, request: budget_service_pb2.CommitRequest, caller: Caller
@@ -163,17 +167,17 @@ class Budgets:
         reservation_id = validation.request_id(request.reservation_id, "reservation_id")
         app = validation.app_name("app", request.app).app
         status = request.status if isinstance(request, budget_service_pb2.CommitRequest) else 0
-        reply = await self._scripts.run(
-            "commit",
-            app,
+        call = (
             _hash(reservation_id),
             _hash(caller.identity),
             "1" if made else "0",
             age_us,
             status,
-            caller=caller,
         )
-        return _reservation(reply, app, reservation_id)
+        reply = await self._scripts.run("commit", app, *call, caller=caller)
+        reservation = _reservation(reply, app, reservation_id)
+        self._replays.settled(app, call, reply)
+        return reservation
 
     async def _read(self, app: str, ids: list[str]) -> list[budget_pb2.Budget]:
         reply = await self._scripts.run("read_budgets", app, *ids)

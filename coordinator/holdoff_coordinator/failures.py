@@ -55,6 +55,7 @@ CODES: Mapping[str, int] = {
     "POLICY_NOT_FOUND": code_pb2.NOT_FOUND,
     "BUDGET_NOT_FOUND": code_pb2.NOT_FOUND,
     "BACK_OFF_NOT_FOUND": code_pb2.NOT_FOUND,
+    "QUARANTINE_NOT_FOUND": code_pb2.NOT_FOUND,
     "RESERVATION_NOT_FOUND": code_pb2.NOT_FOUND,
     "TOKEN_EXISTS": code_pb2.ALREADY_EXISTS,
     # The request is wrong.

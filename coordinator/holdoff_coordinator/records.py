@@ -291,6 +291,38 @@ def back_off_message(app: str, back_off: Record, now_us: int) -> budget_pb2.Back
     )
 
 
+_AT_RISK = {
+    "clock": "no record is lost, but leases, cooldowns and budgets are measured by a clock that "
+    "jumped: they may have ended too early",
+    "took over": "what was acknowledged in the last moments before: leases, refreshes, events and "
+    "reservations",
+    "backup": "every lease, refresh, event and reservation since the backup",
+}
+"""What a quarantine covers, by a word of its reason."""
+_ALL_AT_RISK = (
+    "everything: live leases, cooldowns, fencing tokens, events, reservations and back-offs"
+)
+
+
+def quarantine_show(app: str) -> str:
+    """The command that says why, and until when, an app is in quarantine."""
+    return f"holdoff quarantine show {AppName(app)}"
+
+
+def quarantine_message(app: str, shard: Record, now_us: int) -> lease_pb2.Quarantine:
+    """The quarantine of an app, from its shard; one that is over has nothing remaining."""
+    until_us = int(shard.get("quarantine_until_us", b"0"))
+    reason = shard.get("quarantine_reason", b"").decode()
+    return lease_pb2.Quarantine(
+        app=str(AppName(app)),
+        start_time=timestamp(shard, "quarantine_since_us"),
+        end_time=timestamp(shard, "quarantine_until_us"),
+        remaining=duration(until_us - now_us) if until_us > now_us else None,
+        reason=reason,
+        at_risk=next((risk for word, risk in _AT_RISK.items() if word in reason), _ALL_AT_RISK),
+    )
+
+
 def audit_message(time_us: int, entry: Mapping[bytes, bytes]) -> audit_pb2.AuditEvent:
     """An entry of the audit trail as the API shows it."""
     facts = {key.decode(): value for key, value in entry.items()}
@@ -428,6 +460,7 @@ def refresh_at_value(word: str) -> token_pb2.RefreshAt.ValueType:
 class Standing:
     """What a request waits for, at one instant of the store's clock."""
 
+    app: str
     reason: str
     """HELD, COOLING, QUARANTINED, BACKING_OFF, QUEUED, or '' when nothing is in the way."""
     place: int
@@ -448,6 +481,7 @@ class Standing:
         """Read what `standing()` of leases.lua returned."""
         reason, place, length, start, first, back_off = flat
         return cls(
+            app,
             reason.decode(),
             int(place),
             int(length),
@@ -491,6 +525,8 @@ class Standing:
         words = _WAIT_WORDS[self.reason]
         if self.blocking_lease and self.reason == "HELD":
             words = held_words(self.blocking_lease)
+        elif self.reason == "QUARANTINED":
+            words += f": {quarantine_show(self.app)}"
         return words if back_off in words else f"{words}; and {back_off}"
 
     def to_status(self) -> lease_pb2.WaitStatus:

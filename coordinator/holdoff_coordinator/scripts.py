@@ -36,9 +36,10 @@ from holdoff_coordinator.failures import CODES, Failure, store_trouble
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 
     from redis.asyncio import Redis
+    from redis.asyncio.client import Pipeline
 
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.cluster import StoreClient
@@ -71,10 +72,12 @@ SCRIPTS = (
     "create_token",
     "follow",
     "quarantine",
+    "quarantine_end",
     "read",
     "read_back_offs",
     "read_history",
     "read_lease",
+    "read_quarantine",
     "read_queue",
     "release",
     "renew",
@@ -140,6 +143,25 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class Life:
+    """Which data an app has: another one may lack what was acknowledged before."""
+
+    epoch: str
+    history: str
+    """Of the server's writes; empty where it does not tell."""
+
+    def differs(self, known: Life) -> bool:
+        """Whether it is another one, as far as the store tells."""
+        histories = {self.history, known.history} - {""}
+        return self.epoch != known.epoch or len(histories) > 1
+
+    @property
+    def name(self) -> str:
+        """A name for it that tells nothing of the store."""
+        return hashlib.sha256(f"{self.epoch}{self.history}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """A script's answer: the store's time in µs, a status word, and what goes with it."""
 
@@ -151,6 +173,8 @@ class Reply:
     """What was left out because its record is damaged."""
     late: bool = False
     """The script took the store's clock for doubtful, and only the store was slow."""
+    life: str = ""
+    """The name of the life of the app's data."""
 
 
 @dataclass(slots=True)
@@ -196,6 +220,10 @@ class Scripts:
         """Called with the app and kind of each record that was found damaged."""
         self.on_outdated: Callable[[Failure], None] = lambda _: None
         """Called when a newer coordinator has changed the store's records."""
+        self.on_new_life: Callable[[str], None] = lambda _: None
+        """Called with an app whose data is not what we know: some of it may be lost."""
+        self.jumps = 0
+        """How often a clock of the store jumped."""
         self.answers = 0
         """How many scripts the store has run for us."""
         self._lost_until_us = 0
@@ -206,7 +234,9 @@ class Scripts:
         self._nodes: defaultdict[Redis, _Watched] = defaultdict(_Watched)
         self._clocks: dict[str, _Watched] = {}
         self._epochs: dict[str, str] = {}
+        self._lives: dict[str, Life] = {}
         self._holds: defaultdict[str, _Hold] = defaultdict(_Hold)
+        self._keep_us = quarantine_us
         self._cleared: dict[str, int] = {}
         self._histories: set[str] = set()
         self._sources = {name: source(name) for name in SCRIPTS}
@@ -232,10 +262,11 @@ class Scripts:
         if self._in_doubt(app, watched):
             jumps = watched.jumps
             why = f"the clock of the store jumped by {watched.jump_us / 1e6:+.3f} s"
-            await self._run(
-                "quarantine", app, why, "DATA" if watched.jump_us > SLACK_US else "NOTHING"
-            )
+            loss = "DATA" if watched.jump_us > SLACK_US else "NOTHING"
+            await self._run("quarantine", app, why, loss)
             self._cleared[app] = jumps
+            if loss == "DATA":
+                self.on_new_life(app)
         return await self._run(name, app, *args, caller=caller)
 
     def _in_doubt(self, app: str, watched: _Watched) -> bool:
@@ -252,6 +283,7 @@ class Scripts:
         now_us, known = self._boot_us(), self._holds[app]
         if hold_us >= known.us or now_us >= known.until_us:
             self._holds[app] = _Hold(hold_us, now_us + hold_us)
+            self._keep_us = max(self._keep_us, hold_us)
 
     async def _watched(self, app: str) -> _Watched:
         """Return the clock that an app goes by."""
@@ -278,11 +310,11 @@ class Scripts:
 
     def _observe(self, watched: _Watched, sent_us: int, store_us: int) -> int:
         """Take in what the store's clock showed; return by how many µs it jumped, or 0."""
-        keep_us = max([self._quarantine_us, *(hold.us for hold in self._holds.values())])
-        jump_us = watched.clock.observe(sent_us, self._boot_us(), store_us, keep_us)
+        jump_us = watched.clock.observe(sent_us, self._boot_us(), store_us, self._keep_us)
         if jump_us:
             watched.jumps += 1
             watched.jump_us, watched.jumped_at_us = jump_us, self._boot_us()
+            self.jumps += 1
             log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
         return jump_us
 
@@ -310,7 +342,8 @@ class Scripts:
             self._epochs[app] = epoch
             self._learn_hold(app, int(answer[2]))
         jump_us = self._observe(watched, sent_us, now_us)
-        audited, damaged = answer[3]
+        audited, damaged, history = answer[3]
+        life = self._note_life(app, Life(epoch, history.decode()))
         for entry_id, flat in audited:
             self.on_audit(entry_id, dict(zip(flat[::2], flat[1::2], strict=True)))
         things = tuple(thing.decode(errors="replace") for thing, _ in damaged)
@@ -318,7 +351,7 @@ class Scripts:
             self._found_damaged(app, thing, why.decode(errors="replace"))
         off_us = abs(now_us - reading.estimate_us) if reading and reading.estimate_us else 0
         late = off_us > TOLERANCE_US and not jump_us
-        reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]), things, late)
+        reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]), things, late, life)
         if reply.status == "SCHEMA_TOO_NEW":
             found, known = (int(value) for value in reply.values)
             failure = Failure(
@@ -330,6 +363,16 @@ class Scripts:
             self.on_outdated(failure)
             raise failure
         return reply
+
+    def _note_life(self, app: str, life: Life) -> str:
+        """Tell when an app has another life; return the name of the one it has."""
+        if not life.epoch:
+            return ""
+        known = self._lives.get(app, life)
+        self._lives[app] = life
+        if life.differs(known):
+            self.on_new_life(app)
+        return life.name
 
     async def _answer(self, command: Awaitable[Any]) -> Any:
         try:
@@ -411,26 +454,48 @@ class Scripts:
         This asks for one number an app; apps are API keys, of which there are few. All apps of a
         server that is new to us are among them: the next script sees whether it took over.
         """
-        by_node: defaultdict[Redis, list[str]] = defaultdict(list)
-        for app in await self.apps():
-            by_node[await self._answer(node_of(self.redis, shard_key(app)))].append(app)
         busy: list[str] = []
-        for node, apps in by_node.items():
-            async with node.pipeline(transaction=False) as pipeline:
-                for app in apps:
-                    pipeline.exists(*(f"{shard_key(app)}:{key}" for key in _BUSY))
-                pipeline.info("replication")
-                try:
-                    *counts, info = await pipeline.execute(raise_on_error=False)
-                except RedisError as error:
-                    counts, info = [error] * len(apps), {}
-            # A node of a Cluster that is down, or serves some no more: what they are asked next
-            # finds out about each. A managed store may refuse to tell of its replication.
-            history = info.get("master_replid", "") if isinstance(info, dict) else ""
+        async for apps, counts, history in self._asked(
+            await self.apps(),
+            lambda node, app: node.exists(*(f"{shard_key(app)}:{key}" for key in _BUSY)),
+        ):
             is_new = history not in self._histories
             self._histories.add(history)
             busy += [app for app, count in zip(apps, counts, strict=True) if is_new or count]
         return sorted(busy)
+
+    async def changed(self, apps: Iterable[str]) -> list[str]:
+        """List those of some apps that have another life than we know; this only reads."""
+        found: list[str] = []
+        async for asked, epochs, history in self._asked(
+            apps, lambda node, app: node.hget(shard_key(app), "epoch")
+        ):
+            for app, epoch in zip(asked, epochs, strict=True):
+                if isinstance(epoch, bytes) and app in self._lives:
+                    life = Life(epoch.decode(errors="replace"), history)
+                    found += [app] * life.differs(self._lives[app])
+        return found
+
+    async def _asked(
+        self, apps: Iterable[str], ask: Callable[[Pipeline, str], object]
+    ) -> AsyncIterator[tuple[list[str], list[Any], str]]:
+        """Ask one thing of each app in one round trip a node; give the node's history, too."""
+        by_node: defaultdict[Redis, list[str]] = defaultdict(list)
+        for app in apps:
+            by_node[await self._answer(node_of(self.redis, shard_key(app)))].append(app)
+        for node, its_apps in by_node.items():
+            async with node.pipeline(transaction=False) as pipeline:
+                for app in its_apps:
+                    ask(pipeline, app)
+                pipeline.info("replication")
+                try:
+                    *answers, info = await pipeline.execute(raise_on_error=False)
+                except RedisError as error:
+                    answers, info = [error] * len(its_apps), {}
+            # A node of a Cluster that is down, or serves some no more: what they are asked next
+            # finds out about each. A managed store may refuse to tell of its replication.
+            history = info.get("master_replid", "") if isinstance(info, dict) else ""
+            yield its_apps, answers, history
 
     async def register(self, app: str) -> bool:
         """Put an app into the index of apps; tell whether it was new there."""

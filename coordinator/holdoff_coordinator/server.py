@@ -21,6 +21,8 @@ from holdoff_coordinator.hub import Hub
 from holdoff_coordinator.leases import Leases
 from holdoff_coordinator.places import Places
 from holdoff_coordinator.policies import Policies
+from holdoff_coordinator.quarantines import Quarantines
+from holdoff_coordinator.replays import Replays
 from holdoff_coordinator.scripts import Scripts, boottime_us
 from holdoff_coordinator.seldom import Seldom
 from holdoff_coordinator.service import SERVICES, Handlers, add_services
@@ -123,6 +125,7 @@ class Coordinator:
         )
         self._health_server = grpc.aio.server(options=_OPTIONS)
         self.policies = Policies(policies)
+        self._replays = Replays(self.scripts, boot_us)
         places = Places(self.scripts, self.policies)
         self._gate = Gate(Credentials(redis), access, trail)
         self._followers = Followers(self.scripts, self.hub, places)
@@ -133,9 +136,10 @@ class Coordinator:
             followers=self._followers,
             watches=Watches(self.scripts, self.hub),
             tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
-            budgets=Budgets(self.scripts, places),
+            budgets=Budgets(self.scripts, places, self._replays),
             back_offs=BackOffs(self.scripts, places),
             budget_watches=BudgetWatches(self.scripts, self.hub),
+            quarantines=Quarantines(self.scripts),
             policies=self.policies,
         )
         self._health = add_services(self._server, handlers)
@@ -158,6 +162,7 @@ class Coordinator:
             self._followers.tick_forever,
             self.hub.listen_forever,
             self._sweeper.sweep_forever,
+            self._replays.replay_forever,
         ):
             self._duties.append(asyncio.create_task(_for_ever(duty)))
         await self._set_serving(None)

@@ -44,6 +44,7 @@ class StoreWatch:
         self._open_store = open_store
         self._epoch: bytes | None = None
         self._comparing = asyncio.Lock()
+        self._jumps = 0
 
     async def open(self) -> None:
         """Open the store.
@@ -69,8 +70,9 @@ class StoreWatch:
             try:
                 async with asyncio.timeout(_ANSWER_SECONDS):
                     await self.compare_epoch()
+                    await self._declare_jumps()
             except (Failure, RedisError, StoreError, TimeoutError) as error:
-                warn("the store's epoch was not compared", type(error).__name__)
+                warn("the store was not looked at", type(error).__name__)
         return any(answers)
 
     async def compare_epoch(self) -> None:
@@ -89,6 +91,15 @@ class StoreWatch:
             await self.open()
             for app in await self._scripts.apps():
                 await self._scripts.run("quarantine", app, "the store lost its data", "DATA")
+
+    async def _declare_jumps(self) -> None:
+        """Hold back the leases of all apps after a clock jumped, before they are asked for."""
+        jumps = self._scripts.jumps
+        if jumps == self._jumps:
+            return
+        for app in await self._scripts.apps():
+            await self._scripts.run("upgrade", app)
+        self._jumps = jumps
 
     async def _look_at_clock(self, node: Redis) -> bool:
         try:

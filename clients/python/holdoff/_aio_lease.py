@@ -15,7 +15,6 @@ from holdoff._core import (
     HEARTBEAT_SECONDS,
     WITHDRAWAL_SECONDS,
     Listening,
-    report_patience,
 )
 from holdoff._held import Held, pause_seconds
 from holdoff._platform import boottime_ns
@@ -280,8 +279,7 @@ class HeldLease(Held):
         event = self._event_of(url, status, headers, body)
         if event is None:
             return False
-        [report] = _calls.record_events([event])
-        await self._client._insist(report, report_patience(boottime_ns()))  # noqa: SLF001
+        await self._client._report([event])  # noqa: SLF001
         return True
 
     async def _stop(self) -> None:

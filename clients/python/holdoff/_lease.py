@@ -16,7 +16,6 @@ from holdoff._core import (
     HEARTBEAT_SECONDS,
     WITHDRAWAL_SECONDS,
     Listening,
-    report_patience,
 )
 from holdoff._held import Held, pause_seconds
 from holdoff._platform import boottime_ns
@@ -234,8 +233,7 @@ class HeldLease(Held):
         event = self._event_of(url, status, headers, body)
         if event is None:
             return False
-        [report] = _calls.record_events([event])
-        self._client._insist(report, report_patience(boottime_ns()))  # noqa: SLF001
+        self._client._report([event])  # noqa: SLF001
         return True
 
     def release(

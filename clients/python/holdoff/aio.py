@@ -396,10 +396,7 @@ class Client(Connection):
             TooManyBudgets: The app has too many different scopes.
             TooManyEvents: The app has too many events.
         """
-        outcomes: list[budget_pb2.EventOutcome.ValueType] = []
-        for call in _calls.record_events(events):
-            outcomes += (await self._insist(call, report_patience(boottime_ns())))[1]
-        return outcomes
+        return await self._report(events)
 
     async def record_error(  # noqa: PLR0913 - each is part of the event
         self,
@@ -627,6 +624,24 @@ class Client(Connection):
             BackOffNotFound: There is no such back-off, or it is over.
         """
         return await self._call(_calls.clear_back_off(name, reason))
+
+    async def list_quarantines(self, parent: str = "") -> list[lease_pb2.Quarantine]:
+        """Return the quarantines of all apps, or that of an app; those that end last first."""
+        return await self._call(_calls.list_quarantines(parent))
+
+    async def end_quarantine(self, app: str, reason: str) -> lease_pb2.Quarantine:
+        """End a quarantine, so that new leases are granted at once.
+
+        What the store may have lost is then at risk, as `at_risk` of the quarantine says.
+
+        Args:
+            app: `apps/{app}`.
+            reason: Why; it is kept, with this user. At most 200 characters.
+
+        Raises:
+            QuarantineNotFound: The app is not in quarantine.
+        """
+        return await self._call(_calls.end_quarantine(app, reason))
 
     async def explain(
         self, token_or_app: str, *, division: str = "", endpoint: str = "", job: str = ""

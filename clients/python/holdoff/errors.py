@@ -194,6 +194,12 @@ class BackOffNotFound(NotFound):
     REASON = "BACK_OFF_NOT_FOUND"
 
 
+class QuarantineNotFound(NotFound):
+    """The app is not in quarantine."""
+
+    REASON = "QUARANTINE_NOT_FOUND"
+
+
 class ReservationNotFound(NotFound):
     """There is no such reservation of this caller, or it is long over."""
 

@@ -99,7 +99,7 @@ local function spare(thing, act, ...)
 end
 
 local function reply(status, ...)
-  return {us(now), epoch or '', us(longest_hold()), {audited, damaged}, status, ...}
+  return {us(now), epoch or '', us(longest_hold()), {audited, damaged, shard.history or ''}, status, ...}
 end
 
 local function put(key, record, changes)

@@ -25,6 +25,7 @@ _COMMANDS = {
     "budget": ("holdoff.cli.budget", "Show the use of limits; report errors, and reset budgets."),
     "spool": ("holdoff.cli.spool", "Show and send error reports that are stored on this host."),
     "backoff": ("holdoff.cli.backoff", "List, set and clear back-offs."),
+    "quarantine": ("holdoff.cli.quarantine", "Show and end quarantines: no new leases of an app."),
     "explain": ("holdoff.cli.explain", "Show whether a job may start now, and if not, why."),
     "audit": ("holdoff.cli.audit", "Show who did what, from where, when and why."),
     "policy": ("holdoff.cli.policy", "Show the rules of providers; check files of your own."),

@@ -91,7 +91,7 @@ def remedy_of(error: Exception, endpoint: str) -> str:
                 "requires a client certificate"
             )
         case errors.Quarantined(retry_after_seconds=float(seconds)) if seconds:
-            remedy += f" for at least {format_duration(round(seconds))}"
+            remedy += f"; it lasts for at least {format_duration(round(seconds))}"
         case errors.InvalidRequest(reason="") if str(error).startswith("resource exhausted"):
             remedy = "too much for one message (4 MB): list one app or token, not all"
         case errors.UnexpectedError() if str(error).startswith("unimplemented"):
@@ -109,7 +109,8 @@ _REMEDIES: Final = {
     "TOKEN_COOLING": "until when: holdoff token show {token}; to wait for it: --wait 2h",
     "TOKEN_QUEUED": "who is ahead: holdoff token queue {token}; to join the queue: --wait 2h",
     "QUEUE_FULL": "who waits: holdoff token queue {token}; jobs start faster than they end",
-    "QUARANTINED": "the store may have lost leases; running jobs continue. Wait",
+    "QUARANTINED": "running jobs continue; an administrator can end it: holdoff quarantine end "
+    "apps/{app} --reason WHY",
     "BUDGET_SPENT": "until when: holdoff budget list apps/{app} --state spent",
     "BACKING_OFF": "why, and until when: holdoff explain {about}; to wait for it: --wait 2h",
     "COUNTS_UNKNOWN": "why: holdoff quarantine show {app}; it is over by itself",
@@ -123,6 +124,7 @@ _REMEDIES: Final = {
     "LEASE_NOT_FOUND": "live leases: holdoff lease list",
     "BUDGET_NOT_FOUND": "budgets in use: holdoff budget list apps/{app}",
     "BACK_OFF_NOT_FOUND": "current back-offs: holdoff backoff list apps/{app}",
+    "QUARANTINE_NOT_FOUND": "apps in quarantine: holdoff quarantine show",
     "RESERVATION_NOT_FOUND": "commit it as the caller, and under the app, that reserved it, within "
     "a day after its window",
     "EVENT_TOO_OLD": "it is outside every window: omit it, or correct its age",

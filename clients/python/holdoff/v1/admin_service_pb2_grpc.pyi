@@ -50,6 +50,10 @@ class AdminServiceStub:
     """Clears a back-off, whatever its cause. Its callers resume one by one,
     without a probe.
     """
+    EndQuarantine: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.EndQuarantineRequest, _admin_service_pb2.EndQuarantineResponse]
+    """Ends the quarantine of an app: new leases are granted at once. What the
+    store may have lost is then at risk, as `Quarantine.at_risk` says.
+    """
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEventsRequest, _admin_service_pb2.ListAuditEventsResponse]
     """Lists the audit trail, the newest first. Of each app, and of what belongs
     to none, some 10,000 entries are kept.
@@ -76,6 +80,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ClearBackOff: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ClearBackOffRequest, _admin_service_pb2.ClearBackOffResponse]  # type: ignore[assignment]
     """Clears a back-off, whatever its cause. Its callers resume one by one,
     without a probe.
+    """
+    EndQuarantine: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.EndQuarantineRequest, _admin_service_pb2.EndQuarantineResponse]  # type: ignore[assignment]
+    """Ends the quarantine of an app: new leases are granted at once. What the
+    store may have lost is then at risk, as `Quarantine.at_risk` says.
     """
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEventsRequest, _admin_service_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
     """Lists the audit trail, the newest first. Of each app, and of what belongs
@@ -124,6 +132,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_service_pb2.ClearBackOffResponse, _abc.Awaitable[_admin_service_pb2.ClearBackOffResponse]]:
         """Clears a back-off, whatever its cause. Its callers resume one by one,
         without a probe.
+        """
+
+    @_abc_1.abstractmethod
+    def EndQuarantine(
+        self,
+        request: _admin_service_pb2.EndQuarantineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.EndQuarantineResponse, _abc.Awaitable[_admin_service_pb2.EndQuarantineResponse]]:
+        """Ends the quarantine of an app: new leases are granted at once. What the
+        store may have lost is then at risk, as `Quarantine.at_risk` says.
         """
 
     @_abc_1.abstractmethod

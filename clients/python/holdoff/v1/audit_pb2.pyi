@@ -61,6 +61,8 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     """A credential was revoked."""
     AUDIT_KIND_CALL_REFUSED: _AuditKind.ValueType  # 16
     """A call was refused: the caller was not authenticated, or not authorised."""
+    AUDIT_KIND_QUARANTINE_ENDED: _AuditKind.ValueType  # 17
+    """An operator ended a quarantine."""
 
 class AuditKind(_AuditKind, metaclass=_AuditKindEnumTypeWrapper):
     """The kinds of entries in the audit trail."""
@@ -101,6 +103,8 @@ AUDIT_KIND_CREDENTIAL_REVOKED: AuditKind.ValueType  # 15
 """A credential was revoked."""
 AUDIT_KIND_CALL_REFUSED: AuditKind.ValueType  # 16
 """A call was refused: the caller was not authenticated, or not authorised."""
+AUDIT_KIND_QUARANTINE_ENDED: AuditKind.ValueType  # 17
+"""An operator ended a quarantine."""
 Global___AuditKind: _TypeAlias = AuditKind  # noqa: Y015
 
 @_typing.final

@@ -53,6 +53,12 @@ class RecordEventsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OUTCOMES_FIELD_NUMBER: _builtins.int
+    STORE_LIFE_FIELD_NUMBER: _builtins.int
+    store_life: _builtins.str
+    """Names the data that the events are in now. When two answers about one app
+    differ in it, the store may have lost what was counted before: report the
+    last minutes again, with the same ids. Empty if it is not known.
+    """
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedScalarFieldContainer[_budget_pb2.EventOutcome.ValueType]:
         """One outcome an event, in the order of the events."""
@@ -61,10 +67,11 @@ class RecordEventsResponse(_message.Message):
         self,
         *,
         outcomes: _abc.Iterable[_budget_pb2.EventOutcome.ValueType] | None = ...,
+        store_life: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes", "store_life", b"store_life"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -593,6 +593,58 @@ class Change(_message.Message):
 Global___Change: _TypeAlias = Change  # noqa: Y015
 
 @_typing.final
+class Quarantine(_message.Message):
+    """Why an app gives out no new lease for a while: the store may have lost what
+    says that it must not.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    REMAINING_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    AT_RISK_FIELD_NUMBER: _builtins.int
+    app: _builtins.str
+    """The app: `apps/{app}`."""
+    reason: _builtins.str
+    """What was noticed about the store."""
+    at_risk: _builtins.str
+    """What the store may have lost, in words: what a new lease could break if
+    the quarantine ends too early.
+    """
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it began. Absent if it began under an older release."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ends, or was ended."""
+
+    @_builtins.property
+    def remaining(self) -> _duration_pb2.Duration:
+        """The time left until then. Absent if it is over."""
+
+    def __init__(
+        self,
+        *,
+        app: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        remaining: _duration_pb2.Duration | None = ...,
+        reason: _builtins.str = ...,
+        at_risk: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "remaining", b"remaining", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "at_risk", b"at_risk", "end_time", b"end_time", "reason", b"reason", "remaining", b"remaining", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quarantine: _TypeAlias = Quarantine  # noqa: Y015
+
+@_typing.final
 class WaitStatus(_message.Message):
     """What a waiter waits for. Sent whenever it changes, and at least every 15 s."""
 

@@ -774,6 +774,52 @@ class ListWaitersResponse(_message.Message):
 Global___ListWaitersResponse: _TypeAlias = ListWaitersResponse  # noqa: Y015
 
 @_typing.final
+class ListQuarantinesRequest(_message.Message):
+    """Asks which apps are in quarantine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """Only this app: `apps/{app}`. All apps if empty."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQuarantinesRequest: _TypeAlias = ListQuarantinesRequest  # noqa: Y015
+
+@_typing.final
+class ListQuarantinesResponse(_message.Message):
+    """The apps in quarantine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUARANTINES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def quarantines(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.Quarantine]:
+        """The quarantines, at most one for each app."""
+
+    def __init__(
+        self,
+        *,
+        quarantines: _abc.Iterable[_lease_pb2.Quarantine] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quarantines", b"quarantines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQuarantinesResponse: _TypeAlias = ListQuarantinesResponse  # noqa: Y015
+
+@_typing.final
 class WatchLeasesRequest(_message.Message):
     """Asks to be told of changes. An empty request means all that the caller may
     see.

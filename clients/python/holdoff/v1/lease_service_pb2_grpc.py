@@ -81,6 +81,11 @@ class LeaseServiceStub:
                 request_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersResponse.FromString,
                 _registered_method=True)
+        self.ListQuarantines = channel.unary_unary(
+                '/holdoff.v1.LeaseService/ListQuarantines',
+                request_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesResponse.FromString,
+                _registered_method=True)
         self.WatchLeases = channel.unary_stream(
                 '/holdoff.v1.LeaseService/WatchLeases',
                 request_serializer=holdoff_dot_v1_dot_lease__service__pb2.WatchLeasesRequest.SerializeToString,
@@ -164,6 +169,14 @@ class LeaseServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListQuarantines(self, request, context):
+        """Lists the apps that are in quarantine: they grant no new leases, since
+        the store may have lost something. Those that end last come first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchLeases(self, request, context):
         """Sends the current state, then every change, for as long as the caller
         listens. A caller that comes back with the last `resume_token` misses
@@ -221,6 +234,11 @@ def add_LeaseServiceServicer_to_server(servicer, server):
                     servicer.ListWaiters,
                     request_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersResponse.SerializeToString,
+            ),
+            'ListQuarantines': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuarantines,
+                    request_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesResponse.SerializeToString,
             ),
             'WatchLeases': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchLeases,
@@ -473,6 +491,33 @@ class LeaseService:
             '/holdoff.v1.LeaseService/ListWaiters',
             holdoff_dot_v1_dot_lease__service__pb2.ListWaitersRequest.SerializeToString,
             holdoff_dot_v1_dot_lease__service__pb2.ListWaitersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuarantines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.LeaseService/ListQuarantines',
+            holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesRequest.SerializeToString,
+            holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesResponse.FromString,
             options,
             channel_credentials,
             insecure,

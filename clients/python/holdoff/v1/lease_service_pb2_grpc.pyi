@@ -66,6 +66,10 @@ class LeaseServiceStub:
     """
     ListWaiters: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.ListWaitersRequest, _lease_service_pb2.ListWaitersResponse]
     """Lists who waits for a token, in the order of their positions."""
+    ListQuarantines: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.ListQuarantinesRequest, _lease_service_pb2.ListQuarantinesResponse]
+    """Lists the apps that are in quarantine: they grant no new leases, since
+    the store may have lost something. Those that end last come first.
+    """
     WatchLeases: _grpc.UnaryStreamMultiCallable[_lease_service_pb2.WatchLeasesRequest, _lease_service_pb2.WatchLeasesResponse]
     """Sends the current state, then every change, for as long as the caller
     listens. A caller that comes back with the last `resume_token` misses
@@ -111,6 +115,10 @@ class LeaseServiceAsyncStub(LeaseServiceStub):
     """
     ListWaiters: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.ListWaitersRequest, _lease_service_pb2.ListWaitersResponse]  # type: ignore[assignment]
     """Lists who waits for a token, in the order of their positions."""
+    ListQuarantines: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.ListQuarantinesRequest, _lease_service_pb2.ListQuarantinesResponse]  # type: ignore[assignment]
+    """Lists the apps that are in quarantine: they grant no new leases, since
+    the store may have lost something. Those that end last come first.
+    """
     WatchLeases: _aio.UnaryStreamMultiCallable[_lease_service_pb2.WatchLeasesRequest, _lease_service_pb2.WatchLeasesResponse]  # type: ignore[assignment]
     """Sends the current state, then every change, for as long as the caller
     listens. A caller that comes back with the last `resume_token` misses
@@ -207,6 +215,16 @@ class LeaseServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_lease_service_pb2.ListWaitersResponse, _abc.Awaitable[_lease_service_pb2.ListWaitersResponse]]:
         """Lists who waits for a token, in the order of their positions."""
+
+    @_abc_1.abstractmethod
+    def ListQuarantines(
+        self,
+        request: _lease_service_pb2.ListQuarantinesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_lease_service_pb2.ListQuarantinesResponse, _abc.Awaitable[_lease_service_pb2.ListQuarantinesResponse]]:
+        """Lists the apps that are in quarantine: they grant no new leases, since
+        the store may have lost something. Those that end last come first.
+        """
 
     @_abc_1.abstractmethod
     def WatchLeases(
