@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-# Tests and demo find the project's own commands, and nobody's else.
+# Tests and demo use the project's own commands.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 # Without bytecode each of the many processes of the tests would compile the project again.
@@ -28,18 +28,18 @@ help: ## Show the targets
 demo: $(DEMO_READY) ## Jobs on three hosts share one token: without Holdoff, then with it
 	@python clients/demo/demo.py
 
-# The longest first. They wait more than they work, so that two cores do all of them at once.
+# The longest first. They mostly wait, so that two cores can run all of them at once.
 STAGES := pytest stores lint types pyright imports demo-short
-test: $(READY) ## Every check and all tests, side by side: a line a stage, and the log of what fails
+test: $(READY) ## Every check and all tests in parallel: one line per stage, and the log of a failure
 	@rm -rf build/stages
-	@echo 'running side by side: $(STAGES); logs in build/stages'
+	@echo 'running in parallel: $(STAGES); logs in build/stages'
 	@$(MAKE) --jobs 3 --keep-going $(STAGES:%=stage-%)
 
 stage-%:
 	@scripts/stage.sh $*
 
 LONG_STAGES := every-store models pytest-long demo soak bench prove-bare
-test-all: test ## The same at length: every store, many examples, whole fleets, soak, a bare Debian
+test-all: test ## The long version: every store, many examples, whole fleets, soak, a bare Debian
 	@$(MAKE) --keep-going $(LONG_STAGES:%=stage-%)
 
 lint: $(READY) ## Style of Python and of shell scripts
@@ -52,23 +52,23 @@ types: $(READY) ## mypy, strict
 	mypy --platform win32 --follow-imports silent $(wildcard clients/python/holdoff/_*_windows.py) \
 		clients/python/holdoff/_job.py
 
-pyright: $(READY) ## How the clients read to a user's type checker, beside mypy's view
+pyright: $(READY) ## basedpyright: the clients as a user's type checker sees them
 	basedpyright
 
-imports: $(READY) ## Who may import whom
+imports: $(READY) ## Which module may import which
 	lint-imports --no-cache --no-logo
 
 pytest: $(READY) ## All tests
 	$(PYTEST)
 
-pytest-long: $(READY) ## All tests, with whole fleets and every version of what they are tried with
+pytest-long: $(READY) ## All tests, with whole fleets and every version of Kubernetes
 	HOLDOFF_TEST_LENGTH=long $(PYTEST)
 
 unit integration model e2e proto chart: $(READY) ## The tests of one kind
 	$(PYTEST) tests/$@
 
 STORE_TESTS := $(addprefix tests/integration/test_,leases.py queue.py budgets.py back_offs.py audit.py)
-stores: $(READY) ## Leases and budgets on an embedded store, on a Cluster, and behind Sentinel
+stores: $(READY) ## Leases and budgets on an embedded store, a Cluster, and Sentinel
 	for kind in embedded cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) $(STORE_TESTS); done
 
 every-store: $(READY) ## All tests that use a store, on each kind of store
@@ -80,28 +80,28 @@ models: $(READY) ## The models, with many examples
 demo-short: $(DEMO_READY) ## The demo on a faster clock
 	python clients/demo/demo.py --short
 
-bench: $(READY) ## Measure; nothing is asserted
+bench: $(READY) ## Benchmarks, without assertions
 	PYTHONPATH=. python tests/bench/handover.py
 	PYTHONPATH=. python tests/bench/output.py
 
-coverage: $(READY) ## Which lines and branches the tests reach, also in the processes they start
+coverage: $(READY) ## Coverage of lines and branches, including started processes
 	rm -rf build/coverage
 	coverage run -m $(PYTEST) || true
 	coverage combine --quiet
 	coverage report --skip-covered
 
 SECONDS := 180
-soak: $(READY) ## 1000 waiters at two replicas for three minutes, or SECONDS=20: promises and figures
+soak: $(READY) ## 1000 waiters on two replicas for three minutes, or SECONDS=20: promises and timings
 	PYTHONPATH=. python tests/soak/soak.py --seconds $(SECONDS)
 
 soak-short: $(READY) ## The same in half a minute
 	PYTHONPATH=. python tests/soak/soak.py --seconds 5
 
-format: $(READY) ## Let ruff repair what it can
+format: $(READY) ## Fix what ruff can fix
 	ruff check --fix
 	ruff format
 
-generate: $(READY) ## After a change below proto/ or of the chart's schema: what is made from them
+generate: $(READY) ## Generate code after a change in proto/ or in the chart's schema
 	python scripts/generate.py
 	python scripts/chart_values.py
 
@@ -110,7 +110,7 @@ man: $(READY) ## Man pages of every command, into build/man; read them with man 
 
 LOCK := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-emit-find-links --custom-compile-command 'make lock' --quiet
-lock: $(READY) ## Renew the locks from pyproject.toml; UPGRADE=--upgrade takes newer releases
+lock: $(READY) ## Update the locks from pyproject.toml; UPGRADE=--upgrade takes newer releases
 	$(LOCK) --all-extras --group dev $(UPGRADE) --output-file requirements.lock
 	$(LOCK) --extra coordinator --group build --constraint requirements.lock --output-file requirements-demo.lock
 
@@ -122,16 +122,16 @@ dist: $(READY) ## Wheel, sdist and a bill of materials (CycloneDX), into dist/
 
 VERSIONS := 3.11 3.12 3.13 3.14
 SYSTEMS := x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu x86_64-apple-darwin aarch64-apple-darwin windows
-wheels: $(READY) ## Whether all that is needed has wheels for each Python and system
+wheels: $(READY) ## Check that all dependencies have wheels for each Python and system
 	for system in $(SYSTEMS); do for version in $(VERSIONS); do \
 		uv pip compile pyproject.toml --all-extras --only-binary :all: --python-version $$version \
 			--python-platform $$system --quiet --output-file /dev/null && echo "$$system $$version"; \
 	done; done
 
-prove-bare: ## As root: `make demo` and `make test` on a Debian with Python, git and make alone
+prove-bare: ## As root: `make demo` and `make test` on a Debian with only Python, git and make
 	scripts/bare-debian.sh
 
-clean: ## Remove .venv and everything that tools left
+clean: ## Remove .venv and all generated files
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find clients coordinator scripts tests -name __pycache__ -prune -exec rm -rf {} +
 

@@ -25,7 +25,7 @@ uv venv --quiet "$work/build"
 uv pip install --quiet --python "$work/build" --require-hashes --no-deps -r "$work/build.lock"
 uv build --quiet --wheel --no-build-isolation --python "$work/build" --out-dir "$work/dist" .
 uv venv --quiet "$TARGET"
-# With bytecode, which a container may not write: without it every start compiles all of it again.
+# With bytecode, which a read-only container cannot write: otherwise every start compiles it again.
 uv pip install --quiet --compile-bytecode --python "$TARGET" --require-hashes --no-deps --only-binary :all: \
   -r "$work/needed.lock"
 uv pip install --quiet --compile-bytecode --python "$TARGET" --no-deps "$work"/dist/*.whl

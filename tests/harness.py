@@ -191,22 +191,22 @@ def lease_key(name: str) -> str:
 
 
 def run_out(store: redis.Redis, offer: lease_service_pb2.LeaseOffer) -> int:
-    """Let a lease, or an offer that was not accepted, run out at this instant; return it, in µs.
+    """Let a lease, or an offer that was not accepted, have run out a second ago; return when (µs).
 
     Its record says so: whoever looks next settles it.
     """
     seconds, microseconds = store.time()
-    now_us: int = seconds * 1_000_000 + microseconds
-    store.hset(lease_key(offer.lease.name), "expires_us", str(now_us))
-    return now_us
+    ended_us: int = seconds * 1_000_000 + microseconds - 1_000_000
+    store.hset(lease_key(offer.lease.name), "expires_us", str(ended_us))
+    return ended_us
 
 
 def end_cooldown(store: redis.Redis, token: str) -> None:
-    """Let the cooldown of a token be over at this instant."""
+    """Let the cooldown of a token have been over for a second."""
     _, app, _, token_id = token.split("/")
     seconds, microseconds = store.time()
     now_us = seconds * 1_000_000 + microseconds
-    store.hset(f"holdoff:{{{app}}}:token:{token_id}", "not_before_us", str(now_us))
+    store.hset(f"holdoff:{{{app}}}:token:{token_id}", "not_before_us", str(now_us - 1_000_000))
 
 
 def let_pass(store: redis.Redis, token: str, seconds: float) -> None:

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Holdoff for Bash scripts: a lease around a command or a function, and errors that count.
+# Holdoff for Bash scripts: a lease around a command or a function, and error reports.
 #
 #   source /usr/local/lib/holdoff/holdoff.sh
 #
@@ -8,9 +8,9 @@
 #   holdoff_blocked [STATUS [RETRY_AFTER]]
 #
 # It needs Bash 4.4 and the command `holdoff`, keeps no state and changes nothing in your shell: the
-# bodies of these functions are subshells. README.md beside this file says what works, and what not.
+# bodies of these functions are subshells. README.md beside this file lists the limitations.
 
-# In words that every shell understands, since any may come by.
+# In syntax that every shell understands, since any may read it.
 if [ -z "${BASH_VERSION-}" ] || [ "${BASH_VERSINFO[0]}${BASH_VERSINFO[1]}" -lt 44 ]; then
   echo "holdoff.sh: this is not Bash 4.4 or newer; begin your script with: #!/usr/bin/env bash" >&2
   # shellcheck disable=SC2317  # reached where the file is run and not sourced
@@ -20,10 +20,10 @@ fi
 # Run a command, or a function of your script, while holding a lease on a token. Exit codes are
 # those of `holdoff run`: the command's own, or 64, 69, 70, 75, 77, 79, 126, 127.
 #
-# `holdoff run` starts a process, so a function runs in a Bash of its own: with all your functions,
-# your `set` and `shopt` options and the variables that you exported. Functions travel in the
-# environment, which only this user can read, and leave it on arrival, lest they replace commands of
-# other scripts that are started from there.
+# `holdoff run` starts a process, so a function runs in its own Bash, with all your functions,
+# your `set` and `shopt` options and the variables that you exported. Functions are passed in the
+# environment, which only this user can read, and are removed from it on arrival, so that they do not
+# replace commands of other scripts.
 with_lease() (
   _holdoff_usage='with_lease TOKEN [OPTION… --] COMMAND [ARGUMENT…], such as
 with_lease apps/exact-nl/tokens/finance --wait 2h -- datahub /file:job.sql'
@@ -63,11 +63,11 @@ with_lease apps/exact-nl/tokens/finance --wait 2h -- datahub /file:job.sql'
   exec holdoff run "${_holdoff_options[@]}" -- "$@"
 )
 
-# Tell `holdoff run`, which reads along, of an error of the provider: it is counted once.
+# Report an error of the provider to `holdoff run`, which reads the output: it is counted once.
 holdoff_error() (
   (($# == 3)) ||
     _holdoff_fail 64 'usage: holdoff_error DIVISION ENDPOINT STATUS' 'what is not known is ""'
-  # What follows the path of a URL never counts, and may be secret; so may a password before it.
+  # A query or fragment in a URL does not count, and may be secret; so may a password before the host.
   _holdoff_path=${2%%[?#]*}
   if [[ $_holdoff_path =~ ^([^/]*//)[^/@]*@(.*)$ ]]; then
     _holdoff_path=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
@@ -75,14 +75,14 @@ holdoff_error() (
   _holdoff_tell ERROR "status=$3" "division=$1" "endpoint=$_holdoff_path"
 )
 
-# Tell it that the provider refuses all calls for now: with the HTTP status, and with what the
-# answer's header Retry-After says.
+# Report that the provider refuses all calls, with the HTTP status and the value of the response's
+# header Retry-After.
 holdoff_blocked() (
   _holdoff_tell BLOCKED "status=${1-}" "retry_after=${2-}"
 )
 
-# Print a line with those of the fields that are known. A value can hold neither a quote nor the end
-# of a line. It goes to stderr, where nobody who captures a function's output swallows it.
+# Print a line with the known fields. A value can contain neither a quote nor an end of line. It goes
+# to stderr, so that a captured output of a function does not contain it.
 _holdoff_tell() (
   _holdoff_line=HOLDOFF-$1
   for _holdoff_field in "${@:2}"; do

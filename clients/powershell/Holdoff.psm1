@@ -1,8 +1,7 @@
-# Holdoff for PowerShell scripts: a lease around a command or a script block, and errors that count.
+# Holdoff for PowerShell scripts: a lease around a command or a script block, and error reports.
 #
-# NOT TRIED: no PowerShell was at hand when this was written, and no Windows, on which `holdoff run` was
-# never run either. A parser has read it; nothing ran it. It is for PowerShell 7, and written so that
-# Windows PowerShell 5.1 takes it.
+# NOT TRIED: this has never been run, and neither has `holdoff run` on Windows. The tests only parse it.
+# It is for PowerShell 7, and compatible with Windows PowerShell 5.1.
 #
 #   Import-Module ./Holdoff.psm1
 #   Invoke-WithLease -Token apps/exact-nl/tokens/finance -Wait 2h -Job nightly { ./Import-All.ps1 }
@@ -66,10 +65,10 @@ function Invoke-WithLease {
     $lines = "`$ErrorActionPreference = 'Stop'", "Import-Module '$module'", '& {', $ScriptBlock, '} @args', 'exit $LASTEXITCODE'
     try {
         New-PrivateFile $file
-        # With a byte order mark, without which 5.1 takes UTF-8 for something else.
+        # With a byte order mark, without which 5.1 does not read the file as UTF-8.
         [IO.File]::WriteAllText($file, ($lines -join "`n"), (New-Object System.Text.UTF8Encoding $true))
         $words += (Join-Path $PSHOME $name), '-NoProfile', '-NonInteractive'
-        # Only Windows has execution policies: that of this process has let this module in.
+        # Only Windows has execution policies: that of this process has allowed this module.
         if ($name -eq 'powershell' -or $IsWindows) { $words += '-ExecutionPolicy', 'Bypass' }
         $words += '-File', $file
         $words += $ArgumentList
@@ -82,7 +81,7 @@ function Invoke-WithLease {
 
 <#
 .SYNOPSIS
-Tells `holdoff run`, which reads along, of an error of the provider: it is counted once.
+Reports an error of the provider to `holdoff run`, which reads the output: it is counted once.
 
 .EXAMPLE
 Write-HoldoffError -Division 535193 -Endpoint crm/Accounts -Status 400
@@ -94,14 +93,14 @@ function Write-HoldoffError {
         [string] $Endpoint,
         [string] $Status
     )
-    # What follows the path of a URL never counts, and may be secret; so may a password before it.
+    # A query or fragment in a URL does not count, and may be secret; so may a password before the host.
     $path = $Endpoint -replace '(?s)[?#].*', '' -replace '//[^/@]*@', '//'
     Write-HoldoffLine 'ERROR' @(('status', $Status), ('division', $Division), ('endpoint', $path))
 }
 
 <#
 .SYNOPSIS
-Tells `holdoff run` that the provider refuses all calls for now.
+Reports to `holdoff run` that the provider refuses all calls.
 
 .EXAMPLE
 Write-HoldoffBlocked -Status 429 -RetryAfter 60
@@ -110,14 +109,14 @@ function Write-HoldoffBlocked {
     [CmdletBinding()]
     param(
         [string] $Status,
-        # What the answer's header Retry-After says.
+        # The value of the response's header Retry-After.
         [string] $RetryAfter
     )
     Write-HoldoffLine 'BLOCKED' @(('status', $Status), ('retry_after', $RetryAfter))
 }
 
-# To the process's own stderr, where no pipeline or variable swallows it. A value can hold neither a quote
-# nor the end of a line.
+# Writes to the process's own stderr, which no pipeline or variable captures. A value can contain neither
+# a quote nor an end of line.
 function Write-HoldoffLine([string] $Kind, [object[]] $Fields) {
     $line = "HOLDOFF-$Kind"
     foreach ($field in $Fields) {
@@ -127,7 +126,7 @@ function Write-HoldoffLine([string] $Kind, [object[]] $Fields) {
     [Console]::Error.WriteLine($line)
 }
 
-# Programs get words as they are written here. Before 7.3 PowerShell swallowed quotes and empty words.
+# Programs get words as they are written here. Before 7.3 PowerShell removed quotes and empty words.
 function Invoke-Holdoff([string[]] $Words) {
     if ($PSVersionTable.PSVersion -lt [version] '7.3') {
         $Words = foreach ($word in $Words) { if ($word) { $word -replace '(\\*)"', '$1$1\"' } else { '""' } }
@@ -135,7 +134,7 @@ function Invoke-Holdoff([string[]] $Words) {
     & (Get-Command -Name holdoff -CommandType Application | Select-Object -First 1) @Words
 }
 
-# On Windows the folder for temporary files is the user's own; elsewhere it is everybody's.
+# On Windows the folder for temporary files belongs to the user; elsewhere it is shared.
 function New-PrivateFile([string] $Path) {
     [IO.File]::Create($Path).Dispose()
     if ($PSVersionTable.PSEdition -eq 'Core' -and -not $IsWindows) { chmod 600 $Path }

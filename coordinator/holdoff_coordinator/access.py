@@ -54,7 +54,8 @@ class Role(StrEnum):
     CUSTODIAN = "custodian"
     """See everything, and create and change tokens."""
     ADMIN = "admin"
-    """Everything: also break leases, reset budgets, set and end back-offs, read the audit trail."""
+    """Everything: also break leases, reset budgets, set and end back-offs, end quarantines, read
+    the audit trail."""
 
 
 _INCLUDES: Mapping[Role, frozenset[Role]] = {
@@ -175,6 +176,8 @@ class Rights:
             case lease_pb2.Change():
                 place = place_of_token("token", message.status.token)
             case lease_pb2.Snapshot():
+                place = Place(validation.app_name("app", message.app).app)
+            case lease_pb2.Quarantine():
                 place = Place(validation.app_name("app", message.app).app)
             case budget_pb2.Budget() | budget_pb2.BackOff():
                 place = place_of_scope("scope", message.scope)
@@ -310,6 +313,7 @@ NEEDS: Mapping[type[Message], tuple[Role, bool, Callable[[Any], tuple[Place, ...
     lease_service_pb2.ListLeasesRequest: (Role.VIEWER, _PART, _parent),
     lease_service_pb2.ListLeaseHistoryRequest: (Role.VIEWER, _WHOLE, _parent),
     lease_service_pb2.ListWaitersRequest: (Role.VIEWER, _WHOLE, _parent),
+    lease_service_pb2.ListQuarantinesRequest: (Role.VIEWER, _PART, _parent),
     lease_service_pb2.WatchLeasesRequest: (Role.VIEWER, _PART, _parent),
     token_service_pb2.CreateTokenRequest: (Role.CUSTODIAN, _WHOLE, _new_token),
     token_service_pb2.UpdateTokenRequest: (Role.CUSTODIAN, _WHOLE, _new_token),
@@ -332,5 +336,6 @@ NEEDS: Mapping[type[Message], tuple[Role, bool, Callable[[Any], tuple[Place, ...
     admin_service_pb2.ResetBudgetRequest: (Role.ADMIN, _WHOLE, _name_of_budget),
     admin_service_pb2.SetBackOffRequest: (Role.ADMIN, _WHOLE, _scope),
     admin_service_pb2.ClearBackOffRequest: (Role.ADMIN, _WHOLE, _name_of_back_off),
+    admin_service_pb2.EndQuarantineRequest: (Role.ADMIN, _WHOLE, _app),
     admin_service_pb2.ListAuditEventsRequest: (Role.ADMIN, _WHOLE, _parent),
 }

@@ -19,6 +19,8 @@ from holdoff_coordinator.records import (
     back_off_sentence,
     duration,
     held_words,
+    quarantine_message,
+    quarantine_show,
     read_back_offs,
     read_budgets,
     record,
@@ -110,6 +112,7 @@ class BackOffs:
         token = TokenName(app, values["token"]) if values["token"] else None
         pairs = [(values["division"], values["endpoint"])]
         obstacles, start_in_us = await self._token_obstacles(token) if token else ([], 0)
+        obstacles += await self._quarantine(app)
         back_offs = await self._read(
             app, values["token"] or " ", json.dumps(pairs), job_hash(request.job)
         )
@@ -146,7 +149,7 @@ class BackOffs:
         if app not in await self._scripts.apps():
             raise Failure(
                 "TOKEN_NOT_FOUND",
-                f"apps/{app} has no token; make one with: holdoff token create apps/{app}/tokens/…",
+                f"apps/{app} has no token; create one: holdoff token create apps/{app}/tokens/…",
                 resource=str(AppName(app)),
             )
         return app, {
@@ -170,16 +173,6 @@ class BackOffs:
         [entry] = reply.values[0]
         status, now_us = status_message(token, entry, reply.now_us), reply.now_us
         obstacles = []
-        _, quarantine_until_us, _ = await self._scripts.position(token.app)
-        if quarantine_until_us > now_us:
-            obstacles.append(
-                budget_service_pb2.Obstacle(
-                    reason=lease_pb2.WAIT_REASON_QUARANTINED,
-                    message="quarantined: the store may have forgotten something",
-                    end_time=timestamp({"until": b"%d" % quarantine_until_us}, "until"),
-                    remaining=duration(quarantine_until_us - now_us),
-                )
-            )
         if status.HasField("lease"):
             lease = status.lease
             obstacles.append(
@@ -215,10 +208,24 @@ class BackOffs:
             obstacles.append(
                 budget_service_pb2.Obstacle(
                     reason=lease_pb2.WAIT_REASON_QUEUED,
-                    message=f"{_waiters(status.queue_length)} for it: holdoff token queue {token}",
+                    message=f"{_waiters(status.queue_length)}: holdoff token queue {token}",
                 )
             )
         return obstacles, int(entry[6]) - now_us
+
+    async def _quarantine(self, app: str) -> list[budget_service_pb2.Obstacle]:
+        reply = await self._scripts.run("read_quarantine", app)
+        one = quarantine_message(app, record(reply.values[0]), reply.now_us)
+        if not one.HasField("remaining"):
+            return []
+        obstacle = budget_service_pb2.Obstacle(
+            reason=lease_pb2.WAIT_REASON_QUARANTINED,
+            message=f"quarantined: {one.reason}: {quarantine_show(app)}",
+            start_time=one.start_time if one.HasField("start_time") else None,
+            end_time=one.end_time,
+            remaining=one.remaining,
+        )
+        return [obstacle]
 
     async def _budgets(
         self, app: str, token: str, values: dict[str, str]
@@ -256,7 +263,7 @@ class BackOffs:
 
 
 def _waiters(count: int) -> str:
-    return "1 waits" if count == 1 else f"{count} wait"
+    return "1 waiter" if count == 1 else f"{count} waiters"
 
 
 def _scope_of(app: str, values: dict[str, str]) -> budget_pb2.Scope:
@@ -297,6 +304,6 @@ def _words(
 ) -> str:
     where, reasons = scope_words(scope), [one.message for one in obstacles]
     if not reasons:
-        return f"{where} may go on now"
-    when = f", for {format_duration(longest_us / 1e6)} at least" if longest_us else ""
+        return f"{where} may start now"
+    when = f" for at least {format_duration(longest_us / 1e6)}" if longest_us else ""
     return f"{where} must wait{when}: {reasons[0]}"

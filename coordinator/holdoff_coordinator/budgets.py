@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from holdoff.policies import Policy
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.places import Place, Places
+    from holdoff_coordinator.replays import Replays
     from holdoff_coordinator.scripts import Reply, Scripts
 
 log = structlog.get_logger()
@@ -60,9 +61,10 @@ _OUTCOMES = {
 class Budgets:
     """Record, reserve, commit, cancel, get, list and reset."""
 
-    def __init__(self, scripts: Scripts, places: Places) -> None:
+    def __init__(self, scripts: Scripts, places: Places, replays: Replays) -> None:
         self._scripts = scripts
         self._places = places
+        self._replays = replays
 
     async def record_events(
         self, request: budget_service_pb2.RecordEventsRequest, caller: Caller
@@ -83,19 +85,21 @@ class Budgets:
             raise invalid("events", "must be of one app")
         [app] = apps
         answers: Iterator[str] = iter(())
+        life = ""
         if entries:
             reply = await self._scripts.run_lasting(
                 "record_events", app, json.dumps(entries), caller=caller
             )
-            answers = iter([word.decode() for word in reply.values[0]])
+            answers, life = iter([word.decode() for word in reply.values[0]]), reply.life
         outcomes = []
         for is_limited in limited:
             word = next(answers) if is_limited else ""
             if word.startswith("TOO_MANY"):
                 raise _too_many(word, app)
             outcomes.append(_OUTCOMES.get(word, budget_pb2.EVENT_OUTCOME_NOT_LIMITED))
+        self._replays.recorded(app, entries)
         log.debug("events recorded", app=app, count=len(outcomes), peer=caller.peer)
-        return budget_service_pb2.RecordEventsResponse(outcomes=outcomes)
+        return budget_service_pb2.RecordEventsResponse(outcomes=outcomes, store_life=life)
 
     async def reserve(
         self, request: budget_service_pb2.ReserveRequest, caller: Caller
@@ -107,16 +111,14 @@ class Budgets:
         )
         count = _count("count", request.count)
         if request.kind not in (budget_pb2.EVENT_KIND_CALL, budget_pb2.EVENT_KIND_TOKEN_REQUEST):
-            raise invalid("kind", "must be CALL or TOKEN_REQUEST: an error is not planned")
+            raise invalid("kind", "must be CALL or TOKEN_REQUEST: an error cannot be reserved")
         place = await self._places.find("scope", request.scope, {})
         specs = place.specs(_KINDS[request.kind]) + place.specs("errors")
         for spec in specs:
             if count > spec["most"] - spec["margin"]:
                 raise invalid("count", f"is more than {spec['limit']} ever allows")
         budgets = json.dumps(specs)
-        reply = await self._scripts.run_lasting(
-            "reserve",
-            place.token.app,
+        call = (
             _hash(reservation_id),
             _hash(f"{caller.identity}\0{count}\0{ttl_us}\0{budgets}"),
             ttl_us,
@@ -126,13 +128,17 @@ class Budgets:
             place.token.token,
             json.dumps(place.pair),
         )
+        reply = await self._scripts.run_lasting("reserve", place.token.app, *call)
         if reply.status == "BACKING_OFF":
             raise _backing_off(place.token.app, reply)
         if reply.status == "BUDGET_SPENT":
             raise _spent(place.token.app, reply)
-        return budget_service_pb2.ReserveResponse(
-            reservation=_reservation(reply, place.token.app, reservation_id)
-        )
+        if reply.status == "COUNTS_UNKNOWN":
+            raise _unknown(place.token.app, reply)
+        reservation = _reservation(reply, place.token.app, reservation_id)
+        if reservation.state == budget_pb2.RESERVATION_STATE_RESERVED:
+            self._replays.reserved(place.token.app, call)
+        return budget_service_pb2.ReserveResponse(reservation=reservation)
 
     async def commit(
         self, request: budget_service_pb2.CommitRequest, caller: Caller
@@ -161,17 +167,17 @@ class Budgets:
         reservation_id = validation.request_id(request.reservation_id, "reservation_id")
         app = validation.app_name("app", request.app).app
         status = request.status if isinstance(request, budget_service_pb2.CommitRequest) else 0
-        reply = await self._scripts.run_lasting(
-            "commit",
-            app,
+        call = (
             _hash(reservation_id),
             _hash(caller.identity),
             "1" if made else "0",
             age_us,
             status,
-            caller=caller,
         )
-        return _reservation(reply, app, reservation_id)
+        reply = await self._scripts.run_lasting("commit", app, *call, caller=caller)
+        reservation = _reservation(reply, app, reservation_id)
+        self._replays.settled(app, call, reply)
+        return reservation
 
     async def _read(self, app: str, ids: list[str]) -> list[budget_pb2.Budget]:
         reply = await self._scripts.run("read_budgets", app, *ids)
@@ -316,7 +322,7 @@ def _reservation(reply: Reply, app: str, reservation_id: str) -> budget_pb2.Rese
         case "RESERVATION_NOT_FOUND":
             raise Failure(
                 "RESERVATION_NOT_FOUND",
-                f"apps/{app} has no such reservation of this caller, or it is long over",
+                f"apps/{app} has no such reservation of this caller, or it has long expired",
             )
         case "RESERVATION_ID_REUSED":
             raise Failure(
@@ -332,7 +338,7 @@ def _too_many(word: str, app: str) -> Failure:
     what = "different scopes" if word == "TOO_MANY_BUDGETS" else "events"
     return Failure(
         word,
-        f"apps/{app} has too many {what} to count: is a varying part of the path taken for the "
+        f"apps/{app} has too many {what} to count: is a variable part of the path part of the "
         "endpoint? See `endpoint` in the policy",
         retry_after_seconds=60.0,
     )
@@ -345,9 +351,19 @@ def _spent(app: str, reply: Reply) -> Failure:
     return Failure(
         "BUDGET_SPENT",
         f"the budget {last.limit!r} of {scope_words(last.scope)} has no room: {last.used} used and "
-        f"{last.reserved} reserved of {last.most}, {last.margin} in hand",
+        f"{last.reserved} reserved of {last.most}, margin {last.margin}",
         resource=last.name,
         retry_after_seconds=last.room_in.ToMicroseconds() / 1e6,
+    )
+
+
+def _unknown(app: str, reply: Reply) -> Failure:
+    """What the store may have lost counts as spent."""
+    return Failure(
+        "COUNTS_UNKNOWN",
+        f"the store may have lost what was counted for apps/{app}, which therefore counts as spent",
+        resource=f"apps/{app}",
+        retry_after_seconds=max(LEAST_RETRY_SECONDS, (int(reply.values[0]) - reply.now_us) / 1e6),
     )
 
 

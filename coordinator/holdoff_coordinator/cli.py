@@ -68,7 +68,7 @@ def _commands() -> ModuleType:
 @click.group(cls=_Group)
 @click.version_option(VERSION, prog_name="holdoff-coordinator")
 def main() -> None:
-    """Give out leases on refresh tokens, backed by Valkey or Redis.
+    """Serve leases on OAuth refresh tokens, and manage credentials. State is in Valkey or Redis.
 
     Example: holdoff-coordinator serve --data-dir ./holdoff-data
     """
@@ -78,8 +78,8 @@ _STORE_OPTIONS = (
     click.option(
         "--data-dir",
         type=click.Path(path_type=Path),
-        help="Directory of the embedded store, for when no store URL is given. Name the same one "
-        "in every command. [default: /var/lib/holdoff for root, else "
+        help="Directory of the embedded store, used if no store URL is given. Use the same one in "
+        "every command. [default: /var/lib/holdoff for root, else "
         "$XDG_STATE_HOME/holdoff or ~/.local/state/holdoff]",
     ),
     click.option(
@@ -87,23 +87,23 @@ _STORE_OPTIONS = (
         metavar="URL",
         help="Store: redis://HOST:PORT/DB, rediss:// (TLS), unix:///SOCKET, "
         "redis+sentinel://HOST:PORT,HOST:PORT/PRIMARY or redis+cluster://HOST:PORT,HOST:PORT; "
-        "these two with TLS are rediss+….",
+        "the last two with TLS begin with rediss+.",
     ),
     click.option(
         "--redis-url-file",
         type=click.Path(path_type=Path),
-        help="File that holds the store's URL, so that no password shows in the process list.",
+        help="File that contains the store's URL, so that no password is in the process list.",
     ),
     click.option(
         "--redis-password-file",
         type=click.Path(path_type=Path),
-        help="File that holds the store's password, for a URL without one; read again for each "
+        help="File that contains the store's password, for a URL without one; reread for each "
         "connection.",
     ),
     click.option(
         "--redis-sentinel-password-file",
         type=click.Path(path_type=Path),
-        help="File that holds the password of the Sentinels, if they have one.",
+        help="File that contains the password of the Sentinels, if they have one.",
     ),
     click.option(
         "--redis-ca-file",
@@ -114,26 +114,29 @@ _STORE_OPTIONS = (
     click.option(
         "--redis-cert-file",
         type=click.Path(path_type=Path),
-        help="Our certificate (PEM) for the store. [or ?ssl_certfile=FILE]",
+        help="Client certificate (PEM) for the store. [or in the URL ?ssl_certfile=FILE]",
     ),
     click.option(
         "--redis-key-file",
         type=click.Path(path_type=Path),
-        help="Its key (PEM). [or ?ssl_keyfile=FILE]",
+        help="Its key (PEM). [or in the URL ?ssl_keyfile=FILE]",
     ),
     click.option(
         "--assume",
         metavar="WORDS",
-        help="What to believe of a managed store that does not tell: noeviction, "
-        "fsync=always|everysec|no; several with commas.",
+        help="What to assume about a store that does not report it: noeviction, "
+        "fsync=always|everysec|no; separated by commas.",
     ),
     click.option(
         "--quarantine-seconds",
         type=float,
-        help="Least time without new leases after the store may have forgotten something.",
+        help="Minimum quarantine: time without new leases after a possible loss of data. "
+        "[default: 900]",
     ),
     click.option(
-        "--log-format", type=click.Choice(["auto", "json", "console"]), help="Form of logs."
+        "--log-format",
+        type=click.Choice(["auto", "json", "console"]),
+        help="Log format; auto is console on a terminal, else json. [default: auto]",
     ),
 )
 
@@ -149,42 +152,45 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--tls-cert-file",
     type=click.Path(path_type=Path),
-    help="Serve TLS with this certificate (PEM, with those between it and its authority).",
+    help="Serve TLS with this certificate (PEM, including intermediate certificates).",
 )
 @click.option("--tls-key-file", type=click.Path(path_type=Path), help="Its key (PEM).")
 @click.option(
     "--tls-client-ca-file",
     type=click.Path(path_type=Path),
-    help="Serve only clients with a certificate of these authorities (PEM). Files for TLS are read "
-    "again when they change.",
+    help="Require a client certificate of these authorities (PEM). Files for TLS are reread when "
+    "they change.",
 )
 @click.option(
     "--access-file",
     type=click.Path(path_type=Path),
-    help="Ask every caller who it is, and allow what this file (TOML) grants; read again when it "
-    "changes. [default: whoever can connect may do everything]",
+    help="Authenticate every caller, and allow what this file (TOML) grants; reread when it "
+    "changes. [default: every caller may do everything]",
 )
 @click.option(
     "--insecure",
     is_flag=True,
     default=None,
-    help="Listen beyond loopback without TLS, or without asking who calls.",
+    help="Allow other addresses than loopback without TLS, or without authentication.",
 )
 @click.option(
     "--health-listen",
     metavar="HOST:PORT",
-    help="Answer health checks here too, and nothing else; without TLS.",
+    help="Also answer health checks at this address, without TLS.",
 )
 @click.option(
     "--metrics-listen",
     metavar="HOST:PORT",
-    help="Serve metrics for Prometheus here, at /metrics; without TLS.",
+    help="Serve metrics for Prometheus at this address, under /metrics, without TLS.",
 )
 @_of_the_store
 @click.option(
     "--policy-dir",
     type=click.Path(path_type=Path),
-    help="Directory of policies (*.toml) beside the presets.",
+    help="Directory of policies (*.toml), in addition to the presets.",
+)
+@click.option(
+    "--drain-seconds", type=float, help="Time for open calls to end at a stop. [default: 5]"
 )
 @click.option(
     "--wait-replicas",
@@ -204,12 +210,11 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     type=float,
     help="How long to wait; then the call fails, and a grant is taken back. [default: 0.5]",
 )
-@click.option("--drain-seconds", type=float, help="Time that open calls get at a stop.")
 def serve(**options: Any) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Every option is also an environment variable: --data-dir is HOLDOFF_DATA_DIR. Without a
-    store URL a Valkey of its own is started in the data directory.
+    store URL it starts its own Valkey in the data directory.
 
     Example: holdoff-coordinator serve --listen 127.0.0.1:50051 --data-dir ./holdoff-data
     """
@@ -219,12 +224,13 @@ def serve(**options: Any) -> None:
 @main.command("after-restore")
 @_of_the_store
 def restored(**options: Any) -> None:
-    """Hold back new leases after the store was restored from a backup.
+    """Hold back new leases after a restore of the store.
 
-    The backup does not know which leases and refreshes came after it. Stop the coordinators,
-    restore, call this, and start them: nothing is granted until none of those can matter any
-    more, the longest TTL and interval or --quarantine-seconds. Renewals go on. It takes the
-    --data-dir or --redis-url of the coordinators, and makes no store of its own.
+    A backup does not contain the leases and refreshes that came after it. Stop the coordinators,
+    restore the backup, run this command, and start the coordinators. No lease is granted for
+    --quarantine-seconds, or for the longest TTL plus the longest interval if that is longer.
+    Renewals continue. Give the --data-dir or --redis-url of the coordinators; the command never
+    creates a store.
 
     Example: holdoff-coordinator after-restore --redis-url redis://store:6379/0
     """
@@ -233,11 +239,13 @@ def restored(**options: Any) -> None:
 
 @main.group("token", cls=_Group)
 def credentials() -> None:
-    """Issue, revoke and list credentials: bearer tokens that say who calls.
+    """Issue, revoke and list credentials of callers.
 
-    What an identity may do stands in the file of --access-file. The commands work on the store, and
-    beside coordinators that use it: give them the same --data-dir or --redis-url. They make no
-    store of their own.
+    A credential is a bearer token with an identity. The file of --access-file defines what an
+    identity may do. The commands work directly on the store, also while coordinators use it: give
+    them the same --data-dir or --redis-url. They never create a store.
+
+    Example: holdoff-coordinator token issue payroll-jobs
     """
 
 
@@ -248,11 +256,11 @@ def credentials() -> None:
     metavar="DURATION",
     default="90d",
     show_default=True,
-    help="How long it is valid; `never` for no end.",
+    help="How long it is valid; `never` for no expiry.",
 )
 @_of_the_store
 def issue(identity: str, expires_in: str, **options: Any) -> None:
-    """Print a new credential. It is shown once: the store keeps a hash of it.
+    """Print a new credential. It is shown only once: the store keeps a hash of it.
 
     Example: holdoff-coordinator token issue payroll-jobs --expires-in 90d
     """
@@ -263,7 +271,9 @@ def issue(identity: str, expires_in: str, **options: Any) -> None:
 @click.argument("credential_id", metavar="ID")
 @_of_the_store
 def revoke(credential_id: str, **options: Any) -> None:
-    """Make a credential invalid; calls with it are refused within five seconds.
+    """Revoke a credential.
+
+    Calls with it are refused within five seconds.
 
     Example: holdoff-coordinator token revoke 6f1b2c3d4e5f
     """
@@ -274,7 +284,7 @@ def revoke(credential_id: str, **options: Any) -> None:
 @click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @_of_the_store
 def list_credentials(output: str, **options: Any) -> None:
-    """List credentials: their ids, whose they are, and until when. They themselves are not kept.
+    """List credentials: their ids, identities and expiry.
 
     Example: holdoff-coordinator token list --output json
     """

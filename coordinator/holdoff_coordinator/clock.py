@@ -1,17 +1,24 @@
-"""Holding the store's clock against this machine's boot clock. Pure: no I/O, no clock.
+"""Comparing the store's clock with this machine's boot clock. Pure: no I/O, no clock.
 
-Leases and cooldowns are counted by the store's TIME. If that clock jumps forward, leases
-expire while their holders go on; if it jumps back, cooldowns last too long. The boot clock
-(CLOCK_BOOTTIME) never jumps, so that a change of the difference between the two beyond
-`TOLERANCE_US` is a jump of the store's clock.
+Leases, cooldowns and windows are counted by the store's TIME. Where that clock runs fast or is set
+forward, they would end too early. The boot clock (CLOCK_BOOTTIME) is never set, so that the
+difference between the two shows how much the store's clock gained. A script takes something for
+over only when both clocks say so (`sure` in common.lua), and more than `TOLERANCE_US` gained within
+the longest hold starts the quarantine.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 TOLERANCE_US = 1_000_000
+SLACK_US = 3_600_000_000
+"""A step forward of more than this may have made the store drop keys that matter, since it expires
+them by its own clock."""
 DRIFT = 500e-6  # what NTP may slew at most: 500 ppm
+_STEPS = 64
+"""A window moves in so many steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,32 +30,77 @@ class Offset:
     at_us: int
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a replica makes of the store's time at one instant, in µs."""
+
+    estimate_us: int
+    """What the store's clock shows."""
+    floor_us: int
+    """What it would show at least, if it had gained nothing within the window."""
+    gain_us: int
+    """How much it certainly gained within the window."""
+
+    def __str__(self) -> str:
+        """Return it as the scripts read it."""
+        return f"{self.estimate_us} {self.floor_us} {self.gain_us}"
+
+
 class StoreClock:
-    """What this replica knows about the store's clock."""
+    """What this replica knows about one clock of the store."""
 
     def __init__(self) -> None:
         self._offset: Offset | None = None
+        self._slowest: deque[Offset] = deque()  # of the window, in order of age and of size
+        self._declared_us = 0
 
-    def estimate_us(self, boot_us: int) -> int | None:
-        """Estimate the store's time at `boot_us`; None before the first measurement."""
+    def copy(self) -> StoreClock:
+        """Return another clock with the same past."""
+        other = StoreClock()
+        other._offset, other._declared_us = self._offset, self._declared_us
+        other._slowest = self._slowest.copy()
+        return other
+
+    def read(self, boot_us: int) -> Reading | None:
+        """Return what the clock shows at `boot_us`; None before the first measurement."""
         if self._offset is None:
             return None
-        return boot_us + (self._offset.low_us + self._offset.high_us) // 2
+        offset, slowest = self._offset, self._slowest[0]
+        return Reading(
+            boot_us + (offset.low_us + offset.high_us) // 2,
+            boot_us + slowest.low_us,
+            max(0, offset.low_us - slowest.high_us),
+        )
 
-    def observe(self, sent_us: int, received_us: int, store_us: int) -> int:
+    def observe(self, sent_us: int, received_us: int, store_us: int, keep_us: int) -> int:
         """Take in one answer of the store; return by how many µs its clock jumped, or 0.
 
         The store read its clock somewhere between `sent_us` and `received_us` (boot clock), so
-        that an answer that was slow says little, and never raises a false alarm.
+        that a slow answer says little, and never raises a false alarm. What it gained in small
+        steps, or by drifting, within the last `keep_us` is a jump too, once it adds up to more
+        than the tolerance.
         """
-        low, high = store_us - received_us, store_us - sent_us
-        known, self._offset = self._offset, Offset(low, high, received_us)
-        if known is None:
-            return 0
-        slack = round((received_us - known.at_us) * DRIFT)
-        known_low, known_high = known.low_us - slack, known.high_us + slack
-        if low <= known_high and high >= known_low:
-            self._offset = Offset(max(low, known_low), min(high, known_high), received_us)
-            return 0
-        jump = low - known_high if low > known_high else high - known_low
-        return jump if abs(jump) > TOLERANCE_US else 0
+        known, seen = self._offset, Offset(store_us - received_us, store_us - sent_us, received_us)
+        self._offset = offset = seen if known is None else _refined(known, seen)
+        lost_us = known.low_us - offset.high_us if known else 0
+        while self._slowest and self._slowest[-1].low_us >= offset.low_us:
+            self._slowest.pop()
+        while self._slowest and self._slowest[0].at_us < received_us - keep_us - keep_us // _STEPS:
+            self._slowest.popleft()
+        if not self._slowest or received_us - self._slowest[-1].at_us >= keep_us // _STEPS:
+            self._slowest.append(offset)
+        gain_us = max(0, offset.low_us - self._slowest[0].high_us)
+        self._declared_us = min(self._declared_us, gain_us)
+        if gain_us - self._declared_us > TOLERANCE_US:
+            self._declared_us = gain_us
+            return gain_us
+        return -lost_us if lost_us > TOLERANCE_US else 0
+
+
+def _refined(known: Offset, seen: Offset) -> Offset:
+    """Narrow what was seen by what was known, where the two agree."""
+    slack = round((seen.at_us - known.at_us) * DRIFT)
+    low, high = known.low_us - slack, known.high_us + slack
+    if seen.low_us > high or seen.high_us < low:
+        return seen
+    return Offset(max(seen.low_us, low), min(seen.high_us, high), seen.at_us)

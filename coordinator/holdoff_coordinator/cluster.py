@@ -96,26 +96,20 @@ class Cluster(AsyncCoreCommands):
         """Return the clients of all nodes that serve slots.
 
         Raises:
-            ClusterError: Some slots are served by nobody.
+            ClusterError: Some slots are served by no node.
         """
         await self._look()
         if None in self._owners:
             raise ClusterError(
-                f"{self._owners.count(None)} of its {SLOTS} slots are served by nobody"
+                f"{self._owners.count(None)} of its {SLOTS} slots are served by no node"
             )
         return [self._node(address) for address in sorted(set(filter(None, self._owners)))]
 
-    async def answers(self) -> bool:
-        """Tell whether any node answers."""
-        return any(await asyncio.gather(*map(self._answers, self._ask_next)))
-
-    async def _answers(self, address: Address) -> bool:
-        try:
-            async with asyncio.timeout(LOOK_SECONDS):
-                await self._execute(address, "PING")
-        except (RedisError, TimeoutError):
-            return False
-        return True
+    def known_nodes(self) -> list[Redis]:
+        """Return the clients of the nodes that serve slots, as far as we know; else of all."""
+        return [
+            self._node(address) for address in set(filter(None, self._owners)) or self._ask_next
+        ]
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -129,7 +123,7 @@ class Cluster(AsyncCoreCommands):
         owner = self._owners[slot]
         if owner is None:
             self._must_look = True
-            raise ClusterDownError("the slot is served by nobody")
+            raise ClusterDownError("the slot is served by no node")
         return owner
 
     async def _execute(self, address: Address, *args: Any, **options: Any) -> Any:

@@ -263,7 +263,7 @@ async def _hold_back(settings: Settings, store: _Store) -> None:
         click.echo(f"apps/{app}: no new lease for {format_duration(seconds)}")
     click.echo(
         f"apps that hold back new leases: {len(held_back)}; a coordinator that starts within "
-        f"{format_duration(settings.quarantine_seconds)} also does so for apps that are made anew"
+        f"{format_duration(settings.quarantine_seconds)} also does so for new apps"
     )
 
 

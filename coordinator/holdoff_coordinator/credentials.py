@@ -135,13 +135,13 @@ class Credentials:
             raise Failure(
                 "CREDENTIAL_REFUSED",
                 "this credential is not known here: it was revoked or mistyped, or another "
-                "coordinator issued it; an administrator makes one with: "
+                "coordinator issued it; an administrator issues one with: "
                 "holdoff-coordinator token issue IDENTITY",
             )
         if 0 < credential.expires <= now:
             raise Failure(
                 "CREDENTIAL_EXPIRED",
-                f"this credential of {credential.identity!r} has expired; an administrator makes "
+                f"this credential of {credential.identity!r} has expired; an administrator issues "
                 f"another with: holdoff-coordinator token issue {credential.identity}",
             )
         return credential.identity

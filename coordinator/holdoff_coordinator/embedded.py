@@ -213,7 +213,7 @@ class EmbeddedStore:
             if not self._home.is_dir():
                 raise StoreError(
                     f"there is no store in {self._root}: name that of the coordinator with "
-                    "--data-dir or --redis-url; a new one is made by holdoff-coordinator serve"
+                    "--data-dir or --redis-url; holdoff-coordinator serve creates a new one"
                 )
 
     async def running_url(self) -> str | None:

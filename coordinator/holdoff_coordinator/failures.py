@@ -36,6 +36,7 @@ CODES: Mapping[str, int] = {
     "DRAINING": code_pb2.UNAVAILABLE,
     "BUDGET_SPENT": code_pb2.RESOURCE_EXHAUSTED,
     "BACKING_OFF": code_pb2.RESOURCE_EXHAUSTED,
+    "COUNTS_UNKNOWN": code_pb2.RESOURCE_EXHAUSTED,
     "TOO_MANY_BUDGETS": code_pb2.RESOURCE_EXHAUSTED,
     "TOO_MANY_EVENTS": code_pb2.RESOURCE_EXHAUSTED,
     # The lease is not what the caller thinks.
@@ -55,6 +56,7 @@ CODES: Mapping[str, int] = {
     "POLICY_NOT_FOUND": code_pb2.NOT_FOUND,
     "BUDGET_NOT_FOUND": code_pb2.NOT_FOUND,
     "BACK_OFF_NOT_FOUND": code_pb2.NOT_FOUND,
+    "QUARANTINE_NOT_FOUND": code_pb2.NOT_FOUND,
     "RESERVATION_NOT_FOUND": code_pb2.NOT_FOUND,
     "TOKEN_EXISTS": code_pb2.ALREADY_EXISTS,
     # The request is wrong.
@@ -103,7 +105,7 @@ class Failure(Exception):  # noqa: N818 - the word of the domain; "Error" would 
                 type=self.reason, subject=self.resource, description=self.message
             )
             details.append(error_details_pb2.PreconditionFailure(violations=[violation]))
-        elif self.reason in ("BUDGET_SPENT", "BACKING_OFF"):
+        elif self.reason in ("BUDGET_SPENT", "BACKING_OFF", "COUNTS_UNKNOWN"):
             quota = error_details_pb2.QuotaFailure.Violation(
                 subject=self.resource, description=self.message
             )
@@ -135,9 +137,9 @@ def _resource_type(name: str) -> str:
 
 STORE_TROUBLES: Mapping[str, str] = {
     "STORE_UNAVAILABLE": "the store does not answer",
-    "STORE_OUT_OF_MEMORY": "the store is out of memory and takes no writes",
+    "STORE_OUT_OF_MEMORY": "the store is out of memory and accepts no writes",
     "STORE_READ_ONLY": "the store is read-only: a replica, or a primary that was replaced",
-    "STORE_NOT_WRITABLE": "the store takes no writes: its disk, or too few replicas",
+    "STORE_NOT_WRITABLE": "the store accepts no writes: a full disk, or too few replicas",
     "STORE_NOT_REPLICATED": "the store has fewer copies of the change than --wait-replicas and "
     "--wait-fsync ask for",
     "STORE_ACCESS_DENIED": "the store refuses our user or password, a command or a key",
@@ -171,7 +173,7 @@ def token_not_found(name: TokenName) -> Failure:
     """Say that there is no such token."""
     return Failure(
         "TOKEN_NOT_FOUND",
-        f"there is no token {name}; make it with: holdoff token create {name}",
+        f"there is no token {name}; create it with: holdoff token create {name}",
         resource=str(name),
     )
 

@@ -134,7 +134,7 @@ class Gate:
             return identity
         raise Failure(
             "CREDENTIAL_MISSING",
-            "this coordinator wants to know who calls: send a credential (HOLDOFF_CREDENTIAL_FILE; "
+            "this coordinator authenticates callers: send a credential (HOLDOFF_CREDENTIAL_FILE; "
             "grpcurl -H 'authorization: Bearer …') or show a client certificate",
         )
 

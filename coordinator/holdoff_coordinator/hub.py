@@ -138,13 +138,13 @@ class Hub:
         if self.draining:
             raise Failure(
                 "DRAINING",
-                "this coordinator is shutting down; go on at another one: places are kept",
+                "this coordinator is shutting down; use another one: positions are kept",
                 retry_after_seconds=0.2,
             )
         if self.store_is_away:
             raise Failure(
                 "STORE_UNAVAILABLE",
-                "the store does not answer this coordinator; go on at another one: places are kept",
+                "the store does not answer this coordinator; use another one: positions are kept",
                 retry_after_seconds=1.0,
             )
 

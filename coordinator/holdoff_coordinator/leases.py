@@ -149,6 +149,7 @@ class Leases:
             token = validation.token_name("token", request.token)
             places = await self._places.declared(token, request.scopes)
             ask = check_ask(request, caller, places)
+            await self._places.check_ttl(token, ask.ttl_us)
             with self._hub.joined(waiter, ask.token, ask.request_hash):
                 async for event in self._conversation(ask, waiter):
                     if event.HasField("offer"):
@@ -209,7 +210,7 @@ class Leases:
             raise waiter.failure
         self._hub.check()
         if waiter.heard_age_us > SILENT_US:
-            raise Failure("WAITER_SILENT", "nothing was heard of this waiter for a minute")
+            raise Failure("WAITER_SILENT", "this waiter was not heard from for a minute")
 
     async def _withdraw(self, ask: Ask) -> None:
         token = ask.token
@@ -476,7 +477,7 @@ def failure_of(reply: Reply, name: TokenName | LeaseName) -> Failure:
         )
         return Failure(reason, message, field="request_id")
     elif reason == "FENCING_TOKEN_TOO_LARGE":
-        return invalid("last_fencing_token", "lies more than a year ahead of the store's clock")
+        return invalid("last_fencing_token", "is more than a year ahead of the store's clock")
     token = name.token_name if isinstance(name, LeaseName) else name
     if reason == "TOKEN_NOT_FOUND":
         return token_not_found(token)

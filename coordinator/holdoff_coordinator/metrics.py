@@ -103,48 +103,53 @@ class Metrics(grpc.aio.ServerInterceptor):
 
         self._calls = counter("rpcs", "Calls that ended, by gRPC status", [*_CALL, "code"])
         self._call_seconds = seconds("rpc", "Time that calls with one answer took", _CALL, _QUICK)
-        self._open = gauge("rpc_streams_open", "Calls with many answers that go on", *_CALL)
+        self._open = gauge("rpc_streams_open", "Open calls with many answers", *_CALL)
         self._script_seconds = seconds(
             "store_script", "Time that the store took for a script", ["script"], _QUICK
         )
-        self._store_errors = counter(
-            "store_errors", "Times that the store did not answer, or refused", ["reason"]
-        )
+        self._store_errors = counter("store_errors", "Failed calls of the store", ["reason"])
         for reason in STORE_TROUBLES:  # so that the first one is an increase
             self._store_errors.labels(reason.lower())
         self._damaged = counter(
             "damaged_records",
-            "Times that a record was left out because it is damaged",
+            "Times that a damaged record was skipped",
             ["app", "kind"],
         )
         self._events = counter(
             "audit_events",
-            "What this replica added to the audit trail: grants, losses, breaks, refusals",
+            "Entries that this replica added to the audit trail",
             ["app", "kind"],
         )
         self._waited = seconds("lease_wait", "Time from the request to the grant", ["app"], _LONG)
         self._handed_over = seconds(
             "lease_handover",
-            "Time from when a lease could be had, and somebody waited, to its grant",
+            "Time from when a lease became available, with a waiter, to its grant",
             ["app"],
             _QUICK,
         )
         gauge("build_info", "The release that runs", "version").labels(VERSION).set(1)
-        self._store_up = gauge("store_up", "Whether the store answered the last look")
+        self._store_up = gauge("store_up", "Whether the store answered the last check")
         self._store_safe = gauge(
-            "store_safe", "Whether the store keeps what it acknowledged, as far as it tells"
+            "store_safe", "Whether the store keeps acknowledged writes, as far as it reports"
         )
         self._not_shown = gauge("tokens_not_shown", "Busy tokens beyond those with gauges", "app")
         self._quarantine = gauge("quarantine_seconds", "Time left without new leases", "app")
-        self._held = gauge("lease_held", "Whether somebody holds the token", "app", "token")
-        self._waiting = gauge("token_waiters", "How many wait", "app", "token")
+        self._held = gauge("lease_held", "Whether the token is held", "app", "token")
+        self._waiting = gauge("token_waiters", "Number of waiters", "app", "token")
         self._longest = gauge(
-            "token_first_waiter_seconds", "How long the first in the queue waits", "app", "token"
+            "token_first_waiter_seconds",
+            "How long the first in the queue has waited",
+            "app",
+            "token",
         )
-        self._cooldown = gauge("token_cooldown_seconds", "Time left to cool down", "app", "token")
+        self._cooldown = gauge(
+            "token_cooldown_seconds", "Time left of the cooldown", "app", "token"
+        )
         self._budgets = gauge("budgets", "Budgets in use", "app", "limit", "state")
-        self._room = gauge("budget_least_room", "Events that the fullest allows", "app", "limit")
-        self._back_offs = gauge("back_offs", "Back-offs not over", "app", "cause", "state")
+        self._room = gauge(
+            "budget_least_room", "Room in the budget with the least room", "app", "limit"
+        )
+        self._back_offs = gauge("back_offs", "Back-offs that are not over", "app", "cause", "state")
         self._of_apps = (
             *(self._not_shown, self._quarantine, self._held, self._waiting, self._longest),
             *(self._cooldown, self._budgets, self._room, self._back_offs),
@@ -166,8 +171,6 @@ class Metrics(grpc.aio.ServerInterceptor):
         app = resource[1] if resource[0] == "apps" and len(resource) > 1 else ""
         if event[b"kind"] == b"CALL_REFUSED":
             app = ""  # a name that a stranger chose
-        if app:
-            self._begin(app)
         self._events.labels(app, event[b"kind"].decode().lower()).inc()
         if b"waited_us" in event:
             self._waited.labels(app).observe(int(event[b"waited_us"]) / 1e6)

@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from holdoff._places import normal_endpoint
+from holdoff.durations import format_duration
 from holdoff.names import AppName
 from holdoff.v1 import lease_service_pb2
 from holdoff_coordinator import validation
@@ -130,6 +131,19 @@ class Places:
         if name is None:
             raise token_not_found(token)
         return self._policies.find(field, name)
+
+    async def check_ttl(self, token: TokenName, ttl_us: int) -> None:
+        """Refuse a TTL that is longer than the policy of a token allows.
+
+        Raises:
+            Failure: INVALID_FIELD, TOKEN_NOT_FOUND or POLICY_NOT_FOUND.
+        """
+        if self._policies.allow_ttl(ttl_us / 1e6):
+            return
+        policy = await self.policy("token", token)
+        if ttl_us / 1e6 > policy.longest_ttl:
+            longest = format_duration(policy.longest_ttl)
+            raise invalid("ttl", f"must be at most {longest}, says the policy {policy.name}")
 
     async def find(
         self, field: str, scope: budget_pb2.Scope, known: dict[TokenName, Policy]

@@ -92,6 +92,10 @@ class Policies:
             raise Failure("POLICY_NOT_FOUND", message, field=field)
         return policy
 
+    def allow_ttl(self, seconds: float) -> bool:
+        """Tell whether every policy allows leases with such a TTL."""
+        return all(seconds <= policy.longest_ttl for policy in self._policies.values())
+
     async def get(
         self, request: policy_service_pb2.GetPolicyRequest, _: Caller
     ) -> policy_service_pb2.GetPolicyResponse:
@@ -168,6 +172,7 @@ def policy_message(policy: Policy) -> policy_pb2.Policy:
             if policy.output
             else None
         ),
+        longest_ttl=_duration(policy.longest_ttl),
         when_quiet=policy_pb2.WhenQuiet.Value(f"WHEN_QUIET_{policy.when_quiet.upper()}"),
     )
 

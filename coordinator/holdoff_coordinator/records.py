@@ -109,13 +109,13 @@ _RUNNING = lease_pb2.HOLDER_ACTIVITY_RUNNING
 def _activity(
     app: str, lease: Record, now_us: int
 ) -> tuple[lease_pb2.HolderActivity.ValueType, str]:
-    """What the holder of an active lease does, and why."""
+    """What the holder of an active lease does, and why; of a late renewal nobody knows why."""
+    if int(lease["expires_us"]) - now_us < int(lease["ttl_us"]) / 2:
+        return lease_pb2.HOLDER_ACTIVITY_RENEWAL_LATE, ""
     why = ""
     if "back_off" in lease:
         facts = {key: value.encode() for key, value in json.loads(lease["back_off"]).items()}
         why = back_off_sentence(back_off_message(app, facts, now_us))
-    if int(lease["expires_us"]) - now_us < int(lease["ttl_us"]) / 2:
-        return lease_pb2.HOLDER_ACTIVITY_RENEWAL_LATE, why
     if lease.get("paused") == b"1":
         return lease_pb2.HOLDER_ACTIVITY_PAUSED, why
     return (lease_pb2.HOLDER_ACTIVITY_BACKING_OFF if why else _RUNNING), why
@@ -291,6 +291,38 @@ def back_off_message(app: str, back_off: Record, now_us: int) -> budget_pb2.Back
     )
 
 
+_AT_RISK = {
+    "clock": "no record is lost, but leases, cooldowns and budgets are measured by a clock that "
+    "jumped: they may have ended too early",
+    "took over": "what was acknowledged in the last moments before: leases, refreshes, events and "
+    "reservations",
+    "backup": "every lease, refresh, event and reservation since the backup",
+}
+"""What a quarantine covers, by a word of its reason."""
+_ALL_AT_RISK = (
+    "everything: live leases, cooldowns, fencing tokens, events, reservations and back-offs"
+)
+
+
+def quarantine_show(app: str) -> str:
+    """The command that says why, and until when, an app is in quarantine."""
+    return f"holdoff quarantine show {AppName(app)}"
+
+
+def quarantine_message(app: str, shard: Record, now_us: int) -> lease_pb2.Quarantine:
+    """The quarantine of an app, from its shard; one that is over has nothing remaining."""
+    until_us = int(shard.get("quarantine_until_us", b"0"))
+    reason = shard.get("quarantine_reason", b"").decode()
+    return lease_pb2.Quarantine(
+        app=str(AppName(app)),
+        start_time=timestamp(shard, "quarantine_since_us"),
+        end_time=timestamp(shard, "quarantine_until_us"),
+        remaining=duration(until_us - now_us) if until_us > now_us else None,
+        reason=reason,
+        at_risk=next((risk for word, risk in _AT_RISK.items() if word in reason), _ALL_AT_RISK),
+    )
+
+
 def audit_message(time_us: int, entry: Mapping[bytes, bytes]) -> audit_pb2.AuditEvent:
     """An entry of the audit trail as the API shows it."""
     facts = {key.decode(): value for key, value in entry.items()}
@@ -336,7 +368,7 @@ def back_off_sentence(back_off: budget_pb2.BackOff) -> str:
     match back_off.state:
         case budget_pb2.BACK_OFF_STATE_PROBING:
             probe = f", {holder_words(back_off.probe)}," if back_off.HasField("probe") else ""
-            return f"{back_off.reason}; that is over, and one job{probe} tries first"
+            return f"{back_off.reason}; that is over, and one job{probe} probes first"
         case budget_pb2.BACK_OFF_STATE_REOPENING:
             return f"{back_off.reason}; that is over, and jobs follow one by one"
         case _:
@@ -367,7 +399,7 @@ def _back_off_words(app: str, back_off: Mapping[str, bytes]) -> str:
     where, reason = scope_words(_scope(app, back_off)), back_off.get("reason", b"").decode()
     match back_off["cause"]:
         case b"SPENT" if reason:
-            return f"{reason}: {where} is quiet"
+            return f"{reason}: {where} is backing off"
         case b"SPENT":
             return f"the budget {back_off['limit'].decode()!r} of {where} is spent"
         case b"BLOCKED":
@@ -376,14 +408,14 @@ def _back_off_words(app: str, back_off: Mapping[str, bytes]) -> str:
             what = f" ({reason})" if reason else ""
             return f"the provider refuses calls of {where}{how}{what}"
         case _:
-            who = back_off.get("user", b"").decode() or "somebody"
-            return f"{who} made {where} quiet: {reason}"
+            who = back_off.get("user", b"").decode() or "an operator"
+            return f"{who} paused {where}: {reason}"
 
 
 def _cleared_words(back_off: Record) -> str:
     if "cleared_by" not in back_off:
         return ""
-    return f"; {back_off['cleared_by'].decode()} ended it: {back_off['clear_reason'].decode()}"
+    return f"; {back_off['cleared_by'].decode()} cleared it: {back_off['clear_reason'].decode()}"
 
 
 def scope_words(scope: budget_pb2.Scope) -> str:
@@ -428,6 +460,7 @@ def refresh_at_value(word: str) -> token_pb2.RefreshAt.ValueType:
 class Standing:
     """What a request waits for, at one instant of the store's clock."""
 
+    app: str
     reason: str
     """HELD, COOLING, QUARANTINED, BACKING_OFF, QUEUED, or '' when nothing is in the way."""
     place: int
@@ -448,6 +481,7 @@ class Standing:
         """Read what `standing()` of leases.lua returned."""
         reason, place, length, start, first, back_off = flat
         return cls(
+            app,
             reason.decode(),
             int(place),
             int(length),
@@ -491,6 +525,8 @@ class Standing:
         words = _WAIT_WORDS[self.reason]
         if self.blocking_lease and self.reason == "HELD":
             words = held_words(self.blocking_lease)
+        elif self.reason == "QUARANTINED":
+            words += f": {quarantine_show(self.app)}"
         return words if back_off in words else f"{words}; and {back_off}"
 
     def to_status(self) -> lease_pb2.WaitStatus:

@@ -11,7 +11,7 @@ import hashlib
 import time
 import uuid
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,16 +31,17 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from holdoff_coordinator.caller import NOBODY
-from holdoff_coordinator.clock import TOLERANCE_US, StoreClock
+from holdoff_coordinator.clock import SLACK_US, TOLERANCE_US, StoreClock
 from holdoff_coordinator.cluster import Cluster, node_of, sent
 from holdoff_coordinator.durability import NO_COPIES
 from holdoff_coordinator.failures import CODES, Failure, store_trouble
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 
     from redis.asyncio import Redis
+    from redis.asyncio.client import Pipeline
 
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.cluster import StoreClient
@@ -74,10 +75,12 @@ SCRIPTS = (
     "create_token",
     "follow",
     "quarantine",
+    "quarantine_end",
     "read",
     "read_back_offs",
     "read_history",
     "read_lease",
+    "read_quarantine",
     "read_queue",
     "release",
     "renew",
@@ -103,9 +106,10 @@ def source(name: str) -> str:
         before.append("budgets")
     folder = files("holdoff_coordinator") / "lua"
     flags = "" if name in NEEDS_MEMORY else " flags=allow-oom"
-    text = "".join((folder / f"{part}.lua").read_text() for part in [*before, name])
-    # With this line, a server refuses a script before it begins, or never because of memory.
-    return f"#!lua{flags}\n{text}"
+    parts = [(folder / f"{part}.lua").read_text() for part in [*before, name]]
+    # With the first line, a server refuses a script before it begins, or never because of memory.
+    # The last part is in a function, since Lua allows 200 local variables in each.
+    return "".join([f"#!lua{flags}\n", *parts[:-1], "return (function() ", parts[-1], "end)()\n"])
 
 
 def digest(name: str) -> str:
@@ -134,6 +138,8 @@ def boottime_us() -> int:
     return time.clock_gettime_ns(clock) // 1000
 
 
+_FIRST_LOOKS = 3
+"""How often a clock is looked at before it is relied on; the quickest answer counts."""
 ERRORS_READ = 1000
 """Errors of an app looked through for an explanation."""
 CHANGES_READ = 200
@@ -149,6 +155,25 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class Life:
+    """Which data an app has: another one may lack what was acknowledged before."""
+
+    epoch: str
+    history: str
+    """Of the server's writes; empty where it does not tell."""
+
+    def differs(self, known: Life) -> bool:
+        """Whether it is another one, as far as the store tells."""
+        histories = {self.history, known.history} - {""}
+        return self.epoch != known.epoch or len(histories) > 1
+
+    @property
+    def name(self) -> str:
+        """A name for it that tells nothing of the store."""
+        return hashlib.sha256(f"{self.epoch}{self.history}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """A script's answer: the store's time in µs, a status word, and what goes with it."""
 
@@ -160,6 +185,8 @@ class Reply:
     """What was left out because its record is damaged."""
     late: bool = False
     """The script took the store's clock for doubtful, and only the store was slow."""
+    life: str = ""
+    """The name of the life of the app's data."""
     is_lasting: bool = True
     """The store has as many copies of the change as the operator asks for."""
 
@@ -172,6 +199,18 @@ class _Watched:
     jumps: int = 0
     jump_us: int = 0
     jumped_at_us: int = 0
+
+    def copy(self) -> _Watched:
+        """Return another one with the same past."""
+        return replace(self, clock=self.clock.copy())
+
+
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    """The longest hold of an app that the store told of, and until when it counts (boot µs)."""
+
+    us: int = 0
+    until_us: int = 0
 
 
 class Scripts:
@@ -197,16 +236,23 @@ class Scripts:
         """Called with the app and kind of each record that was found damaged."""
         self.on_outdated: Callable[[Failure], None] = lambda _: None
         """Called when a newer coordinator has changed the store's records."""
+        self.on_new_life: Callable[[str], None] = lambda _: None
+        """Called with an app whose data is not what we know: some of it may be lost."""
+        self.jumps = 0
+        """How often a clock of the store jumped."""
         self.answers = 0
         """How many scripts the store has run for us."""
         self._lost_until_us = 0
         self._quarantine_us = quarantine_us
         self._boot_us = boot_us
-        # A server has one clock; the nodes of a Cluster have one each, and an app may move.
-        self._clock_an_app = isinstance(redis, Cluster)
-        self._clocks: defaultdict[str, _Watched] = defaultdict(_Watched)
+        # Each node of a Cluster has a clock, and an app may move to another node: so we keep one
+        # for each app too, which begins with what is known of the node's.
+        self._nodes: defaultdict[Redis, _Watched] = defaultdict(_Watched)
+        self._clocks: dict[str, _Watched] = {}
         self._epochs: dict[str, str] = {}
-        self._longest_hold_us: dict[str, int] = {}
+        self._lives: dict[str, Life] = {}
+        self._holds: defaultdict[str, _Hold] = defaultdict(_Hold)
+        self._keep_us = quarantine_us
         self._cleared: dict[str, int] = {}
         self._histories: set[str] = set()
         self._sources = {name: source(name) for name in SCRIPTS}
@@ -217,6 +263,10 @@ class Scripts:
         self._epochs.clear()
         self._lost_until_us = self._boot_us() + self._quarantine_us
 
+    def records_are_lost(self, app: str) -> None:
+        """Take what the store does not know of an app for lost."""
+        self._epochs[app] = LOST
+
     async def run(
         self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY
     ) -> Reply:
@@ -225,36 +275,78 @@ class Scripts:
         Raises:
             Failure: STORE_UNAVAILABLE; whether the script ran is then unknown.
         """
-        if self._in_doubt(app):
-            watched = self._watched(app)
+        watched = await self._watched(app)
+        if self._in_doubt(app, watched):
             jumps = watched.jumps
             why = f"the clock of the store jumped by {watched.jump_us / 1e6:+.3f} s"
-            await self._run("quarantine", app, why)
+            loss = "DATA" if watched.jump_us > SLACK_US else "NOTHING"
+            await self._run("quarantine", app, why, loss)
             self._cleared[app] = jumps
+            if loss == "DATA":
+                self.on_new_life(app)
         return await self._run(name, app, *args, caller=caller)
 
-    def _in_doubt(self, app: str) -> bool:
+    def _in_doubt(self, app: str, watched: _Watched) -> bool:
         """Tell whether the clock jumped, not long ago, and the app was not quarantined for it."""
-        watched = self._watched(app)
         since_us = self._boot_us() - watched.jumped_at_us
-        safe_us = max(self._quarantine_us, self._longest_hold_us.get(app, 0))
-        return self._cleared.get(app, 0) < watched.jumps and since_us < safe_us
+        return self._cleared.get(app, 0) < watched.jumps and since_us < self._safe_us(app)
 
-    def _watched(self, app: str) -> _Watched:
-        return self._clocks[app if self._clock_an_app else ""]
+    def _safe_us(self, app: str) -> int:
+        """Return for how long something of the app may matter that the store does not know."""
+        hold = self._holds[app]
+        return max(self._quarantine_us, hold.us if self._boot_us() < hold.until_us else 0)
+
+    def _learn_hold(self, app: str, hold_us: int) -> None:
+        now_us, known = self._boot_us(), self._holds[app]
+        if hold_us >= known.us or now_us >= known.until_us:
+            self._holds[app] = _Hold(hold_us, now_us + hold_us)
+            self._keep_us = max(self._keep_us, hold_us)
+
+    async def _watched(self, app: str) -> _Watched:
+        """Return the clock that an app goes by."""
+        # Finding out which node it is may take a second, by which an estimate would be wrong.
+        node = await self._answer(node_of(self.redis, shard_key(app)))
+        if self._nodes[node].clock.read(0) is None:
+            for _ in range(_FIRST_LOOKS):
+                await self.look_at_clock(node)
+        if not isinstance(self.redis, Cluster):
+            return self._nodes[node]
+        if app not in self._clocks:
+            self._clocks[app] = self._nodes[node].copy()
+        return self._clocks[app]
+
+    async def look_at_clock(self, node: Redis) -> None:
+        """Compare the clock of a node of the store with ours.
+
+        Raises:
+            Failure: The node did not answer.
+        """
+        sent_us = self._boot_us()
+        seconds, microseconds = await self._answer(node.time())
+        self._observe(self._nodes[node], sent_us, seconds * 1_000_000 + microseconds)
+
+    def _observe(self, watched: _Watched, sent_us: int, store_us: int) -> int:
+        """Take in what the store's clock showed; return by how many µs it jumped, or 0."""
+        jump_us = watched.clock.observe(sent_us, self._boot_us(), store_us, self._keep_us)
+        if jump_us:
+            watched.jumps += 1
+            watched.jump_us, watched.jumped_at_us = jump_us, self._boot_us()
+            self.jumps += 1
+            log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
+        return jump_us
 
     async def _run(
         self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY
     ) -> Reply:
-        # Finding out which node it is may take a second, by which the estimate would be wrong.
-        await self._answer(node_of(self.redis, shard_key(app)))
-        watched = self._watched(app)
-        estimate_us = 0 if self._in_doubt(app) else watched.clock.estimate_us(self._boot_us())
+        watched = await self._watched(app)
+        reading = watched.clock.read(self._boot_us())
+        if self._in_doubt(app, watched) and reading:
+            reading = replace(reading, estimate_us=0)
         header = (
-            "" if estimate_us is None else estimate_us,
+            str(reading or ""),
             self._epochs.get(app) or (LOST if self._boot_us() < self._lost_until_us else ""),
             uuid.uuid4().hex,
-            max(self._quarantine_us, self._longest_hold_us.get(app, 0)),
+            self._safe_us(app),
             caller.identity,
             caller.peer,
         )
@@ -266,21 +358,19 @@ class Scripts:
         now_us = int(answer[0])
         if epoch := answer[1].decode():
             self._epochs[app] = epoch
-            self._longest_hold_us[app] = max(int(answer[2]), self._longest_hold_us.get(app, 0))
-        jump_us = watched.clock.observe(sent_us, self._boot_us(), now_us)
-        if jump_us:
-            watched.jumps += 1
-            watched.jump_us, watched.jumped_at_us = jump_us, self._boot_us()
-            log.error("store clock jumped, grants are held back", jump_seconds=jump_us / 1e6)
-        audited, damaged = answer[3]
+            self._learn_hold(app, int(answer[2]))
+        jump_us = self._observe(watched, sent_us, now_us)
+        audited, damaged, history = answer[3]
+        life = self._note_life(app, Life(epoch, history.decode()))
         for entry_id, flat in audited:
             self.on_audit(entry_id, dict(zip(flat[::2], flat[1::2], strict=True)))
         things = tuple(thing.decode(errors="replace") for thing, _ in damaged)
         for thing, (_, why) in zip(things, damaged, strict=True):
             self._found_damaged(app, thing, why.decode(errors="replace"))
-        late = bool(estimate_us and not jump_us and abs(now_us - estimate_us) > TOLERANCE_US)
+        off_us = abs(now_us - reading.estimate_us) if reading and reading.estimate_us else 0
+        late = off_us > TOLERANCE_US and not jump_us
         status, *values = answer[4:]
-        reply = Reply(now_us, epoch, status.decode(), tuple(values), things, late, is_lasting)
+        reply = Reply(now_us, epoch, status.decode(), tuple(values), things, late, life, is_lasting)
         if reply.status == "SCHEMA_TOO_NEW":
             found, known = (int(value) for value in reply.values)
             failure = Failure(
@@ -292,6 +382,16 @@ class Scripts:
             self.on_outdated(failure)
             raise failure
         return reply
+
+    def _note_life(self, app: str, life: Life) -> str:
+        """Tell when an app has another life; return the name of the one it has."""
+        if not life.epoch:
+            return ""
+        known = self._lives.get(app, life)
+        self._lives[app] = life
+        if life.differs(known):
+            self.on_new_life(app)
+        return life.name
 
     async def _answer(self, command: Awaitable[Any]) -> Any:
         try:
@@ -402,30 +502,56 @@ class Scripts:
         This asks for one number an app; apps are API keys, of which there are few. All apps of a
         server that is new to us are among them: the next script sees whether it took over.
         """
-        by_node: defaultdict[Redis, list[str]] = defaultdict(list)
-        for app in await self.apps():
-            by_node[await self._answer(node_of(self.redis, shard_key(app)))].append(app)
         busy: list[str] = []
-        for node, apps in by_node.items():
-            async with node.pipeline(transaction=False) as pipeline:
-                for app in apps:
-                    pipeline.exists(*(f"{shard_key(app)}:{key}" for key in _BUSY))
-                pipeline.info("replication")
-                try:
-                    *counts, info = await pipeline.execute(raise_on_error=False)
-                except RedisError as error:
-                    counts, info = [error] * len(apps), {}
-            # A node of a Cluster that is down, or serves some no more: what they are asked next
-            # finds out about each. A managed store may refuse to tell of its replication.
-            history = info.get("master_replid", "") if isinstance(info, dict) else ""
+        async for apps, counts, history in self._asked(
+            await self.apps(),
+            lambda node, app: node.exists(*(f"{shard_key(app)}:{key}" for key in _BUSY)),
+        ):
             is_new = history not in self._histories
             self._histories.add(history)
             busy += [app for app, count in zip(apps, counts, strict=True) if is_new or count]
         return sorted(busy)
 
-    async def register(self, app: str) -> None:
-        """Put an app into the index of apps."""
-        await self._answer(self.redis.sadd(APPS, app))
+    async def changed(self, apps: Iterable[str]) -> list[str]:
+        """List those of some apps that have another life than we know; this only reads."""
+        found: list[str] = []
+        async for asked, epochs, history in self._asked(
+            apps, lambda node, app: node.hget(shard_key(app), "epoch")
+        ):
+            for app, epoch in zip(asked, epochs, strict=True):
+                if isinstance(epoch, bytes) and app in self._lives:
+                    life = Life(epoch.decode(errors="replace"), history)
+                    found += [app] * life.differs(self._lives[app])
+        return found
+
+    async def _asked(
+        self, apps: Iterable[str], ask: Callable[[Pipeline, str], object]
+    ) -> AsyncIterator[tuple[list[str], list[Any], str]]:
+        """Ask one thing of each app in one round trip a node; give the node's history, too."""
+        by_node: defaultdict[Redis, list[str]] = defaultdict(list)
+        for app in apps:
+            by_node[await self._answer(node_of(self.redis, shard_key(app)))].append(app)
+        for node, its_apps in by_node.items():
+            async with node.pipeline(transaction=False) as pipeline:
+                for app in its_apps:
+                    ask(pipeline, app)
+                pipeline.info("replication")
+                try:
+                    *answers, info = await pipeline.execute(raise_on_error=False)
+                except RedisError as error:
+                    answers, info = [error] * len(its_apps), {}
+            # A node of a Cluster that is down, or serves some no more: what they are asked next
+            # finds out about each. A managed store may refuse to tell of its replication.
+            history = info.get("master_replid", "") if isinstance(info, dict) else ""
+            yield its_apps, answers, history
+
+    async def register(self, app: str) -> bool:
+        """Put an app into the index of apps; tell whether it was new there."""
+        return bool(await self._answer(self.redis.sadd(APPS, app)))
+
+    async def has_records(self, app: str) -> bool:
+        """Tell whether the store has records of an app."""
+        return bool(await self._answer(self.redis.exists(shard_key(app))))
 
     async def apps(self) -> list[str]:
         """List all apps, in order."""

@@ -22,10 +22,13 @@ from holdoff_coordinator.hub import Hub
 from holdoff_coordinator.leases import Leases
 from holdoff_coordinator.places import Places
 from holdoff_coordinator.policies import Policies
+from holdoff_coordinator.quarantines import Quarantines
+from holdoff_coordinator.replays import Replays
 from holdoff_coordinator.scripts import Scripts, boottime_us
 from holdoff_coordinator.seldom import Seldom
 from holdoff_coordinator.service import SERVICES, Handlers, add_services
-from holdoff_coordinator.store import StoreAwayError, StoreError, answers
+from holdoff_coordinator.store import StoreAwayError, StoreError
+from holdoff_coordinator.store_watch import StoreWatch
 from holdoff_coordinator.sweeper import Sweeper
 from holdoff_coordinator.tokens import Tokens
 from holdoff_coordinator.watches import BudgetWatches, Watches
@@ -56,7 +59,7 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
     # Clients that wait for hours ping now and then to find out about dead connections.
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 
 
@@ -106,13 +109,13 @@ class Coordinator:
         self._certificates = certificates
         self._health_listen = health_listen
         self._drain_seconds = drain_seconds
-        self._open_store = open_store
         self.scripts = Scripts(
             redis,
             quarantine_us=round(quarantine_seconds * 1e6),
             boot_us=boot_us,
             durability=durability,
         )
+        self._watch = StoreWatch(self.scripts, open_store)
         self.hub = Hub(self.scripts)
         self._sweeper = Sweeper(self.scripts)
         trail = AuditTrail(self.scripts)
@@ -128,6 +131,7 @@ class Coordinator:
         )
         self._health_server = grpc.aio.server(options=_OPTIONS)
         self.policies = Policies(policies)
+        self._replays = Replays(self.scripts, boot_us)
         places = Places(self.scripts, self.policies)
         self._gate = Gate(Credentials(redis), access, trail)
         self._followers = Followers(self.scripts, self.hub, places)
@@ -137,10 +141,11 @@ class Coordinator:
             leases=Leases(self.scripts, self.hub, places),
             followers=self._followers,
             watches=Watches(self.scripts, self.hub),
-            tokens=Tokens(self.scripts, self.policies),
-            budgets=Budgets(self.scripts, places),
+            tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
+            budgets=Budgets(self.scripts, places, self._replays),
             back_offs=BackOffs(self.scripts, places),
             budget_watches=BudgetWatches(self.scripts, self.hub),
+            quarantines=Quarantines(self.scripts),
             policies=self.policies,
         )
         self._health = add_services(self._server, handlers)
@@ -163,6 +168,7 @@ class Coordinator:
             self._followers.tick_forever,
             self.hub.listen_forever,
             self._sweeper.sweep_forever,
+            self._replays.replay_forever,
         ):
             self._duties.append(asyncio.create_task(_for_ever(duty)))
         await self._set_serving(None)
@@ -178,7 +184,8 @@ class Coordinator:
     async def _set_serving(self, refusal: Failure | None) -> None:
         """Tell health checks and callers that this replica serves, or why it does not."""
         self._gate.refusal = refusal
-        await self._set_health(_NOT_SERVING if refusal else _SERVING)
+        for service in ("", *SERVICES):
+            await self._health.set(service, _NOT_SERVING if refusal else _SERVING)
 
     async def _wait_for_store(self) -> None:
         """Return when the store is open, and its records are of this release.
@@ -189,8 +196,7 @@ class Coordinator:
         said = Seldom()
         while True:
             try:
-                if (await self._open_store()).lost:
-                    self.scripts.data_is_lost()
+                await self._watch.open()
                 await self.scripts.upgrade()
             except StoreAwayError as error:
                 reason = str(error)
@@ -226,25 +232,21 @@ class Coordinator:
                 raise _cannot_listen(self._metrics_listen) from None
         await self._server.start()
 
-    async def _set_health(self, status: int) -> None:
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
-
     async def _report_health_forever(self) -> None:
         """Look at the store each second; while it is away, say so and send everybody away."""
         missed = heard = 0
         while True:
             await asyncio.sleep(_HEALTH_SECONDS)
-            is_there = self.scripts.answers > heard or await answers(self.scripts.redis)
+            is_there = await self._watch.look() or self.scripts.answers > heard
             heard, missed = self.scripts.answers, 0 if is_there else missed + 1
             if missed == _MOST_MISSED:
                 log.error("not serving: the store does not answer")
-                await self._set_health(_NOT_SERVING)
+                await self._set_serving(store_trouble("STORE_UNAVAILABLE"))
                 self.hub.lose_store()
             elif not missed and self.hub.store_is_away:
                 log.info("serving again: the store answers")
                 self.hub.store_is_away = False
-                await self._set_health(_SERVING)
+                await self._set_serving(None)
 
     async def __aexit__(
         self,

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.gate import Admitted, Gate
     from holdoff_coordinator.leases import Leases
     from holdoff_coordinator.policies import Policies
+    from holdoff_coordinator.quarantines import Quarantines
     from holdoff_coordinator.tokens import Tokens
     from holdoff_coordinator.watches import BudgetWatches, Watches
 
@@ -75,6 +76,7 @@ class Handlers:
     budgets: Budgets
     back_offs: BackOffs
     budget_watches: BudgetWatches
+    quarantines: Quarantines
     policies: Policies
 
 
@@ -224,6 +226,12 @@ class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
     ) -> lease_service_pb2.ListWaitersResponse:
         """Show who waits."""
         return await self._answer(self._handlers.leases.waiters, request, context)
+
+    async def ListQuarantines(  # noqa: N802
+        self, request: lease_service_pb2.ListQuarantinesRequest, context: Context
+    ) -> lease_service_pb2.ListQuarantinesResponse:
+        """Show which apps grant nothing new."""
+        return await self._answer(self._handlers.quarantines.list, request, context)
 
     async def WatchLeases(  # noqa: N802
         self, request: lease_service_pb2.WatchLeasesRequest, context: Context
@@ -375,6 +383,12 @@ class AdminService(_Adapter, admin_service_pb2_grpc.AdminServiceServicer):
     ) -> admin_service_pb2.BreakLeaseResponse:
         """Forbid a renewal."""
         return await self._answer(self._handlers.leases.break_, request, context)
+
+    async def EndQuarantine(  # noqa: N802
+        self, request: admin_service_pb2.EndQuarantineRequest, context: Context
+    ) -> admin_service_pb2.EndQuarantineResponse:
+        """Grant again."""
+        return await self._answer(self._handlers.quarantines.end, request, context)
 
     async def ListAuditEvents(  # noqa: N802
         self, request: admin_service_pb2.ListAuditEventsRequest, context: Context

@@ -204,8 +204,8 @@ class Settings(BaseSettings):
         if (dangers := self.dangers()) and not self.insecure:
             raise ValueError(
                 f"{self.listen} can be reached from other hosts: {dangers}. Serve TLS "
-                "(tls_cert_file and tls_key_file), and ask who calls (access_file, "
-                "tls_client_ca_file, or both); or say insecure if you trust that network"
+                "(tls_cert_file and tls_key_file), and authenticate callers (access_file, "
+                "tls_client_ca_file, or both); or set insecure if you trust that network"
             )
         return self
 
@@ -215,8 +215,8 @@ class Settings(BaseSettings):
             return ""
         known = self.tls_client_ca_file or self.access_file
         found = [
-            "any of them could take, hold and break leases" if not known else "",
-            "" if self.tls_cert_file else "whoever listens in could read and repeat all calls",
+            "any of them could take and break leases" if not known else "",
+            "" if self.tls_cert_file else "anyone on the network could read and repeat all calls",
         ]
         return ", and ".join(filter(None, found))
 

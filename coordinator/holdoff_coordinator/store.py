@@ -42,7 +42,6 @@ __all__ = [
     "Epoch",
     "StoreAwayError",
     "StoreError",
-    "answers",
     "check",
     "connect",
     "describe",
@@ -57,7 +56,6 @@ RESTORED_KEY: Final = "holdoff:restored"
 CHECK_SECONDS: Final = 4.5
 """How long the check of a store may take in all."""
 
-_ANSWER_SECONDS: Final = 2.0
 _KEYS: Final = {
     "~holdoff:*": "holdoff:{probe}:wake",
     "~{holdoff}:*": "{holdoff}:probe",
@@ -71,7 +69,7 @@ _PROBE_KEY: Final = _KEYS["~holdoff:*"]  # also the name of a channel
 _CHANNELS: Final = "&holdoff:*"
 ACCESS: Final = (
     f"resetkeys {' '.join(_KEYS)} resetchannels {_CHANNELS} "
-    "+@read +@write +@scripting +@pubsub +@connection +info +time +cluster|slots"
+    "+@read +@write +@scripting +@pubsub +@connection +info +time +cluster|slots +cluster|myshardid"
 )
 """What our user needs, as ACL SETUSER takes it."""
 _OLDEST: Final = (7, 2)  # of Redis and of Valkey alike
@@ -80,7 +78,7 @@ _REMEDIES: Final = {
     "NOREPLICAS": "start its replicas, or lower its min-replicas-to-write",
     "DB index": "end the URL with the number of a database that it has",
     "cluster support disabled": "it is a single server, whose URL begins with redis://",
-    "served by nobody": "see CLUSTER NODES for what is wrong with the nodes that had them",
+    "served by no node": "see CLUSTER NODES for what is wrong with the nodes that had them",
 }
 """What to do about a refusal that the server words like this."""
 
@@ -172,7 +170,9 @@ async def ensure_epoch(client: StoreClient, file_epoch: str | None) -> Epoch:
     fresh = uuid.uuid4().hex
     try:
         # SET NX GET is one step: of two replicas on a new store, one sets and both learn the same.
-        found = await client.set(EPOCH_KEY, fresh, nx=True, get=True)
+        # A store without memory refuses it, even where there is an epoch.
+        found = await client.get(EPOCH_KEY)
+        found = found or await client.set(EPOCH_KEY, fresh, nx=True, get=True)
         restored = bool(await client.exists(RESTORED_KEY))
     except RedisError as error:
         raise explain(describe(client), error) from error
@@ -192,18 +192,6 @@ async def mark_restored(client: StoreClient, seconds: float) -> None:
         raise explain(describe(client), error) from error
 
 
-async def answers(client: StoreClient) -> bool:
-    """Tell whether the store answers; of a Cluster, whether any node does."""
-    try:
-        async with asyncio.timeout(_ANSWER_SECONDS):
-            if isinstance(client, Cluster):
-                return await client.answers()
-            await client.ping()
-    except (RedisError, TimeoutError):
-        return False
-    return True
-
-
 def explain(name: str, error: RedisError) -> StoreError:
     """Return a driver's error as one that tells an operator what to do.
 
@@ -217,7 +205,7 @@ def explain(name: str, error: RedisError) -> StoreError:
     match error:
         case AuthenticationError() | AuthorizationError():
             message = (
-                f"the store at {name} wants a user name and password other than ours ({text}): "
+                f"the store at {name} requires a user name and password other than ours ({text}): "
                 "put them into the URL, redis://user:password@host:6379/0"
             )
         case NoPermissionError():
@@ -233,8 +221,8 @@ def explain(name: str, error: RedisError) -> StoreError:
             message = f"the store at {name} is out of memory: raise its maxmemory"
         case InvalidResponse():
             message = (
-                f"what listens at {name} is no Redis or Valkey server ({text}): is the address "
-                "right, and does it want TLS (rediss://)?"
+                f"the server at {name} is not Redis or Valkey ({text}): is the address "
+                "right, and does it require TLS (rediss://)?"
             )
         case RedisTimeoutError():
             return StoreAwayError(f"the store at {name} does not answer: {text}")
@@ -253,13 +241,13 @@ def _unreachable(name: str, error: RedisConnectionError, text: str) -> StoreErro
     if isinstance(error, MasterNotFoundError):
         # Its text shows every client that it asked with, at length.
         return StoreAwayError(
-            f"no Sentinel of {name} can be reached, takes our password, and tells a primary by "
-            "that name that is up: are they running, is their password in "
-            "--redis-sentinel-password-file, and what does SENTINEL MASTERS say there?"
+            f"no Sentinel of {name} can be reached, accepts our password, and reports a running "
+            "primary of that name: are they running, is their password in "
+            "--redis-sentinel-password-file, and what does SENTINEL MASTERS report?"
         )
     if "SSL" in text or "certificate" in text:
         return StoreError(
-            f"no TLS with the store at {name} ({text}): write redis:// if it speaks none, or "
+            f"no TLS with the store at {name} ({text}): write redis:// if it does not use TLS, or "
             "name its authority with --redis-ca-file, or in the URL, ?ssl_ca_certs=FILE"
         )
     return StoreAwayError(
@@ -326,8 +314,8 @@ def _judge_replicas(name: str, info: dict[str, Any]) -> list[str]:
     if "min_slaves_good_slaves" in info:  # there only if it asks for replicas
         return []
     warning = (
-        f"the store at {name} acknowledges writes that no replica has, and goes on to do so when "
-        "it is cut off: a failover may forget all of them, and a token may be granted twice; set "
+        f"the store at {name} acknowledges writes that no replica has, and continues to do so when "
+        "it is cut off: a failover may lose all of them, and a token may be granted twice; set "
         "min-replicas-to-write 1 and min-replicas-max-lag 10"
     )
     return [warning]
@@ -403,22 +391,18 @@ async def _probe(client: StoreClient, name: str) -> None:
     Raises:
         StoreError: The access list forbids something that we need.
     """
-    script = (files("holdoff_coordinator") / "lua" / "probe.lua").read_text()
     missing = []
     for pattern, key in _KEYS.items():
         try:
-            forbidden = await client.eval(script, 1, key, "key")
+            await client.eval("return 1", 1, key)  # refused without the right to read and write it
         except NoPermissionError as error:
             if "access a key" not in str(error):
                 raise
-            forbidden = True
-        missing += [pattern] if forbidden else []
+            missing.append(pattern)
     if "~holdoff:*" not in missing:
-        for command in await client.eval(script, 1, _PROBE_KEY, "commands"):
-            missing.append(f"+{command.decode()}")
-        if await client.eval(script, 1, _PROBE_KEY, "channel"):
-            missing.append(_CHANNELS)
-    missing += [one for one in await _lacks_to_listen(client) if one not in missing]
+        script = (files("holdoff_coordinator") / "lua" / "probe.lua").read_text()
+        missing += [f"+{name.decode()}" for name in await client.eval(script, 1, _PROBE_KEY)]
+    missing += await _lacks_to_listen(client)
     if missing:
         raise StoreError(
             f"the access list of the store at {name} lacks for our user: {' '.join(missing)}; what "
@@ -426,6 +410,7 @@ async def _probe(client: StoreClient, name: str) -> None:
         )
     with contextlib.suppress(NoScriptError):
         await client.evalsha("0" * 40, 1, _PROBE_KEY)
+    await (await node_of(client, _PROBE_KEY)).ping()
     await client.set(_PROBE_KEY, b"1", px=1000)
     await client.delete(_PROBE_KEY)
 

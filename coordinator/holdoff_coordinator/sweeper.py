@@ -118,7 +118,7 @@ class Sweeper:
     async def stop(self) -> None:
         """Let another replica sweep at once."""
         if self._asked is not None:  # a thread cannot be cancelled
-            await asyncio.wait([self._asked])
+            await asyncio.gather(self._asked, return_exceptions=True)
         try:
             await asyncio.to_thread(self._lock.release)
         except (redis_lock.NotAcquired, RedisError):

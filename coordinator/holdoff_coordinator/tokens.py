@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -17,12 +18,16 @@ from holdoff_coordinator.records import token_message
 from holdoff_coordinator.scripts import READ_BATCH
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.scripts import Scripts
 
 log = structlog.get_logger()
 
+CREATION_SECONDS = 1.0
+"""Within so long the first records of an app follow its entry in the index."""
 MOST_INTERVAL_US = 31 * 24 * 3600 * 1_000_000
 _SETTINGS = ("policy", "refresh_interval", "refresh_at")
 _OWN_REFRESH_AT = {
@@ -35,9 +40,15 @@ _OWN_REFRESH_AT = {
 class Tokens:
     """Create, update, get and list tokens."""
 
-    def __init__(self, scripts: Scripts, policies: Policies) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        policies: Policies,
+        compare_epoch: Callable[[], Awaitable[None]],
+    ) -> None:
         self._scripts = scripts
         self._policies = policies
+        self._compare_epoch = compare_epoch
 
     async def create(
         self, request: token_service_pb2.CreateTokenRequest, caller: Caller
@@ -53,13 +64,23 @@ class Tokens:
                 last_refresh_age = "0"
             case _:
                 last_refresh_age = ""
-        await self._scripts.register(name.app)
+        await self._prepare(name.app)
         reply = await self._scripts.run(
             "create_token", name.app, name.token, *settings, last_refresh_age, caller=caller
         )
         if reply.status != "OK":
             raise failure_of(reply, name)
         return token_service_pb2.CreateTokenResponse(token=await self._read(name))
+
+    async def _prepare(self, app: str) -> None:
+        """Find out whether the store has lost what it knew of an app."""
+        is_new = await self._scripts.register(app)
+        await self._compare_epoch()
+        if is_new or await self._scripts.has_records(app):
+            return
+        await asyncio.sleep(CREATION_SECONDS)
+        if not await self._scripts.has_records(app):
+            self._scripts.records_are_lost(app)
 
     async def update(
         self, request: token_service_pb2.UpdateTokenRequest, caller: Caller

@@ -181,7 +181,7 @@ def reason(text: str) -> str:
     """Check why an operator does something."""
     printable("reason", text, MOST_REASON_CHARACTERS)
     if not text.strip():
-        raise invalid("reason", "say why: whoever it concerns is told")
+        raise invalid("reason", "give a reason: it is shown to those affected")
     return text
 
 

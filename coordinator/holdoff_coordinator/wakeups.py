@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
+from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from redis.asyncio import Redis
+    from redis.asyncio.connection import AbstractConnection
 
     from holdoff_coordinator.cluster import StoreClient
 
@@ -95,11 +97,22 @@ class WakeUps:
                 await self._lines.pop(node).close()
 
 
+class _Channel(PubSub):
+    """A channel that ends with its connection.
+
+    redis-py makes another connection on every error, also where none is to be repeated. Here one
+    task reads while another subscribes: both would connect, and one connection would leak.
+    """
+
+    async def _reconnect(self, conn: AbstractConnection, *_: Any, **__: Any) -> None:
+        await conn.disconnect(nowait=True)
+
+
 class _Line:
     """The connection to one node on which it tells of the apps that it serves."""
 
     def __init__(self, node: Redis) -> None:
-        self._channel = node.pubsub()
+        self._channel = _Channel(node.connection_pool)
         self._apps: set[str] = set()
         self._leaving: Counter[str] = Counter()
         self._task: asyncio.Task[None] | None = None

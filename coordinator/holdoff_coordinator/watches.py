@@ -78,7 +78,7 @@ class Watches:
                 await asyncio.sleep(LOOK_SECONDS)
         raise Failure(
             "DRAINING",
-            "this coordinator is shutting down; go on elsewhere with the last resume_token",
+            "this coordinator is shutting down; continue at another one with the last resume_token",
             retry_after_seconds=0.2,
         )
 

@@ -92,6 +92,10 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
         SEE,
     ),
     "LeaseService/ListWaiters": (lease_service_pb2.ListWaitersRequest(parent=OURS), SEE),
+    "LeaseService/ListQuarantines": (
+        lease_service_pb2.ListQuarantinesRequest(parent="apps/a"),
+        SEE,
+    ),
     "LeaseService/WatchLeases": (lease_service_pb2.WatchLeasesRequest(parent=OURS), SEE),
     "TokenService/CreateToken": (
         token_service_pb2.CreateTokenRequest(token=TOKEN),
@@ -124,6 +128,10 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
         admin_service_pb2.ClearBackOffRequest(name=BACK_OFF),
         WHOLE_APP,
     ),
+    "AdminService/EndQuarantine": (
+        admin_service_pb2.EndQuarantineRequest(app="apps/a"),
+        WHOLE_APP,
+    ),
     "AdminService/ListAuditEvents": (
         admin_service_pb2.ListAuditEventsRequest(parent=OURS),
         ADMINISTER,
@@ -132,6 +140,7 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
 # These answer with what the caller may see, if that is anything within the app.
 ABOUT_A_PART = {
     "LeaseService/ListLeases",
+    "LeaseService/ListQuarantines",
     "TokenService/ListTokens",
     "BudgetService/Commit",
     "BudgetService/Cancel",

@@ -238,7 +238,7 @@ def test_a_fleet_keeps_a_block_and_follows_one_by_one(fleet: Fleet) -> None:
     for one in rest:
         code, said = one.end()
         assert code == 0
-        assert re.findall("the command (is paused|goes on)", said) == ["is paused", "goes on"] * 2
+        assert re.findall("the command (is paused|resumes)", said) == ["is paused", "resumes"] * 2
 
 
 def test_a_bug_at_one_endpoint_leaves_the_others_running(fleet: Fleet) -> None:

@@ -248,7 +248,7 @@ main(sys.argv[1:])
         done = holdoff_run("--", "sh", "-c", f"echo $HOLDOFF_TOKEN; exit {code}")
         stdout, stderr = done.communicate(timeout=40)
         assert (done.returncode, stdout) == (code, f"{token}\n"), stderr
-        assert "name its --log-file" in stderr
+        assert "use --log-file" in stderr
     with holdoff.Client(service.address) as client:
         states = [lease.state for lease in client.list_lease_history(token)]
         assert states == [lease_pb2.LEASE_STATE_RELEASED] * 2

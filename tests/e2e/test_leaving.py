@@ -18,13 +18,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import holdoff
 from holdoff import errors
+from holdoff._aio_lease import Conversation
 from holdoff._platform import boottime_ns
 from holdoff.testing import valkey
 from holdoff.v1 import lease_pb2
 from holdoff_coordinator import scripts
 from tests.cable import Cable
 from tests.e2e.service import Service
-from tests.harness import NO_PROXY, Replica, wait_until
+from tests.harness import LONG, NO_PROXY, Replica, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -233,12 +234,15 @@ def test_a_holder_hears_notices_though_its_coordinator_lost_the_store(
 def test_health_follows_the_store(to_store: Cable, cut_off: Replica) -> None:
     """NOT_SERVING while the store is away, and SERVING when it is back; the process lives.
 
-    Fails when the coordinator reports that it serves whatever its store does.
+    Meanwhile it refuses all calls without asking the store, which may take seconds to fail.
+    Fails when the coordinator reports that it serves whatever its store does, or answers calls.
     """
     assert health(cut_off.address) == SERVING
     to_store.cut()
     wait_until(lambda: health(cut_off.address) != SERVING, 60)
     assert health(cut_off.address, "liveness") == SERVING
+    with holdoff.Client(cut_off.address) as client, pytest.raises(errors.StoreUnavailable):
+        client.list_policies()
     to_store.mend()
     wait_until(lambda: health(cut_off.address) == SERVING, 60)
     cut_off.hold(cut_off.create_token(0.1))
@@ -266,16 +270,16 @@ def test_leaving_leaks_nothing(cut_off: Replica, healthy: Replica) -> None:
             client._route._moves_left = 6.0
             leave()
         lease.check()
-        # A stream begins again in its own time.
-        wait_until(lambda: threading.active_count() <= threads + 3)
-        wait_until(lambda: open_files() <= files + 6)
+        # A stream restarts in its own time. Ten channels that stay are ten threads and 20 sockets.
+        wait_until(lambda: threading.active_count() < threads + 10)
+        wait_until(lambda: open_files() < files + 20)
         lease.release()
 
 
 async def test_leaving_leaks_nothing_in_asyncio(cut_off: Replica, healthy: Replica) -> None:
-    """Connections that were left end at once, and not when garbage is collected some day.
+    """Conversations and their connections end at once, and not at the next garbage collection.
 
-    Fails when a task or a frame keeps what an error came with.
+    Fails when an error refers, by its traceback, to a frame that refers to the error or its task.
     """
     token, queue = cut_off.create_token(0.1), cut_off.create_token(0.1)
     cut_off.hold(queue, ttl=60)
@@ -301,6 +305,7 @@ async def test_leaving_leaks_nothing_in_asyncio(cut_off: Replica, healthy: Repli
     try:
         await leave_often()
         await asyncio.to_thread(wait_until, lambda: open_files() <= files + 2)
+        assert not [one for one in gc.get_objects() if isinstance(one, Conversation)]
     finally:
         gc.enable()
 
@@ -312,10 +317,10 @@ async def test_leaving_leaks_nothing_in_asyncio(cut_off: Replica, healthy: Repli
 def newer(store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica]:
     """Give a coordinator of the next release, as far as the store's schema goes."""
     before = scripts.source
-    known = "local SCHEMA = 3 "
+    known = "local SCHEMA = 4 "
     assert known in before("renew")
     with monkeypatch.context() as patch:
-        newer_one = known.replace("3", "4")
+        newer_one = known.replace("4", "5")
         patch.setattr(scripts, "source", lambda name: before(name).replace(known, newer_one))
         patch.setattr(scripts.Scripts, "upgrade", lambda _: asyncio.sleep(0))
         replica = Replica(f"unix://{store}")
@@ -408,14 +413,12 @@ async def test_a_connection_that_breaks_during_a_heartbeat_ends_no_wait(
     with Cable(healthy.address) as cable:
         async with clients(cable.address, 10) as waiting:
             waits = [asyncio.create_task(one.acquire(token, ttl_seconds=5)) for one in waiting]
-            broken = 0
-            while broken < ROUNDS:
+            for _ in range(50 if LONG else 8):
                 await until_queued(healthy, token, len(waits))
                 for one in waits:
                     assert not one.done(), one.exception()
                 made = cable.connections
                 cable.break_all()
-                broken += 1
                 expected = made + len(waits)
                 await asyncio.to_thread(wait_until, lambda: cable.connections >= expected, 60)  # noqa: B023
             for one in waits:
@@ -423,9 +426,6 @@ async def test_a_connection_that_breaks_during_a_heartbeat_ends_no_wait(
                 one.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
     healthy.release(blocker)
-
-
-ROUNDS = int(os.environ.get("HOLDOFF_TEST_ROUNDS", "8"))
 
 
 @contextlib.asynccontextmanager

@@ -22,6 +22,7 @@ import holdoff
 from holdoff.cli import main
 from holdoff.cli._board import Board
 from holdoff.v1 import lease_service_pb2
+from holdoff_coordinator import leases
 from tests.e2e.processes import Terminal
 from tests.e2e.service import BIN, Service
 from tests.e2e.test_deploy import Hardened
@@ -208,12 +209,34 @@ def test_a_holder_that_does_not_go_on_says_so(state: str, start_valkey: StartVal
             assert why in shown(one, "explain", token)
             client.clear_back_off(back_off, "test")
         else:
+            if state == "renewal late":  # whatever else may hold it back
+                back_off = client.set_back_off("apps/e2e", 3600, "Exact is down").name
+                assert not one.show(offer.lease.name).activity_message
+                client.clear_back_off(back_off, "test")
             one.renew(offer)
         watched.told.clear()
         watched.tells("held")
         assert " active " in shown(one, "lease", "list")
         waiter.vanish()
         watched.close()
+
+
+def test_a_waiter_behind_a_holder_hears_of_a_block_at_once(
+    start_valkey: StartValkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it will call must be quiet, and it is told so though it waits for a holder.
+
+    Fails when a waiter hears of that only with the next of the statuses that come anyway.
+    """
+    monkeypatch.setattr(leases, "STATUS_SECONDS", 3600.0)
+    with Replica(start_valkey().url) as one, holdoff.Client(one.address) as client:
+        token = one.create_token(0)
+        one.hold(token, ttl=600)
+        waiter = Waiter(one, ask(token, scopes=[("", "crm/accounts")]))
+        waiter.waiting(30)
+        client.set_back_off(token, 3600, "it answers nonsense", endpoint="crm/accounts")
+        wait_until(lambda: "it answers nonsense" in waiter.last.waiting.message, 30)  # type: ignore[union-attr]
+        waiter.vanish()
 
 
 def test_a_waiters_line_follows_a_block(service: Service, tmp_path: Path) -> None:
@@ -231,10 +254,12 @@ def test_a_waiters_line_follows_a_block(service: Service, tmp_path: Path) -> Non
             "run", "--token", token, *endpoint, "--", "true", stderr=stream, stdout=stream
         )
         wait_until(lambda: "held by job 'other'" in log.read_text(), 30)
+        lease.command_paused(paused=True)
+        wait_until(lambda: "whose command is paused" in log.read_text(), 30)
         client.set_back_off(token, 3600, "it answers nonsense", endpoint="crm/accounts")
         wait_until(lambda: "it answers nonsense" in log.read_text(), 30)
         line = log.read_text().splitlines()[-1]
-        assert re.search("held by job 'other'.*; and .* made .* quiet: it answers nonsense", line)
+        assert re.search("held by job 'other'.*; and .* paused .*: it answers nonsense", line)
         assert re.search("earliest start in (59m|1h)", line)
         run.terminate()
         run.wait(timeout=30)

@@ -1,4 +1,4 @@
-"""The README's commands, carried out as they are printed."""
+"""The commands and links of the pages for users, followed as they are printed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,23 @@ from tests.stores import free_port
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+OPERATING = (ROOT / "docs/operating.md").read_text(encoding="utf-8")
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "docs/*.md", "clients/*/*.md", "deploy/**/*.md")
+    for page in ROOT.glob(pattern)
+)
 END = "__ended__"
 
 
 def commands(heading: str) -> list[str]:
     """Return the commands of a section's console blocks, each with the lines that belong to it.
 
-    A line with a prompt begins a command. It goes on after a backslash, and up to the end of what
-    it hands in (`<<'END'`).
+    A line with a prompt begins a command. It continues after a backslash, and up to the end of a
+    here-document (`<<'END'`).
     """
-    section = README.partition(f"\n{heading}\n")[2]
+    section = OPERATING.partition(f"\n{heading}\n")[2]
     section = re.split(r"^##", section, maxsplit=1, flags=re.MULTILINE)[0]
     found = []
     for block in re.findall(r"^```console\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
@@ -50,7 +56,7 @@ def commands(heading: str) -> list[str]:
 class Shell:
     """A fresh shell in an empty directory, in which somebody types one command after the other.
 
-    Only the ports are others than those of the README, and nothing is reached from other hosts.
+    Only the ports differ from those on the page, and other hosts cannot connect.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -112,7 +118,7 @@ def test_the_walk_with_tls_ends_with_a_lease(tmp_path: Path) -> None:
     Fails when nobody whom the walk names may create a token, when a file that it uses comes from
     nowhere, and when a command goes to another coordinator than the one that was started.
     """
-    typed = commands("### Who may do what") + commands("### Who did that?")
+    typed = commands("## Who may do what") + commands("## Who did that?")
     for step in ("access.toml", "serve", "token issue", "token create", "holdoff run", "audit"):
         assert any(step in command for command in typed), step
     with Shell(tmp_path) as shell:
@@ -123,10 +129,20 @@ def test_the_walk_with_tls_ends_with_a_lease(tmp_path: Path) -> None:
         assert "Traceback" not in shell.output
 
 
-def test_links_within_the_readme_lead_somewhere() -> None:
-    """Fails when a heading that a link names is not there."""
-    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", one).strip().lower().replace(" ", "-") for one in headings}
-    linked = set(re.findall(r"\]\(#([^)]*)\)", README))
-    assert linked
-    assert linked <= anchors
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that a page's headings make."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", one).strip().lower().replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """Fails when a link names a file or a heading that does not exist."""
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link

@@ -314,7 +314,7 @@ def test_a_wait_keeps_trying_until_its_limit(service: Service) -> None:
     _, stderr = waited.communicate(timeout=30)
     assert waited.returncode == 69
     assert time.monotonic() - began >= 2
-    assert stderr.count("trying on") == 1
+    assert stderr.count("retrying") == 1
 
 
 def test_a_coordinator_that_comes_late_is_found(own_service: Service) -> None:
@@ -324,7 +324,7 @@ def test_a_coordinator_that_comes_late_is_found(own_service: Service) -> None:
     service.end(signal.SIGTERM)
     process = run(service, token, "--wait", "30s", "--", "true")
     assert process.stderr is not None
-    assert "trying on" in process.stderr.readline()
+    assert "retrying" in process.stderr.readline()
     service.start()
     process.communicate(timeout=30)
     assert process.returncode == 0
@@ -378,3 +378,22 @@ def test_a_lock_script_asleep_is_woken_when_a_lease_expires(
     assert got
     assert got[0] >= seconds(client.get_lease(name).expire_time) + INTERVAL_SECONDS
     lock.release()
+
+
+def test_a_release_that_meets_a_fault_changes_no_exit_code(
+    service: Service, token: str, store: redis.Redis, tmp_path: Path
+) -> None:
+    """The fault is reported, and the lease expires. Fails when 70 replaces the command's code."""
+    go, record = tmp_path / "go", f"holdoff:{{{token.split('/')[1]}}}:token:t"
+    command = 'until [ -e "$0" ]; do sleep 0.05; done; exit 3'
+    process = run(service, token, "--", "sh", "-c", command, str(go))
+    service.only_lease(token)
+    store.rename(record, f"{record}:aside")
+    store.set(record, "damaged")
+    try:
+        go.touch()
+        _, told = process.communicate(timeout=60)
+    finally:
+        store.delete(record)
+        store.rename(f"{record}:aside", record)
+    assert (process.returncode, "could not be released" in told) == (3, True)

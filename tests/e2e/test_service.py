@@ -58,7 +58,7 @@ def test_a_coordinator_that_stays_away_ends_the_run_in_time(
     assert run.returncode == 79
     assert family.told() < family.last()
     assert family.ended_before(latest_end)
-    assert "no renewal came through" in stderr
+    assert "no renewal succeeded" in stderr
     service.start()
 
 

@@ -144,7 +144,7 @@ def test_record_while_the_coordinator_is_away(
     assert "holdoff spool flush" in kept.stderr
     away = service.invoke("spool", "flush", **NOBODY)
     assert away.exit_code == 69
-    assert "1 reports are left" in away.stderr
+    assert "1 reports stay stored" in away.stderr
     told = service.invoke(*record, "--status", "400")
     assert (told.exit_code, told.stdout) == (0, "counted\n"), told.stderr
     assert used(service, token) == 4
@@ -161,7 +161,7 @@ def test_a_report_of_an_unknown_token_waits(service: Service) -> None:
         start_job(service, name, 2, dies="unsent").communicate(timeout=30)
     flushed = service.invoke("spool", "flush")
     assert (flushed.exit_code, flushed.stdout) == (77, "2 sent\n")
-    assert "4 reports are left" in flushed.stderr
+    assert "4 reports stay stored" in flushed.stderr
     assert "holdoff token list" in flushed.stderr
     assert used(service, token) == 2
     assert len(waiting(service)) == 4
@@ -220,11 +220,11 @@ def test_a_full_disk(service: Service, tmp_path: Path) -> None:
     assert job.returncode == 0, job.stderr
     assert job.stdout == "kept\n" * 20
     [complaint] = job.stderr.splitlines()
-    assert "No space left on device. Make room, or set XDG_STATE_HOME" in complaint
+    assert "No space left on device. Free space, or set XDG_STATE_HOME" in complaint
     assert used(service, token) == 20
     _, said = lost.communicate(timeout=30)
     assert lost.returncode == 69
-    assert "could not be kept" in said
+    assert "could not be stored" in said
     assert "--id" in said
 
 
@@ -238,7 +238,7 @@ def test_a_killed_writer_lets_go(service: Service) -> None:
     wait_until(lambda: len(waiting(service)) == 3)
     refused = service.invoke("spool", "flush")
     assert (refused.exit_code, refused.stdout) == (0, "0 sent\n")
-    assert "3 reports wait in commands that still run" in refused.stderr
+    assert "3 reports belong to commands that still run" in refused.stderr
     job.kill()
     job.communicate(timeout=30)
     assert flush(service) == "3 sent\n"

@@ -109,7 +109,7 @@ def test_lines_go_on_after_a_restart(own_service: Service) -> None:
     run_once(service, token)
     watch.wait_for("released")
     stderr = watch.end()
-    assert stderr.count("trying on") == 1
+    assert stderr.count("retrying") == 1
     assert len(stderr.splitlines()) == 1
     assert watch.kinds().count("snapshot_end") == 1
 
@@ -208,10 +208,10 @@ def test_the_live_table(own_service: Service) -> None:
         terminal.wait_for(rf"^{token} +cooling +- +- +2[0-9]s +-$")
 
         service.end(signal.SIGKILL)
-        terminal.wait_for(rf"^since [0-9:]+: no answer from {service.address}; trying on")
+        terminal.wait_for(rf"^since [0-9:]+: no answer from {service.address}; retrying")
         service.start()
         # Two whole pictures without it.
-        wait_until(lambda: terminal.raw().rpartition("trying on")[2].count("TOKEN") > 1)
+        wait_until(lambda: terminal.raw().rpartition("retrying")[2].count("TOKEN") > 1)
 
         terminal.resize(50, 9)
         terminal.wait_for("^… and [5-7] more$")

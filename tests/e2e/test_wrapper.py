@@ -271,7 +271,7 @@ def test_a_log_gets_a_line_a_change(service: Service) -> None:
     service.only_lease(token)
     waiter = service.start_holdoff(*run_options(token), "--", "true")
     assert waiter.stderr is not None
-    assert "place 1 of 1: held by job 'first'" in waiter.stderr.readline()
+    assert "position 1 of 1: held by job 'first'" in waiter.stderr.readline()
     holder.communicate("", timeout=30)
     _, stderr = waiter.communicate(timeout=30)
     assert "cooling down" in stderr
@@ -288,7 +288,7 @@ def test_a_terminal_gets_a_live_line(service: Service) -> None:
         lease = client.acquire(token)
         run = service.start_holdoff(*run_options(token), "--", "true", stderr=theirs, env=terminal)
         os.close(theirs)
-        while b"place 1 of 1: held by" not in shown:
+        while b"position 1 of 1: held by" not in shown:
             shown += os.read(ours, 4096)
         lease.release()
     with contextlib.suppress(OSError):  # how a terminal ends
@@ -297,5 +297,5 @@ def test_a_terminal_gets_a_live_line(service: Service) -> None:
     os.close(ours)
     run.communicate(timeout=30)
     assert run.returncode == 0
-    assert b"place 1 of 1: cooling down" in shown
+    assert b"position 1 of 1: cooling down" in shown
     assert re.search(rb"earliest start in [12]s", shown)

@@ -163,7 +163,7 @@ def test_budgets_and_back_offs(replica: Replica) -> None:
     where = f"{token} division 535193 crm/accounts"
     assert [one.reason for one in events] == [
         f"the budget 'errors' of {where} is spent",
-        f"somebody made {where} quiet: the provider asked",
+        f"an operator paused {where}: the provider asked",
         f"they said ({where})",
         f"mended ({where})",
     ]

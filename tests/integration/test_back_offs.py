@@ -377,7 +377,7 @@ def test_an_operator_quiets_and_frees_a_scope(app: App) -> None:
     [told] = follower.last.back_offs
     assert told.name == set_.name
     assert (told.caused_by.user, told.caused_by.host) == ("ann", "web1")
-    assert "ann made" in told.reason
+    assert "ann paused" in told.reason
     assert "the provider is down" in told.reason
     explained = app.explain(token=token)
     assert explained.must_wait

@@ -721,8 +721,8 @@ def test_a_bad_holder(world: World, holder: dict[str, Any], field: str, words: s
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
-        ("", "say why"),
-        ("   ", "say why"),
+        ("", "give a reason"),
+        ("   ", "give a reason"),
         ("two\nlines", PRINTABLE),
         ("\x1b]0;title\x07", PRINTABLE),
         ("\u202egnp", PRINTABLE),

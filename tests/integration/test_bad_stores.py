@@ -475,7 +475,7 @@ def too_few_replicas(stage: Stage) -> str:
         (password_needed, "put them into the URL, redis://user:password@host"),
         (wrong_password, "put them into the URL, redis://user:password@host"),
         (too_old, "is Redis 7.0.15: Redis or Valkey 7.2 or newer is needed"),
-        (something_else, "is no Redis or Valkey server"),
+        (something_else, "is not Redis or Valkey"),
         (read_only, "give the URL of the primary"),
         (evicting, "set maxmemory-policy noeviction"),
         (out_of_memory, "raise its maxmemory"),

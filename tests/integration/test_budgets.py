@@ -287,9 +287,9 @@ def test_a_reset(budgets: Budgets) -> None:
     event = budgets.event()
     budgets.record(event, *(budgets.event() for _ in range(8)))
     name = budgets.errors().name
-    request = admin_service_pb2.ResetBudgetRequest(name=name, reason="the job is mended")
+    request = admin_service_pb2.ResetBudgetRequest(name=name, reason="the job is fixed")
     reset = budgets.admin.ResetBudget(request).budget
-    assert (reset.used, reset.reset_reason) == (0, "the job is mended")
+    assert (reset.used, reset.reset_reason) == (0, "the job is fixed")
     assert budgets.record(event) == [KNOWN]
     assert refusal(budgets.admin.ResetBudget, admin_service_pb2.ResetBudgetRequest(name=name)) == (
         "INVALID_FIELD"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 import time
 from datetime import UTC
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +17,7 @@ import holdoff
 from holdoff import errors
 from holdoff._platform import boottime_ns
 from holdoff.v1 import lease_pb2, lease_service_pb2
+from tests.cable import Cable
 from tests.harness import Replica, Waiter, ask, end_cooldown, wait_until
 
 if TYPE_CHECKING:
@@ -39,6 +43,25 @@ def test_a_lease_is_renewed_until_it_is_released(client: holdoff.Client, replica
         wait_until(lambda: boottime_ns() > first_deadline)
         lease.check()
     assert client.get_lease(lease.name).state == lease_pb2.LEASE_STATE_RELEASED
+
+
+def test_what_the_client_ends_itself_moves_it_nowhere(
+    client: holdoff.Client, replica: Replica
+) -> None:
+    """Releases, waits that end and watches that are closed say nothing about the coordinator.
+
+    Fails when the end of a stream that the client cancelled counts as a broken connection.
+    """
+    token = replica.create_token(0.1)
+    for _ in range(3):
+        with client.acquire(token) as lease:
+            wait_until(partial(getattr, lease, "notice"))  # it follows
+            with pytest.raises(errors.LeaseHeld):
+                client.acquire(token, wait_seconds=0.1)
+    watch = client.watch_leases(token)
+    next(watch)
+    watch.close()
+    assert client._route.number == 0
 
 
 def test_waiting_is_told_and_ends_with_the_lease(
@@ -125,6 +148,36 @@ def test_an_interrupted_wait_gives_up_its_place(client: holdoff.Client, replica:
         with pytest.raises(KeyboardInterrupt):
             client.acquire(token, on_waiting=interrupt)
         wait_until(lambda: replica.show_token(token).queue_length == 0)
+
+
+def test_interrupted_while_it_accepts_it_gives_the_lease_back(replica: Replica) -> None:
+    """The lease was accepted, its answer is on the way, and Ctrl-C comes.
+
+    Fails when `_accept` does not release it, or as one under which something ran.
+    """
+    token = replica.create_token(600)
+    with Cable(replica.address) as cable, holdoff.Client(cable.address) as client:
+
+        def hold_answer(data: bytes) -> None:
+            if b"RenewLease" in data:
+                cable.flows.clear()
+
+        def interrupt() -> None:
+            wait_until(lambda: not cable.flows.is_set())
+            lease = replica.show_token(token).lease
+            wait_until(lambda: replica.show(lease).state == lease_pb2.LEASE_STATE_ACTIVE)
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_until(lambda: not replica.show_token(token).lease)
+            cable.flows.set()
+
+        cable.on_request = hold_answer
+        interrupting = threading.Thread(target=interrupt)
+        interrupting.start()
+        with pytest.raises(KeyboardInterrupt):
+            client.acquire(token)
+        interrupting.join()
+    shown = replica.show_token(token)
+    assert (shown.lease, shown.HasField("not_before_time")) == ("", False)
 
 
 def test_a_wait_survives_its_coordinator(valkey: Server, replica: Replica) -> None:

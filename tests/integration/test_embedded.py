@@ -5,9 +5,11 @@
 import asyncio
 import contextlib
 import fcntl
+import functools
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -209,6 +211,12 @@ async def test_a_dying_valkey_is_waited_for(data_dir: Path) -> None:
     await running.stop()
 
 
+def listens(path: Path) -> bool:
+    """Tell whether a server takes connections on a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as one:
+        return one.connect_ex(str(path)) == 0
+
+
 async def test_an_orphaned_valkey_is_told_to_end(data_dir: Path) -> None:
     """Where no signal comes with the parent's death, the next start ends the old Valkey."""
     home = data_dir / "valkey"
@@ -222,7 +230,7 @@ async def test_an_orphaned_valkey_is_told_to_end(data_dir: Path) -> None:
             stdout=subprocess.DEVNULL,
         )
     try:
-        await until((home / "valkey.sock").exists)
+        await until(functools.partial(listens, home / "valkey.sock"))
         async with client_of(f"unix://{home}/valkey.sock") as client:
             await client.set("key", "kept")
         async with EmbeddedStore(data_dir) as running, client_of(running.url) as client:

@@ -7,22 +7,27 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from holdoff.v1 import lease_pb2
+from tests.harness import LONG
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.harness import Replica
 
+pytestmark = pytest.mark.timeout(600 if LONG else 60)
+
 # In a process of its own: a fork of the tests' own process would copy a coordinator.
 BLOCKING = """
-import json, multiprocessing, os, sys, uuid
+import json, multiprocessing, os, sys, threading, uuid
 import holdoff
 from holdoff._calls import error_event, scope
 from holdoff._reporting import Reporter
 from holdoff._spool import Spool
 
-endpoint, token, folder = sys.argv[1:]
+endpoint, token, forks = sys.argv[1:]
 told = {}
 
 def away(_events):
@@ -41,8 +46,14 @@ def in_child(lease):
         except holdoff.LeaseLost as error:
             refused.append(str(error))
     lease.command_started()
+    lease.command_paused(paused=True)
     lease.release()
     assert len(refused) == 2 and str(os.getppid()) in refused[0], refused
+
+def hold_locks(client, lease, locked, forked):
+    with client._lock, lease._changed:
+        locked.set()
+        forked.wait()
 
 reporter = Reporter(away, Spool(), warn=lambda _: None)
 reporter.report(event())
@@ -51,18 +62,33 @@ with (
     client.acquire(token, ttl_seconds=3) as lease,
     client.budget_guard(token) as guard,
 ):
-    child = os.fork()
-    if child == 0:
-        in_child(lease)
-        try:
-            client.list_waiters(token)
-        except holdoff.HoldoffError as error:
-            assert "make a client here" in str(error), error
-            reporter.report(event())
-            reporter.close(60)
-            sys.exit(3)  # through all of the blocks
-        os._exit(4)
-    told["fork"] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    watch = client.watch_leases(token)
+    next(watch)
+    codes = set()
+    for _ in range(int(forks)):
+        locked, forked = threading.Event(), threading.Event()
+        holding = threading.Thread(target=hold_locks, args=[client, lease, locked, forked])
+        holding.start()
+        locked.wait()
+        child = os.fork()
+        forked.set()
+        if child == 0:
+            in_child(lease)
+            refused = []
+            for call in (lambda: client.list_waiters(token), lambda: next(watch)):
+                try:
+                    call()
+                except holdoff.HoldoffError as error:
+                    refused.append(str(error))
+            if len(refused) == 2 and all("make a client here" in one for one in refused):
+                reporter.report(event())
+                reporter.close(60)
+                sys.exit(3)  # through all of the blocks
+            os._exit(4)
+        holding.join()
+        codes.add(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    watch.close()
+    told["forks"] = list(codes)
     process = multiprocessing.get_context("fork").Process(target=in_child, args=[lease])
     process.start()
     process.join()
@@ -78,7 +104,7 @@ print(json.dumps(told))
 """
 
 ASYNCHRONOUS = """
-import asyncio, json, multiprocessing, os, sys
+import asyncio, json, multiprocessing, os, signal, sys
 import holdoff
 
 endpoint, token, _ = sys.argv[1:]
@@ -102,9 +128,12 @@ async def main():
         client.budget_guard(token) as guard,
     ):
         context = multiprocessing.get_context("fork")
-        process = context.Process(target=in_child, args=[lease, client, guard])
-        process.start()
-        await asyncio.to_thread(process.join)
+        for _ in range(20):
+            process = context.Process(target=in_child, args=[lease, client, guard])
+            process.start()
+            await asyncio.to_thread(process.join)
+            if process.exitcode not in (-signal.SIGSEGV, -signal.SIGBUS):
+                break  # else a thread of gRPC's own crashed, which does not support this
         lease.check()
         app = token.partition("/tokens/")[0]
         told = {
@@ -124,10 +153,9 @@ def told_by(program: str, replica: Replica, folder: Path) -> dict[str, Any]:
     name = f"apps/forks-{folder.name.replace('_', '-')}/tokens/t"[:80]
     token = replica.create_token(0.0, name=name, token={"policy": "exact-online"})
     ended = subprocess.run(
-        [sys.executable, "-c", program, replica.address, token, str(folder)],
+        [sys.executable, "-c", program, replica.address, token, "500" if LONG else "1"],
         env={"XDG_STATE_HOME": str(folder)},
         stdout=subprocess.PIPE,
-        timeout=40,
         check=True,
     )
     told: dict[str, Any] = json.loads(ended.stdout)
@@ -137,10 +165,11 @@ def told_by(program: str, replica: Replica, folder: Path) -> dict[str, Any]:
 def test_a_forked_child_leaves_its_parents_lease_alone(replica: Replica, tmp_path: Path) -> None:
     """Neither leaving the blocks nor a call ends what is the parent's, and the child ends at once.
 
-    Fails when any of release, guard, reporter and client does not look at who it belongs to.
+    Fails when any of release, guard, reporter, watch and client does not look at who it belongs
+    to, or waits for a lock that a thread of the parent held during the fork.
     """
     told = told_by(BLOCKING, replica, tmp_path)
-    assert (told["fork"], told["multiprocessing"]) == (3, 0)
+    assert (told["forks"], told["multiprocessing"]) == ([3], 0)
     assert told["state"] == lease_pb2.LEASE_STATE_ACTIVE
     assert (told["reserved"], told["spooled"]) == (1, [True])  # its writer is alive
 
@@ -148,7 +177,10 @@ def test_a_forked_child_leaves_its_parents_lease_alone(replica: Replica, tmp_pat
 def test_a_forked_child_leaves_its_parents_lease_alone_with_asyncio(
     replica: Replica, tmp_path: Path
 ) -> None:
-    """The same with asyncio, where the child has an event loop of its own."""
+    """The same with asyncio, where the child has an event loop of its own.
+
+    gRPC for asyncio does not support forks: now and then its own thread crashes in the child.
+    """
     told = told_by(ASYNCHRONOUS, replica, tmp_path)
     assert told["multiprocessing"] == 0
     assert told["state"] == lease_pb2.LEASE_STATE_ACTIVE

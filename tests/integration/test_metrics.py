@@ -126,6 +126,21 @@ async def test_the_life_of_a_lease(measured: Replica, store: redis.Redis) -> Non
     assert value(await samples(measured), "lease_held", app=app, token="idle") == 1
 
 
+async def test_counters_begin_at_0(measured: Replica, valkey: Server) -> None:
+    """A coordinator that has just started exposes a counter of everything that may happen.
+
+    Fails when a counter first appears with its first event, which Prometheus then does not see.
+    """
+    app = measured.create_token().split("/")[1]
+    with Replica(valkey.url, metrics_listen="127.0.0.1:0") as fresh:
+        found = await samples(fresh)
+    renewal = {"service": "holdoff.v1.LeaseService", "method": "RenewLease"}
+    assert value(found, "rpcs_total", **renewal, code="INTERNAL") == 0
+    assert value(found, "audit_events_total", app=app, kind="lease_lost") == 0
+    assert value(found, "audit_events_total", app="", kind="call_refused") == 0
+    assert value(found, "store_errors_total", reason="store_unavailable") == 0
+
+
 async def test_budgets_back_offs_and_quarantine(measured: Replica, store: redis.Redis) -> None:
     """By state, limit and cause; no division, endpoint or holder is a label.
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import pty
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 import redis
+from click.testing import CliRunner
 
-from holdoff.v1 import lease_pb2
+from holdoff.cli import main
+from holdoff.v1 import admin_service_pb2, audit_pb2, lease_pb2, lease_service_pb2
 from holdoff_coordinator.scripts import boottime_us
 from holdoff_coordinator.store import Epoch
 from tests.harness import Replica, Waiter, ask, refusal, request_hash
@@ -185,3 +191,142 @@ def test_after_an_outage_waiters_may_return_to_their_places(valkey: Server) -> N
         newcomer = replica.leases.AcquireLease(ask(token)).waiting
         assert (newcomer.reason, newcomer.place) == (lease_pb2.WAIT_REASON_QUEUED, 2)
         assert replica.leases.AcquireLease(first).HasField("offer")
+
+
+# Shown and ended by an operator
+
+LOST = "the store lost the data of this app"
+
+
+def shown(replica: Replica, app: str = "") -> list[lease_pb2.Quarantine]:
+    """Read which apps are in quarantine."""
+    request = lease_service_pb2.ListQuarantinesRequest(parent=app)
+    return list(replica.leases.ListQuarantines(request).quarantines)
+
+
+def holdoff(replica: Replica, *arguments: str) -> tuple[int, str]:
+    """Run a command; return its exit code, and what it wrote."""
+    result = CliRunner().invoke(main, ["--endpoint", replica.address, *arguments])
+    return result.exit_code, result.output
+
+
+@contextlib.contextmanager
+def quarantined(start_valkey: StartValkey) -> Iterator[tuple[Replica, str, str]]:
+    """Give a replica, an app whose data was lost, and its token, made again."""
+    valkey = start_valkey()
+    with Replica(valkey.url, quarantine_seconds=QUARANTINE_SECONDS) as replica:
+        token = replica.create_token(0)
+        with redis.Redis.from_url(valkey.url) as store:
+            store.flushall()
+        replica.create_token(0, name=token)
+        yield replica, token.partition("/tokens/")[0], token
+
+
+def test_a_quarantine_is_shown(start_valkey: StartValkey) -> None:
+    """Until when, why and what is at risk; an app without one is no error.
+
+    Fails when an app that is not in quarantine is listed, or the reason is left out.
+    """
+    with quarantined(start_valkey) as (replica, app, token):
+        [one] = shown(replica)
+        assert shown(replica, app)[0].app == one.app == app
+        assert one.reason == LOST
+        assert one.at_risk.startswith("everything")
+        assert 0 < one.remaining.ToMicroseconds() <= QUARANTINE_SECONDS * 1e6
+        assert shown(replica, "apps/no-such-app") == []
+        status = replica.leases.AcquireLease(ask(token)).waiting
+        assert status.message.endswith(f"holdoff quarantine show {app}")
+        code, text = holdoff(replica, "quarantine", "show", app)
+        assert (code, LOST in text, one.at_risk[:40] in text) == (0, True, True)
+        code, text = holdoff(replica, "quarantine", "show", "apps/no-such-app")
+        assert (code, text) == (0, "apps/no-such-app is not in quarantine\n")
+        for scope in (app, token):
+            code, text = holdoff(replica, "explain", scope)
+            assert (code, LOST in text) == (0, True)
+
+
+def test_an_operator_ends_a_quarantine(start_valkey: StartValkey) -> None:
+    """Who waits gets the lease at once, and the audit trail has who ended it and why.
+
+    Fails when the end is not audited, or a second one is not refused.
+    """
+    with quarantined(start_valkey) as (replica, app, token):
+        waiter = Waiter(replica, ask(token))
+        assert waiter.waiting().reason == lease_pb2.WAIT_REASON_QUARANTINED
+        code, text = holdoff(replica, "quarantine", "end", app)
+        assert (code, "--reason" in text) == (64, True)
+        code, text = holdoff(replica, "quarantine", "end", app, "--reason", "nothing ran")
+        assert (code, "everything" in text) == (0, True)
+        waiter.offer()
+        waiter.vanish()
+        assert shown(replica) == []
+        request = admin_service_pb2.EndQuarantineRequest(app=app, reason="again")
+        assert refusal(replica.admin.EndQuarantine, request) == "QUARANTINE_NOT_FOUND"
+        code, text = holdoff(replica, "quarantine", "end", app, "--reason", "again")
+        assert (code, f"{app} is not in quarantine" in text) == (77, True)
+        wanted = admin_service_pb2.ListAuditEventsRequest(
+            parent=app, kinds=[audit_pb2.AUDIT_KIND_QUARANTINE_ENDED]
+        )
+        [event] = replica.admin.ListAuditEvents(wanted).events
+        assert (event.resource, event.reason, event.identity) == (app, "nothing ran", "anonymous")
+
+
+@pytest.mark.parametrize(
+    ("reason", "at_risk"),
+    [
+        ("the clock of the store went back", "no record is lost"),
+        ("another server of the store took over, and may lack the last writes", "the last moments"),
+        ("the store was restored from a backup", "since the backup"),
+        ("something new", "everything"),
+    ],
+)
+def test_what_is_at_risk(valkey: Server, reason: str, at_risk: str) -> None:
+    """What may be lost depends on the reason, and is everything if the reason is not known.
+
+    Fails when an unknown reason promises that something is safe.
+    """
+    with Replica(valkey.url) as replica, redis.Redis.from_url(valkey.url) as store:
+        app = replica.create_token(0).partition("/tokens/")[0]
+        now_us = store.time()[0] * 1_000_000
+        fields = {
+            "quarantine_reason": reason,
+            "quarantine_since_us": now_us - 5_000_000,
+            "quarantine_until_us": now_us + 60_000_000,
+        }
+        store.hset(f"holdoff:{{{app.removeprefix('apps/')}}}", mapping=fields)
+        [one] = shown(replica, app)
+        assert (one.reason, at_risk in one.at_risk) == (reason, True)
+        assert one.start_time.ToMicroseconds() == now_us - 5_000_000
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("n\n", 1)])
+def test_the_end_asks_on_a_terminal(valkey: Server, answer: str, code: int) -> None:
+    """It says what is at risk, and ends the quarantine only after a yes.
+
+    Fails when the answer is not looked at.
+    """
+    with Replica(valkey.url) as replica, redis.Redis.from_url(valkey.url) as store:
+        app = replica.create_token(0).partition("/tokens/")[0]
+        until_us = (store.time()[0] + 600) * 1_000_000
+        shard = f"holdoff:{{{app.removeprefix('apps/')}}}"
+        store.hset(shard, mapping={"quarantine_until_us": until_us, "quarantine_reason": LOST})
+        ours, theirs = pty.openpty()
+        program = [sys.executable, "-c", "from holdoff.cli import main; main(prog_name='holdoff')"]
+        options = ["--endpoint", replica.address, "quarantine", "end", app, "--reason", "a drill"]
+        try:
+            os.write(ours, answer.encode())
+            result = subprocess.run(
+                [*program, *options],
+                stdin=theirs,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        finally:
+            os.close(ours)
+            os.close(theirs)
+        assert result.returncode == code, result.stderr
+        assert f"{LOST}\nThe store may have lost: everything" in result.stderr
+        assert ("not ended" in result.stderr) is bool(code)
+        assert [one.app for one in shown(replica, app)] == [app] * code

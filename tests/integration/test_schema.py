@@ -45,7 +45,7 @@ def test_an_older_release_is_upgraded(replica: Replica, store: redis.Redis) -> N
     make_old(store, token, request)
     waiters = replica.leases.ListWaiters(lease_service_pb2.ListWaitersRequest(parent=token)).waiters
     assert [waiter.place for waiter in waiters] == [1]
-    assert store.hget(shard(token), "schema") == b"3"
+    assert store.hget(shard(token), "schema") == b"4"
     replica.release(held)
     assert waiter.offer().lease.fencing_token > held.lease.fencing_token
     waiter.vanish()
@@ -73,7 +73,7 @@ def test_a_newer_release_is_left_alone(replica: Replica, store: redis.Redis) -> 
     """
     token = replica.create_token(0.0)
     offer = replica.hold(token)
-    store.hset(shard(token), "schema", "4")
+    store.hset(shard(token), "schema", "5")
     before = {key: store.dump(key) for key in store.scan_iter(f"{shard(token)}*", count=1000)}
     assert refusal(lambda: replica.renew(offer)) == "SCHEMA_TOO_NEW"
     assert refusal(lambda: replica.acquire(token)) == "SCHEMA_TOO_NEW"
@@ -86,11 +86,11 @@ def test_an_older_coordinator_does_not_start(start_valkey: StartValkey) -> None:
     """It says that the records are of a newer release, and what to do."""
     url = start_valkey().url
     with Replica(url) as replica, redis.Redis.from_url(url) as store:
-        store.hset(shard(replica.create_token()), "schema", "4")
+        store.hset(shard(replica.create_token()), "schema", "5")
     command = [sys.executable, "-m", "holdoff_coordinator", "serve", "--listen", "127.0.0.1:0"]
     ended = subprocess.run(
         [*command, "--redis-url", url], capture_output=True, text=True, timeout=20, check=False
     )
     assert ended.returncode == 69
-    assert re.search(r"schema 4, .* knows up to 3: .* upgrade this one", ended.stderr)
+    assert re.search(r"schema 5, .* knows up to 4: .* upgrade this one", ended.stderr)
     assert "Traceback" not in ended.stderr

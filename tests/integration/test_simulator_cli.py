@@ -178,7 +178,7 @@ async def test_what_answers_is_no_simulator() -> None:
         result = await aside("report", f"http://127.0.0.1:{runner.addresses[0][1]}")
     finally:
         await runner.cleanup()
-    assert (result.exit_code, "is no simulator" in result.stderr) == (69, True)
+    assert (result.exit_code, "is not a simulator" in result.stderr) == (69, True)
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:80", "ftp://host", "http://host:port"])
@@ -254,7 +254,7 @@ def test_wrong_options_of_serve(tmp_path: Path) -> None:
     file = tmp_path / "seeds.json"
     file.write_text(json.dumps({"seeds": [good]}))
     result = holdoff("serve", "--seed-file", str(file), "--users", "2")
-    assert (result.exit_code, "leave out --apps and --users" in result.stderr) == (64, True)
+    assert (result.exit_code, "omit --apps and --users" in result.stderr) == (64, True)
 
 
 def test_help_explains_each_switch() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pty
@@ -18,11 +20,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from holdoff.v1 import policy_service_pb2, policy_service_pb2_grpc
 from holdoff.v1 import token_service_pb2_grpc as tokens_grpc
-from tests.harness import refusal, token_to_create, wait_until
+from holdoff_coordinator import server
+from holdoff_coordinator.store import Epoch, StoreAwayError
+from tests.cable import Cable
+from tests.harness import NO_PROXY, Replica, refusal, token_to_create, wait_until
 from tests.stores import free_port
 
 if TYPE_CHECKING:
@@ -140,6 +146,43 @@ def test_a_store_that_says_nothing_is_waited_for() -> None:
         with Program("--redis-url", url) as program:
             assert "firewall" in program.said("waiting for the store")["reason"]
             assert program.health() == NOT_SERVING
+
+
+def test_no_call_reaches_a_store_before_it_was_judged(
+    start_valkey: StartValkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may answer and yet not be fit: callers hear STORE_UNAVAILABLE, and the log tells it once.
+
+    Fails when a coordinator that waits for its store admits callers, logs each look at it, or ends
+    when the store is away again before its records were looked at.
+    """
+    monkeypatch.setattr(server, "WAIT_SECONDS", 0.01)
+    address, refused, looks = f"127.0.0.1:{free_port()}", list[str](), itertools.count()
+
+    def create_token() -> None:
+        with grpc.insecure_channel(address, NO_PROXY) as channel:
+            request = token_to_create("apps/start/tokens/t", 1.0)
+            tokens_grpc.TokenServiceStub(channel).CreateToken(request)
+
+    async def open_store() -> Epoch:
+        look = next(looks)
+        if look < 3:
+            refused.append(await asyncio.to_thread(refusal, create_token))
+            raise StoreAwayError("it is still loading its data")
+        if look == 3:
+            cable.cut()
+        else:
+            cable.mend()
+        return Epoch("test", lost=False)
+
+    with (
+        Cable(start_valkey().url.removeprefix("unix://")) as cable,
+        structlog.testing.capture_logs() as logs,
+        Replica(f"redis://{cable.address}", listen=address, open_store=open_store),
+    ):
+        create_token()
+    assert refused == ["STORE_UNAVAILABLE"] * 3
+    assert [one["event"] for one in logs].count("waiting for the store") == 2
 
 
 POLICY = 'name = "ours"\ntitle = "Ours"\n[refresh]\ninterval = "{}s"\nrotation = "reusable"\n'

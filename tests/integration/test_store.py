@@ -1,6 +1,7 @@
 """Connecting to a store, judging it, and its epoch, on real servers."""
 
 import asyncio
+import gc
 import os
 import re
 import signal
@@ -19,8 +20,11 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from holdoff_coordinator import store
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.scripts import Scripts
 from holdoff_coordinator.settings import Settings
 from holdoff_coordinator.store import StoreError
+from holdoff_coordinator.sweeper import Sweeper
+from tests.cable import Cable
 from tests.harness import Replica, Waiter, ask, wait_until
 
 SECRET = "sw0rdf1sh"
@@ -123,6 +127,7 @@ async def test_an_access_list_that_forbids_scripts_is_told(start_valkey: StartVa
             for name in ("zpopmin", "xadd", "hincrby", "sadd", "ssubscribe")
         ),
         ("-evalsha", "evalsha"),
+        ("-ping", "ping"),
         ("-info", "info"),
     ],
 )
@@ -142,11 +147,30 @@ async def test_what_an_access_list_lacks_is_named(
     assert line == store.ACCESS
 
 
-async def test_the_access_list_of_the_readme_is_enough(start_valkey: StartValkey) -> None:
+async def test_a_pattern_that_may_only_be_read_is_named(start_valkey: StartValkey) -> None:
+    """Fails when the check only reads a key of each pattern."""
+    rules = store.ACCESS.replace(" ~lock:holdoff:*", " %R~lock:holdoff:*").split()
+    path = start_valkey(*DURABLE, "--user", "job", "on", f">{SECRET}", *rules).url
+    message = await refusal(path.replace("unix://", f"unix://job:{SECRET}@"))
+    assert "lacks for our user: ~lock:holdoff:*;" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--maxmemory", "is out of memory"), ("--min-replicas-to-write", "start its replicas")],
+)
+async def test_a_store_that_takes_no_writes_is_refused(
+    start_valkey: StartValkey, option: str, words: str
+) -> None:
+    """Fails when the check itself writes nothing, as when it judges the store again later."""
+    assert words in await refusal(start_valkey(*DURABLE, option, "1").url)
+
+
+async def test_the_documented_access_list_is_enough(start_valkey: StartValkey) -> None:
     """A coordinator serves as a user with these rights alone: leases, wake-ups, budgets, sweeps."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/operating.md").read_text(encoding="utf-8")
     assert f"ACL SETUSER holdoff on >PASSWORD {store.ACCESS}" in " ".join(
-        readme.replace("\\\n", " ").split()
+        page.replace("\\\n", " ").split()
     )
     url = start_valkey(*DURABLE, "--user", "job", "on", f">{SECRET}", *store.ACCESS.split()).url
     own = url.replace("unix://", f"unix://job:{SECRET}@")
@@ -166,6 +190,25 @@ async def test_the_access_list_of_the_readme_is_enough(start_valkey: StartValkey
         assert refused <= {"config|get"}  # without which it only knows less
 
 
+async def test_a_sweeper_that_stops_without_its_store_logs_no_fault(
+    start_valkey: StartValkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fails when the error of its last call to the store is dropped, which asyncio then logs."""
+    with Cable(start_valkey().url.removeprefix("unix://")) as cable:
+        async with client_of(f"redis://{cable.address}/0") as client:
+            sweeper = Sweeper(Scripts(client, quarantine_us=0))
+            cable.flows.clear()
+            sweeping = asyncio.create_task(sweeper.sweep_forever())
+            await asyncio.to_thread(wait_until, lambda: cable.received)
+            sweeping.cancel()
+            await asyncio.gather(sweeping, return_exceptions=True)
+            cable.cut()
+            await sweeper.stop()
+    sweeper._asked = None
+    gc.collect()
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
 def test_the_check_tries_every_command() -> None:
     """Fails when a script uses a command that the check of an access list does not try."""
     folder = Path(store.__file__).parent / "lua"
@@ -175,7 +218,8 @@ def test_the_check_tries_every_command() -> None:
         for script in folder.glob("*.lua")
         for name in re.findall(r"redis\.p?call\('([A-Z]+)'", script.read_text())
     }
-    assert used <= tried
+    # In a Cluster; without it the scripts only know less.
+    assert used - {"CLUSTER"} <= tried
 
 
 @pytest.mark.parametrize(

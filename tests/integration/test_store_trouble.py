@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import uuid
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
+import grpc
 import pytest
 import redis
 import structlog
 
 from holdoff._core import duration
+from holdoff._status import from_rpc_error
 from holdoff.v1 import (
     admin_service_pb2,
     budget_pb2,
@@ -19,12 +22,13 @@ from holdoff.v1 import (
     lease_service_pb2,
     token_service_pb2,
 )
-from holdoff_coordinator import seldom
+from holdoff_coordinator import hub, leases, seldom, sweeper
 from tests.harness import (
     Follower,
     Replica,
     Waiter,
     ask,
+    end_cooldown,
     refusal,
     request_hash,
     token_to_create,
@@ -34,6 +38,7 @@ from tests.harness import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from holdoff import HoldoffError
     from tests.conftest import StartValkey
 
 ENDPOINT = "/api/v1/1/crm/Accounts"
@@ -62,41 +67,86 @@ def shard(token: str) -> str:
     return f"holdoff:{{{token.split('/')[1]}}}"
 
 
-TROUBLES: dict[str, Callable[[redis.Redis, str], Any]] = {
-    "STORE_OUT_OF_MEMORY": lambda store, _: store.config_set("maxmemory", 1),
-    "STORE_READ_ONLY": lambda store, _: store.replicaof("127.0.0.1", 1),
-    "STORE_NOT_WRITABLE": lambda store, _: store.config_set("min-replicas-to-write", 1),
-    "STORE_ACCESS_DENIED": lambda store, _: store.acl_setuser(
-        "default", enabled=True, commands=["-evalsha"]
+TROUBLES: list[tuple[str, str, Callable[[redis.Redis, str], Any]]] = [
+    ("STORE_OUT_OF_MEMORY", "out of memory", lambda store, _: store.config_set("maxmemory", 1)),
+    ("STORE_READ_ONLY", "read-only", lambda store, _: store.replicaof("127.0.0.1", 1)),
+    (
+        "STORE_NOT_WRITABLE",
+        "too few replicas",
+        lambda store, _: store.config_set("min-replicas-to-write", 1),
     ),
-    "STORE_DAMAGED": lambda store, token: (
-        store.delete(shard(token)),
-        store.set(shard(token), "a text"),
+    (
+        "STORE_ACCESS_DENIED",
+        "refuses our user",
+        lambda store, _: store.acl_setuser("default", enabled=True, commands=["-evalsha"]),
     ),
-    "INTERNAL": lambda store, token: store.hset(shard(token), "tick_us", "garbage"),
-}
+    (  # which it says in other words
+        "STORE_ACCESS_DENIED",
+        "refuses our user",
+        lambda store, _: store.acl_setuser("default", enabled=True, commands=["-hset"]),
+    ),
+    (
+        "STORE_DAMAGED",
+        "is damaged",
+        lambda store, token: (store.delete(shard(token)), store.set(shard(token), "a text")),
+    ),
+    (
+        "INTERNAL",
+        "a script failed",
+        lambda store, token: store.hset(shard(token), "tick_us", "garbage"),
+    ),
+]
 
 
-@pytest.mark.parametrize("reason", TROUBLES)
+@pytest.mark.parametrize(("reason", "words", "cause"), TROUBLES)
 def test_each_trouble_has_its_reason(
-    reason: str, server: tuple[Replica, redis.Redis], monkeypatch: pytest.MonkeyPatch
+    reason: str,
+    words: str,
+    cause: Callable[[redis.Redis, str], Any],
+    server: tuple[Replica, redis.Redis],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Callers, metrics and the log name the kind of trouble, the log once for many calls.
 
-    Fails when all kinds are "the store does not answer", or when each call is a line of the log.
+    Fails when all kinds are "the store does not answer", when each call is a line of the log, or
+    when a caller is to retry what does not pass by itself.
     """
     replica, store = server
     token = replica.create_token(0.0)
     key = f'holdoff_store_errors_total{{reason="{reason.lower()}"}}'
     assert metrics(replica)[key] == 0
     monkeypatch.setattr(seldom, "_warnings", seldom.Seldom())
+    told: list[tuple[grpc.StatusCode, HoldoffError]] = []
     with structlog.testing.capture_logs() as logs:
-        TROUBLES[reason](store, token)
-        calls = [refusal(lambda: replica.acquire(token)) for _ in range(10)]
-    assert calls.count(reason) > 1  # on a slow machine one may be late instead
+        cause(store, token)
+        for _ in range(10):
+            with pytest.raises(grpc.RpcError) as refused:
+                replica.acquire(token)
+            told.append((refused.value.code(), from_rpc_error(refused.value, "test")))
+    calls = [(code, failure) for code, failure in told if failure.reason == reason]
+    assert len(calls) > 1  # on a slow machine one may be late instead
+    passes = reason not in ("STORE_DAMAGED", "INTERNAL")
+    for code, failure in calls:
+        assert words in str(failure)
+        assert ("nothing is lost" in str(failure)) == passes
+        assert code == (grpc.StatusCode.UNAVAILABLE if passes else grpc.StatusCode.INTERNAL)
     kinds = [one["kind"] for one in logs if one["event"] == "store call failed"]
     assert kinds.count(reason) == 1
-    assert metrics(replica)[key] >= calls.count(reason)
+    assert metrics(replica)[key] >= len(calls)
+
+
+def test_each_kind_is_logged_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the log says how often it came meanwhile. Fails when one kind hides another."""
+    clock = [0.0]
+    monkeypatch.setattr(seldom, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(seldom, "_warnings", seldom.Seldom())
+    with structlog.testing.capture_logs() as logs:
+        for clock[0] in range(121):
+            seldom.warn("store call failed", "INTERNAL")
+            seldom.warn("store call failed", "STORE_READ_ONLY")
+    for kind in ("INTERNAL", "STORE_READ_ONLY"):
+        lines = [one.get("more_like_it", 0) for one in logs if one["kind"] == kind]
+        assert lines == [0, 59, 59]
 
 
 def test_a_password_that_changed_is_told(server: tuple[Replica, redis.Redis]) -> None:
@@ -159,14 +209,20 @@ DAMAGES: dict[str, Callable[[App], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_token_harms_no_other(damage: str, server: tuple[Replica, redis.Redis]) -> None:
+def test_a_damaged_token_harms_no_other(
+    damage: str, server: tuple[Replica, redis.Redis], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sweep, ticks, watch, lists, followers and metrics of its app go on, and the damage is told.
 
-    Fails when a script, or what reads its answer, gives up at the first damaged token.
+    Fails when a script, or what reads its answer, gives up at the first damaged token, and when the
+    sweeper comes to a damaged token again before the others.
     """
+    monkeypatch.setattr(sweeper, "TOKENS_A_CALL", 1)
+    for module, name in ((hub, "STALE_SECONDS"), (leases, "STATUS_SECONDS")):
+        monkeypatch.setattr(module, name, 3600.0)  # waiters depend on ticks
     replica, store = server
     app = App(replica, store)
-    follower = Follower(replica, app.offers[app.good])
+    of_bad, follower = (Follower(replica, app.offers[token]) for token in (app.bad, app.good))
     waiters = [Waiter(replica, ask(token)) for token in (app.bad, app.good)]
     for one in waiters:
         one.waiting()
@@ -187,18 +243,44 @@ def test_a_damaged_token_harms_no_other(damage: str, server: tuple[Replica, redi
             assert app.good in {one.token for one in response.snapshot.tokens}
             break
     watch.cancel()
+    quiet = admin_service_pb2.SetBackOffRequest(
+        scope=budget_pb2.Scope(app=app.name), length=duration(60.0), reason="a test"
+    )
+    back_off = replica.admin.SetBackOff(quiet).back_off.name
+    wait_until(lambda: not follower.runs)
+    wait_until(lambda: "a test" in waiters[1].last.waiting.message)  # type: ignore[union-attr]
+    replica.admin.ClearBackOff(
+        admin_service_pb2.ClearBackOffRequest(name=back_off, reason="a test")
+    )
     assert not follower.ended
-    leases = replica.leases.ListLeases(lease_service_pb2.ListLeasesRequest(parent=app.name)).leases
-    assert app.offers[app.good].lease.name in {one.name for one in leases}
+    listed = replica.leases.ListLeases(lease_service_pb2.ListLeasesRequest(parent=app.name)).leases
+    assert app.offers[app.good].lease.name in {one.name for one in listed}
     replica.release(app.offers[app.good])
     replica.renew(waiters[1].offer(20.0))
     # The sweeper comes to what stands behind it.
     swept = replica.create_token(0.2, name=f"{app.name}/tokens/swept")
-    replica.release(replica.hold(swept))
+    waiters.append(Waiter(replica, ask(swept)))  # those who kept the back-off follow one by one
+    offer = waiters[-1].offer(20.0)
+    replica.renew(offer)
+    replica.release(offer)
     wait_until(lambda: store.zscore(f"{app.key}:due", "swept") is None, 20.0)
     for waiter in waiters:
         waiter.vanish()
-    follower.close()
+    for stream in (of_bad, follower):
+        stream.close()
+
+
+def test_a_damaged_lease_leaves_the_history(server: tuple[Replica, redis.Redis]) -> None:
+    """Its other leases are listed. Fails when one that cannot be read ends the list."""
+    replica, store = server
+    app = App(replica, store)
+    replica.release(app.offers[app.bad])
+    app.spoil(app.lease_key())
+    end_cooldown(store, app.bad)
+    later = replica.hold(app.bad)
+    request = lease_service_pb2.ListLeaseHistoryRequest(parent=app.bad)
+    history = replica.leases.ListLeaseHistory(request).leases
+    assert [one.name for one in history] == [later.lease.name]
 
 
 def test_a_damaged_token_says_so(server: tuple[Replica, redis.Redis]) -> None:
@@ -279,6 +361,26 @@ def test_a_damaged_budget_harms_no_other(damage: str, server: tuple[Replica, red
     report()
     assert used() == [2]
     key = f'holdoff_damaged_records_total{{app="{app.name[5:]}",kind="budgets"}}'
+    assert metrics(replica)[key] > 0
+
+
+@pytest.mark.parametrize("damage", ["errors", "reservation:damaged"])
+def test_damage_beside_a_budget_fails_no_report(
+    damage: str, server: tuple[Replica, redis.Redis]
+) -> None:
+    """Errors are counted though their list, or a reservation that is due, cannot be read.
+
+    Fails when what else a report does ends it.
+    """
+    replica, store = server
+    app = App(replica, store)
+    app.spoil(f"{app.key}:{damage}")
+    store.zadd(f"{app.key}:reservations", {"damaged": 0})
+    event = error(app.good, ENDPOINT)
+    request = budget_service_pb2.RecordEventsRequest(events=[event])
+    assert replica.budgets.RecordEvents(request).outcomes == [budget_pb2.EVENT_OUTCOME_COUNTED]
+    kind = "events" if damage == "errors" else "reservations"
+    key = f'holdoff_damaged_records_total{{app="{app.name[5:]}",kind="{kind}"}}'
     assert metrics(replica)[key] > 0
 
 

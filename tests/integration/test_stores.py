@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import os
 import re
 import signal
@@ -18,17 +19,19 @@ import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock
 
 import grpc
 import pytest
 import redis
 from redis.crc import key_slot
 
-from holdoff_coordinator import hub, store
+from holdoff_coordinator import hub, store, wakeups
 from holdoff_coordinator.scripts import shard_key
 from holdoff_coordinator.store import Access, Assumed, StoreError
 from holdoff_coordinator.wakeups import WakeUps
 from tests import stores
+from tests.cable import Cable
 from tests.harness import Replica, Waiter, ask, coordinator_command, refusal, wait_until
 
 if TYPE_CHECKING:
@@ -84,7 +87,7 @@ async def test_a_failover_that_loses_writes_is_warned_of(
     ("url", "words"),
     [
         ("redis+cluster://127.0.0.1:{single}", "is a single server, whose URL begins with redis:"),
-        ("redis+sentinel://127.0.0.1:{sentinel}/other", "tells a primary by that name"),
+        ("redis+sentinel://127.0.0.1:{sentinel}/other", "reports a running primary of that name"),
         ("redis+sentinel://127.0.0.1:{single}/main", "SENTINEL"),
         ("redis://127.0.0.1:{sentinel}", "redis+sentinel://host:26379/name-of-the-primary"),
         ("redis://127.0.0.1:{member}", "redis+cluster://host:6379,host:6379"),
@@ -134,7 +137,7 @@ async def test_a_cluster_without_all_slots_is_refused() -> None:
     with stores.cluster(primaries=1) as whole:
         whole.nodes[0].run("CLUSTER", "DELSLOTSRANGE", 0, 9)
         async with opened(whole.url) as client:
-            with pytest.raises(StoreError, match="10 of its 16384 slots are served by nobody"):
+            with pytest.raises(StoreError, match="10 of its 16384 slots are served by no node"):
                 await store.check(client)
 
 
@@ -429,6 +432,40 @@ async def test_wake_ups_follow_their_app(three_nodes: Store) -> None:
             await tell_until_heard(there, "second")
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
+
+
+async def test_wake_ups_leave_no_connection_behind_when_one_breaks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection that breaks while another app is added is closed, and another one is made.
+
+    Fails when both tasks of a line reconnect: one of the connections is then never closed.
+    """
+
+    def reconnects(cable: Cable) -> bool:
+        known = cable.connections
+        cable.break_all()
+        time.sleep(0.005)
+        return cable.connections > known
+
+    monkeypatch.setattr(wakeups, "LOOK_SECONDS", 0.01)
+    with (
+        stores.node() as node,
+        Cable(f"127.0.0.1:{node.port}") as cable,
+        contextlib.ExitStack() as wants,
+    ):
+        async with opened(f"redis://{cable.address}") as client:
+            await client.ping()
+            wake_ups = WakeUps(client)
+            listening = asyncio.create_task(wake_ups.listen_forever(AsyncMock()))
+            for _ in range(30):
+                for _ in range(5):
+                    wants.enter_context(wake_ups.wanted(uuid.uuid4().hex))
+                    await asyncio.sleep(0)
+                await asyncio.to_thread(wait_until, functools.partial(reconnects, cable))
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+    gc.collect()
 
 
 def test_a_wake_up_is_heard_by_a_waiter_at_once(

@@ -87,6 +87,20 @@ def test_waiters_of_each_schema_may_leave(schema: int, start_valkey: StartValkey
         waiter.close()
 
 
+def test_a_damaged_token_does_not_prevent_an_upgrade(start_valkey: StartValkey) -> None:
+    """The other tokens of its app are upgraded. Fails when `upgrade` ends at one it cannot read."""
+    url = start_valkey().url
+    with redis.Redis.from_url(url) as store:
+        known = schemas.restore(store, 1)
+        key = "holdoff:{kept}:token:" + schemas.COOLING.rpartition("/")[2]
+        store.delete(key)
+        store.rpush(key, "a list")
+    with Replica(url) as replica:
+        waiter = Waiter(replica, known["waiters"][0])
+        assert waiter.waiting(20.0).place == 1
+        waiter.vanish()
+
+
 def _accepted(replica: Replica, waiter: Waiter) -> lease_service_pb2.LeaseOffer:
     offer = waiter.offer(30.0)
     replica.renew(offer)

@@ -102,7 +102,7 @@ class Model:
         """A store that has no token of the app, or lost them all, knows no time either."""
         self.now = now
         self.service = self.recovery_until = 0
-        self.quarantine_until = self.longest_ttl = self.longest_interval = 0
+        self.quarantine_until = self.hold = self.hold_before = self.hold_until = 0
 
     # Time --------------------------------------------------------------------
 
@@ -170,6 +170,15 @@ class Model:
     def _cool(self, token: Token, refreshed: int, interval: int) -> None:
         token.last_refresh = max(token.last_refresh or 0, refreshed)
         token.not_before = max(token.not_before, refreshed + interval)
+        self._note_hold(interval)
+
+    def _note_hold(self, span: int) -> None:
+        """Somebody may refresh for so long; the longest counts, until it cannot matter any more."""
+        if self.now >= self.hold_until:
+            self.hold_until = self.now + max(span, self.hold)
+            self.hold_before, self.hold = self.hold, span
+        elif span > self.hold:
+            self.hold, self.hold_until = span, max(self.hold_until, self.now + span)
 
     def _end(self, token: Token, state: str, refreshed: int | None) -> None:
         lease = token.lease
@@ -264,7 +273,7 @@ class Model:
             if request.state == "ended":
                 return "LEASE_ENDED", lease.number
             return "OFFER", lease.number, lease.state, lease.expires
-        if known > self.now + FURTHEST_FENCING:
+        if known > max(token.fencing, self.now + FURTHEST_FENCING):
             return ("FENCING_TOKEN_TOO_LARGE",)
         token.fencing = max(token.fencing, known)
         if request is None and queue:
@@ -275,7 +284,6 @@ class Model:
         standing = self.standing(name, request_name)
         if standing[0] or age > LIVE:
             return "WAITING", *standing
-        self.longest_ttl = max(self.longest_ttl, ttl)
         token.fencing = max(token.fencing + 1, self.now)
         lease = Lease(
             token.fencing, request_name, secret, ttl, token.rules, expires=self.now + OFFER
@@ -344,6 +352,8 @@ class Model:
         if started and lease.started is None:
             lease.started = self.now
         lease.expires = self.now + lease.ttl
+        token = self.tokens[name]
+        self._note_hold(lease.ttl + max(lease.rules.interval, token.rules.interval))
         return _state(lease)
 
     def release(  # noqa: PLR0913 - what a release says
@@ -412,7 +422,6 @@ class Model:
         if name in self.tokens:
             return ("TOKEN_EXISTS",)
         self.tokens[name] = token = Token(rules, self.now)
-        self.longest_interval = max(self.longest_interval, rules.interval)
         if age is not None:
             self._cool(token, self.now - age, rules.interval)
         self._seen(name)
@@ -426,7 +435,6 @@ class Model:
         if updated != token.updated:
             return ("TOKEN_CHANGED",)
         token.rules, token.updated = rules, self.now
-        self.longest_interval = max(self.longest_interval, rules.interval)
         if token.last_refresh is not None:
             self._cool(token, token.last_refresh, rules.interval)
         return ("OK",)
@@ -440,7 +448,7 @@ class Model:
 
     def quarantine(self, at_least: int) -> None:
         """Hold back grants until every lease that may be forgotten has ended, and cooled."""
-        safe = max(at_least, self.longest_ttl + self.longest_interval)
+        safe = max(at_least, self.hold, self.hold_before)
         self.quarantine_until = max(self.quarantine_until, self.now + safe)
 
 

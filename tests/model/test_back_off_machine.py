@@ -767,7 +767,7 @@ class BackOffMachine(RuleBasedStateMachine):
         if self.now > self.model.budgets.reservations[name].expires + DAY:
             return
         args = ("1", age, status) if made else ("0", 0, 0)
-        word, state, _ = self._run("commit", name, "somebody", *args)
+        word, state, *_ = self._run("commit", name, "somebody", *args)
         expected = self.model.commit(name, age, status) if made else self.model.cancel(name)
         assert (word, state.decode()) == (b"OK", expected)
         self._check()

@@ -458,7 +458,7 @@ def test_queue_tells_who_waits(holdoff: Holdoff, coordinator: Coordinator) -> No
         lease_pb2.Waiter(place=3, waited=Duration(seconds=1), heard_age=Duration(seconds=1)),
     ]
     rows = [line.split() for line in holdoff("token", "queue", FINANCE).stdout.splitlines()]
-    assert rows[0] == ["PLACE", "HOLDER", "PID", "STATE", "WAITED", "HEARD", "LABELS"]
+    assert rows[0] == ["POSITION", "HOLDER", "PID", "STATE", "WAITED", "HEARD", "LABELS"]
     assert rows[1] == ["1", "sales", "on", "web1", "42", "offered", "2m10s", "0.5s", "ago", "run=7"]
     assert [row[-5:] for row in rows[2:]] == [
         ["silent", "1m", "9s", "ago", "-"],
@@ -467,7 +467,7 @@ def test_queue_tells_who_waits(holdoff: Holdoff, coordinator: Coordinator) -> No
     document = json.loads(holdoff("token", "queue", FINANCE, "-o", "json").stdout)
     assert [waiter["place"] for waiter in document["waiters"]] == [1, 2, 3]
     coordinator.waiters = []
-    assert holdoff("token", "queue", FINANCE).stderr == f"nobody waits for {FINANCE}\n"
+    assert holdoff("token", "queue", FINANCE).stderr == f"no waiters for {FINANCE}\n"
 
 
 def test_history_tells_who_ran(holdoff: Holdoff, coordinator: Coordinator) -> None:
@@ -511,7 +511,7 @@ def test_history_asks_for_a_time(holdoff: Holdoff, coordinator: Coordinator) -> 
     result = holdoff("token", "history", FINANCE, "--at", "2020-01-01T03:10+01:00")
     assert coordinator.requests[0].at_time.ToJsonString() == "2020-01-01T02:10:00Z"
     assert result.stdout == ""
-    assert "nobody held" in result.stderr
+    assert "no lease of" in result.stderr
     assert "goes back to 2027-01-15 07:57:50" in result.stderr
 
 

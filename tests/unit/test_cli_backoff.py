@@ -87,7 +87,7 @@ def a_budget(**changes: Any) -> budget_pb2.Budget:
 NO = budget_service_pb2.ExplainResponse(
     must_wait=True,
     go_in=Duration(seconds=3000),
-    message=f"{FINANCE} must wait, for 50m at least: the provider blocks it",
+    message=f"{FINANCE} must wait for at least 50m: the provider blocks it",
     obstacles=[
         budget_service_pb2.Obstacle(
             reason=lease_pb2.WAIT_REASON_BACKING_OFF,
@@ -115,7 +115,7 @@ NO = budget_service_pb2.ExplainResponse(
         )
     ],
 )
-YES = budget_service_pb2.ExplainResponse(message=f"{FINANCE} may go on now")
+YES = budget_service_pb2.ExplainResponse(message=f"{FINANCE} may start now")
 
 
 @dataclass
@@ -421,7 +421,7 @@ def test_lines_tell_what_changes(coordinator: Coordinator, endpoint: str) -> Non
     watch.send_signal(signal.SIGINT)
     _, stderr = watch.communicate(timeout=20)
     assert watch.returncode == 130
-    assert stderr.count("trying on") == 1
+    assert stderr.count("retrying") == 1
     assert [line["kind"] for line in lines] == [
         *("back_off", "budget", "snapshot_end", "back_off", "budget", "snapshot_end"),
     ]
@@ -542,7 +542,7 @@ def test_a_wait_says_what_it_is_about(capsys: pytest.CaptureFixture[str]) -> Non
         status.ClearField("earliest_start_in")
         display.waiting(status)
     told = (
-        f"holdoff: waiting for {FINANCE}, place 1 of 3: backing off: the provider blocks it "
+        f"holdoff: waiting for {FINANCE}, position 1 of 3: backing off: the provider blocks it "
         f"(more: holdoff explain {FINANCE})"
     )
     assert capsys.readouterr().err.splitlines() == [f"{told}; earliest start in 43m12s", told]

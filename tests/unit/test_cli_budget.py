@@ -202,7 +202,7 @@ def test_show_tells_people_everything(holdoff: Holdoff, coordinator: Coordinator
     shown = holdoff("budget", "show", NAME).stdout
     for words in (
         *("8 of 10 errors", "9m28s", "2027-01-15 08:09:28", "1h", FINANCE, "crm/accounts"),
-        *("535193", "in hand", r"it\x1b[2J", "1970-01-01 00:00:01"),
+        *("535193", "margin", r"it\x1b[2J", "1970-01-01 00:00:01"),
     ):
         assert words in shown
     assert "reserved" not in shown
@@ -234,7 +234,7 @@ def test_reset_asks_on_a_terminal(
         os.close(ours)
         os.close(theirs)
     assert result.returncode == code, result.stderr
-    assert "has 8 of 10 used in 1h. Forget them?" in result.stderr
+    assert "has 8 of 10 used in 1h. Reset it?" in result.stderr
     assert ("not reset" in result.stderr) is not reset
     asked = [type(request) for request in coordinator.requests]
     assert (admin_service_pb2.ResetBudgetRequest in asked) is reset
@@ -298,7 +298,7 @@ def test_record_can_be_repeated(
     assert result.exit_code == exits.UNREACHABLE
     *before, first, _, _ = result.stderr.splitlines()
     assert [line.partition(f"{state_home}")[0] for line in before] == (
-        [] if no_spool else ["holdoff: the report could not be kept: "]
+        [] if no_spool else ["holdoff: the report could not be stored: "]
     )
     words, _, event_id = first.rpartition(" ")
     assert words == "to report it again, and count it once: --id"

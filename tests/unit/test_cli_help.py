@@ -141,7 +141,7 @@ class Talkative(token_service_pb2_grpc.TokenServiceServicer):
 
 @pytest.mark.parametrize(
     ("service", "remedy"),
-    [(Talkative, "ask for one app or token"), (None, "no coordinator, or an older one")],
+    [(Talkative, "list one app or token"), (None, "not a coordinator, or an older one")],
 )
 def test_errors_of_grpc_say_what_to_do(service: type[Talkative] | None, remedy: str) -> None:
     """An answer that is too long, or a method that is not there, has a remedy too."""
@@ -175,4 +175,4 @@ def test_a_remedy_names_the_app() -> None:
 def test_quarantine_says_for_how_long() -> None:
     """What is known of the end of a quarantine is told."""
     error = errors.Quarantined("quarantined", retry_after_seconds=540.2)
-    assert "for 9m at least" in exits.remedy_of(error, "")
+    assert "for at least 9m" in exits.remedy_of(error, "")

@@ -90,7 +90,7 @@ def test_show_tells_the_rules(holdoff: Holdoff) -> None:
     """Each limit in a line, with what counts and what is kept in hand; and how blocks grow."""
     shown = holdoff("policy", "show", "exact-online").stdout
     for words in (
-        "10 errors (400, 401, 403, 404) in 1h for each app + token + division + endpoint, 2 in",
+        "10 errors (400, 401, 403, 404) in 1h for each app + token + division + endpoint, margin",
         "200 token requests in 1d for each app + token",
         "1h of the app, then times 2 up to",
         "(?P<endpoint>",
@@ -99,7 +99,7 @@ def test_show_tells_the_rules(holdoff: Holdoff) -> None:
         "X-RateLimit-Reset says, else for 1m",
         "403, body with",
         "itgeneor229 = 429, itgeneor429 = 429",
-        "while quiet a run        is paused",
+        "back-off, a run          is paused",
         "error in output",
         "preset",
     ):

@@ -12,9 +12,11 @@ from holdoff import _calls, _core, errors
 from holdoff._core import (
     Acquisition,
     BudgetWatching,
+    Counted,
     Listening,
     Renewals,
     Watching,
+    duration,
 )
 from holdoff._timing import SECOND, Timing, margin_seconds
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
@@ -117,16 +119,17 @@ def renewals() -> Renewals:
     return Renewals(Timing.of(10), 0)
 
 
-def test_a_time_out_says_nothing_until_the_deadline() -> None:
-    """A renewal without an answer is tried again; at the deadline the lease counts as lost.
+@pytest.mark.parametrize("error", [errors.Unavailable("x"), errors.StoreDamaged("x")])
+def test_a_fault_says_nothing_until_the_deadline(error: errors.HoldoffError) -> None:
+    """A renewal without an answer, or that a fault ended, is tried again until the deadline.
 
-    Fails when `failed` takes Unavailable for a loss, or never looks at the deadline.
+    Fails when `failed` takes the error for a loss, or never looks at the deadline.
     """
     one = renewals()
-    one.failed(errors.Unavailable("x"), 4 * SECOND)
+    one.failed(error, 4 * SECOND)
     assert 4 * SECOND < one.next_ns < 5 * SECOND
     with pytest.raises(errors.LeaseLost):
-        one.failed(errors.Unavailable("x"), one.deadline_ns)
+        one.failed(error, one.deadline_ns)
 
 
 def test_a_deadline_counts_from_when_the_renewal_was_sent() -> None:
@@ -139,7 +142,7 @@ def test_a_deadline_counts_from_when_the_renewal_was_sent() -> None:
 
 @pytest.mark.parametrize("error", [errors.LeaseBroken("x"), errors.WrongSecret("x")])
 def test_a_refused_renewal_is_a_loss(error: errors.HoldoffError) -> None:
-    """Whatever the coordinator says other than «not now»."""
+    """A refusal is no fault: the coordinator says that the lease cannot be renewed."""
     with pytest.raises(errors.LeaseLost):
         renewals().failed(error, 0)
 
@@ -307,10 +310,35 @@ def test_many_events_are_sent_in_their_order() -> None:
     Fails when they are sent as one.
     """
     events = [budget_pb2.Event(id=str(number)) for number in range(250)]
-    parts = [call.request.events for call in _calls.record_events(events)]  # type: ignore[attr-defined]
+    parts = _calls.parts(events)
     assert [len(part) for part in parts] == [100, 100, 50]
     assert [event.id for part in parts for event in part] == [event.id for event in events]
-    assert _calls.record_events([]) == []
+    assert _calls.parts([]) == []
+
+
+def test_what_was_counted_is_sent_again_when_the_store_has_another_life() -> None:
+    """What is young enough comes again by token, as old as it is now, until that succeeded.
+
+    Fails when the new life is taken for known before what was lost has been sent.
+    """
+    counted, scope = Counted(), budget_pb2.Scope(token="apps/a/tokens/t")
+    first = [budget_pb2.Event(id="1", scope=scope, age=duration(2), sent_age=duration(3))]
+    other = [budget_pb2.Event(id="2", scope=budget_pb2.Scope(token="apps/a/tokens/u"))]
+    elsewhere = [budget_pb2.Event(id="3", scope=budget_pb2.Scope(app="apps/b"))]
+    for events, sent_seconds in ((first, 0), (other, 100), (elsewhere, 100)):
+        assert counted.lost(events, "one", sent_seconds * SECOND) == []
+        counted.learned(events, "one")
+        counted.keep(events, sent_seconds * SECOND)
+    assert counted.lost(first, "", 200 * SECOND) == []
+    for _ in range(2):
+        lost = counted.lost(first, "two", 200 * SECOND)
+        assert [[event.id for event in token] for token in lost] == [["1"], ["2"]]
+        assert (lost[0][0].age.seconds, lost[0][0].sent_age.seconds) == (202, 203)
+        assert (lost[1][0].age.seconds, lost[1][0].HasField("sent_age")) == (100, False)
+    counted.learned(first, "two")
+    assert counted.lost(first, "two", 200 * SECOND) == []
+    late = counted.lost(first, "three", 350 * SECOND)
+    assert [[event.id for event in token] for token in late] == [["2"]]
 
 
 def test_a_block_says_what_is_known_of_it() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from importlib.util import find_spec
+from pathlib import Path
 
 import grpc
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from holdoff import errors
 from holdoff._route import MOST_MOVES, MOVE_PAUSE_SECONDS, Route
 from holdoff._timing import SECOND
+from holdoff_coordinator import server
 
 THREE = "10.0.0.1:1,10.0.0.2:2,10.0.0.3:3"
 OF_NO_USE = [
@@ -23,6 +26,16 @@ OF_NO_USE = [
 def first_address(route: Route) -> str:
     """Return the address at which the channel of a route begins."""
     return route.target(route.number).removeprefix("ipv4:").partition(",")[0]
+
+
+def test_grpc_knows_our_options() -> None:
+    """Fails when the name of an option is wrong: gRPC ignores it without a word."""
+    spec = find_spec("grpc._cython.cygrpc")
+    assert spec
+    assert spec.origin
+    library = Path(spec.origin).read_bytes()
+    options = [*Route("coordinator:1").options(), *Route(THREE).options(), *server._OPTIONS]
+    assert [name for name, _ in options if name.encode() + b"\0" not in library] == []
 
 
 def test_clients_begin_anywhere_and_go_round() -> None:

@@ -301,7 +301,7 @@ def test_strange_files_are_skipped(folder: Path, coordinator: Coordinator) -> No
     assert sorted(warning.split("/")[-1] for warning in warnings) == [
         "a-folder.jsonl is skipped: Is a directory",
         "a-link.jsonl is skipped: it is a link",
-        "a-pipe.jsonl is skipped: it is no file",
+        "a-pipe.jsonl is skipped: it is not a file",
         "huge.jsonl is skipped: it is too large to be ours",
     ]
     assert len(list(folder.iterdir())) == 5
@@ -394,7 +394,7 @@ def test_a_full_disk_is_said(spool: Spool, folder: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 100, limits[1]))
     try:
-        with pytest.raises(SpoolError, match=r"File too large.*Make room, or set XDG_STATE_HOME"):
+        with pytest.raises(SpoolError, match=r"File too large.*Free space, or set XDG_STATE_HOME"):
             spool.append(an_event())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -611,7 +611,7 @@ def no_space(*_: object) -> None:
 def test_without_a_disk_reports_are_sent(
     spool: Spool, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A report is better than none: it is sent though it could not be kept, with one warning.
+    """A report is better than none: it is sent though it could not be stored, with one warning.
 
     Fails when a report is given up with the disk, or each one is warned about.
     """
@@ -623,11 +623,11 @@ def test_without_a_disk_reports_are_sent(
         reporter.report(event)
         wait_until(lambda event=event: event.id in coordinator.counted)  # type: ignore[misc]
     [warning] = warnings
-    assert "No space left on device. Make room" in warning
+    assert "No space left on device. Free space" in warning
     coordinator.error = Unavailable("away")
     reporter.report(an_event())
     assert reporter.close(0.1) == 0
-    assert warnings[1:] == ["1 reports could neither be sent nor kept, and are lost"]
+    assert warnings[1:] == ["1 reports could be neither sent nor stored, and are lost"]
 
 
 # What others left behind
@@ -751,7 +751,7 @@ def holdoff(tmp_path: Path) -> Callable[..., Any]:
 
 def test_the_list_reads_well(holdoff: Callable[..., Any], folder: Path, spool: Spool) -> None:
     """A line a report, the oldest first, and who will send it; as JSON with everything."""
-    assert holdoff("spool", "list").stderr == "no reports wait on this host\n"
+    assert holdoff("spool", "list").stderr == "no reports are stored on this host\n"
     event = an_event("crm/\x1b[2J", count=3)
     event.age.FromSeconds(60)
     event.holder.job = "nightly"

@@ -76,10 +76,10 @@ COMMANDS = {
     "run --help": (0, "Run COMMAND while holding a lease"),
     "run --token apps/a/tokens/t -- no-such": (127, "no-such: command not found"),
     "token list": (69, "no answer from the coordinator"),
-    "spool list": (0, "no reports wait on this host"),
+    "spool list": (0, "no reports are stored on this host"),
     "budget record apps/a/tokens/t --endpoint x --status 400": (
         69,
-        "reports cannot wait on disk on Windows yet",
+        "reports cannot be stored on Windows yet",
     ),
 }
 

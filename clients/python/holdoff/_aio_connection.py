@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import grpc
 
+from holdoff import _calls
+from holdoff._core import Counted, report_patience
 from holdoff._endpoint import CredentialFile, endpoint_of
 from holdoff._forks import Owner
 from holdoff._platform import boottime_ns
 from holdoff._route import Route
 from holdoff._timing import SECOND
 from holdoff._tracing import headers
-from holdoff.errors import HoldoffError, Unavailable
+from holdoff.errors import HoldoffError, NotFound, Unavailable
 from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
     from pathlib import Path
 
-    from holdoff import _calls
     from holdoff._core import Listening, Patience
     from holdoff._endpoint import Tls
+    from holdoff.v1 import budget_pb2
 
 ItemT = TypeVar("ItemT")
 ResponseT = TypeVar("ResponseT")
@@ -58,6 +60,7 @@ class Connection:
         self._tls = tls
         self._credential = CredentialFile(credential_file, self.endpoint, tls)
         self._route = Route(self.endpoint)
+        self._counted = Counted()
         self._current = self._open()
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -75,8 +78,9 @@ class Connection:
         """Return the channel to use: a fresh one, once the route goes elsewhere.
 
         Raises:
-            HoldoffError: The client was closed.
+            HoldoffError: The client was closed, or this is a forked child.
         """
+        self._owner.check()
         self._route.check()
         if self._current.number != self._route.number:
             left, self._current = self._current, self._open()
@@ -100,16 +104,7 @@ class Connection:
         await self._current.channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what every call carries: who we are, and the trace that it is part of.
-
-        Raises:
-            HoldoffError: This is a forked child, in which gRPC does not work.
-        """
-        if not self._owner.is_here:
-            raise HoldoffError(
-                f"this client belongs to process {self._owner.pid}, of which this one is a fork: "
-                "make a client here"
-            )
+        """Return what every call carries: who we are, and the trace that it is part of."""
         return (*self._credential.metadata(), *headers())
 
     async def _items(
@@ -131,6 +126,31 @@ class Connection:
                 return sent_ns, await self._call(call)
             except HoldoffError as error:
                 await asyncio.sleep(patience.failed(error, boottime_ns()))
+
+    async def _report(
+        self, events: Sequence[budget_pb2.Event]
+    ) -> list[budget_pb2.EventOutcome.ValueType]:
+        """Report events of one app; those before them once more if the store may have lost them."""
+        outcomes: list[budget_pb2.EventOutcome.ValueType] = []
+        for part in _calls.parts(events):
+            call, patience = _calls.record_events(part), report_patience(boottime_ns())
+            sent_ns, answer = await self._insist(call, patience)
+            outcomes += answer.outcomes
+            await self._report_lost(part, answer.store_life)
+            self._counted.keep(part, sent_ns)
+        return outcomes
+
+    async def _report_lost(self, events: Sequence[budget_pb2.Event], life: str) -> None:
+        """Send again what the store may have lost; what fails is sent after the next report."""
+        for lost in self._counted.lost(events, life, boottime_ns()):
+            for part in _calls.parts(lost):
+                try:
+                    await self._call(_calls.record_events(part))
+                except NotFound:
+                    break  # the token is gone, and what was counted for it
+                except HoldoffError:
+                    return
+        self._counted.learned(events, life)
 
     async def _call(self, call: _calls.Call[Any, ResultT]) -> ResultT:
         timeout_seconds = call.timeout_seconds or self._timeout_seconds
@@ -201,6 +221,7 @@ class Connection:
                     while (response := await stream.read()) is not grpc.aio.EOF:
                         self._route.answered(line.number)
                         yield listening.received(cast("ResponseT", response))
+                        self._owner.check()
                     raise Unavailable("the coordinator ended the stream")
             except HoldoffError as error:
                 pause_seconds = listening.failed(error)

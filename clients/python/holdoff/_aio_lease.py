@@ -15,7 +15,6 @@ from holdoff._core import (
     HEARTBEAT_SECONDS,
     WITHDRAWAL_SECONDS,
     Listening,
-    report_patience,
 )
 from holdoff._held import Held, pause_seconds
 from holdoff._platform import boottime_ns
@@ -119,11 +118,11 @@ class Conversation:
     async def _read(self) -> _Event:
         with self._route.watched(self._line.number):
             response = await self._stream.read()
-            if response is grpc.aio.EOF:
-                raise Unavailable("the coordinator ended the conversation")
-            self._route.answered(self._line.number)
-            answer = cast("lease_service_pb2.StreamAcquireLeaseResponse", response)
-            return self._acquisition.received(answer.event)
+            if response is not grpc.aio.EOF:
+                self._route.answered(self._line.number)
+                answer = cast("lease_service_pb2.StreamAcquireLeaseResponse", response)
+                return self._acquisition.received(answer.event)
+        raise Unavailable("the coordinator ended the conversation")
 
 
 class HeldLease(Held):
@@ -223,7 +222,7 @@ class HeldLease(Held):
             raise self._renewals.lost
 
     async def wait_while_quiet(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until the holder may make calls: at once where nothing stands in the way.
+        """Wait until the holder may make calls: return at once unless it must back off.
 
         A job that makes calls in a loop asks before each of them::
 
@@ -235,10 +234,10 @@ class HeldLease(Held):
             timeout_seconds: How long to wait at most; None waits without limit.
 
         Returns:
-            Whether it may go on; False after the timeout.
+            Whether it may make calls; False after the timeout.
 
         Raises:
-            LeaseLost: The lease was lost, or given back.
+            LeaseLost: The lease was lost, or released.
         """
         give_up_ns = None
         if timeout_seconds is not None:
@@ -261,7 +260,7 @@ class HeldLease(Held):
     ) -> bool:
         """Report an answer of the provider if its policy counts it as an error, or it blocks.
 
-        The holder is told to be quiet when it must be, and so is everybody else.
+        The holder is told to back off when it must, and so are all others in the scope.
 
         Args:
             url: What was called, with its query: that is cut off.
@@ -280,8 +279,7 @@ class HeldLease(Held):
         event = self._event_of(url, status, headers, body)
         if event is None:
             return False
-        [report] = _calls.record_events([event])
-        await self._client._insist(report, report_patience(boottime_ns()))  # noqa: SLF001
+        await self._client._report([event])  # noqa: SLF001
         return True
 
     async def _stop(self) -> None:
@@ -289,8 +287,7 @@ class HeldLease(Held):
         self._wake()
         for task in (self._task, self._following):
             task.cancel()
-        # Which takes their CancelledErrors, that would hold their frames and connections.
-        await asyncio.gather(self._task, self._following, return_exceptions=True)
+        await asyncio.wait([self._task, self._following])
 
     def _wake(self) -> None:
         """Wake all who wait for news."""

@@ -183,19 +183,21 @@ def break_lease(name: str, reason: str) -> Call[Any, lease_pb2.Lease]:
     )
 
 
+def parts(events: Sequence[budget_pb2.Event]) -> list[Sequence[budget_pb2.Event]]:
+    """Split events into as many parts as it takes calls to report them."""
+    return [events[first : first + _MOST_EVENTS] for first in range(0, len(events), _MOST_EVENTS)]
+
+
 def record_events(
     events: Sequence[budget_pb2.Event],
-) -> list[Call[Any, list[budget_pb2.EventOutcome.ValueType]]]:
-    """Report what happened, in as many calls as it takes, to be made in their order."""
-    return [
-        Call(
-            f"{_BUDGETS}/RecordEvents",
-            budget_service_pb2.RecordEventsRequest(events=events[first : first + _MOST_EVENTS]),
-            budget_service_pb2.RecordEventsResponse,
-            lambda response: list(response.outcomes),
-        )
-        for first in range(0, len(events), _MOST_EVENTS)
-    ]
+) -> Call[Any, budget_service_pb2.RecordEventsResponse]:
+    """Report what happened; a part of `parts`."""
+    return Call(
+        f"{_BUDGETS}/RecordEvents",
+        budget_service_pb2.RecordEventsRequest(events=events),
+        budget_service_pb2.RecordEventsResponse,
+        lambda response: response,
+    )
 
 
 def scope(token: str, division: str, endpoint: str) -> budget_pb2.Scope:
@@ -424,6 +426,26 @@ def clear_back_off(name: str, reason: str) -> Call[Any, budget_pb2.BackOff]:
         admin_service_pb2.ClearBackOffRequest(name=name, reason=reason, holder=here()),
         admin_service_pb2.ClearBackOffResponse,
         lambda response: response.back_off,
+    )
+
+
+def list_quarantines(parent: str) -> Call[Any, list[lease_pb2.Quarantine]]:
+    """Read which apps are in quarantine."""
+    return Call(
+        f"{_LEASES}/ListQuarantines",
+        lease_service_pb2.ListQuarantinesRequest(parent=parent),
+        lease_service_pb2.ListQuarantinesResponse,
+        lambda response: list(response.quarantines),
+    )
+
+
+def end_quarantine(app: str, reason: str) -> Call[Any, lease_pb2.Quarantine]:
+    """End the quarantine of an app."""
+    return Call(
+        f"{_ADMIN}/EndQuarantine",
+        admin_service_pb2.EndQuarantineRequest(app=app, reason=reason, holder=here()),
+        admin_service_pb2.EndQuarantineResponse,
+        lambda response: response.quarantine,
     )
 
 

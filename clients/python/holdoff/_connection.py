@@ -1,6 +1,6 @@
 """The synchronous connection: calls that are carried out, repeated and listened to.
 
-`holdoff._aio_connection` is the same with an event loop in the place of threads.
+`holdoff._aio_connection` is the same with an event loop instead of threads.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import grpc
 
+from holdoff import _calls
+from holdoff._core import Counted, report_patience
 from holdoff._endpoint import CredentialFile, endpoint_of
 from holdoff._forks import Owner
 from holdoff._platform import boottime_ns
 from holdoff._route import Route
 from holdoff._timing import SECOND
 from holdoff._tracing import headers
-from holdoff.errors import HoldoffError, Unavailable
+from holdoff.errors import HoldoffError, NotFound, Unavailable
 from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from pathlib import Path
 
-    from holdoff import _calls
     from holdoff._core import Listening, Patience
     from holdoff._endpoint import Tls
+    from holdoff.v1 import budget_pb2
 
 ItemT = TypeVar("ItemT")
 ResponseT = TypeVar("ResponseT")
@@ -69,6 +71,7 @@ class Connection:
         self._tls = tls
         self._credential = CredentialFile(credential_file, self.endpoint, tls)
         self._route = Route(self.endpoint)
+        self._counted = Counted()
         self._lock = threading.Lock()
         self._current = self._open()
 
@@ -86,8 +89,9 @@ class Connection:
         """Return the channel to use: a fresh one, once the route goes elsewhere.
 
         Raises:
-            HoldoffError: The client was closed.
+            HoldoffError: The client was closed, or this is a forked child.
         """
+        self._owner.check()  # before the lock, which in a forked child may be held for ever
         with self._lock:
             self._route.check()
             left, line = None, self._current
@@ -106,22 +110,14 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection. Leases that are still held run out by themselves."""
+        if not self._owner.is_here:
+            return
         with self._lock:
             self._route.closed = True
-        if self._owner.is_here:
-            self._current.channel.close()
+        self._current.channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what every call carries: who we are, and the trace that it is part of.
-
-        Raises:
-            HoldoffError: This is a forked child, in which gRPC does not work.
-        """
-        if not self._owner.is_here:
-            raise HoldoffError(
-                f"this client belongs to process {self._owner.pid}, of which this one is a fork: "
-                "make a client here"
-            )
+        """Return what every call carries: who we are, and the trace that it is part of."""
         return (*self._credential.metadata(), *headers())
 
     def _items(self, call: _calls.Call[Any, _calls.Page[ItemT]] | None) -> Iterator[ItemT]:
@@ -138,6 +134,31 @@ class Connection:
                 return sent_ns, self._call(call)
             except HoldoffError as error:
                 time.sleep(patience.failed(error, boottime_ns()))
+
+    def _report(
+        self, events: Sequence[budget_pb2.Event]
+    ) -> list[budget_pb2.EventOutcome.ValueType]:
+        """Report events of one app; those before them once more if the store may have lost them."""
+        outcomes: list[budget_pb2.EventOutcome.ValueType] = []
+        for part in _calls.parts(events):
+            call, patience = _calls.record_events(part), report_patience(boottime_ns())
+            sent_ns, answer = self._insist(call, patience)
+            outcomes += answer.outcomes
+            self._report_lost(part, answer.store_life)
+            self._counted.keep(part, sent_ns)
+        return outcomes
+
+    def _report_lost(self, events: Sequence[budget_pb2.Event], life: str) -> None:
+        """Send again what the store may have lost; what fails is sent after the next report."""
+        for lost in self._counted.lost(events, life, boottime_ns()):
+            for part in _calls.parts(lost):
+                try:
+                    self._call(_calls.record_events(part))
+                except NotFound:
+                    break  # the token is gone, and what was counted for it
+                except HoldoffError:
+                    return
+        self._counted.learned(events, life)
 
     def _call(self, call: _calls.Call[Any, ResultT]) -> ResultT:
         timeout_seconds = call.timeout_seconds or self._timeout_seconds
@@ -206,9 +227,15 @@ class Subscription(Generic[ResponseT]):
             line = self._client._line()  # noqa: SLF001
             try:
                 with self._route.watched(line.number):
-                    for response in self._open(line):
-                        self._route.answered(line.number)
-                        yield self._listening.received(response)
+                    try:
+                        for response in self._open(line):
+                            self._route.answered(line.number)
+                            yield self._listening.received(response)
+                            self._owner.check()
+                    except grpc.RpcError:
+                        if self._closed.is_set():  # cancelled here: nothing is wrong with the route
+                            return
+                        raise
                     raise Unavailable("the coordinator ended the stream")
             except HoldoffError as error:
                 if self._closed.is_set():

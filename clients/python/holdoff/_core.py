@@ -11,6 +11,7 @@ import os
 import random
 import socket
 import uuid
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -20,7 +21,14 @@ from holdoff._status import from_status
 from holdoff._text import MOST_JOB_CHARACTERS, MOST_LABEL_CHARACTERS, described
 from holdoff._timing import MOST_WAIT_SECONDS, SECOND, Timing
 from holdoff._version import VERSION
-from holdoff.errors import BudgetSpent, HoldoffError, InvalidRequest, LeaseLost, Unavailable
+from holdoff.errors import (
+    BudgetSpent,
+    HoldoffError,
+    InvalidRequest,
+    LeaseLost,
+    Unavailable,
+    UnexpectedError,
+)
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
@@ -44,6 +52,10 @@ RELEASE_SECONDS = 10.0
 """How long a release is tried while the coordinator is away; then the lease runs out."""
 REPORT_SECONDS = 5.0
 """How long a report of what happened at the provider is tried while the coordinator is away."""
+KEPT_SECONDS = 300.0
+"""How long events are kept that were counted, in case the store loses them."""
+MOST_KEPT = 5000
+"""So many are kept of an app; of more, the oldest are left out."""
 MOST_ROOM_RETRY_SECONDS = 5.0
 """Room may come back at any time, when another caller's call ends without an error."""
 LONGEST_SLEEP_SECONDS = 1.0
@@ -116,6 +128,59 @@ def report_patience(now_ns: int) -> Patience:
 def withdrawal_patience(now_ns: int) -> Patience:
     """How long to try to give back what may have been granted."""
     return Patience(until_ns=now_ns + round(WITHDRAWAL_SECONDS * SECOND), pause_seconds=0.05)
+
+
+class Counted:
+    """Events that were counted recently, to be sent again if the store loses them.
+
+    Ids tell it what it still has, so that each counts once. Any thread may use it.
+    """
+
+    def __init__(self) -> None:
+        self._lives: dict[str, str] = {}
+        self._kept: dict[str, deque[tuple[int, bytes]]] = {}
+
+    def keep(self, events: Sequence[budget_pb2.Event], sent_ns: int) -> None:
+        """Keep events of one app that were counted."""
+        kept = self._kept.setdefault(_app_of(events), deque(maxlen=MOST_KEPT))
+        kept.extend((sent_ns, event.SerializeToString()) for event in events)
+
+    def lost(
+        self, events: Sequence[budget_pb2.Event], life: str, now_ns: int
+    ) -> list[list[budget_pb2.Event]]:
+        """Return what the app's store may have lost, by token; each event as old as it is now.
+
+        Args:
+            events: They were counted just now.
+            life: The `store_life` of the answer.
+            now_ns: The clock.
+        """
+        app = _app_of(events)
+        if life in ("", self._lives.setdefault(app, life) or life):
+            return []
+        found: dict[str, list[budget_pb2.Event]] = {}
+        for sent_ns, text in list(self._kept.get(app, ())):
+            if now_ns - sent_ns <= KEPT_SECONDS * SECOND:
+                event = budget_pb2.Event.FromString(text)
+                _grow_older(event, now_ns - sent_ns)
+                found.setdefault(event.scope.token, []).append(event)
+        return list(found.values())
+
+    def learned(self, events: Sequence[budget_pb2.Event], life: str) -> None:
+        """Take the life for known: what may have been lost with the one before is sent again."""
+        if life:
+            self._lives[_app_of(events)] = life
+
+
+def _app_of(events: Sequence[budget_pb2.Event]) -> str:
+    scope = events[0].scope
+    return scope.token.partition("/tokens/")[0] or scope.app
+
+
+def _grow_older(event: budget_pb2.Event, by_ns: int) -> None:
+    event.age.FromNanoseconds(event.age.ToNanoseconds() + by_ns)
+    if event.HasField("sent_age"):
+        event.sent_age.FromNanoseconds(event.sent_age.ToNanoseconds() + by_ns)
 
 
 @dataclass(slots=True)
@@ -451,12 +516,12 @@ class Renewals:
             self.next_ns = 0
 
     def failed(self, error: HoldoffError, now_ns: int) -> None:
-        """Take in a renewal that failed; a time-out says nothing about the lease.
+        """Take in a renewal that failed; a time-out or a fault says nothing about the lease.
 
         Raises:
             LeaseLost: The coordinator says that the lease is gone, or the deadline has passed.
         """
-        if not isinstance(error, Unavailable):
+        if not isinstance(error, (Unavailable, UnexpectedError)):
             if isinstance(error, LeaseLost):
                 raise error
             raise LeaseLost(f"the renewal was refused: {error}") from error
@@ -470,9 +535,7 @@ class Renewals:
         if self.lost is not None:
             raise self.lost
         if now_ns >= self.deadline_ns:
-            raise LeaseLost(
-                "no renewal came through before the deadline: the lease must be taken as lost"
-            )
+            raise LeaseLost("no renewal succeeded before the deadline: the lease counts as lost")
 
     def release_patience(self, now_ns: int) -> Patience:
         """How long to try to give the lease back: not beyond its end, and never for long."""

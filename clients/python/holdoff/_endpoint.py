@@ -63,7 +63,7 @@ class Endpoint:
             return cls("dns", (name,), resolver)
         if "://" in text:
             raise ValueError(
-                f"{quoted(text)} is no endpoint: write host:port, without {quoted(f'{scheme}://')}"
+                f"{quoted(text)} is not an endpoint: write host:port, without {quoted(f'{scheme}://')}"
             )
         given = scheme if colon and scheme in ("ipv4", "ipv6") else ""
         addresses = tuple((rest if given else text).split(","))
@@ -122,7 +122,7 @@ def _family(address: str, text: str, *, alone: bool) -> str:
         if alone:
             return "dns"
     raise ValueError(
-        f"{quoted(address)} is no address: write several coordinators as "
+        f"{quoted(address)} is not an address: write several coordinators as "
         "10.0.0.1:50051,10.0.0.2:50051, or give one host name that has several addresses"
     )
 
@@ -137,8 +137,8 @@ def _host_and_port(address: str, text: str) -> str:
     if _HOST.fullmatch(host) and port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16:
         return host
     raise ValueError(
-        f"{quoted(text)} is no endpoint: write host:port, such as coordinator:50051 or "
-        "[::1]:50051, or several addresses with commas in between"
+        f"{quoted(text)} is not an endpoint: write host:port, such as coordinator:50051 or "
+        "[::1]:50051, or several addresses, separated by commas"
     )
 
 

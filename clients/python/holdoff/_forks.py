@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from holdoff.errors import HoldoffError
+
 _generation = 0
 
 
@@ -31,3 +33,11 @@ class Owner:
     def is_here(self) -> bool:
         """Whether this is that process, and no child that it forked."""
         return self._generation == _generation
+
+    def check(self) -> None:
+        """Raise HoldoffError in a forked child, in which gRPC does not work."""
+        if not self.is_here:
+            raise HoldoffError(
+                f"this client belongs to process {self.pid}, of which this one is a fork: "
+                "make a client here"
+            )

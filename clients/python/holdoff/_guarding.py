@@ -34,7 +34,7 @@ class Guarding:
         self._owner = Owner()
 
     def cancel(self) -> None:
-        """Say that the call was not made, so that its room is given back on leaving."""
+        """Say that the call was not made, so that its room is released at the end."""
         self._cancelled = True
 
     @contextlib.contextmanager

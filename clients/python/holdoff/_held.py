@@ -132,11 +132,11 @@ class Held:
         """Whether the last word was to be quiet.
 
         Raises:
-            LeaseLost: The lease was lost, or given back.
+            LeaseLost: The lease was lost, or released.
         """
         self.check()
         if self._stopped:
-            raise LeaseEnded("the lease was given back")
+            raise LeaseEnded("the lease was released")
         run = lease_service_pb2.HOLDER_INSTRUCTION_RUN
         return self.notice is not None and self.notice.instruction != run
 

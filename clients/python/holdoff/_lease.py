@@ -16,7 +16,6 @@ from holdoff._core import (
     HEARTBEAT_SECONDS,
     WITHDRAWAL_SECONDS,
     Listening,
-    report_patience,
 )
 from holdoff._held import Held, pause_seconds
 from holdoff._platform import boottime_ns
@@ -100,10 +99,10 @@ class Conversation:
         """
         with self._route.watched(self._line.number):
             response = next(self._stream, None)
-            if response is None:
-                raise Unavailable("the coordinator ended the conversation")
-            self._route.answered(self._line.number)
-            return self._acquisition.received(response.event)
+            if response is not None:
+                self._route.answered(self._line.number)
+                return self._acquisition.received(response.event)
+        raise Unavailable("the coordinator ended the conversation")
 
 
 class HeldLease(Held):
@@ -170,12 +169,14 @@ class HeldLease(Held):
 
         It shows where leases are listed.
         """
+        if not self._owner.is_here:
+            return
         with self._changed:
             super().command_paused(paused=paused)
             self._changed.notify_all()
 
     def wait_while_quiet(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until the holder may make calls: at once where nothing stands in the way.
+        """Wait until the holder may make calls: return at once unless it must back off.
 
         A job that makes calls in a loop asks before each of them::
 
@@ -187,10 +188,10 @@ class HeldLease(Held):
             timeout_seconds: How long to wait at most; None waits without limit.
 
         Returns:
-            Whether it may go on; False after the timeout.
+            Whether it may make calls; False after the timeout.
 
         Raises:
-            LeaseLost: The lease was lost, or given back.
+            LeaseLost: The lease was lost, or released.
         """
         give_up_ns = None
         if timeout_seconds is not None:
@@ -213,7 +214,7 @@ class HeldLease(Held):
     ) -> bool:
         """Report an answer of the provider if its policy counts it as an error, or it blocks.
 
-        The holder is told to be quiet when it must be, and so is everybody else.
+        The holder is told to back off when it must, and so are all others in the scope.
 
         Args:
             url: What was called, with its query: that is cut off.
@@ -232,8 +233,7 @@ class HeldLease(Held):
         event = self._event_of(url, status, headers, body)
         if event is None:
             return False
-        [report] = _calls.record_events([event])
-        self._client._insist(report, report_patience(boottime_ns()))  # noqa: SLF001
+        self._client._report([event])  # noqa: SLF001
         return True
 
     def release(

@@ -126,7 +126,6 @@ class Passage:
             GuardError: This is a platform without a guard, or out of pipes or terminals.
         """
         require_supported()
-        _platform.occupy_standard_descriptors()
         self._streams: list[_Stream] = []
         try:
             self._streams.append(_Stream("stdout", 1))

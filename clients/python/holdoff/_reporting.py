@@ -112,7 +112,7 @@ class _Delivery:
             self._warned.add(type(error))
             scope = refused[0].event.scope
             place = " ".join(filter(None, (scope.token, scope.division, scope.endpoint)))
-            self._warn(f"a report about {place} is dropped, as all that are like it: {error}")
+            self._warn(f"a report about {place} is dropped, like all similar ones: {error}")
         spool.done([one.event.id for one in refused])
         self.dropped += len(refused)
         self._on_progress(len(refused))
@@ -160,7 +160,9 @@ class Reporter:
                 self._lost += lost
                 warned, self._warned = self._warned, True
             if not warned:
-                self._warn(f"reports are sent, but would be lost with this process: {error}")
+                self._warn(
+                    f"reports are sent but not stored, and lost if this process ends: {error}"
+                )
         with self._lock:
             if self._thread is None and not self._closing.is_set():
                 self._thread = threading.Thread(
@@ -192,7 +194,7 @@ class Reporter:
                 "host sends them, or: holdoff spool flush"
             )
         if lost:
-            self._warn(f"{lost} reports could neither be sent nor kept, and are lost")
+            self._warn(f"{lost} reports could be neither sent nor stored, and are lost")
         return left
 
     def _work(self) -> None:

@@ -227,7 +227,7 @@ class Spool:
         arrived = [Waiting.since_now(event) for event in events]
         lines = [one.line() for one in arrived]
         if any(len(line) > _MOST_LINE for line in lines):
-            raise SpoolError("a report is too long to be kept")
+            raise SpoolError("a report is too long to be stored")
         with self._lock:
             size = sum(map(len, lines))
             merged = [] if self._has_room(len(arrived), size) else self._merged(arrived)
@@ -343,7 +343,7 @@ class Spool:
         except FileNotFoundError:
             return
         except OSError as error:
-            warn(f"reports that wait in {self.folder} cannot be read: {error.strerror}")
+            warn(f"the reports in {self.folder} cannot be read: {error.strerror}")
             return
         for name in names:
             path = Path(str(self.folder), name)
@@ -363,7 +363,7 @@ class Spool:
 
     def _usable_folder(self) -> Path:
         if sys.platform == "win32":
-            self._refuse("reports cannot wait on disk on Windows yet")
+            self._refuse("reports cannot be stored on Windows yet")
         if self.folder is None:
             self._refuse("there is no home directory")
         for one in reversed((self.folder, *self.folder.parents)):
@@ -376,8 +376,8 @@ class Spool:
 
     def _refuse(self, reason: str) -> NoReturn:
         raise SpoolError(
-            f"{self.folder or 'the folder for reports'}: {reason}. Make room, or set "
-            "XDG_STATE_HOME to a folder of your own that has some"
+            f"{self.folder or 'the folder for reports'}: {reason}. Free space, or set "
+            "XDG_STATE_HOME to a folder of your own that has space"
         ) from None
 
     def _has_room(self, count: int, size: int) -> bool:
@@ -410,8 +410,8 @@ class Spool:
             merged = earlier and earlier.with_another(one)
             if merged is None:
                 raise SpoolError(
-                    f"too many reports wait in {self.folder} for the coordinator: when it is "
-                    "there again, send them with: holdoff spool flush"
+                    f"too many reports are stored in {self.folder}: when the coordinator can be "
+                    "reached again, send them with: holdoff spool flush"
                 )
             found[alike] = merged
         return list(found.values())
@@ -573,7 +573,7 @@ class _File:
 
 def _require_ours(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no file")
+        raise ValueError("it is not a file")
     if found.st_uid != os.geteuid():
         raise ValueError("it belongs to another user")
     if found.st_size > 3 * MOST_BYTES:

@@ -129,8 +129,8 @@ class Client(Connection):
     ) -> HeldLease:
         """Wait for a lease on a token, accept it and keep it renewed.
 
-        Cancelled in the wait it gives up its place, and a lease that was being accepted, before
-        it ends. So `asyncio.timeout` around it does no harm; `wait_seconds` also says why not.
+        Cancelled in the wait it leaves the queue, and releases a lease that was being accepted,
+        before it ends. So `asyncio.timeout` around it is safe; `wait_seconds` also gives a reason.
 
         Args:
             token: `apps/{app}/tokens/{token}`.
@@ -138,19 +138,19 @@ class Client(Connection):
             ttl_seconds: How long the lease lives without a renewal: 1 s to 24 h.
             grace_seconds: Time the holder needs to stop; by default min(10 s, TTL/3).
             job: Name of the job, for listings.
-            labels: What else is worth knowing, for listings. At most 16; keys of lower case
+            labels: More information, for listings. At most 16; keys of lower case
                 letters, digits and `._/-`, values of at most 200 characters.
             last_fencing_token: The highest fencing token seen for this token, if it was kept.
             scopes: Where the job will call, as pairs of a division and an endpoint, such as
-                `[("535193", "crm/Accounts")]`: the lease waits until these need not be quiet, and
-                others go first meanwhile. An empty text is one that is not known: it stands for
-                those where jobs of the same name erred in the last week. At most 100.
+                `[("535193", "crm/Accounts")]`: the request waits while these back off, and others
+                go first meanwhile. An empty text is an unknown value: it means the scopes where
+                jobs of the same name caused errors in the last week. At most 100.
             on_waiting: Called with what the request waits for, whenever that changes.
-            on_unreachable: Called whenever the coordinator cannot be reached; the wait goes on.
+            on_unreachable: Called whenever the coordinator cannot be reached; the wait continues.
             on_renewed: Called with the new deadline, in ns of CLOCK_BOOTTIME. Runs in the event
                 loop, so it must be quick.
             on_lost: Called once if the lease is lost. Runs in the event loop.
-            on_notice: Called with what a holder must do, go on or be quiet, whenever that changes
+            on_notice: Called with what the holder must do, continue or back off, when that changes
                 and from time to time. Runs in the event loop, so it must be quick.
 
         Raises:
@@ -240,7 +240,7 @@ class Client(Connection):
         return await self._call(_calls.list_lease_history(token, at))
 
     async def list_waiters(self, token: str) -> list[lease_pb2.Waiter]:
-        """Return who waits for a token, in the order of their places.
+        """Return who waits for a token, in the order of their positions.
 
         Raises:
             TokenNotFound: There is no such token.
@@ -248,7 +248,7 @@ class Client(Connection):
         return await self._call(_calls.list_waiters(token))
 
     async def get_policy(self, name: str) -> policy_pb2.Policy:
-        """Return a policy: what a provider asks.
+        """Return a policy: the rules of a provider.
 
         Raises:
             PolicyNotFound: There is no such policy.
@@ -266,16 +266,16 @@ class Client(Connection):
         resume_token: str = "",
         on_unreachable: Callable[[Unavailable], None] | None = None,
     ) -> AsyncGenerator[lease_service_pb2.WatchLeasesResponse, None]:
-        """Yield how things stand, then every change, for ever.
+        """Yield the current state, then every change, forever.
 
-        It reconnects by itself and goes on where it was, so that no change is missed. A snapshot
-        replaces what was known of its app; one may come at any time. Close the iterator, with
+        It reconnects by itself and continues where it was, so that no change is missed. A snapshot
+        replaces earlier data about its app; one may come at any time. Close the iterator, with
         `contextlib.aclosing`, or cancel its task, to end the watch.
 
         Args:
             parent: Only this app or token; empty for everything.
             resume_token: The last one that an earlier watch of the same parent yielded.
-            on_unreachable: Called whenever the coordinator cannot be reached; the watch goes on.
+            on_unreachable: Called whenever the coordinator cannot be reached; the watch continues.
 
         Raises:
             TokenNotFound: There is no such token.
@@ -293,7 +293,7 @@ class Client(Connection):
 
         Args:
             name: `apps/{app}/tokens/{token}/leases/{lease}`.
-            reason: Why; the holder is told. At most 200 characters.
+            reason: Why; shown to the holder. At most 200 characters.
 
         Raises:
             LeaseNotFound: There is no such lease.
@@ -311,7 +311,7 @@ class Client(Connection):
             kinds: Only these; all if empty.
 
         Raises:
-            Refused: We are no admin there.
+            Refused: This caller is not an admin there.
         """
         return self._items(_calls.list_audit_events(parent, kinds))
 
@@ -389,17 +389,14 @@ class Client(Connection):
             How each was taken, in their order.
 
         Raises:
-            Unavailable: The coordinator could not be told.
+            Unavailable: The coordinator could not be reached.
             TokenNotFound: There is no such token.
             EventTooOld: An event happened more than a day ago.
             InvalidRequest: An event is wrong; none of its hundred counts, nor any after them.
             TooManyBudgets: The app has too many different scopes.
             TooManyEvents: The app has too many events.
         """
-        outcomes: list[budget_pb2.EventOutcome.ValueType] = []
-        for call in _calls.record_events(events):
-            outcomes += (await self._insist(call, report_patience(boottime_ns())))[1]
-        return outcomes
+        return await self._report(events)
 
     async def record_error(  # noqa: PLR0913 - each is part of the event
         self,
@@ -431,7 +428,7 @@ class Client(Connection):
             Whether it is counted, was counted before, or is not limited.
 
         Raises:
-            Unavailable: The coordinator could not be told.
+            Unavailable: The coordinator could not be reached.
             TokenNotFound: There is no such token.
             EventTooOld: It happened more than a day ago.
             InvalidRequest: An argument is wrong.
@@ -464,14 +461,14 @@ class Client(Connection):
         sent_age_seconds: float | None = None,
         event_id: str | None = None,
     ) -> budget_pb2.EventOutcome.ValueType:
-        """Tell that the provider refused a call because it blocks, or throttles, for a while.
+        """Report that the provider refused a call because it blocks or throttles calls.
 
-        Everybody in the scope is quiet from then on. Tried for some seconds while the coordinator
-        is away.
+        All callers in the scope back off from then on. Retried for some seconds while the
+        coordinator cannot be reached.
 
         Args:
-            token: `apps/{app}/tokens/{token}`; its policy says who must be quiet, and for how
-                long at most.
+            token: `apps/{app}/tokens/{token}`; its policy says which scope backs off, and
+                for how long at most.
             division: The provider's name of a company; found in the endpoint if that has it.
             endpoint: The path or URL of the call.
             status: HTTP status of the answer; 0 when it is not known.
@@ -489,7 +486,7 @@ class Client(Connection):
             Whether it was taken, was known before, or is not limited.
 
         Raises:
-            Unavailable: The coordinator could not be told.
+            Unavailable: The coordinator could not be reached.
             TokenNotFound: There is no such token.
             EventTooOld: It happened more than a day ago.
             InvalidRequest: An argument is wrong.
@@ -541,11 +538,11 @@ class Client(Connection):
         return self._items(_calls.list_budgets(parent, where, state))
 
     async def reset_budget(self, name: str, reason: str) -> budget_pb2.Budget:
-        """Make a budget forget what it counted; a late report does not count again.
+        """Discard what a budget counted; a late report does not count again.
 
         Args:
             name: `apps/{app}/budgets/{budget}`.
-            reason: Why; it is kept. At most 200 characters.
+            reason: Why; recorded. At most 200 characters.
 
         Raises:
             BudgetNotFound: There is no such budget, or nothing is left in its window.
@@ -561,11 +558,11 @@ class Client(Connection):
         endpoint: str = "",
         on_unreachable: Callable[[Unavailable], None] | None = None,
     ) -> AsyncGenerator[budget_service_pb2.WatchBudgetsResponse, None]:
-        """Yield how budgets and back-offs stand, then each that changed, for ever.
+        """Yield all budgets and back-offs, then each that changed, forever.
 
-        What comes replaces what was known of it: a budget with nothing used or reserved is not in
-        use any more, a back-off without a state is over. It reconnects by itself; then all that
-        stands comes again, and what went away meanwhile with it. Close the iterator,
+        Each item replaces earlier data about it: a budget with nothing used or reserved is no
+        longer in use, a back-off without a state is over. It reconnects by itself; then all
+        current items follow again, and those that ended meanwhile. Close the iterator,
         with `contextlib.aclosing`, or cancel its task, to end the watch.
 
         Args:
@@ -573,7 +570,7 @@ class Client(Connection):
             token: Only those whose scope has this token.
             division: Only those whose scope has this division.
             endpoint: Only those whose scope has this endpoint.
-            on_unreachable: Called whenever the coordinator cannot be reached; the watch goes on.
+            on_unreachable: Called whenever the coordinator cannot be reached; the watch continues.
 
         Raises:
             InvalidRequest: An argument is wrong.
@@ -598,14 +595,14 @@ class Client(Connection):
         division: str = "",
         endpoint: str = "",
     ) -> budget_pb2.BackOff:
-        """Make everybody in a scope quiet for a while; this user is recorded with it.
+        """Make all callers in a scope back off for a time; this user is recorded with it.
 
         A second time with the same scope replaces the first one.
 
         Args:
             token_or_app: `apps/{app}`, or `apps/{app}/tokens/{token}`.
             length_seconds: For how long: 1 s to 31 d.
-            reason: Why; whoever waits is told. At most 200 characters.
+            reason: Why; shown to all who wait. At most 200 characters.
             division: Only in this division.
             endpoint: Only for calls of this endpoint: a path or URL.
 
@@ -617,28 +614,46 @@ class Client(Connection):
         return await self._call(_calls.set_back_off(where, length_seconds, reason))
 
     async def clear_back_off(self, name: str, reason: str) -> budget_pb2.BackOff:
-        """End a back-off; those who kept it go on one after the other.
+        """Clear a back-off; its callers resume one by one.
 
         Args:
             name: `apps/{app}/backOffs/{back_off}`.
-            reason: Why; it is kept, with this user. At most 200 characters.
+            reason: Why; recorded with this user. At most 200 characters.
 
         Raises:
             BackOffNotFound: There is no such back-off, or it is over.
         """
         return await self._call(_calls.clear_back_off(name, reason))
 
+    async def list_quarantines(self, parent: str = "") -> list[lease_pb2.Quarantine]:
+        """Return the quarantines of all apps, or that of an app; those that end last first."""
+        return await self._call(_calls.list_quarantines(parent))
+
+    async def end_quarantine(self, app: str, reason: str) -> lease_pb2.Quarantine:
+        """End a quarantine, so that new leases are granted at once.
+
+        What the store may have lost is then at risk, as `at_risk` of the quarantine says.
+
+        Args:
+            app: `apps/{app}`.
+            reason: Why; it is kept, with this user. At most 200 characters.
+
+        Raises:
+            QuarantineNotFound: The app is not in quarantine.
+        """
+        return await self._call(_calls.end_quarantine(app, reason))
+
     async def explain(
         self, token_or_app: str, *, division: str = "", endpoint: str = "", job: str = ""
     ) -> budget_service_pb2.ExplainResponse:
-        """Return whether a job may go on now: if not, every reason, until when, and who caused it.
+        """Return whether a job may start now: if not, every reason, until when, and who caused it.
 
         Args:
             token_or_app: `apps/{app}/tokens/{token}`, or `apps/{app}` for a whole app.
             division: Where it calls.
             endpoint: What it calls: a path or URL.
-            job: Its name; without an endpoint, those where jobs of this name erred in the last
-                week are looked at too.
+            job: Its name; without an endpoint, the scopes where jobs of this name caused errors in
+                the last week are considered too.
 
         Raises:
             TokenNotFound: There is no such token.
@@ -721,7 +736,7 @@ class Client(Connection):
         return reservation
 
     async def cancel(self, token: str, reservation_id: str) -> budget_pb2.Reservation:
-        """Say that the call of a reservation was not made, so that its room is given back.
+        """Say that the call of a reservation was not made, so that its room is released.
 
         Tried for some seconds while the coordinator is away. What was committed or has expired
         stays so: look at the `state`.

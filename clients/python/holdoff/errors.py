@@ -75,9 +75,15 @@ class BudgetSpent(NotGranted):
 
 
 class BackingOff(BudgetSpent):
-    """A scope must be quiet: a budget is spent, the provider blocks, or an operator wished it."""
+    """A scope backs off: a budget is spent, the provider blocks, or an operator paused it."""
 
     REASON = "BACKING_OFF"
+
+
+class CountsUnknown(BudgetSpent):
+    """The store may have lost what was counted; until the window has passed it counts as spent."""
+
+    REASON = "COUNTS_UNKNOWN"
 
 
 class TooManyBudgets(NotGranted):
@@ -188,6 +194,12 @@ class BackOffNotFound(NotFound):
     REASON = "BACK_OFF_NOT_FOUND"
 
 
+class QuarantineNotFound(NotFound):
+    """The app is not in quarantine."""
+
+    REASON = "QUARANTINE_NOT_FOUND"
+
+
 class ReservationNotFound(NotFound):
     """There is no such reservation of this caller, or it is long over."""
 
@@ -277,13 +289,13 @@ class SchemaTooNew(Unavailable):
 
 
 class Draining(Unavailable):
-    """The coordinator is shutting down; places in queues are kept."""
+    """The coordinator is shutting down; positions in queues are kept."""
 
     REASON = "DRAINING"
 
 
 class WaiterSilent(Unavailable):
-    """This waiter was not heard for a minute and lost its place."""
+    """This waiter was not heard from for a minute and lost its position."""
 
     REASON = "WAITER_SILENT"
 

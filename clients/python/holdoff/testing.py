@@ -44,7 +44,7 @@ try:
     from holdoff.policies import presets
     from holdoff_coordinator import embedded
     from holdoff_coordinator.server import Coordinator
-    from holdoff_coordinator.store import Epoch, connect
+    from holdoff_coordinator.store import Epoch, connect, ensure_epoch
 except ModuleNotFoundError as error:
     raise ImportError(
         f"holdoff.testing runs a coordinator, which needs {error.name}: "
@@ -93,12 +93,9 @@ class CoordinatorThread:
     def __init__(self, store_url: str, *, epoch: Epoch | None = None, **options: Any) -> None:
         self._store_url = store_url
 
-        async def open_store() -> Epoch:
-            return epoch or Epoch("test", lost=False)
-
+        self._epoch = epoch
         self._options = {
             "policies": presets(),
-            "open_store": open_store,
             "quarantine_seconds": 2.0,
             "drain_seconds": 0.2,
             "listen": "127.0.0.1:0",
@@ -113,8 +110,13 @@ class CoordinatorThread:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         store = connect(self._store_url)
         served = None
+
+        async def open_store() -> Epoch:
+            return self._epoch or await ensure_epoch(store, None)
+
         try:
-            async with Coordinator(store, **self._options) as served:
+            options = {"open_store": open_store, **self._options}
+            async with Coordinator(store, **options) as served:
                 self._ready.put(served)
                 await self._stop.wait()
         except Exception as error:

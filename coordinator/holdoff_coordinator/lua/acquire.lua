@@ -17,7 +17,7 @@ if request.state == 'ended' then return reply('LEASE_ENDED', request.lease) end
 if request.lease then return reply('OFFER', request.lease, flat_lease(id, request.lease)) end
 
 local known = number(ARGV[15])
-if known > now + 366 * 24 * 3600 * SECOND then return reply('FENCING_TOKEN_TOO_LARGE') end
+if known > math.max(number(token.fencing), now + 366 * 24 * 3600 * SECOND) then return reply('FENCING_TOKEN_TOO_LARGE') end
 
 local facts = {
   fingerprint = fingerprints:match('[^\n]+'), token = id, state = 'waiting',
@@ -41,7 +41,6 @@ if stand[1] ~= '' or heard_age > LIVE_FOR then
   return reply('WAITING', stand, token.lease and flat_lease(id, token.lease) or {}, token.lease or '')
 end
 
-put(SHARD, shard, {longest_ttl_us = math.max(number(shard.longest_ttl_us), ttl)})
 local fencing = math.max(number(token.fencing) + 1, now)
 local lease_id = us(fencing)
 facts.lease, facts.state = lease_id, 'offered'

@@ -50,6 +50,9 @@ local function back_off_changed(one, changes)
   announce()
 end
 
+-- Whether a caller that was silent for so long is live; the clock may have gone back since.
+local function is_live(silent) return silent <= LIVE_FOR and silent >= -SECOND end
+
 local found -- the back-offs of this app, by id, once somebody asked
 local by_scope -- the same by scope, in lists
 
@@ -100,17 +103,24 @@ local function probe_lives(one)
   local state, expires
   if reservation then
     state, expires = unpack(redis.call('HMGET', reservation_key(reservation), 'state', 'expires_us'))
-    return state == 'reserved' and number(expires) > now
+    return state == 'reserved' and number(expires) > sure
   end
   local id, lease = unpack(redis.call('HMGET', request_key(one.probe), 'token', 'lease'))
   if not lease then return false end
   state, expires = unpack(redis.call('HMGET', lease_key(id, lease), 'state', 'expires_us'))
-  return (state == 'ACTIVE' or state == 'OFFERED') and number(expires) > now
+  return (state == 'ACTIVE' or state == 'OFFERED') and number(expires) > sure
 end
 
 -- Brings a back-off up to this instant.
 local function settle_back_off(one)
-  if now < number(one.until_us) then return end
+  for _, field in ipairs({'since_us', 'reopened_us', 'probe_us', 'erred_us'}) do
+    local ahead = number(one[field]) - now
+    if ahead > 0 then -- the clock of the store went back since
+      put(back_off_key(one.id), one, {[field] = now})
+      if field == 'since_us' then put(back_off_key(one.id), one, {until_us = number(one.until_us) - ahead}) end
+    end
+  end
+  if sure < number(one.until_us) then return end
   if one.probes ~= '1' then return end_back_off(one) end
   if one.state == 'QUIET' then back_off_changed(one, {state = 'PROBING'}) end
   if one.state == 'PROBING' then
@@ -178,7 +188,7 @@ end
 local function be_quiet(id, facts)
   if not redis.call('ZSCORE', BACK_OFFS, id) and redis.call('ZCARD', BACK_OFFS) >= BACK_OFFS_MOST then
     id, facts.division, facts.endpoint = 'many-' .. redis.sha1hex(facts.token), '', ''
-    facts.reason = 'too many scopes are quiet'
+    facts.reason = 'too many scopes back off'
     facts.until_us = math.max(facts.until_us, number(redis.call('HGET', back_off_key(id), 'until_us')))
   end
   local one = back_off_record(id)
@@ -267,7 +277,7 @@ end
 local function is_next(one, caller)
   for _, other in ipairs(redis.call('ZRANGE', turns_key(one.id), 0, -1)) do
     if other == caller then return true end
-    if now - number(redis.call('ZSCORE', callers_key(one.id), other) or nil) <= LIVE_FOR then return false end
+    if is_live(now - number(redis.call('ZSCORE', callers_key(one.id), other) or nil)) then return false end
   end
   return true
 end
@@ -311,7 +321,7 @@ local function wait_of(caller, subject, asks)
   end
   for _, one in ipairs(subject) do
     if one.state == 'QUIET' then
-      waits(number(one.until_us), one, true, true)
+      waits(over_at(number(one.until_us)), one, true, true)
     elseif one.state == 'PROBING' and one.probe ~= caller then
       if one.probe or not is_next(one, caller) then waits(now, one, false, one.probe) end
     elseif one.state == 'REOPENING' and one.went_first ~= caller then

@@ -13,6 +13,7 @@ local LOG_MOST = 2000 -- entries of their own a budget
 local BUDGETS_MOST = 10000 -- of an app: scopes with an event in their window
 local IDS_MOST = 500000 -- of an app, some 50 MB
 local OLDEST_US = 24 * 3600 * SECOND -- a report may be this old
+local RESERVED_MOST = 3600 * SECOND -- also in budgets.py
 local TOUCHED_MOST = 200 -- places a job
 local TOUCHERS_MOST = 10000 -- jobs and leases an app; the oldest are forgotten
 
@@ -36,13 +37,17 @@ end
 -- Notes the first instant at which nothing of a budget is left.
 local function use_budget(id, until_us)
   redis.call('ZADD', BUDGETS, 'GT', us(until_us), id)
-  keep(BUDGETS, until_us - now + 2 * SECOND)
-  keep_budget(id, until_us - now + 2 * SECOND)
+  keep(BUDGETS, until_us - now + CLOCK_SLACK)
+  keep_budget(id, until_us - now + CLOCK_SLACK)
 end
 
 -- Takes out of a budget what has left its window.
 local function leave(id, budget)
-  local before = '(' .. us(now - number(budget.window_us))
+  local latest = now + math.max(number(budget.grain_us), SECOND)
+  for _, entry in ipairs(redis.call('ZRANGEBYSCORE', log_key(id), '(' .. us(latest), '+inf')) do
+    redis.call('ZADD', log_key(id), us(latest), entry) -- the clock of the store went back since
+  end
+  local before = '(' .. us(sure - number(budget.window_us))
   local gone = redis.call('ZRANGEBYSCORE', log_key(id), '-inf', before)
   if #gone == 0 then return end
   local used = number(budget.used)
@@ -100,7 +105,7 @@ local function room_at(id, budget, count)
   table.sort(leaving, function(one, other) return one.at < other.at end)
   for _, one in ipairs(leaving) do
     missing = missing - number(one.count or redis.call('HGET', weights_key(id), one.entry) or '1')
-    if missing <= 0 then return one.at + number(budget.window_us) + 1 end
+    if missing <= 0 then return over_at(one.at + number(budget.window_us) + 1) end
   end
   return now + number(budget.window_us) -- more than the budget ever allows
 end
@@ -133,7 +138,7 @@ end
 -- Returns the entry that has the event, or nil if it left the window before.
 local function log_event(spec, event, at, count)
   local id = spec.id
-  if at < now - spec.window_us then return end
+  if at < sure - spec.window_us then return end
   local budget = load_budget(id, spec)
   local stamped, own = stamp(id, budget, at)
   local entry = own and event or 'until:' .. us(stamped)
@@ -169,7 +174,7 @@ end
 
 -- Whether the app has room for these budgets; forgets those with an empty window.
 local function may_open(specs)
-  redis.call('ZREMRANGEBYSCORE', BUDGETS, '-inf', us(now))
+  redis.call('ZREMRANGEBYSCORE', BUDGETS, '-inf', us(sure))
   local fresh = 0
   for _, spec in ipairs(specs) do
     if not redis.call('ZSCORE', BUDGETS, spec.id) then fresh = fresh + 1 end
@@ -218,10 +223,17 @@ end
 -- A reservation that was not committed in time is taken to have happened, at
 -- the last moment it could.
 local function expire_reservations()
-  redis.call('ZREMRANGEBYSCORE', IDS, '-inf', us(now))
+  redis.call('ZREMRANGEBYSCORE', IDS, '-inf', us(sure))
   local function expire(id)
-    redis.call('ZREM', RESERVATIONS, id)
     local reservation = load(reservation_key(id))
+    local ahead = number(reservation.reserved_us) - now
+    if ahead > 0 then -- the clock of the store went back since
+      local expires = number(reservation.expires_us) - ahead
+      put(reservation_key(id), reservation, {reserved_us = now, expires_us = expires})
+      redis.call('ZADD', RESERVATIONS, us(expires), id)
+      return
+    end
+    redis.call('ZREM', RESERVATIONS, id)
     if reservation.state == 'reserved' then
       local specs, count = cjson.decode(reservation.budgets), number(reservation.count)
       local expired = number(reservation.expires_us)
@@ -232,7 +244,11 @@ local function expire_reservations()
       })
     end
   end
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', RESERVATIONS, '-inf', us(now))) do
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', RESERVATIONS, '-inf', us(sure))) do
+    spare('reservations/' .. id, expire, id)
+  end
+  local late = {'(' .. us(now + RESERVED_MOST), '+inf', 'LIMIT', 0, 100}
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', RESERVATIONS, unpack(late))) do
     spare('reservations/' .. id, expire, id)
   end
 end

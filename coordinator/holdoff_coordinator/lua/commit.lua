@@ -3,7 +3,7 @@
 --         µs, its HTTP status or '0'
 -- A commit after the expiry moves the events' stamp forward, once, and adds none; a
 -- cancel after it changes nothing. No call was made before its room was taken.
--- Answers the reservation's state.
+-- Answers the reservation's state and expiry, and its record.
 local id, made, status = ARGV[7], ARGV[9] == '1', ARGV[11]
 expire_reservations()
 local reservation = load(reservation_key(id))
@@ -45,4 +45,4 @@ elseif made and reservation.state == 'expired' and not reservation.late_us then
   put(reservation_key(id), reservation, {late_us = now})
 end
 caller_ended('reservation:' .. id, reservation.state == 'committed')
-return reply('OK', reservation.state, reservation.expires_us)
+return reply('OK', reservation.state, reservation.expires_us, flat(reservation))

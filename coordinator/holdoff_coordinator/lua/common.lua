@@ -3,7 +3,8 @@
 --
 -- KEYS[1]  holdoff:{app}, the shard; every other key starts with it or carries
 --          the same hash tag, so that a script stays in one slot
--- ARGV[1]  the replica's estimate of the store's time, in µs; '' if it has none
+-- ARGV[1]  what the replica makes of the store's time, in µs: its estimate, the least that the
+--          clock would show had it gained nothing, and what it certainly gained; '' if unknown
 -- ARGV[2]  the shard's epoch as the replica knows it; '' if it knows none
 -- ARGV[3]  a fresh id, the epoch to give to a shard that has none
 -- ARGV[4]  least length of a quarantine in µs
@@ -12,11 +13,15 @@
 -- All times are µs of this server's clock; below 2^53 they are exact in Lua.
 
 local SECOND = 1000000
-local CLOCK_TOLERANCE = 1 * SECOND -- design, issue: a second in either direction
+local CLOCK_TOLERANCE = 1 * SECOND -- also in clock.py
+local GAIN_STEP = SECOND / 50 -- a smaller gain than this is noise
+local CLOCK_SLACK = 3600 * SECOND -- also in clock.py: keys outlive what they stand for by so much
+local REPLAYED = 5 * 60 * SECOND -- replicas report again what is not older
+local REPLAY_TIME = 10 * SECOND -- and take no longer for it
 local LIVE_FOR = 5 * SECOND -- a waiter is live this long after it was heard
 local OUTAGE_AFTER = 2 * SECOND -- replicas come by every second
 local RECOVERY = 5 * SECOND -- after an outage waiters may return first
-local SCHEMA = 3 -- of all records; `upgrade` below knows the older ones
+local SCHEMA = 4 -- of all records; `upgrade` below knows the older ones
 
 local SHARD = KEYS[1]
 local DUE = SHARD .. ':due'
@@ -81,8 +86,9 @@ local function audit(kind, thing, facts, by_caller)
   audited[#audited + 1] = {append(SHARD .. ':audit', 'MAXLEN', '~', AUDIT_KEPT, '*', unpack(entry)), entry}
 end
 
--- How long after its last renewal a holder's last refresh may still matter.
-local function longest_hold() return number(shard.longest_ttl_us) + number(shard.longest_interval_us) end
+-- How long after its last renewal a holder's last refresh may still matter: the longest of
+-- this period and of the one before.
+local function longest_hold() return math.max(number(shard.hold_us), number(shard.hold_before_us)) end
 
 local damaged = {} -- {thing, why} of the records that this call could not use
 
@@ -102,7 +108,7 @@ local function spare(thing, act, ...)
 end
 
 local function reply(status, ...)
-  return {us(now), epoch or '', us(longest_hold()), {audited, damaged}, status, ...}
+  return {us(now), epoch or '', us(longest_hold()), {audited, damaged, shard.history or ''}, status, ...}
 end
 
 local function put(key, record, changes)
@@ -116,13 +122,71 @@ local function put(key, record, changes)
   redis.call('HSET', key, unpack(flat))
 end
 
-local function quarantine(why)
+-- Decisions take something for over when it is over by both clocks: the server's, and the
+-- replica's boot clock, which is never set. `lag` is how much later that is. A replica that is
+-- new knows of no gain; so the others leave it in the shard.
+local ESTIMATE, FLOOR, GAIN = ARGV[1]:match('^(%d+) ?(%d*) ?(%d*)$')
+local gain = now < number(shard.gain_until_us) and number(shard.gain_us) or 0
+local sure = math.min(now - gain, tonumber(FLOOR or '') or now)
+local lag = now - sure
+
+-- When something will be over that is due at an instant: then, unless it should be by now.
+local function over_at(due) return due > now and due or due + lag end
+
+local function note_gain()
+  local seen = tonumber(GAIN or '') or 0
+  if seen > gain + GAIN_STEP then
+    put(SHARD, shard, {gain_us = seen, gain_until_us = now + math.max(number(ARGV[4]), longest_hold())})
+  end
+end
+
+-- Notes that somebody may refresh for so long from now on.
+local function note_hold(span)
+  if sure >= number(shard.hold_until_us) then
+    put(SHARD, shard, {
+      hold_before_us = number(shard.hold_us), hold_us = span,
+      hold_until_us = now + math.max(span, number(shard.hold_us)),
+    })
+  elseif span > number(shard.hold_us) then
+    put(SHARD, shard, {hold_us = span, hold_until_us = math.max(number(shard.hold_until_us), now + span)})
+  end
+end
+
+-- `loss` is what the store may have lost: 'DATA', anything; 'WRITES', the last ones; or 'NOTHING'.
+local function quarantine(why, loss)
   local safe = math.max(number(ARGV[4]), longest_hold())
-  if now >= number(shard.quarantine_until_us) then audit('QUARANTINE_BEGAN', '', {reason = why}) end
+  if sure >= number(shard.quarantine_until_us) then
+    audit('QUARANTINE_BEGAN', '', {reason = why})
+    put(SHARD, shard, {quarantine_since_us = now})
+  end
   put(SHARD, shard, {
     quarantine_until_us = math.max(number(shard.quarantine_until_us), now + safe),
     quarantine_reason = why,
   })
+  if loss == 'DATA' then put(SHARD, shard, {data_lost_us = now}) end
+  if loss == 'WRITES' then put(SHARD, shard, {writes_lost_us = now}) end
+end
+
+-- The clock went back: what was to last from then lasts from now.
+local function go_back()
+  local left = number(shard.quarantine_until_us) - number(shard.quarantine_since_us)
+  if number(shard.quarantine_since_us) > now then
+    put(SHARD, shard, {quarantine_since_us = now, quarantine_until_us = now + left})
+  end
+  for field, span in pairs({
+    recovery_until_us = RECOVERY, gain_until_us = number(ARGV[4]), data_lost_us = 0, writes_lost_us = 0,
+    hold_until_us = longest_hold(),
+  }) do
+    if number(shard[field]) > now + span then put(SHARD, shard, {[field] = now + span}) end
+  end
+end
+
+-- The instant from which on all is known again that was counted in a window; 0 if it is.
+local function counts_known_at(window)
+  local data, writes, at = number(shard.data_lost_us), number(shard.writes_lost_us), 0
+  if data > 0 then at = data + (window <= REPLAYED and math.min(window, REPLAY_TIME) or window) end
+  if writes > 0 then at = math.max(at, writes + math.min(window, REPLAY_TIME)) end
+  return sure < at and at or 0
 end
 
 -- Called by the only script that makes a shard.
@@ -131,7 +195,7 @@ local function ensure_epoch()
   epoch = ARGV[3]
   redis.call('DEL', SHARD .. ':changes')
   put(SHARD, shard, {epoch = epoch, schema = SCHEMA, changes = 0, tick_us = now, service_us = 0, high_water_us = now})
-  if ARGV[2] ~= '' then quarantine('the store lost the data of this app') end
+  if ARGV[2] ~= '' then quarantine('the store lost the data of this app', 'DATA') end
 end
 
 -- Schema 1 did not know who waits and since when, nor whether a cooldown's end
@@ -151,29 +215,44 @@ local function upgrade_from_1()
   put(SHARD, shard, {changes = 0})
 end
 
+-- Schema 3 kept the longest TTL and interval that anybody ever asked for.
+local function upgrade_from_3()
+  local hold = number(shard.longest_ttl_us) + number(shard.longest_interval_us)
+  if hold > 0 then put(SHARD, shard, {hold_us = hold, hold_until_us = now + hold}) end
+  redis.call('HDEL', SHARD, 'longest_ttl_us', 'longest_interval_us')
+end
+
 local found_schema = number(shard.schema or '1')
 if epoch and found_schema > SCHEMA then
   return reply('SCHEMA_TOO_NEW', us(found_schema), us(SCHEMA))
 elseif epoch and found_schema < SCHEMA then
   if found_schema < 2 then upgrade_from_1() end
+  upgrade_from_3()
   put(SHARD, shard, {schema = SCHEMA})
 end
 
 if epoch then
-  if ARGV[2] ~= '' and ARGV[2] ~= epoch then quarantine('the epoch of the store changed') end
+  note_gain()
+  if ARGV[2] ~= '' and ARGV[2] ~= epoch then quarantine('the epoch of the store changed', 'DATA') end
   if now < number(shard.high_water_us) - CLOCK_TOLERANCE then
-    quarantine('the clock of the store went back')
+    go_back()
+    quarantine('the clock of the store went back', 'NOTHING')
   end
   -- A replica that was promoted may lack the last writes, as may a server that began from a
-  -- snapshot. Both go on with a history of writes of their own, after that of the server
-  -- before. A managed store may refuse to tell.
+  -- snapshot. Both have a history of writes that continues another one (master_replid2), though
+  -- not always the one that we know: there may have been two failovers since. In a Cluster the
+  -- app may also have moved to another shard, which has a history of its own and lost nothing.
+  -- A managed store may refuse to tell.
   local info = redis.pcall('INFO', 'replication')
   local history = type(info) == 'string' and info:match('master_replid:(%x+)')
   if history and history ~= shard.history then
-    if shard.history and info:find('master_replid2:' .. shard.history, 1, true) then
-      quarantine('another server of the store took over, and may lack the last writes')
+    local home = redis.pcall('CLUSTER', 'MYSHARDID')
+    home = type(home) == 'string' and home or ''
+    local moved = shard.home and shard.home ~= home
+    if shard.history and not moved and info:find('master_replid2:%x*[1-9a-f]') then
+      quarantine('another server of the store took over, and may lack the last writes', 'WRITES')
     end
-    put(SHARD, shard, {history = history})
+    put(SHARD, shard, {history = history, home = home})
   end
   -- `service_us` is a clock that stands still while no coordinator comes by.
   local gap = now - number(shard.tick_us)
@@ -188,8 +267,10 @@ end
 
 -- A replica whose own clock disagrees gets no grant; it then measures, and
 -- declares the quarantine if the disagreement is real.
-local clock_in_doubt = ARGV[1] ~= '' and math.abs(now - tonumber(ARGV[1])) > CLOCK_TOLERANCE
+local clock_in_doubt = ESTIMATE and math.abs(now - tonumber(ESTIMATE)) > CLOCK_TOLERANCE
+
+local function in_quarantine() return clock_in_doubt or sure < number(shard.quarantine_until_us) end
 
 local function quarantined_until()
-  return math.max(number(shard.quarantine_until_us), clock_in_doubt and now + SECOND or 0)
+  return math.max(over_at(number(shard.quarantine_until_us)), clock_in_doubt and now + SECOND or 0)
 end

@@ -12,7 +12,6 @@ put(key, token, {
   interval_us = ARGV[11], refresh_at = ARGV[12], access_token_life_us = ARGV[13],
   created_us = now, updated_us = now, fencing = '0',
 })
-put(SHARD, shard, {longest_interval_us = math.max(number(shard.longest_interval_us), number(ARGV[11]))})
 redis.call('ZADD', SHARD .. ':tokens', 0, id)
 if ARGV[14] ~= '' then cool_down(id, token, now - number(ARGV[14]), number(ARGV[11])) end
 settle(id)

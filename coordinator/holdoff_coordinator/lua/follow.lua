@@ -6,7 +6,7 @@
 -- the back-offs that it is subject to. DAMAGED: its record, or that of its token.
 local function follow(id, lease_id, secret_hash)
   local lease = load(lease_key(id, lease_id))
-  if number(lease.expires_us) <= now and not lease.ended_us then
+  if number(lease.expires_us) <= sure and not lease.ended_us then
     settle(id)
     lease = load(lease_key(id, lease_id))
   end

@@ -13,11 +13,17 @@ local WAITER_KEPT_MS = 7 * 24 * 3600 * 1000 -- places, through long outages
 local SIGNAL_KEPT_MS = 1000 -- python-redis-lock's own default
 local COOLDOWN_LOCK = 'holdoff-cooldown' -- the lock's value while cooling
 
+-- Whether the time after the last refresh has not passed; without an interval there is none, not
+-- even that by which the clocks differ.
+local function cools(token)
+  return sure < number(token.not_before_us) and number(token.not_before_us) > number(token.last_refresh_us)
+end
+
 -- What stands between a token and its next lease, apart from the queue.
 local function obstacle(token, lease)
-  if now < quarantined_until() then return 'QUARANTINED' end
+  if in_quarantine() then return 'QUARANTINED' end
   if token.foreign or lease then return 'HELD' end
-  if now < number(token.not_before_us) then return 'COOLING' end
+  if cools(token) then return 'COOLING' end
   return ''
 end
 
@@ -97,7 +103,7 @@ local function kept_request(hash)
   if not found[1] or number(shard.service_us) - heard_service > PLACE_KEPT_FOR then return end
   return {
     state = found[1], token = found[4] or nil, places = found[5] or nil, job = found[6] or nil,
-    live = now - heard <= LIVE_FOR,
+    live = is_live(now - heard),
   }
 end
 
@@ -178,7 +184,7 @@ end
 
 local function hear(hash, request, age)
   put(request_key(hash), request, {
-    heard_us = math.max(number(request.heard_us), now - age),
+    heard_us = math.max(math.min(number(request.heard_us), now), now - age),
     heard_service_us = math.max(number(request.heard_service_us), number(shard.service_us) - age),
   })
   redis.call('PEXPIRE', request_key(hash), WAITER_KEPT_MS)
@@ -203,7 +209,8 @@ local function cool_down(id, token, refreshed, interval)
     last_refresh_us = math.max(number(token.last_refresh_us), refreshed),
     not_before_us = math.max(number(token.not_before_us), refreshed + interval),
   })
-  if now < number(token.not_before_us) then put(token_key(id), token, {cooling = '1'}) end
+  if cools(token) then put(token_key(id), token, {cooling = '1'}) end
+  note_hold(interval)
 end
 
 local function forget_lease(id, token)
@@ -289,14 +296,14 @@ local function mirror(id, token, lease)
       -- Should it expire unseen, the lock must outlast the cooldown that follows.
       until_us = until_us + math.max(number(lease.interval_us), number(token.interval_us))
     end
-  elseif now < number(token.not_before_us) then
+  elseif cools(token) then
     value, until_us = COOLDOWN_LOCK, number(token.not_before_us)
     look_us = until_us
   end
 
   if value then
     if redis.call('GET', lock_key(id)) ~= value or number(token.mirror_until_us) ~= until_us then
-      redis.call('SET', lock_key(id), value, 'PX', us(math.ceil((until_us - now) / 1000)))
+      redis.call('SET', lock_key(id), value, 'PX', us(math.ceil((until_us - sure) / 1000)))
       put(token_key(id), token, {mirror = value, mirror_until_us = until_us})
     end
   elseif token.mirror and not token.foreign then
@@ -317,9 +324,21 @@ local function mirror(id, token, lease)
     look_us = now + SECOND
   end
   if look_us then
-    redis.call('ZADD', DUE, us(math.min(look_us, now + LOOK_AGAIN)), id)
+    redis.call('ZADD', DUE, us(math.min(look_us + lag, now + LOOK_AGAIN)), id)
   else
     redis.call('ZREM', DUE, id)
+  end
+end
+
+-- A refresh or a renewal was never later than now: the clock of the store went back since.
+local function stay_in_the_past(id, token, lease)
+  local ahead = number(token.last_refresh_us) - now
+  if ahead > 0 then
+    put(token_key(id), token, {last_refresh_us = now, not_before_us = number(token.not_before_us) - ahead})
+  end
+  local span = lease and (lease.state == 'OFFERED' and OFFER_FOR or number(lease.ttl_us))
+  if lease and number(lease.expires_us) > now + span then
+    put(lease_key(id, token.lease), lease, {expires_us = now + span})
   end
 end
 
@@ -331,7 +350,8 @@ local function settle(id, by_holder)
   if not token.policy then return end
   local lease = token.lease and load(lease_key(id, token.lease))
   local before = token.lease
-  if lease and now >= number(lease.expires_us) then
+  stay_in_the_past(id, token, lease)
+  if lease and sure >= number(lease.expires_us) then
     if lease.state == 'OFFERED' then
       withdraw_offer(id, token, lease, true)
     else
@@ -339,7 +359,7 @@ local function settle(id, by_holder)
       finish(id, token, lease, lease.break_reason and 'BROKEN' or 'EXPIRED', expired, expired)
     end
   end
-  if token.cooling and now >= number(token.not_before_us) then
+  if token.cooling and not cools(token) then
     redis.call('HDEL', token_key(id), 'cooling')
     token.cooling = nil
     tell('COOLING_ENDED', id, token, token.lease, token.lease and lease)
@@ -390,6 +410,7 @@ local function standing(token, lease, queue, hash, wait)
 
   local interval = number(token.interval_us)
   local reason, start = obstacle(token, lease), math.max(number(token.not_before_us), now)
+  if reason == 'COOLING' then start = over_at(number(token.not_before_us)) end
   if reason == 'QUARANTINED' then
     start = math.max(start, quarantined_until())
   elseif token.foreign then

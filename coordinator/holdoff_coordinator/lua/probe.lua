@@ -1,27 +1,13 @@
--- Finds out what an access list forbids us. Alone: no other part stands before it.
--- KEYS[1]  a key to read and to write; what is there is gone, if ARGV[1] is 'commands'
--- ARGV[1]  what to find out: 'key', 'channel' (of that name), or 'commands'
--- Answers 1 if the key or channel is forbidden, else 0; for 'commands' those that are, in
--- lower case.
+-- Finds out which commands an access list forbids us. Alone: no other part stands before it.
+-- KEYS[1]  a key to read and to write; what is there is gone
+-- Answers the commands that are forbidden, in lower case.
 local key = KEYS[1]
 
--- How a command is refused: nil, 'command', or 'key' for the key or channel.
-local function refused(command)
+local function is_forbidden(command)
   local answer = redis.pcall(unpack(command))
   local text = type(answer) == 'table' and answer.err or ''
   -- The words of Valkey, then those of Redis. What else goes wrong is not of interest here.
-  if text:find('to run the') or text:find("can't run this command") then return 'command' end
-  if text:find('to access a') or text:find("can't access") or text:find("can't publish") then return 'key' end
-end
-
-if ARGV[1] == 'key' then
-  -- These change nothing.
-  for _, command in ipairs({{'GET', key}, {'PEXPIRE', key, '600000', 'NX'}}) do
-    if refused(command) == 'key' then return 1 end
-  end
-  return 0
-elseif ARGV[1] == 'channel' then
-  return refused({'SPUBLISH', key, ''}) == 'key' and 1 or 0
+  return text:find('to run the') or text:find("can't run this command")
 end
 
 local forbidden = {}
@@ -38,7 +24,7 @@ for _, command in ipairs({
   {'XADD', key, '*', 'a', '1'}, {'XRANGE', key, '-', '+'}, {'XREVRANGE', key, '+', '-'},
   {'SPUBLISH', key, ''}, {'TIME'}, {'INFO', 'replication'},
 }) do
-  if refused(command) == 'command' then forbidden[#forbidden + 1] = command[1]:lower() end
+  if is_forbidden(command) then forbidden[#forbidden + 1] = command[1]:lower() end
 end
 redis.pcall('DEL', key)
 return forbidden

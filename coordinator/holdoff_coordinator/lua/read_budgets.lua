@@ -6,7 +6,7 @@ expire_reservations()
 local found = {}
 local function read(id)
   local budget = load_budget(id)
-  local in_use = tonumber(redis.call('ZSCORE', BUDGETS, id) or 0) > now
+  local in_use = tonumber(redis.call('ZSCORE', BUDGETS, id) or 0) > sure
   if budget.limit and in_use then found[#found + 1] = shown_budget(id, budget, 1) end
 end
 for i = 7, #ARGV do spare('budgets/' .. ARGV[i], read, ARGV[i]) end

@@ -7,8 +7,11 @@ local function sweep(id)
   return true
 end
 
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE, '-inf', us(now), 'LIMIT', 0, ARGV[7])) do
-  if not spare('tokens/' .. id, sweep, id) then redis.call('ZADD', DUE, us(now + DAMAGED_AFTER), id) end
+-- What is due later than ever was due before the clock of the store went back.
+for _, due in ipairs({{'-inf', us(now)}, {'(' .. us(now + DAMAGED_AFTER), '+inf'}}) do
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', DUE, due[1], due[2], 'LIMIT', 0, ARGV[7])) do
+    if not spare('tokens/' .. id, sweep, id) then redis.call('ZADD', DUE, us(now + DAMAGED_AFTER), id) end
+  end
 end
 expire_reservations()
 back_offs()

@@ -10,7 +10,6 @@ put(token_key(id), token, {
   interval_us = ARGV[11], refresh_at = ARGV[12], access_token_life_us = ARGV[13],
   updated_us = now,
 })
-put(SHARD, shard, {longest_interval_us = math.max(number(shard.longest_interval_us), number(ARGV[11]))})
 if token.last_refresh_us then
   cool_down(id, token, number(token.last_refresh_us), number(token.interval_us))
 end

@@ -62,7 +62,7 @@ seccompProfile:
   type: RuntimeDefault
 {{- end }}
 
-{{- /* Refuses what cannot work; what is merely unsafe is NOTES.txt's business. */}}
+{{- /* Refuses what cannot work; NOTES.txt warns about what is unsafe. */}}
 {{- define "holdoff.check" -}}
 {{- $store := .Values.store }}
 {{- if eq $store.mode "embedded" }}
@@ -82,7 +82,7 @@ seccompProfile:
 {{- fail "tls.clientCA is for mutual TLS: set tls.secretName or tls.certManager.enabled too" }}
 {{- end }}
 {{- if and .Values.access.grants (not (include "holdoff.tlsSecret" .)) }}
-{{- fail "access.grants asks for credentials, which clients send by TLS only: set tls.secretName or tls.certManager.enabled too" }}
+{{- fail "access.grants needs credentials, which clients send only over TLS: set tls.secretName or tls.certManager.enabled too" }}
 {{- end }}
 {{- if and .Values.autoscaling.enabled (lt (int .Values.autoscaling.maxReplicas) (int .Values.autoscaling.minReplicas)) }}
 {{- fail "autoscaling.maxReplicas is less than autoscaling.minReplicas" }}

@@ -1,14 +1,16 @@
-"""Runs of `true`, each of which gets SIGTERM at another line of ours after its lease was granted.
+"""Runs of a command, each of which gets SIGTERM at another line of ours after its grant.
 
-Its arguments are the coordinator's address and how many lines to try. It prints a JSON object: how
-many lines there are, and the tries after which neither nothing had run nor the signal had reached
-the command, or whose lease lives on.
+Its arguments are the coordinator's address and `long` or `short`: whether it tries every line each
+time that it runs, or once each line that handles the lease. It prints a JSON object: how many tries
+there are, and the first one after which neither nothing had run nor the signal had reached the
+command, whose command started after the signal, or whose lease is still active.
 """
 
 import json
 import signal
 import sys
 import uuid
+from collections import Counter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +23,9 @@ from holdoff.cli._running import Run
 from holdoff.cli._voice import Voice
 
 PACKAGE = str(Path(holdoff.__file__).parent)
+HANDLING = tuple(f"{PACKAGE}/{name}" for name in ("_client.py", "cli/_running.py"))
+Where = tuple[str, int, int]
+"""A file, a line of it, and how often it has run."""
 
 
 class Spy:
@@ -39,29 +44,38 @@ class Spy:
 
 
 class Lines:
-    """Counts lines of ours from the acceptance on, and gives us the signal at one of them."""
+    """Notes the lines of ours that run from the acceptance on, and gives us the signal at one."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: Where | None) -> None:
         self._at = at
-        self.count = 0
+        self._times: Counter[tuple[str, int]] = Counter()
+        self._functions: set[str] = set()
+        self.seen: list[Where] = []
+        self.is_early = False
+        """The signal came before the launch began."""
 
     def trace(self, frame: FrameType, event: str, _: Any) -> Any:
         """Do so; for `sys.settrace`."""
         name = frame.f_code.co_filename
         if not name.startswith(PACKAGE) and "contextlib" not in name:
             return None
-        if event == "line" and (self.count or frame.f_code.co_name == "_accept"):
-            self.count += 1
-            if self.count == self._at:
+        if event == "line" and (self.seen or frame.f_code.co_name == "_accept"):
+            line = name, frame.f_lineno
+            self._times[line] += 1
+            self._functions.add(frame.f_code.co_name)
+            self.seen.append((*line, self._times[line]))
+            if self.seen[-1] == self._at:
+                self.is_early = "_launch" not in self._functions
                 signal.raise_signal(signal.SIGTERM)
         return self.trace
 
 
-def once(client: holdoff.Client, at: int) -> tuple[int, list[Any]]:
-    """Run once with the signal at a line; return how many there were, and what was wrong."""
+def once(client: holdoff.Client, at: Where | None = None) -> tuple[list[Where], list[Any]]:
+    """Run once with the signal at a line; return the lines that ran, and what was wrong."""
     token = f"apps/s{uuid.uuid4().hex}/tokens/t"
     client.create_token(token, refresh_interval_seconds=3600)
     account, lines = Account(token=token, job="", labels={}), Lines(at)
+    command = ["sleep", "30"] if at else ["true"]
     with (
         Voice() as voice,
         Guard.start(isolate="never") as guard,
@@ -70,7 +84,7 @@ def once(client: holdoff.Client, at: int) -> tuple[int, list[Any]]:
         run._guard = Spy(guard)  # type: ignore[assignment]
         sys.settrace(lines.trace)
         try:
-            run.run(which("true"), ["true"], None, break_glass=False)
+            run.run(which(command[0]), command, None, break_glass=False)
             ended: str = account.outcome
         except Interrupted:
             ended = "interrupted"
@@ -78,13 +92,19 @@ def once(client: holdoff.Client, at: int) -> tuple[int, list[Any]]:
             sys.settrace(None)
     used = client.get_token(token).HasField("not_before_time")
     live = list(client.list_leases(token))
-    good = (ended == "interrupted") != used and not live
-    return lines.count, [] if good else [at, ended, used, len(live)]
+    if ended == "interrupted":
+        good = not used and not live
+    else:
+        good = used and not live and not lines.is_early
+        good = good and ended == ("signaled" if at else "exited")
+    return lines.seen, [] if good else [at, ended, used, len(live)]
 
 
-endpoint, tries = sys.argv[1], int(sys.argv[2])
+endpoint, is_long = sys.argv[1], sys.argv[2] == "long"
 order = Order(endpoint, Timing.of(30, None), [], None, "never", None, False)
 with holdoff.Client(endpoint) as asked:
-    most, first = once(asked, 0)
-    rest = [once(asked, line)[1] for line in range(1, most + 1, max(1, most // tries))]
-sys.stdout.write(json.dumps({"lines": most, "wrong": [one for one in (first, *rest) if one]}))
+    seen, first = once(asked)
+    places = [one for one in seen if is_long or (one[0] in HANDLING and one[2] == 1)]
+    tries = (once(asked, place)[1] for place in places)
+    wrong = first or next((one for one in tries if one), [])
+sys.stdout.write(json.dumps({"tries": len(places), "wrong": wrong}))

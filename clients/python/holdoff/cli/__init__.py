@@ -22,10 +22,11 @@ _COMMANDS = {
     "watch": ("holdoff.cli.watch", "Watch tokens and leases, live."),
     "token": ("holdoff.cli.token", "Create, update, show and list tokens; queues and history."),
     "lease": ("holdoff.cli.lease", "Show, list and break leases."),
-    "budget": ("holdoff.cli.budget", "Show what is used of limits; count and forget errors."),
-    "spool": ("holdoff.cli.spool", "Show and send reports that wait for the coordinator."),
-    "backoff": ("holdoff.cli.backoff", "List, set and end back-offs: who must be quiet."),
-    "explain": ("holdoff.cli.explain", "Say whether a job may go on now, and why not."),
+    "budget": ("holdoff.cli.budget", "Show the use of limits; report errors, and reset budgets."),
+    "spool": ("holdoff.cli.spool", "Show and send error reports that are stored on this host."),
+    "backoff": ("holdoff.cli.backoff", "List, set and clear back-offs."),
+    "quarantine": ("holdoff.cli.quarantine", "Show and end quarantines: no new leases of an app."),
+    "explain": ("holdoff.cli.explain", "Show whether a job may start now, and if not, why."),
     "audit": ("holdoff.cli.audit", "Show who did what, from where, when and why."),
     "policy": ("holdoff.cli.policy", "Show the rules of providers; check files of your own."),
     "simulator": ("holdoff.simulator.cli", "A simulated provider, to test jobs against."),
@@ -119,16 +120,16 @@ def _checked(_: click.Context, param: click.Parameter, endpoint: str) -> str:
     show_envvar=True,
     show_default=True,
     callback=_checked,
-    help="Where the coordinator listens; several addresses with commas in between.",
+    help="Where the coordinator listens; or several addresses, separated by commas.",
 )
 @click.version_option(package_name="holdoff", message="%(prog)s %(version)s")
 @click.pass_context
 def main(ctx: click.Context, endpoint: str) -> None:
     """Leases on OAuth refresh tokens, so that jobs on many servers run as one.
 
-    With HOLDOFF_CA_FILE, the authorities (PEM) of the coordinator's certificate, it is spoken to
-    by TLS; HOLDOFF_CERT_FILE and HOLDOFF_KEY_FILE are our own, where it asks for one.
-    HOLDOFF_CREDENTIAL_FILE holds the credential that says who we are, where it asks for that.
+    To use TLS, set HOLDOFF_CA_FILE to the authorities (PEM) of the coordinator's certificate. Set
+    HOLDOFF_CERT_FILE and HOLDOFF_KEY_FILE if it requires a client certificate.
+    Set HOLDOFF_CREDENTIAL_FILE to a file with your credential if it authenticates callers.
     """
     try:
         CredentialFile(None, endpoint, tls_of())

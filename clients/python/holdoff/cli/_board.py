@@ -154,7 +154,7 @@ def _change_texts(change: lease_pb2.Change) -> tuple[str, str, str, str]:
     local: datetime = change.time.ToDatetime(UTC).astimezone()
     status = change.status
     if change.kind == lease_pb2.CHANGE_KIND_QUEUE_MOVED:
-        details = f"{status.queue_length or 'nobody'} waiting"
+        details = f"{status.queue_length or 'none'} waiting"
     else:
         lease = status.lease
         activity = lease_state_text(lease) if lease.activity else ""

@@ -64,7 +64,7 @@ def back_off_fields(back_off: budget_pb2.BackOff) -> list[tuple[str, str]]:
         ("until", time_text(back_off, "end_time")),
         ("since", time_text(back_off, "start_time")),
         ("by", optional_holder_text(back_off.caused_by)),
-        ("goes first", optional_holder_text(back_off.probe)),
+        ("probe", optional_holder_text(back_off.probe)),
         ("HTTP status", str(back_off.status or NOTHING)),
         ("blocks in a row", str(back_off.repeats or NOTHING)),
         ("budget", back_off.budget or NOTHING),

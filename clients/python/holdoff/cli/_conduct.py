@@ -218,7 +218,7 @@ class Conduct:
             if self._when_quiet == "pause":
                 if self._said is None:
                     self._say_paused(now, at_last=True)
-                self._say("the command goes on")
+                self._say("the command resumes")
                 self._guard.resume()
                 self._tell_paused(paused=False)
             self._quiet_since = self._said = None
@@ -230,7 +230,7 @@ class Conduct:
                 if self._said is None:
                     self._say_paused(now, at_last=True)
                 self._when_quiet = "terminate"
-                self._say("its access token has run out meanwhile: ending the command")
+                self._say("its access token has expired: ending the command")
                 self._guard.end(BACKING_OFF)
 
     def _trust_coordinator(self, now: float) -> None:
@@ -246,7 +246,7 @@ class Conduct:
         self.reason = self._words()
         match self._when_quiet:
             case "finish":
-                self._say(f"{self.reason}; the command is let finish")
+                self._say(f"{self.reason}; the command may finish")
             case "terminate":
                 self._say(f"{self.reason}: ending the command")
                 guard.end(BACKING_OFF)
@@ -272,10 +272,10 @@ class Conduct:
         go_in, left, length = math.inf, self._token_left_seconds(now - quiet_seconds), ""
         if self._notice is not None and self._notice.HasField("go_in"):
             go_in = self._notice.go_in.ToMicroseconds() / 1e6
-            length = f", for {_text(go_in)} at least"
+            length = f" for at least {_text(go_in)}"
         if left is not None and left - quiet_seconds < go_in:
             ends_in = _text(max(0.0, left - quiet_seconds))
-            length += f"; it is ended in {ends_in}, when its access token runs out"
+            length += f"; it is ended in {ends_in}, when its access token expires"
         self._say(f"{self.reason}: the command {how} paused{length}")
 
     def _tell_paused(self, *, paused: bool) -> None:

@@ -96,7 +96,7 @@ def show_lines(
     def unreachable(error: Unavailable) -> None:
         nonlocal said
         if not said:
-            say(f"{error}; trying on")
+            say(f"{error}; retrying")
         said = True
 
     with contextlib.closing(watch(on_unreachable=unreachable)) as watched:
@@ -186,7 +186,7 @@ class _Screen(Generic[ResponseT]):
             parts.append(line(f"asking {self._endpoint}"))
         if self._trouble:
             what = self._trouble if self._trouble.reason else f"no answer from {self._endpoint}"
-            parts.append(line(f"since {self._since}: {what}; trying on", "bold red"))
+            parts.append(line(f"since {self._since}: {what}; retrying", "bold red"))
         return Group(*(part if isinstance(part, Text) else self._fitted(part) for part in parts))
 
     def _fitted(self, draw: Draw) -> Table:

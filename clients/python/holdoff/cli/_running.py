@@ -22,7 +22,14 @@ from holdoff.cli._account import Interrupted, now
 from holdoff.cli._conduct import Conduct
 from holdoff.cli._fencing import last_fencing_token, remember_fencing_token
 from holdoff.cli._waiting import WaitDisplay
-from holdoff.errors import HoldoffError, InvalidRequest, LeaseLost, NotFound, Unavailable
+from holdoff.errors import (
+    HoldoffError,
+    InvalidRequest,
+    LeaseLost,
+    NotFound,
+    Unavailable,
+    UnexpectedError,
+)
 from holdoff.v1 import lease_pb2
 
 if TYPE_CHECKING:
@@ -213,7 +220,7 @@ class Run:
         except Unavailable as error:
             if not break_glass:
                 raise
-            self._say(f"RUNNING WITHOUT A LEASE, as --if-unreachable run says: {error}")
+            self._say(f"RUNNING WITHOUT A LEASE, because of --if-unreachable run: {error}")
             self._account.reason = str(error)
         self._account.waited_seconds = round(time.monotonic() - began, 3)
 
@@ -249,11 +256,10 @@ class Run:
         if self._lease:
             env["HOLDOFF_LEASE"] = self._lease.name
             env["HOLDOFF_FENCING_TOKEN"] = str(self._lease.fencing_token)
+        self._conduct.begin(self._guard, self._lease)
         with self._interruptible():
-            self._conduct.begin(self._guard, self._lease)
             if self._log:
                 self._log.start()
-        self._interrupt()
         self._guard.launch(
             path,
             command,
@@ -277,7 +283,7 @@ class Run:
             if self._lease:
                 self._lease.command_started()
         elif event.kind == "ending" and event.reason == "fence":
-            self._say("no renewal came through: ending the command before its lease runs out")
+            self._say("no renewal succeeded: ending the command before its lease expires")
 
     def _on_lost(self, error: LeaseLost) -> None:
         self._say(f"lease lost, ending the command: {error}")
@@ -294,16 +300,18 @@ class Run:
         account.outcome = "exited" if outcome.signal is None else "signaled"
         account.exit_code = exits.INTERNAL if outcome.status is None else outcome.status
         if outcome.survivors:
-            self._say(f"{outcome.survivors} processes outlived KILL: the lease is left to run out")
+            self._say(
+                f"{outcome.survivors} processes survived KILL: the lease stays until it expires"
+            )
         elif self._lease:
             try:
                 self._lease.release(unused=outcome.cannot_run is not None)
-            except Unavailable as error:
-                self._say(f"the lease could not be given back and runs out by itself: {error}")
+            except (Unavailable, UnexpectedError) as error:
+                self._say(f"the lease could not be released, and will expire: {error}")
         if outcome.cannot_run:
             raise outcome.cannot_run
         if outcome.ended_by == BACKING_OFF:
             account.outcome, account.exit_code = "backed_off", exits.NOT_GRANTED
             account.reason = self._conduct.reason
         if outcome.ended_by == "fence":
-            raise LeaseLost("no renewal came through before the deadline")
+            raise LeaseLost("no renewal succeeded before the deadline")

@@ -51,8 +51,8 @@ class WaitDisplay:
 
     def waiting(self, status: lease_pb2.WaitStatus) -> None:
         """Show what the coordinator said."""
-        place = f"place {status.place} of {status.queue_length}: " if status.place else ""
-        self._what = f"{place}{status.message}"
+        position = f"position {status.place} of {status.queue_length}: " if status.place else ""
+        self._what = f"{position}{status.message}"
         if status.blocking_back_off:
             self._what += f" (more: holdoff explain {self._token})"
         self._start_at, start = None, ""
@@ -68,9 +68,9 @@ class WaitDisplay:
         self._tell(change, f"{self._what}{start}")
 
     def unreachable(self, error: Unavailable) -> None:
-        """Show that there is nobody to ask."""
-        self._what, self._start_at = f"no answer from {self._endpoint}, trying on", None
-        self._tell((type(error), error.reason), f"{error}; trying on")
+        """Show that no coordinator answers."""
+        self._what, self._start_at = f"no answer from {self._endpoint}, retrying", None
+        self._tell((type(error), error.reason), f"{error}; retrying")
 
     def _tell(self, change: object, text: str) -> None:
         if not self._live and change != self._said:

@@ -48,13 +48,13 @@ _KINDS = {
     type=click.Choice(tuple(_KINDS)),
     multiple=True,
     metavar="KIND",
-    help=f"Only these; may be repeated: {', '.join(_KINDS)}.",
+    help=f"Only entries of this kind; repeatable: {', '.join(_KINDS)}.",
 )
 @click.option("--since", type=Moment(), help="Only what happened after this time.")
 @click.option(
     "--limit",
     type=click.IntRange(min=1),
-    help="At most so many. [default: 50, or all with --since]",
+    help="Maximum number of entries. [default: 50, or all with --since]",
 )
 @output_option
 @click.pass_obj
@@ -69,8 +69,8 @@ def audit(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Show who did what, from where, when and why, the newest first.
 
-    PARENT is an app (apps/APP) or a token (apps/APP/tokens/TOKEN); without it all is shown, also
-    credentials and calls that were refused. It takes the role admin.
+    PARENT is an app (apps/APP) or a token (apps/APP/tokens/TOKEN). Without it all entries are
+    shown, including those of credentials and of refused calls. It needs the role admin.
     """
     most = limit if limit or since else 50
     with Client(endpoint) as client:
@@ -83,7 +83,7 @@ def audit(  # noqa: PLR0913 - one for each option
     elif found:
         emit_table(("TIME", "WHAT", "WHO", "RESOURCE", "WHY"), map(_row, found))
     else:
-        click.echo(f"nothing of the kind{f' of {parent}' if parent else ''}", err=True)
+        click.echo(f"no such entries{f' of {parent}' if parent else ''}", err=True)
 
 
 def _row(event: audit_pb2.AuditEvent) -> Sequence[str]:

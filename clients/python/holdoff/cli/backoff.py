@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.group(epilog=example("holdoff backoff list"))
 def backoff() -> None:
-    """List, set and end back-offs: pauses on a scope that everybody keeps."""
+    """List, set and clear back-offs: pauses on a scope that all callers observe."""
 
 
 @backoff.command(
@@ -41,8 +41,8 @@ def backoff() -> None:
 def list_back_offs(endpoint: str, parent: str | None, output: str) -> None:
     """List the back-offs that are not over, those that end last first.
 
-    APP is apps/APP; without it all are listed. While a back-off is `quiet` nobody goes; then it is
-    `probing`, one goes first; when that went well it is `reopening`, the others follow.
+    APP is apps/APP; without it all are listed. While a back-off is `quiet`, no job starts. Then it
+    is `probing`: one job starts. When that succeeds it is `reopening`: the others follow.
     """
     with Client(endpoint) as client:
         back_offs = client.list_back_offs(parent or "")
@@ -59,12 +59,12 @@ def list_back_offs(endpoint: str, parent: str | None, output: str) -> None:
     epilog=example(
         "holdoff backoff set apps/exact-nl --for 1h --reason 'the provider asked us to'",
         "holdoff backoff set apps/exact-nl/tokens/finance --for 30m --division 535193 "
-        "--endpoint crm/Accounts --reason 'it answers nonsense'",
+        "--endpoint crm/Accounts --reason 'it returns wrong data'",
     ),
 )
 @click.argument("scope", type=Name(TokenName, AppName), metavar="APP_OR_TOKEN")
 @click.option("--for", "length", type=Duration(), required=True, help="How long: 1s to 31d.")
-@click.option("--reason", required=True, help="Why; whoever has to wait is told.")
+@click.option("--reason", required=True, help="Why; shown to all who wait.")
 @click.option("--division", default="", help="Only in this division.")
 @click.option(
     "--endpoint", "path", default="", metavar="PATH", help="Only for calls of this path or URL."
@@ -81,10 +81,11 @@ def set_back_off(  # noqa: PLR0913 - one for each option
     path: str,
     output: str,
 ) -> None:
-    """Make everybody quiet who uses an app (apps/APP) or a token (apps/APP/tokens/TOKEN).
+    """Pause all jobs of an app or a token.
 
-    Jobs that wait go on waiting, and those that run are told. Set again, with the same scope, it
-    replaces what was set before; `holdoff backoff clear` ends it sooner.
+    APP_OR_TOKEN is apps/APP or apps/APP/tokens/TOKEN. Waiting jobs keep waiting, and running jobs
+    back off. A new back-off replaces an earlier one with the same scope; `holdoff backoff clear`
+    ends it early.
     """
     with Client(endpoint) as client:
         _emit(client.set_back_off(scope, length, reason, division=division, endpoint=path), output)
@@ -94,26 +95,26 @@ def set_back_off(  # noqa: PLR0913 - one for each option
     "clear",
     epilog=example(
         "holdoff backoff clear apps/exact-nl/backOffs/block-k7q2m3ab5cdefghi "
-        "--reason 'the provider says that it is mended'"
+        "--reason 'the provider has fixed it'"
     ),
 )
 @click.argument("name", type=Name(BackOffName))
-@click.option("--reason", required=True, help="Why; it is kept, with your name.")
+@click.option("--reason", required=True, help="Why; recorded with your name.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @output_option
 @click.pass_obj
 def clear_back_off(endpoint: str, name: str, reason: str, yes: bool, output: str) -> None:
-    """End the back-off NAME, whatever it comes from; those who waited go on one after the other.
+    """Clear the back-off NAME, whatever its cause.
 
-    A provider that blocks may still do so, and for longer when it is called too soon. On a
-    terminal it is asked for a confirmation first.
+    The waiting jobs follow one by one. A provider that blocks calls may still do so, and for longer
+    if it is called too soon. On a terminal the command asks for confirmation first.
     """
     with Client(endpoint) as client:
         if sys.stdin.isatty() and not yes:
             app = str(AppName(BackOffName.parse(name).app))
             found = [one for one in client.list_back_offs(app) if one.name == name]
             if found and not click.confirm(f"{name}\n{_question(found[0])}", err=True):
-                click.echo("not ended", err=True)
+                click.echo("not cleared", err=True)
                 raise click.exceptions.Exit(exits.DECLINED)
         _emit(client.clear_back_off(name, reason), output)
 
@@ -121,7 +122,7 @@ def clear_back_off(endpoint: str, name: str, reason: str, yes: bool, output: str
 def _question(back_off: budget_pb2.BackOff) -> str:
     has_left = back_off.HasField("remaining")
     left = f" for another {duration_text(back_off, 'remaining')}" if has_left else ""
-    return f"is in force{left}: {printable(back_off.reason)}. End it?"
+    return f"is in force{left}: {printable(back_off.reason)}. Clear it?"
 
 
 def _emit(back_off: budget_pb2.BackOff, output: str) -> None:

@@ -120,14 +120,14 @@ def watch_budgets(
     """Watch back-offs and budgets in use: all of them or those of PARENT.
 
     PARENT is an app (apps/APP) or a token (apps/APP/tokens/TOKEN). On a terminal a live table
-    shows who must be quiet, and under it the budgets, the tightest first. Ctrl-C ends it.
+    shows the back-offs, and below them the budgets, the tightest first. Ctrl-C ends it.
 
-    Else each line is a JSON document with a `kind`: a `budget` or a `back_off` as it stands from
-    now on, which replaces what was known of its name, or `snapshot_end`, once all that stood has
-    come. A budget with nothing `used` or `reserved` is not in use any more, and a back-off whose
-    `state` is unspecified is over.
+    Otherwise each line is a JSON document with a `kind`: a `budget` or a `back_off` in its new
+    state, which replaces earlier data with its name, or `snapshot_end` after the initial ones. A
+    budget with nothing `used` or `reserved` is no longer in use, and a back-off whose `state` is
+    unspecified is over.
 
-    While the coordinator cannot be reached, watching goes on trying.
+    While the coordinator cannot be reached, the command retries.
     """
     app, tokens, _ = (parent or "").partition("/tokens/")
     with Client(endpoint) as client:
@@ -149,7 +149,7 @@ def watch_budgets(
     "reset",
     epilog=example(
         "holdoff budget reset apps/exact-nl/budgets/errors-k7q2m3ab5cdefghi "
-        "--reason 'the job is mended'"
+        "--reason 'the job is fixed'"
     ),
 )
 @click.argument("name", type=Name(BudgetName))
@@ -158,16 +158,16 @@ def watch_budgets(
 @output_option
 @click.pass_obj
 def reset_budget(endpoint: str, name: str, reason: str, yes: bool, output: str) -> None:
-    """Make the budget NAME forget what it counted.
+    """Reset the budget NAME: discard what it counted.
 
-    The provider does not forget: its own limit may be reached sooner than ours then. On a
-    terminal it is asked for a confirmation first.
+    The provider's own count does not change, so its limit may be reached before ours. On a
+    terminal the command asks for confirmation first.
     """
     with Client(endpoint) as client:
         if sys.stdin.isatty() and not yes:
             found = client.get_budget(name)
             used = f"has {found.used} of {found.most} used in {duration_text(found, 'window')}"
-            if not click.confirm(f"{name}\n{used}. Forget them?", err=True):
+            if not click.confirm(f"{name}\n{used}. Reset it?", err=True):
                 click.echo("not reset", err=True)
                 raise click.exceptions.Exit(exits.DECLINED)
         _emit(client.reset_budget(name, reason), output)
@@ -192,7 +192,7 @@ def reset_budget(endpoint: str, name: str, reason: str, yes: bool, output: str) 
     type=click.IntRange(0, 599),
     default=0,
     show_default=True,
-    help="HTTP status of the answer; 0 when it is not known, which counts.",
+    help="HTTP status of the response; 0 if it is not known, which is counted too.",
 )
 @click.option(
     "--count",
@@ -206,10 +206,10 @@ def reset_budget(endpoint: str, name: str, reason: str, yes: bool, output: str) 
     "--id",
     "event_id",
     type=EventId(),
-    help="What names the event, so that it counts once when it is reported again.  [default: new]",
+    help="Id of the event, so that a repeated report counts once.  [default: new]",
 )
 @click.option(
-    "--no-spool", is_flag=True, help="Fail when the coordinator is away, and keep nothing."
+    "--no-spool", is_flag=True, help="Fail if the coordinator cannot be reached, and store nothing."
 )
 @output_option
 @click.pass_obj
@@ -226,12 +226,12 @@ def record_error(  # noqa: PLR0913 - one for each option
     no_spool: bool,
     output: str,
 ) -> None:
-    """Count an error that the provider answered to a job with the token TOKEN.
+    """Report an error that a job with the token TOKEN got from the provider.
 
-    A division that stands in the path is found there.
+    A division in the path is recognised.
 
-    While the coordinator is away the report is kept on disk, and the exit code is 0. The next
-    `holdoff run` or `holdoff budget record` on this host sends it, or `holdoff spool flush`.
+    If the coordinator cannot be reached, the report is stored on disk, and the exit code is 0. The
+    next `holdoff run` or `holdoff budget record` on this host sends it, or `holdoff spool flush`.
     """
     began_ns = boottime_ns()
     event = _calls.error_event(
@@ -258,7 +258,7 @@ def record_error(  # noqa: PLR0913 - one for each option
         name = budget_pb2.EventOutcome.Name(outcome)
         emit_json({"id": event.id, "outcome": name, "spooled": kept})
     elif not kept:
-        click.echo(_OUTCOMES.get(outcome, f"taken in a way unknown to this client ({outcome})"))
+        click.echo(_OUTCOMES.get(outcome, f"an outcome unknown to this client ({outcome})"))
 
 
 def _kept(event: budget_pb2.Event, away: Unavailable) -> bool:
@@ -267,12 +267,12 @@ def _kept(event: budget_pb2.Event, away: Unavailable) -> bool:
     try:
         spool.append(event)
     except SpoolError as error:
-        say(f"the report could not be kept: {error}")
+        say(f"the report could not be stored: {error}")
         return False
     finally:
         spool.close()
     say(
-        f"{away}; the report is kept: the next `holdoff run` or `holdoff budget record` on this "
+        f"{away}; the report is stored: the next `holdoff run` or `holdoff budget record` on this "
         "host sends it, or: holdoff spool flush"
     )
     return True
@@ -297,7 +297,7 @@ def _emit(budget: budget_pb2.Budget, output: str) -> None:
             ("state", enum_text(budget, "state")),
             ("used", f"{budget.used} of {budget.most} {enum_text(budget, 'kind')}s"),
             ("reserved", str(budget.reserved) if budget.reserved else NOTHING),
-            ("in hand", str(budget.margin) if budget.margin else NOTHING),
+            ("margin", str(budget.margin) if budget.margin else NOTHING),
             ("room", str(budget.room)),
             ("room in", duration_text(budget, "room_in")),
             ("room at", time_text(budget, "room_time")),

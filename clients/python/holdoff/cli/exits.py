@@ -32,7 +32,7 @@ TABLE: Final = (
     (str(USAGE), "wrong usage"),
     (str(UNREACHABLE), "the coordinator, its store or a simulator cannot be reached"),
     (str(INTERNAL), "a fault of Holdoff itself"),
-    (str(OUTPUT_LOST), "the output cannot be written: its disk is full"),
+    (str(OUTPUT_LOST), "the output cannot be written: the disk is full"),
     (
         str(NOT_GRANTED),
         "no lease within the wait: held, cooling, backing off, queued, quarantined; a spent budget",
@@ -64,8 +64,9 @@ def code_of(error: Exception) -> int | None:
 
 
 CANNOT_RUN: Final = {
-    CANNOT_EXECUTE: "may you execute it (chmod +x), and is it a program or does it begin with #!?",
-    COMMAND_NOT_FOUND: "is it on the PATH of whoever runs this? if not, write its whole path",
+    CANNOT_EXECUTE: "is it executable (chmod +x), and is it a program or does it begin with #!?",
+    COMMAND_NOT_FOUND: "is it on the PATH of this user? If not, write its full path; if it is a "
+    "script, is the interpreter in its first line (#!) installed?",
 }
 """What the user can do about a command that cannot be run."""
 
@@ -87,14 +88,14 @@ def remedy_of(error: Exception, endpoint: str) -> str:
                 "does holdoff-coordinator listen at {endpoint}? Start one: holdoff-coordinator "
                 "serve; if it is elsewhere: --endpoint HOST:PORT, or HOLDOFF_ENDPOINT; if it "
                 "serves TLS: HOLDOFF_CA_FILE, and HOLDOFF_CERT_FILE with HOLDOFF_KEY_FILE if it "
-                "asks for a certificate"
+                "requires a client certificate"
             )
         case errors.Quarantined(retry_after_seconds=float(seconds)) if seconds:
-            remedy += f", for {format_duration(round(seconds))} at least"
+            remedy += f"; it lasts for at least {format_duration(round(seconds))}"
         case errors.InvalidRequest(reason="") if str(error).startswith("resource exhausted"):
-            remedy = "too much for one message (4 MB): ask for one app or token, not for all"
+            remedy = "too much for one message (4 MB): list one app or token, not all"
         case errors.UnexpectedError() if str(error).startswith("unimplemented"):
-            remedy = "what listens at {endpoint} is no coordinator, or an older one: upgrade it"
+            remedy = "the server at {endpoint} is not a coordinator, or an older one: upgrade it"
     # The message of an error says which token or app it is about.
     name = re.search(r"apps/([a-z0-9-]+)(?:/tokens/[a-z0-9-]+)?", str(error))
     app = name[1] if name else "APP"
@@ -106,45 +107,45 @@ def remedy_of(error: Exception, endpoint: str) -> str:
 _REMEDIES: Final = {
     "LEASE_HELD": "who holds it: holdoff watch {token}; to wait for it: --wait 2h",
     "TOKEN_COOLING": "until when: holdoff token show {token}; to wait for it: --wait 2h",
-    "TOKEN_QUEUED": "who comes first: holdoff token queue {token}; to queue up: --wait 2h",
-    "QUEUE_FULL": "who waits: holdoff token queue {token}; jobs are started faster than they run",
-    "QUARANTINED": "no new leases, in case the store forgot one; what runs goes on. Only waiting "
-    "helps",
-    "BUDGET_SPENT": "until when: holdoff budget list apps/{app} --state spent; others wait for it "
-    "too",
+    "TOKEN_QUEUED": "who is ahead: holdoff token queue {token}; to join the queue: --wait 2h",
+    "QUEUE_FULL": "who waits: holdoff token queue {token}; jobs start faster than they end",
+    "QUARANTINED": "running jobs continue; an administrator can end it: holdoff quarantine end "
+    "apps/{app} --reason WHY",
+    "BUDGET_SPENT": "until when: holdoff budget list apps/{app} --state spent",
     "BACKING_OFF": "why, and until when: holdoff explain {about}; to wait for it: --wait 2h",
+    "COUNTS_UNKNOWN": "why: holdoff quarantine show {app}; it is over by itself",
     "TOO_MANY_BUDGETS": "what is counted: holdoff budget list apps/{app}",
-    "TOO_MANY_EVENTS": "what is counted: holdoff budget list apps/{app}; the oldest leave by "
-    "themselves",
+    "TOO_MANY_EVENTS": "what is counted: holdoff budget list apps/{app}; the oldest events expire",
     "LEASE_LOST": "what happened: holdoff token history {token}",
     "LEASE_BROKEN": "who has it now: holdoff watch {token}",
     "LEASE_ENDED": "the last leases: holdoff token history {token}",
-    "OFFER_EXPIRED": "was this host asleep, or cut off? Ask again",
-    "TOKEN_NOT_FOUND": "those that there are: holdoff token list apps/{app}",
-    "LEASE_NOT_FOUND": "the live ones: holdoff lease list",
-    "BUDGET_NOT_FOUND": "those in use: holdoff budget list apps/{app}",
-    "BACK_OFF_NOT_FOUND": "those that are not over: holdoff backoff list apps/{app}",
-    "RESERVATION_NOT_FOUND": "it is committed under the app, and by the caller, that reserved; it "
-    "is forgotten a day after its window",
-    "EVENT_TOO_OLD": "it has left every window by now: leave it out, or correct its age",
-    "TOKEN_EXISTS": "how it stands: holdoff token show {token}",
+    "OFFER_EXPIRED": "was this host suspended or offline? Try again",
+    "TOKEN_NOT_FOUND": "existing tokens: holdoff token list apps/{app}",
+    "LEASE_NOT_FOUND": "live leases: holdoff lease list",
+    "BUDGET_NOT_FOUND": "budgets in use: holdoff budget list apps/{app}",
+    "BACK_OFF_NOT_FOUND": "current back-offs: holdoff backoff list apps/{app}",
+    "QUARANTINE_NOT_FOUND": "apps in quarantine: holdoff quarantine show",
+    "RESERVATION_NOT_FOUND": "commit it as the caller, and under the app, that reserved it, within "
+    "a day after its window",
+    "EVENT_TOO_OLD": "it is outside every window: omit it, or correct its age",
+    "TOKEN_EXISTS": "its state: holdoff token show {token}",
     "STORE_UNAVAILABLE": "{endpoint} answers, its Valkey or Redis does not: see the coordinator's "
     "log",
     "STORE_OUT_OF_MEMORY": "the store of {endpoint} is full: raise its maxmemory, or free memory",
-    "STORE_READ_ONLY": "the store of {endpoint} is no primary: give its coordinator the URL of the "
-    "primary, or of the Sentinels",
+    "STORE_READ_ONLY": "the store of {endpoint} is not a primary: give its coordinator the URL of "
+    "the primary, or of the Sentinels",
     "STORE_NOT_WRITABLE": "see the log of the store of {endpoint}: is its disk full, are its "
     "replicas down?",
     "STORE_NOT_REPLICATED": "are the replicas of the store of {endpoint} up? Its coordinator waits "
     "for them",
     "STORE_ACCESS_DENIED": "the store of {endpoint} refuses its coordinator: see the coordinator's "
     "log, and in Valkey ACL LOG",
-    "STORE_DAMAGED": "the coordinator's log at {endpoint} names the record; nothing else is "
-    "concerned. What to do: deploy/RUNBOOK.md, HoldoffStoreAway",
-    "SCHEMA_TOO_NEW": "upgrade the coordinator at {endpoint}, or ask a newer one: --endpoint "
+    "STORE_DAMAGED": "the coordinator's log at {endpoint} names the record; no other record is "
+    "affected. What to do: deploy/RUNBOOK.md, HoldoffStoreAway",
+    "SCHEMA_TOO_NEW": "upgrade the coordinator at {endpoint}, or use a newer one: --endpoint "
     "HOST:PORT",
-    "DRAINING": "it is being stopped or restarted, and places are kept: ask again in a moment",
-    "WAITER_SILENT": "was this host asleep, or cut off? Ask again: the place is lost",
+    "DRAINING": "it stops or restarts, and positions are kept: try again in a moment",
+    "WAITER_SILENT": "was this host suspended or offline? Try again: the position is lost",
     "INTERNAL": "a fault of Holdoff: see the coordinator's log at this time, and report it",
 }
 """What to do, by reason; the messages of all other reasons say so themselves."""

@@ -45,28 +45,28 @@ if TYPE_CHECKING:
     )
 )
 @click.argument("scope", type=Name(TokenName, AppName), metavar="TOKEN_OR_APP")
-@click.option("--division", default="", help="Where the job calls.")
+@click.option("--division", default="", help="The division that the job calls.")
 @click.option(
-    "--endpoint", "path", default="", metavar="PATH", help="What it calls: a path or URL."
+    "--endpoint", "path", default="", metavar="PATH", help="The path or URL that it calls."
 )
 @click.option(
     "--job",
     default="",
-    help="Its name: without --endpoint, the places where jobs of this name erred in the last week "
-    "are looked at too.",
+    help="Its name: without --endpoint, also consider the scopes where jobs of this name caused "
+    "errors in the last week.",
 )
 @output_option
 @click.pass_obj
 def explain(  # noqa: PLR0913 - one for each option
     endpoint: str, scope: str, *, division: str, path: str, job: str, output: str
 ) -> None:
-    """Say whether a job may go on now, and if not, every reason.
+    """Show whether a job may start now, and if not, every reason.
 
-    TOKEN_OR_APP is apps/APP/tokens/TOKEN, or apps/APP. The first line says yes or no. Then comes
-    all that stands in the way, what ends last first: since when, until when, and who caused it;
-    then what is quiet of narrower scopes, the budgets with the least room, and the latest errors.
+    TOKEN_OR_APP is apps/APP/tokens/TOKEN, or apps/APP. The first line says yes or no. Then follow
+    the reasons, the last to end first: since when, until when, and who caused it; then back-offs of
+    narrower scopes, the budgets with the least room, and the latest errors.
 
-    The exit code is 0 whatever the answer; with --output json it is `must_wait`.
+    The exit code is 0 for either answer; with --output json the answer is `must_wait`.
     """
     with Client(endpoint) as client:
         answer = client.explain(scope, division=division, endpoint=path, job=job)
@@ -78,7 +78,7 @@ def explain(  # noqa: PLR0913 - one for each option
         click.echo()
         emit_record(_fields(obstacle))
     if answer.narrower:
-        click.echo("\nQuiet too, for calls that go there:\n")
+        click.echo("\nAlso backing off, for calls in these scopes:\n")
         emit_table(BACK_OFF_HEADINGS, (back_off_row(one) for one in answer.narrower))
     if answer.budgets:
         click.echo()
@@ -106,7 +106,7 @@ def _fields(obstacle: budget_service_pb2.Obstacle) -> list[tuple[str, str]]:
         ("since", time_text(obstacle, "start_time")),
         ("by", optional_holder_text(obstacle.caused_by)),
         ("state", state),
-        ("goes first", optional_holder_text(back_off.probe)),
+        ("probe", optional_holder_text(back_off.probe)),
         ("back-off", back_off.name or NOTHING),
         ("lease", obstacle.lease.name or NOTHING),
     ]

@@ -61,7 +61,7 @@ def list_leases(endpoint: str, parent: str | None, output: str) -> None:
 @output_option
 @click.pass_obj
 def show_lease(endpoint: str, name: str, output: str) -> None:
-    """Show the lease NAME, also after its end, for as long as its token's history knows it.
+    """Show the lease NAME; one that has ended, as long as it is in its token's history.
 
     NAME is apps/APP/tokens/TOKEN/leases/LEASE.
     """
@@ -76,15 +76,15 @@ def show_lease(endpoint: str, name: str, output: str) -> None:
     ),
 )
 @click.argument("name", type=Name(LeaseName))
-@click.option("--reason", required=True, help="Why; the holder is told.")
+@click.option("--reason", required=True, help="Why; shown to the holder.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @output_option
 @click.pass_obj
 def break_lease(endpoint: str, name: str, reason: str, yes: bool, output: str) -> None:
     """Forbid the renewal of the lease NAME, so that its holder has to stop.
 
-    The lease lives on until its holder confirms, or the lease runs out; the token's cooldown
-    counts from then. On a terminal it is asked for a confirmation first.
+    The lease remains until its holder confirms, or until it expires; the token's cooldown counts
+    from then. On a terminal the command asks for confirmation first.
     """
     with Client(endpoint) as client:
         if sys.stdin.isatty() and not yes:
@@ -117,7 +117,7 @@ def _emit(lease: lease_pb2.Lease, output: str) -> None:
             ("name", lease.name),
             ("state", lease_state_text(lease)),
             ("because", lease.activity_message or NOTHING),
-            ("goes on", time_text(lease, "go_on_time")),
+            ("resumes", time_text(lease, "go_on_time")),
             ("holder", holder_text(holder) + (f" ({who})" if who else "")),
             ("labels", labels_text(holder)),
             ("fencing token", str(lease.fencing_token)),

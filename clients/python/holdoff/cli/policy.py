@@ -67,15 +67,16 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
             ("refresh tokens", enum_text(refresh, "rotation")),
             ("used ones work for", duration_text(refresh, "grace")),
             ("idle life", duration_text(refresh, "idle_life")),
+            ("longest lease", duration_text(found, "longest_ttl")),
             *((f"limit {limit.name}", _limit_text(limit)) for limit in found.limits),
             ("block", _block_text(block)),
             *((f"throttle {one.name}", _throttle_text(one)) for one in found.throttles),
             (
-                "while quiet a run",
+                "back-off, a run",
                 _WHEN_QUIET.get(found.when_quiet, enum_text(found, "when_quiet")),
             ),
             *(("error in output", pattern) for pattern in found.output.errors),
-            *(("place in output", pattern) for pattern in found.output.places),
+            *(("scope in output", pattern) for pattern in found.output.places),
             ("codes in output", _codes_text(found.output)),
             ("endpoint path", found.endpoint_path or NOTHING),
         ]
@@ -87,9 +88,9 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
     "files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
 def check_policies(files: tuple[Path, ...]) -> None:
-    """Check policy files; no coordinator is asked.
+    """Check policy files, without a coordinator.
 
-    Put them into the directory that the coordinator is given with --policy-dir.
+    Put them into the directory that the coordinator reads with --policy-dir.
     """
     wrong, known = False, set(presets())
     for path in files:
@@ -115,7 +116,7 @@ def check_policies(files: tuple[Path, ...]) -> None:
 _WHEN_QUIET = {
     policy_pb2.WHEN_QUIET_UNSPECIFIED: "is paused",
     policy_pb2.WHEN_QUIET_PAUSE: "is paused",
-    policy_pb2.WHEN_QUIET_FINISH: "is let finish",
+    policy_pb2.WHEN_QUIET_FINISH: "may finish",
     policy_pb2.WHEN_QUIET_TERMINATE: "is ended",
 }
 
@@ -136,7 +137,7 @@ def _origin(policy: policy_pb2.Policy) -> str:
 
 def _limit_text(limit: policy_pb2.Limit) -> str:
     statuses = f" ({', '.join(map(str, limit.statuses))})" if limit.statuses else ""
-    margin = f", {limit.margin} in hand" if limit.margin else ""
+    margin = f", margin {limit.margin}" if limit.margin else ""
     kind = enum_text(limit, "kind")
     return (
         f"{limit.most} {kind}s{statuses} in {duration_text(limit, 'window')} for each "

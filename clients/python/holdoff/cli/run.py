@@ -61,14 +61,14 @@ def _labels(
     type=Duration(),
     default=DEFAULT_TTL_SECONDS,
     show_default="2m",
-    help="Life of the lease after each renewal, 1s to 24h.",
+    help="How long the lease lasts after each renewal, 1s to 24h.",
 )
 @click.option(
     "--grace",
     type=Duration(),
     help="Time between TERM and KILL if the lease is lost. [default: 10s, or TTL/3 if less]",
 )
-@click.option("--job", default="", help="Name of the job, for people who look at leases.")
+@click.option("--job", default="", help="Name of the job, shown in lists of leases and waiters.")
 @click.option(
     "--label",
     "labels",
@@ -76,26 +76,26 @@ def _labels(
     multiple=True,
     callback=_labels,
     metavar="KEY=VALUE",
-    help=f"Something else to know about this run, for people and programs; up to {MOST_LABELS}.",
+    help=f"More information about this run, shown with its lease; up to {MOST_LABELS}.",
 )
 @click.option(
     "--division",
     "divisions",
     multiple=True,
     metavar="DIVISION",
-    help="A division that the command will call: it waits while that must be quiet.",
+    help="A division that the command will call: it waits while that is backing off.",
 )
 @click.option(
     "--endpoint",
     "endpoints",
     multiple=True,
     metavar="PATH",
-    help="An endpoint that it will call, in each of the divisions if some are given.",
+    help="An endpoint that it will call, in each division if any are given.",
 )
 @click.option(
     "--log-file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Look for errors in this file that the command writes, and not in its output.",
+    help="Look for errors in this file, which the command writes, instead of its output.",
 )
 @click.option(
     "--read-output/--no-read-output",
@@ -106,7 +106,7 @@ def _labels(
 @click.option(
     "--when-quiet",
     type=click.Choice(["pause", "finish", "terminate"]),
-    help="What to do while a scope of the command must be quiet. [default: as the policy says]",
+    help="What to do while a scope of the command is backing off. [default: set by the policy]",
 )
 @click.option(
     "--isolate",
@@ -120,12 +120,12 @@ def _labels(
     type=click.Choice(["fail", "run"]),
     default="fail",
     show_default=True,
-    help="What to do when no coordinator answers within the wait: `run` breaks the glass.",
+    help="What to do when no coordinator answers within the wait: `run` runs without a lease.",
 )
 @click.option(
     "--result-file",
     type=click.Path(path_type=Path, dir_okay=False, readable=False),
-    help="Write a JSON account of the run to this file.",
+    help="Write a JSON report of the run to this file.",
 )
 @click.argument(
     "command",
@@ -157,12 +157,12 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     """Run COMMAND while holding a lease on a token.
 
     COMMAND starts when it is its turn and the token's cooldown has passed. Its input, output,
-    signals and exit code pass through. If the lease is lost, all that it started is ended before
-    anybody else can be granted a lease, and the exit code is 79.
+    signals and exit code pass through. If the lease is lost, all processes that it started are
+    ended before another job can get a lease, and the exit code is 79.
 
     Errors of the provider in its output, or in its log, are counted against the budgets of the
-    token. While one of these is spent, or the provider blocks, the command is paused, or ended
-    with exit code 75.
+    token. While one of these is spent, or the provider blocks calls, the command is paused, or
+    ended with exit code 75.
     """
     if no_wait and wait is not None:
         raise click.UsageError("--wait and --no-wait exclude each other")
@@ -228,7 +228,7 @@ def _started(order: Order, account: Account) -> Iterator[Run]:
         connected = stack.enter_context(contextlib.ExitStack())
         read_output = order.read_output
         if read_output and not Guard.CAN_READ_OUTPUT:
-            voice.say("what the command writes is not looked through here: name its --log-file")
+            voice.say("the command's output is not searched for errors here: use --log-file")
             read_output = False
         passage = stack.enter_context(Passage()) if read_output else None
         stdio = passage.stdio if passage else None

@@ -33,19 +33,19 @@ _MANY = 1000
 
 @click.group(epilog=example("holdoff spool list"))
 def spool() -> None:
-    """Show and send the reports that wait on this host for a coordinator that was away.
+    """Show and send error reports that are stored on this host because no coordinator answered.
 
-    They are kept in $XDG_STATE_HOME/holdoff/spool, for each user apart.
+    They are in $XDG_STATE_HOME/holdoff/spool, separate for each user.
     """
 
 
 @spool.command("list", epilog=example("holdoff spool list", "holdoff spool list --output json"))
 @output_option
 def list_waiting(output: str) -> None:
-    """List the reports that wait on this host, the oldest first.
+    """List the reports that are stored on this host, the oldest first.
 
-    Those of a command that still runs are sent by itself; the others by the next `holdoff run`
-    or `holdoff budget record`, or by `holdoff spool flush`.
+    A command that still runs sends its own reports. The next `holdoff run` or `holdoff budget
+    record` sends the others, or `holdoff spool flush`.
     """
     now = Moment.now()
     found = sorted(Spool().survey(say), key=lambda one: -one[0].age_ns(now))
@@ -60,17 +60,17 @@ def list_waiting(output: str) -> None:
             (_row(waiting, now, live) for waiting, live in found),
         )
     else:
-        click.echo("no reports wait on this host", err=True)
+        click.echo("no reports are stored on this host", err=True)
 
 
 @spool.command("flush", epilog=example("holdoff spool flush"))
 @click.pass_obj
 def flush(endpoint: str) -> None:
-    """Send the reports that were left behind on this host; each counts once.
+    """Send the reports that are stored on this host; each counts once.
 
-    Those of a command that still runs are left to it. A report of a token that the coordinator
-    does not know stays, since another coordinator may know it; after a day it is dropped, as all
-    that are so old.
+    A command that still runs sends its own reports. A report about a token that the coordinator
+    does not know stays stored, since another coordinator may know it. Reports older than a day are
+    dropped.
     """
     spool = Spool()
     waiting = _waiting(spool)
@@ -89,9 +89,9 @@ def flush(endpoint: str) -> None:
     dropped = f", {flushed.dropped} dropped" if flushed.dropped else ""
     click.echo(f"{flushed.sent} sent{dropped}")
     if live := sum(runs for _, runs in spool.survey(lambda _: None)):
-        say(f"{live} reports wait in commands that still run, which send them")
+        say(f"{live} reports belong to commands that still run, which send them")
     if flushed.error:
-        say(f"{_waiting(spool)} reports are left, and kept")
+        say(f"{_waiting(spool)} reports stay stored")
         raise flushed.error
 
 

@@ -46,7 +46,7 @@ _SILENT_SECONDS = 5
 
 @click.group(epilog=example("holdoff token list"))
 def token() -> None:
-    """Create, update, show and list tokens; see who waits for one, and who ran."""
+    """Create, update, show and list tokens; show their queues and histories."""
 
 
 @token.command(
@@ -63,12 +63,12 @@ def token() -> None:
 @click.option(
     "--refresh-interval",
     type=Duration(),
-    help="Least time between two refreshes, taken exactly; without it, as the policy says.",
+    help="Minimum time between two refreshes, without a margin. [default: set by the policy]",
 )
 @click.option(
     "--refresh-at",
     type=click.Choice(["end", "start"]),
-    help="When a run is taken to refresh; without it, as the policy says.",
+    help="When a run counts as a refresh. [default: set by the policy]",
 )
 @click.option(
     "--last-refreshed",
@@ -93,7 +93,7 @@ def create_token(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Create the token NAME, such as apps/exact-nl/tokens/finance.
 
-    Its app needs no creation of its own. Durations are decimals with ms, s, m, h or d.
+    This also creates its app. Durations are numbers with ms, s, m, h or d.
     """
     with Client(endpoint) as client:
         created = client.create_token(
@@ -118,12 +118,12 @@ def create_token(  # noqa: PLR0913 - one for each option
 @click.option(
     "--refresh-interval",
     type=DurationOrPolicy(),
-    help="Least time between two refreshes, taken exactly; `policy`: as the policy says again.",
+    help="Minimum time between two refreshes, without a margin; `policy` to use the policy's.",
 )
 @click.option(
     "--refresh-at",
     type=click.Choice(["end", "start", "policy"]),
-    help="When a run is taken to refresh; `policy`: as the policy says again.",
+    help="When a run counts as a refresh; `policy` to use the policy's setting.",
 )
 @output_option
 @click.pass_obj
@@ -136,9 +136,9 @@ def update_token(  # noqa: PLR0913 - one for each option
     refresh_at: str | None,
     output: str,
 ) -> None:
-    """Change the settings that are given of the token NAME.
+    """Change settings of the token NAME.
 
-    A running cooldown or lease is not shortened by it.
+    This never shortens a running cooldown or lease.
     """
     if policy is None and refresh_interval is None and refresh_at is None:
         raise click.UsageError("nothing to change: give --policy, --refresh-interval, --refresh-at")
@@ -187,19 +187,20 @@ def list_tokens(endpoint: str, parent: str | None, output: str) -> None:
 @output_option
 @click.pass_obj
 def show_queue(endpoint: str, name: str, output: str) -> None:
-    """Show who waits for the token NAME, in the order of their places.
+    """Show who waits for the token NAME, in order.
 
-    A waiter that is `silent`, not heard for 5 s, is passed over; after a minute it loses its place.
+    A waiter that is `silent`, not heard from for 5 s, is passed over; after a minute it loses its
+    position.
     """
     with Client(endpoint) as client:
         waiters = client.list_waiters(name)
     if output == "json":
         emit_json({"waiters": [resource(waiter) for waiter in waiters]})
     elif waiters:
-        headings = ("PLACE", "HOLDER", "PID", "STATE", "WAITED", "HEARD", "LABELS")
+        headings = ("POSITION", "HOLDER", "PID", "STATE", "WAITED", "HEARD", "LABELS")
         emit_table(headings, (_waiter_row(waiter) for waiter in waiters))
     else:
-        click.echo(f"nobody waits for {name}", err=True)
+        click.echo(f"no waiters for {name}", err=True)
 
 
 @token.command(
@@ -230,11 +231,11 @@ def show_history(endpoint: str, name: str, at: datetime | None, output: str) -> 
         headings = ("FROM", "TO", "HELD", "HOLDER", "ENDED", "LEASE")
         emit_table(headings, (_history_row(lease) for lease in leases))
     elif at is None:
-        click.echo(f"nobody has held {name} yet", err=True)
+        click.echo(f"no leases of {name} yet", err=True)
     else:
         when = f"{at.astimezone():%Y-%m-%d %H:%M:%S%z}"
-        since = f"; what is known goes back to {time_text(known[-1], 'accept_time')}"
-        click.echo(f"nobody held {name} at {when}{since if known else ''}", err=True)
+        since = f"; the history goes back to {time_text(known[-1], 'accept_time')}"
+        click.echo(f"no lease of {name} at {when}{since if known else ''}", err=True)
 
 
 def _row(token: token_pb2.Token, lease: lease_pb2.Lease | None) -> tuple[str, ...]:

@@ -43,20 +43,20 @@ if TYPE_CHECKING:
 )
 @click.argument("parent", type=Name(AppName, TokenName), required=False)
 @live_output_option
-@click.option("--resume", metavar="TOKEN", default="", help="Go on after this resume_token.")
+@click.option("--resume", metavar="TOKEN", default="", help="Continue after this resume_token.")
 @click.pass_obj
 def watch(endpoint: str, parent: str | None, output: str, resume: str) -> None:
     """Watch all tokens, or PARENT: an app (apps/APP) or a token (apps/APP/tokens/TOKEN).
 
-    On a terminal a live table shows how they stand, and the last changes under it. Ctrl-C ends it.
+    On a terminal a live table shows their state, and the last changes below it. Ctrl-C ends it.
 
-    Else each line is a JSON document with a `kind`. The lines of kind `snapshot` up to a
-    `snapshot_end` say how all tokens of an app stand, and replace what was known of it. The other
-    kinds are changes, such as `granted`, `released`, `expired` or `queue_moved`. With the last
-    `resume_token` and the same PARENT, --resume misses none; when that is not possible any more a
-    fresh snapshot comes.
+    Otherwise each line is a JSON document with a `kind`. The lines of kind `snapshot` up to a
+    `snapshot_end` give the state of all tokens of an app, and replace earlier data about it. The
+    other kinds are changes, such as `granted`, `released`, `expired` or `queue_moved`. With the
+    last `resume_token` and the same PARENT, --resume misses no change; if that is no longer
+    possible, a new snapshot follows.
 
-    While the coordinator cannot be reached, watching goes on trying.
+    While the coordinator cannot be reached, the command retries.
     """
     as_lines = wants_lines(output)
     if resume and not as_lines:

@@ -97,7 +97,7 @@ class Limit(_Table, frozen=True, kw_only=True):
     statuses: tuple[Status, ...] = ()
     """HTTP statuses that count as errors."""
     margin: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """So many are kept in hand; the budget is low from there on."""
+    """The part of `most` that is kept free; the budget is low when no more room is left."""
 
     def __post_init__(self) -> None:
         _check_scope(self.scope)
@@ -150,7 +150,7 @@ class Throttle(_Table, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         _check_scope(self.scope)
         if not (self.statuses or self.body or self.header):
-            raise ValueError("a throttle needs `statuses`, `body` or `header`: it fits everything")
+            raise ValueError("a throttle without `statuses`, `body` or `header` matches everything")
         for field, pattern in (("body", self.body), ("header", self.header)):
             if pattern:
                 _groups_of(field, pattern)
@@ -175,7 +175,7 @@ class Output(_Table, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if not self.errors:
-            raise ValueError("`errors` needs a regular expression: without, nothing is recognised")
+            raise ValueError("`errors` needs a regular expression, to recognise errors")
         for number, pattern in enumerate(self.errors):
             field = f"errors[{number}]"
             if extra := _groups_of(field, pattern) - _PLACE_GROUPS - {"status", "code"}:
@@ -198,6 +198,8 @@ class Policy(_Table, frozen=True, kw_only=True):
     name: Id
     title: str = ""
     refresh: Refresh
+    longest_ttl: Seconds = Seconds(86400)
+    """The longest TTL of a lease; a loss of data holds back grants for as long, and an interval."""
     endpoint: Endpoint | None = None
     limit: tuple[Limit, ...] = ()
     block: Block = msgspec.field(default_factory=Block)
@@ -211,7 +213,7 @@ class Policy(_Table, frozen=True, kw_only=True):
             names = [one.name for one in named]
             for number, name in enumerate(names):
                 if name in names[:number]:
-                    raise ValueError(f"`{table}[{number}].name`: two have the same name")
+                    raise ValueError(f"`{table}[{number}].name`: this name is used twice")
 
     def place(self, path: str) -> tuple[str, str]:
         """Find a call's (division, endpoint) in its path or URL, each in its one normal form."""
@@ -270,7 +272,7 @@ def _groups_of(field: str, pattern: str) -> set[str]:
     except NO_PATTERN as error:
         raise ValueError(f"`{field}` is not a regular expression: {error}") from None
     if compiled.search(""):
-        raise ValueError(f"`{field}` fits everything: write what is special about it")
+        raise ValueError(f"`{field}` matches everything: make it more specific")
     return set(compiled.groupindex)
 
 

@@ -97,7 +97,7 @@ class _Url(click.ParamType[str]):
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not value.startswith(("http://", "https://")):
-            self.fail(f"{value!r} is no URL such as http://127.0.0.1:8080", param, ctx)
+            self.fail(f"{value!r} is not a URL such as http://127.0.0.1:8080", param, ctx)
         return value.rstrip("/")
 
 
@@ -122,9 +122,9 @@ _output_option = click.option(
 )
 
 
-@click.group()
+@click.group(epilog="Example: holdoff simulator serve --listen 127.0.0.1:8080")
 def simulator() -> None:
-    """Serve a simulated provider, to test jobs against, and ask it who broke which rule."""
+    """Run a simulated provider to test jobs with; show who broke which rule."""
 
 
 @simulator.command(
@@ -145,27 +145,27 @@ def simulator() -> None:
     type=click.FloatRange(min=0, max=_MOST_TIME_SCALE, min_open=True),
     default=1.0,
     show_default=True,
-    help="Simulated seconds in a real one.",
+    help="Simulated seconds per real second.",
 )
 @click.option(
     "--rotation",
     type=click.Choice([str(rotation) for rotation in Rotation]),
     default=str(Rotation.REUSE),
     show_default=True,
-    help="Whether used refresh tokens go on working (reuse) or are refused (strict).",
+    help="Whether used refresh tokens keep working (reuse) or are refused (strict).",
 )
 @click.option(
     "--switch",
     "settings",
     type=_Switch(),
     multiple=True,
-    help="Choose a behaviour where the provider's is not known; see below. Repeatable.",
+    help="Choose a behaviour that the provider does not document; see below. Repeatable.",
 )
 @click.option(
     "--seed-file",
     "seeds_of_file",
     type=_SeedFile(),
-    help="Apps and users, as TOML ([[seeds]]) or as the JSON that URL/_simulator/seed tells.",
+    help="Apps and users, as TOML ([[seeds]]) or as the JSON that URL/_simulator/seed returns.",
 )
 @click.option("--apps", type=click.IntRange(1, _MOST_SEEDS), help="Number of apps.  [default: 1]")
 @click.option(
@@ -183,11 +183,11 @@ def serve(  # noqa: PLR0913 -- one for each option
 ) -> None:
     """Run a simulated Exact Online until SIGINT or SIGTERM.
 
-    Prints one line with its URL. URL/_simulator/seed tells the client ids, the
-    secrets and the first refresh tokens. All times are simulated ones.
+    Prints one line with its URL. URL/_simulator/seed returns the client ids, the
+    secrets and the first refresh tokens. All times are simulated.
     """
     if seeds_of_file and (apps or users):
-        raise click.UsageError("--seed-file tells the apps and users: leave out --apps and --users")
+        raise click.UsageError("--seed-file defines the apps and users: omit --apps and --users")
     host, port = listen
     server = serving(
         host,
@@ -215,7 +215,10 @@ def serve(  # noqa: PLR0913 -- one for each option
 @click.argument("url", type=_Url())
 @_output_option
 def report(url: str, output: str) -> None:
-    """Tell who broke which rule of the simulator at URL, the blocks, and the errors counted."""
+    """Show who broke which rule of the simulator at URL.
+
+    It also shows the blocks, and the counted errors.
+    """
     document = _ask(url, "GET", "report")
     if output == "json":
         click.echo(json.dumps(document, indent=2))
@@ -232,30 +235,30 @@ def report(url: str, output: str) -> None:
 @click.argument("kind", type=click.Choice([str(kind) for kind in FaultKind]), required=False)
 @click.option(
     "--path",
-    help="What the request's path begins with.  [default: any; of lost-answer the token endpoint]",
+    help="Prefix of the request's path.  [default: any; for lost-answer the token endpoint]",
 )
 @click.option("--count", type=click.IntRange(1), help="How many requests.  [default: 1]")
 @click.option("--seconds", type=float, help="Simulated seconds that a hang or slow body lasts.")
 @click.option("--status", type=click.IntRange(500, 599), help="Status of an error.  [default: 500]")
-@click.option("--clear", is_flag=True, help="Forget all faults that are pending.")
+@click.option("--clear", is_flag=True, help="Discard all pending faults.")
 @_output_option
 def fault(url: str, kind: str | None, *, clear: bool, output: str, **fields: Any) -> None:
-    """Let the next requests to the simulator at URL meet a fault.
+    """Inject a fault into the next requests to the simulator at URL.
 
-    Without KIND it lists the faults that are pending.
+    Without KIND it lists the pending faults.
 
     \b
-    error        a 5xx; the request is not acted on
-    hang         silence, then the connection ends; not acted on
-    reset        the connection is reset; not acted on
-    slow-body    the right answer, in driblets
-    lost-answer  a token is issued, and the connection reset instead of the answer
+    error        a 5xx; the request has no effect
+    hang         no response, then the connection closes; no effect
+    reset        the connection is reset; no effect
+    slow-body    the correct response, sent slowly in small pieces
+    lost-answer  a token is issued, but the connection is reset before the response
     """  # noqa: D301 -- click wants the backspace itself
     given = {name: value for name, value in fields.items() if value is not None}
     if kind is None and given:
         raise click.UsageError(f"--{next(iter(given))} needs a KIND of fault")
     if kind and clear:
-        raise click.UsageError("--clear takes no KIND: it forgets all of them")
+        raise click.UsageError("--clear takes no KIND: it discards all of them")
     if kind:
         document = _ask(url, "POST", "faults", {"fault": kind, **given})
     else:
@@ -285,10 +288,10 @@ def _ask(url: str, method: str, page: str, document: dict[str, Any] | None = Non
     try:
         status, answer = asyncio.run(ask())
     except aiohttp.InvalidURL as error:
-        raise click.UsageError(f"{url!r} is no URL") from error
+        raise click.UsageError(f"{url!r} is not a URL") from error
     except (aiohttp.ContentTypeError, json.JSONDecodeError) as error:
         raise _Unavailable(
-            f"what answers at {url} is no simulator; which URL did it print?"
+            f"the server at {url} is not a simulator; which URL did it print?"
         ) from error
     except TimeoutError as error:
         raise _Unavailable(f"no answer from {url} within {_ANSWER_SECONDS} s") from error

@@ -21,7 +21,7 @@ class ErrorWindow(StrEnum):
 
 
 class OldTokenDies(StrEnum):
-    """When a used refresh token dies under strict rotation.
+    """When a used refresh token becomes invalid under strict rotation.
 
     Either as soon as its successor is issued, when a successor is used for a
     refresh, or when a successor's access token is used for an API call.
@@ -33,16 +33,16 @@ class OldTokenDies(StrEnum):
 
 
 class OldTokenStatus(StrEnum):
-    """The status that refuses a dead refresh token."""
+    """The status for an invalid refresh token."""
 
     UNAUTHORIZED = "401"
     BAD_REQUEST = "400"
 
 
 class EarlyRefresh(StrEnum):
-    """Whether the refusal of a refresh that comes too early brings a new refresh token.
+    """Whether the refusal of a refresh that is too early contains a new refresh token.
 
-    Where it does, under strict rotation, the new one is the one to go on with.
+    If so, under strict rotation, only the new one is valid.
     """
 
     ERROR_ONLY = "error-only"
@@ -64,7 +64,7 @@ class DailyTokenStatus(StrEnum):
 
 
 class BlockAnswer(StrEnum):
-    """What a blocked key gets: an error in JSON, or the page that a blocked address gets."""
+    """The response to a blocked key: a JSON error, or the page that a blocked address gets."""
 
     JSON_403 = "403-json"
     HTML_503 = "503-html"
@@ -73,8 +73,8 @@ class BlockAnswer(StrEnum):
 class BlockSchedule(StrEnum):
     """How long a key's blocks last.
 
-    The first lasts an hour; each repeat lasts twice as long, twice as long up to
-    a day, or an hour as well.
+    The first lasts an hour; each later one twice as long, twice as long up to a
+    day, or also an hour.
     """
 
     DOUBLING = "doubling"

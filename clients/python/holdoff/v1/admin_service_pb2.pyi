@@ -34,7 +34,7 @@ class BreakLeaseRequest(_message.Message):
     name: _builtins.str
     """The lease: `apps/{app}/tokens/{token}/leases/{lease}`."""
     reason: _builtins.str
-    """Why, in the operator's words; the holder is told. At most 200 characters."""
+    """Why, in the operator's words; shown to the holder. At most 200 characters."""
     @_builtins.property
     def holder(self) -> _lease_pb2.Holder:
         """Who wishes it."""
@@ -136,7 +136,7 @@ Global___ResetBudgetResponse: _TypeAlias = ResetBudgetResponse  # noqa: Y015
 
 @_typing.final
 class SetBackOffRequest(_message.Message):
-    """Makes everybody in a scope quiet."""
+    """Makes all callers in a scope back off."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -253,6 +253,62 @@ class ClearBackOffResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClearBackOffResponse: _TypeAlias = ClearBackOffResponse  # noqa: Y015
+
+@_typing.final
+class EndQuarantineRequest(_message.Message):
+    """Ends a quarantine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    app: _builtins.str
+    """The app: `apps/{app}`."""
+    reason: _builtins.str
+    """Why, in the operator's words. At most 200 characters."""
+    @_builtins.property
+    def holder(self) -> _lease_pb2.Holder:
+        """Who wishes it."""
+
+    def __init__(
+        self,
+        *,
+        app: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        holder: _lease_pb2.Holder | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "holder", b"holder", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndQuarantineRequest: _TypeAlias = EndQuarantineRequest  # noqa: Y015
+
+@_typing.final
+class EndQuarantineResponse(_message.Message):
+    """The quarantine after it was ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUARANTINE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def quarantine(self) -> _lease_pb2.Quarantine:
+        """The quarantine."""
+
+    def __init__(
+        self,
+        *,
+        quarantine: _lease_pb2.Quarantine | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quarantine", b"quarantine"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quarantine", b"quarantine"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndQuarantineResponse: _TypeAlias = EndQuarantineResponse  # noqa: Y015
 
 @_typing.final
 class ListAuditEventsRequest(_message.Message):

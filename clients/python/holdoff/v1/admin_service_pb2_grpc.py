@@ -55,6 +55,11 @@ class AdminServiceStub:
                 request_serializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffResponse.FromString,
                 _registered_method=True)
+        self.EndQuarantine = channel.unary_unary(
+                '/holdoff.v1.AdminService/EndQuarantine',
+                request_serializer=holdoff_dot_v1_dot_admin__service__pb2.EndQuarantineRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_admin__service__pb2.EndQuarantineResponse.FromString,
+                _registered_method=True)
         self.ListAuditEvents = channel.unary_unary(
                 '/holdoff.v1.AdminService/ListAuditEvents',
                 request_serializer=holdoff_dot_v1_dot_admin__service__pb2.ListAuditEventsRequest.SerializeToString,
@@ -84,16 +89,24 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetBackOff(self, request, context):
-        """Makes everybody in a scope quiet for a while. A second time with the same
-        scope replaces the first one.
+        """Makes all callers in a scope back off for a time. A second time with the
+        same scope replaces the first one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ClearBackOff(self, request, context):
-        """Ends a back-off, whatever it comes from. Those who kept it go on one after
-        the other, without a probe.
+        """Clears a back-off, whatever its cause. Its callers resume one by one,
+        without a probe.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndQuarantine(self, request, context):
+        """Ends the quarantine of an app: new leases are granted at once. What the
+        store may have lost is then at risk, as `Quarantine.at_risk` says.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +142,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ClearBackOff,
                     request_deserializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffResponse.SerializeToString,
+            ),
+            'EndQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndQuarantine,
+                    request_deserializer=holdoff_dot_v1_dot_admin__service__pb2.EndQuarantineRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_admin__service__pb2.EndQuarantineResponse.SerializeToString,
             ),
             'ListAuditEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAuditEvents,
@@ -245,6 +263,33 @@ class AdminService:
             '/holdoff.v1.AdminService/ClearBackOff',
             holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffRequest.SerializeToString,
             holdoff_dot_v1_dot_admin__service__pb2.ClearBackOffResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.AdminService/EndQuarantine',
+            holdoff_dot_v1_dot_admin__service__pb2.EndQuarantineRequest.SerializeToString,
+            holdoff_dot_v1_dot_admin__service__pb2.EndQuarantineResponse.FromString,
             options,
             channel_credentials,
             insecure,

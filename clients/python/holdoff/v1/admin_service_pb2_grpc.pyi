@@ -43,12 +43,16 @@ class AdminServiceStub:
     ever after, and reservations keep their room.
     """
     SetBackOff: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SetBackOffRequest, _admin_service_pb2.SetBackOffResponse]
-    """Makes everybody in a scope quiet for a while. A second time with the same
-    scope replaces the first one.
+    """Makes all callers in a scope back off for a time. A second time with the
+    same scope replaces the first one.
     """
     ClearBackOff: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ClearBackOffRequest, _admin_service_pb2.ClearBackOffResponse]
-    """Ends a back-off, whatever it comes from. Those who kept it go on one after
-    the other, without a probe.
+    """Clears a back-off, whatever its cause. Its callers resume one by one,
+    without a probe.
+    """
+    EndQuarantine: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.EndQuarantineRequest, _admin_service_pb2.EndQuarantineResponse]
+    """Ends the quarantine of an app: new leases are granted at once. What the
+    store may have lost is then at risk, as `Quarantine.at_risk` says.
     """
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEventsRequest, _admin_service_pb2.ListAuditEventsResponse]
     """Lists the audit trail, the newest first. Of each app, and of what belongs
@@ -70,12 +74,16 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ever after, and reservations keep their room.
     """
     SetBackOff: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SetBackOffRequest, _admin_service_pb2.SetBackOffResponse]  # type: ignore[assignment]
-    """Makes everybody in a scope quiet for a while. A second time with the same
-    scope replaces the first one.
+    """Makes all callers in a scope back off for a time. A second time with the
+    same scope replaces the first one.
     """
     ClearBackOff: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ClearBackOffRequest, _admin_service_pb2.ClearBackOffResponse]  # type: ignore[assignment]
-    """Ends a back-off, whatever it comes from. Those who kept it go on one after
-    the other, without a probe.
+    """Clears a back-off, whatever its cause. Its callers resume one by one,
+    without a probe.
+    """
+    EndQuarantine: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.EndQuarantineRequest, _admin_service_pb2.EndQuarantineResponse]  # type: ignore[assignment]
+    """Ends the quarantine of an app: new leases are granted at once. What the
+    store may have lost is then at risk, as `Quarantine.at_risk` says.
     """
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEventsRequest, _admin_service_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
     """Lists the audit trail, the newest first. Of each app, and of what belongs
@@ -112,8 +120,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.SetBackOffRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.SetBackOffResponse, _abc.Awaitable[_admin_service_pb2.SetBackOffResponse]]:
-        """Makes everybody in a scope quiet for a while. A second time with the same
-        scope replaces the first one.
+        """Makes all callers in a scope back off for a time. A second time with the
+        same scope replaces the first one.
         """
 
     @_abc_1.abstractmethod
@@ -122,8 +130,18 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ClearBackOffRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ClearBackOffResponse, _abc.Awaitable[_admin_service_pb2.ClearBackOffResponse]]:
-        """Ends a back-off, whatever it comes from. Those who kept it go on one after
-        the other, without a probe.
+        """Clears a back-off, whatever its cause. Its callers resume one by one,
+        without a probe.
+        """
+
+    @_abc_1.abstractmethod
+    def EndQuarantine(
+        self,
+        request: _admin_service_pb2.EndQuarantineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.EndQuarantineResponse, _abc.Awaitable[_admin_service_pb2.EndQuarantineResponse]]:
+        """Ends the quarantine of an app: new leases are granted at once. What the
+        store may have lost is then at risk, as `Quarantine.at_risk` says.
         """
 
     @_abc_1.abstractmethod

@@ -32,7 +32,7 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     AUDIT_KIND_LEASE_RELEASED: _AuditKind.ValueType  # 2
     """Its holder ended a lease."""
     AUDIT_KIND_LEASE_LOST: _AuditKind.ValueType  # 3
-    """A lease ran out: its holder was not heard in time."""
+    """A lease expired: its holder did not renew in time."""
     AUDIT_KIND_LEASE_BREAK_ORDERED: _AuditKind.ValueType  # 4
     """The renewal of a lease was forbidden; it lives on for a moment."""
     AUDIT_KIND_LEASE_BROKEN: _AuditKind.ValueType  # 5
@@ -48,8 +48,8 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     AUDIT_KIND_BUDGET_RESET: _AuditKind.ValueType  # 10
     """An operator made a budget forget."""
     AUDIT_KIND_BACK_OFF_BEGAN: _AuditKind.ValueType  # 11
-    """A scope must be quiet: a budget is spent, the provider blocks, or an
-    operator wished it.
+    """A scope backs off: a budget is spent, the provider blocks, or an operator
+    wished it.
     """
     AUDIT_KIND_BACK_OFF_CLEARED: _AuditKind.ValueType  # 12
     """An operator ended a back-off."""
@@ -60,10 +60,12 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     AUDIT_KIND_CREDENTIAL_REVOKED: _AuditKind.ValueType  # 15
     """A credential was revoked."""
     AUDIT_KIND_CALL_REFUSED: _AuditKind.ValueType  # 16
-    """A call was refused: nobody knows who called, or they may not."""
+    """A call was refused: the caller was not authenticated, or not authorised."""
+    AUDIT_KIND_QUARANTINE_ENDED: _AuditKind.ValueType  # 17
+    """An operator ended a quarantine."""
 
 class AuditKind(_AuditKind, metaclass=_AuditKindEnumTypeWrapper):
-    """What the audit trail tells."""
+    """The kinds of entries in the audit trail."""
 
 AUDIT_KIND_UNSPECIFIED: AuditKind.ValueType  # 0
 """Not a kind."""
@@ -72,7 +74,7 @@ AUDIT_KIND_LEASE_GRANTED: AuditKind.ValueType  # 1
 AUDIT_KIND_LEASE_RELEASED: AuditKind.ValueType  # 2
 """Its holder ended a lease."""
 AUDIT_KIND_LEASE_LOST: AuditKind.ValueType  # 3
-"""A lease ran out: its holder was not heard in time."""
+"""A lease expired: its holder did not renew in time."""
 AUDIT_KIND_LEASE_BREAK_ORDERED: AuditKind.ValueType  # 4
 """The renewal of a lease was forbidden; it lives on for a moment."""
 AUDIT_KIND_LEASE_BROKEN: AuditKind.ValueType  # 5
@@ -88,8 +90,8 @@ AUDIT_KIND_TOKEN_UPDATED: AuditKind.ValueType  # 9
 AUDIT_KIND_BUDGET_RESET: AuditKind.ValueType  # 10
 """An operator made a budget forget."""
 AUDIT_KIND_BACK_OFF_BEGAN: AuditKind.ValueType  # 11
-"""A scope must be quiet: a budget is spent, the provider blocks, or an
-operator wished it.
+"""A scope backs off: a budget is spent, the provider blocks, or an operator
+wished it.
 """
 AUDIT_KIND_BACK_OFF_CLEARED: AuditKind.ValueType  # 12
 """An operator ended a back-off."""
@@ -100,7 +102,9 @@ AUDIT_KIND_CREDENTIAL_ISSUED: AuditKind.ValueType  # 14
 AUDIT_KIND_CREDENTIAL_REVOKED: AuditKind.ValueType  # 15
 """A credential was revoked."""
 AUDIT_KIND_CALL_REFUSED: AuditKind.ValueType  # 16
-"""A call was refused: nobody knows who called, or they may not."""
+"""A call was refused: the caller was not authenticated, or not authorised."""
+AUDIT_KIND_QUARANTINE_ENDED: AuditKind.ValueType  # 17
+"""An operator ended a quarantine."""
 Global___AuditKind: _TypeAlias = AuditKind  # noqa: Y015
 
 @_typing.final
@@ -123,8 +127,8 @@ class AuditEvent(_message.Message):
     of a call that was refused, what it was about.
     """
     identity: _builtins.str
-    """Who did it, as the coordinator knows them; empty for what nobody did, such
-    as a lease that ran out.
+    """Who did it, as the coordinator authenticated them; empty for what no caller
+    did, such as a lease that ran out.
     """
     peer: _builtins.str
     """From where: the address of the caller."""

@@ -57,9 +57,9 @@ class _BackOffStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BackOffS
     BACK_OFF_STATE_UNSPECIFIED: _BackOffState.ValueType  # 0
     """Never sent."""
     BACK_OFF_STATE_QUIET: _BackOffState.ValueType  # 1
-    """Everybody is quiet."""
+    """All callers pause."""
     BACK_OFF_STATE_PROBING: _BackOffState.ValueType  # 2
-    """The quiet is over, and one caller goes first; before one has come, too."""
+    """The pause is over, and one caller goes first, or will when one arrives."""
     BACK_OFF_STATE_REOPENING: _BackOffState.ValueType  # 3
     """The others follow, one after the other."""
 
@@ -69,9 +69,9 @@ class BackOffState(_BackOffState, metaclass=_BackOffStateEnumTypeWrapper):
 BACK_OFF_STATE_UNSPECIFIED: BackOffState.ValueType  # 0
 """Never sent."""
 BACK_OFF_STATE_QUIET: BackOffState.ValueType  # 1
-"""Everybody is quiet."""
+"""All callers pause."""
 BACK_OFF_STATE_PROBING: BackOffState.ValueType  # 2
-"""The quiet is over, and one caller goes first; before one has come, too."""
+"""The pause is over, and one caller goes first, or will when one arrives."""
 BACK_OFF_STATE_REOPENING: BackOffState.ValueType  # 3
 """The others follow, one after the other."""
 Global___BackOffState: _TypeAlias = BackOffState  # noqa: Y015
@@ -91,9 +91,7 @@ class _ReservationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rese
     RESERVATION_STATE_CANCELLED: _ReservationState.ValueType  # 3
     """The call was not made."""
     RESERVATION_STATE_EXPIRED: _ReservationState.ValueType  # 4
-    """Nothing was heard in time: it is counted as if the call had been made and
-    had failed.
-    """
+    """It expired: it is counted as if the call had been made and had failed."""
 
 class ReservationState(_ReservationState, metaclass=_ReservationStateEnumTypeWrapper):
     """What became of a reservation."""
@@ -107,9 +105,7 @@ RESERVATION_STATE_COMMITTED: ReservationState.ValueType  # 2
 RESERVATION_STATE_CANCELLED: ReservationState.ValueType  # 3
 """The call was not made."""
 RESERVATION_STATE_EXPIRED: ReservationState.ValueType  # 4
-"""Nothing was heard in time: it is counted as if the call had been made and
-had failed.
-"""
+"""It expired: it is counted as if the call had been made and had failed."""
 Global___ReservationState: _TypeAlias = ReservationState  # noqa: Y015
 
 class _EventOutcome:
@@ -206,9 +202,9 @@ Global___BudgetState: _TypeAlias = BudgetState  # noqa: Y015
 
 @_typing.final
 class Scope(_message.Message):
-    """For whom something counts, or must be quiet: a set of field=value pairs. A
-    call is subject to every scope whose pairs it contains, so that an empty
-    field means "any".
+    """What a count or a back-off applies to: a set of field=value pairs. A call is
+    subject to every scope whose pairs it contains, so that an empty field means
+    "any".
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -285,7 +281,7 @@ class Budget(_message.Message):
     most: _builtins.int
     """The provider's limit in a window."""
     margin: _builtins.int
-    """So many of `most` are kept in hand."""
+    """The part of `most` that is kept free."""
     room: _builtins.int
     """Room left: `most` less `margin`, `used` and `reserved`; never negative."""
     reset_reason: _builtins.str
@@ -314,9 +310,7 @@ class Budget(_message.Message):
 
     @_builtins.property
     def reset_time(self) -> _timestamp_pb2.Timestamp:
-        """When an operator last made it forget what it had counted; absent when
-        nobody did.
-        """
+        """When an operator last reset it; absent if that has not happened."""
 
     def __init__(
         self,
@@ -378,7 +372,7 @@ class Event(_message.Message):
     """
     lease: _builtins.str
     """The lease under which it happened, so that its holder is told when the
-    scope must be quiet: `apps/{app}/tokens/{token}/leases/{lease}`.
+    scope backs off: `apps/{app}/tokens/{token}/leases/{lease}`.
     """
     @_builtins.property
     def scope(self) -> Global___Scope:
@@ -429,7 +423,7 @@ Global___Event: _TypeAlias = Event  # noqa: Y015
 
 @_typing.final
 class BackOff(_message.Message):
-    """A pause on a scope that everybody keeps. When it is over one caller goes
+    """A pause on a scope that all callers observe. When it is over one caller goes
     first, as a probe; the others follow, spread, when it succeeded.
     """
 
@@ -474,11 +468,11 @@ class BackOff(_message.Message):
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """When the quiet ends or ended, as far as is known."""
+        """When the pause ends or ended, as far as is known."""
 
     @_builtins.property
     def remaining(self) -> _duration_pb2.Duration:
-        """Time left of the quiet; absent once it has ended."""
+        """Time left of the pause; absent once it has ended."""
 
     @_builtins.property
     def caused_by(self) -> _lease_pb2.Holder:

@@ -53,6 +53,12 @@ class RecordEventsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     OUTCOMES_FIELD_NUMBER: _builtins.int
+    STORE_LIFE_FIELD_NUMBER: _builtins.int
+    store_life: _builtins.str
+    """Names the data that the events are in now. When two answers about one app
+    differ in it, the store may have lost what was counted before: report the
+    last minutes again, with the same ids. Empty if it is not known.
+    """
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedScalarFieldContainer[_budget_pb2.EventOutcome.ValueType]:
         """One outcome an event, in the order of the events."""
@@ -61,10 +67,11 @@ class RecordEventsResponse(_message.Message):
         self,
         *,
         outcomes: _abc.Iterable[_budget_pb2.EventOutcome.ValueType] | None = ...,
+        store_life: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes", "store_life", b"store_life"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -82,7 +89,7 @@ class ReserveRequest(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
     reservation_id: _builtins.str
-    """A UUID version 4 that names this reservation. It is a secret: whoever
+    """A UUID version 4 that names this reservation. It is a secret: anyone who
     knows it can commit or cancel.
     """
     kind: _budget_pb2.EventKind.ValueType
@@ -97,7 +104,7 @@ class ReserveRequest(_message.Message):
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """How long the reservation stands: 1 s to 1 h."""
+        """How long the reservation is valid: 1 s to 1 h."""
 
     def __init__(
         self,
@@ -457,13 +464,13 @@ class WatchBudgetsResponse(_message.Message):
     """All that stood when the watch began has been sent."""
     @_builtins.property
     def budgets(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.Budget]:
-        """Budgets as they stand now; one with `used` and `reserved` 0 has nothing
-        left in its window.
+        """Budgets in their current state; one with `used` and `reserved` 0 has
+        nothing left in its window.
         """
 
     @_builtins.property
     def back_offs(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.BackOff]:
-        """Back-offs as they stand now; one without a state is over."""
+        """Back-offs in their current state; one without a state is over."""
 
     def __init__(
         self,
@@ -482,19 +489,19 @@ Global___WatchBudgetsResponse: _TypeAlias = WatchBudgetsResponse  # noqa: Y015
 
 @_typing.final
 class ExplainRequest(_message.Message):
-    """Asks whether something may go on now."""
+    """Asks whether a job may start now."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SCOPE_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     job: _builtins.str
-    """The name of the job. Where the scope has no endpoint, the places where
-    jobs of this name erred in the last week are looked at too.
+    """The name of the job. Where the scope has no endpoint, the scopes where jobs
+    of this name caused errors in the last week are considered too.
     """
     @_builtins.property
     def scope(self) -> _budget_pb2.Scope:
-        """For whom: a token, or an app, and what is known of its calls."""
+        """For whom: a token, or an app, and what is known about its calls."""
 
     def __init__(
         self,
@@ -512,7 +519,7 @@ Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
 
 @_typing.final
 class ExplainResponse(_message.Message):
-    """Whether it may go on, and what stands in the way."""
+    """Whether it may start, and what prevents it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -524,18 +531,18 @@ class ExplainResponse(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     NARROWER_FIELD_NUMBER: _builtins.int
     must_wait: _builtins.bool
-    """Something stands in the way."""
+    """Something prevents it."""
     message: _builtins.str
     """One sentence for people."""
     @_builtins.property
     def go_in(self) -> _duration_pb2.Duration:
-        """The earliest time until it may go on; a bound from below. Absent while
-        nothing stands in the way.
+        """The time until the earliest start; a lower bound. Absent while nothing
+        prevents it.
         """
 
     @_builtins.property
     def obstacles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Obstacle]:
-        """What stands in the way, what ends last first."""
+        """What prevents it, the last to end first."""
 
     @_builtins.property
     def budgets(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.Budget]:
@@ -547,8 +554,8 @@ class ExplainResponse(_message.Message):
 
     @_builtins.property
     def narrower(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.BackOff]:
-        """Back-offs of narrower scopes than the one asked for: they stand in nobody's
-        way but that of calls that go there.
+        """Back-offs of narrower scopes than the requested one: they affect only
+        calls in those scopes.
         """
 
     def __init__(
@@ -572,7 +579,7 @@ Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
 
 @_typing.final
 class Obstacle(_message.Message):
-    """Something that stands in the way."""
+    """Something that prevents a start."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -590,11 +597,11 @@ class Obstacle(_message.Message):
     """One sentence for people."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Since when; absent where nobody knows."""
+        """Since when; absent if that is not known."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Until when; absent where nobody knows."""
+        """Until when; absent if that is not known."""
 
     @_builtins.property
     def remaining(self) -> _duration_pb2.Duration:

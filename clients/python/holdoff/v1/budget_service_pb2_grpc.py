@@ -141,9 +141,9 @@ class BudgetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchBudgets(self, request, context):
-        """Sends how budgets and back-offs stand, then each that changed, for as long
-        as the caller listens. A slow caller misses states in between, never the
-        latest.
+        """Sends the current budgets and back-offs, then each that changed, for as
+        long as the caller listens. A slow caller misses states in between, never
+        the latest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

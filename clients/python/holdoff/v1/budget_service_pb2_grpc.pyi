@@ -58,9 +58,9 @@ class BudgetServiceStub:
     ListBackOffs: _grpc.UnaryUnaryMultiCallable[_budget_service_pb2.ListBackOffsRequest, _budget_service_pb2.ListBackOffsResponse]
     """Lists the back-offs that are not over, those that end last first."""
     WatchBudgets: _grpc.UnaryStreamMultiCallable[_budget_service_pb2.WatchBudgetsRequest, _budget_service_pb2.WatchBudgetsResponse]
-    """Sends how budgets and back-offs stand, then each that changed, for as long
-    as the caller listens. A slow caller misses states in between, never the
-    latest.
+    """Sends the current budgets and back-offs, then each that changed, for as
+    long as the caller listens. A slow caller misses states in between, never
+    the latest.
     """
     Explain: _grpc.UnaryUnaryMultiCallable[_budget_service_pb2.ExplainRequest, _budget_service_pb2.ExplainResponse]
     """Answers "may I go now?": if not, every reason, since when, until when, and
@@ -97,9 +97,9 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     ListBackOffs: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.ListBackOffsRequest, _budget_service_pb2.ListBackOffsResponse]  # type: ignore[assignment]
     """Lists the back-offs that are not over, those that end last first."""
     WatchBudgets: _aio.UnaryStreamMultiCallable[_budget_service_pb2.WatchBudgetsRequest, _budget_service_pb2.WatchBudgetsResponse]  # type: ignore[assignment]
-    """Sends how budgets and back-offs stand, then each that changed, for as long
-    as the caller listens. A slow caller misses states in between, never the
-    latest.
+    """Sends the current budgets and back-offs, then each that changed, for as
+    long as the caller listens. A slow caller misses states in between, never
+    the latest.
     """
     Explain: _aio.UnaryUnaryMultiCallable[_budget_service_pb2.ExplainRequest, _budget_service_pb2.ExplainResponse]  # type: ignore[assignment]
     """Answers "may I go now?": if not, every reason, since when, until when, and
@@ -181,9 +181,9 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _budget_service_pb2.WatchBudgetsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_budget_service_pb2.WatchBudgetsResponse], _abc.AsyncIterator[_budget_service_pb2.WatchBudgetsResponse]]:
-        """Sends how budgets and back-offs stand, then each that changed, for as long
-        as the caller listens. A slow caller misses states in between, never the
-        latest.
+        """Sends the current budgets and back-offs, then each that changed, for as
+        long as the caller listens. A slow caller misses states in between, never
+        the latest.
         """
 
     @_abc_1.abstractmethod

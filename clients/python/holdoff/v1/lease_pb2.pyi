@@ -80,7 +80,7 @@ class _ChangeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeKind
     CHANGE_KIND_BROKEN: _ChangeKind.ValueType  # 6
     """A broken lease ended."""
     CHANGE_KIND_QUEUE_MOVED: _ChangeKind.ValueType  # 7
-    """A waiter came, left, or lost its place."""
+    """A waiter came, left, or lost its position."""
     CHANGE_KIND_COOLING_ENDED: _ChangeKind.ValueType  # 8
     """The cooldown has passed."""
     CHANGE_KIND_LOCK_TAKEN: _ChangeKind.ValueType  # 9
@@ -92,9 +92,9 @@ class _ChangeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChangeKind
     CHANGE_KIND_TOKEN_UPDATED: _ChangeKind.ValueType  # 12
     """The token's rules were changed."""
     CHANGE_KIND_WITHDRAWN: _ChangeKind.ValueType  # 13
-    """An offer was taken back: nobody accepted it in time, or its waiter left."""
+    """An offer was withdrawn: it was not accepted in time, or its waiter left."""
     CHANGE_KIND_HOLDER_CHANGED: _ChangeKind.ValueType  # 14
-    """The holder paused its command or let it go on, or a renewal is late."""
+    """The holder paused or resumed its command, or a renewal is late."""
 
 class ChangeKind(_ChangeKind, metaclass=_ChangeKindEnumTypeWrapper):
     """What happened to a token."""
@@ -118,7 +118,7 @@ lease's `end_time` when it happened.
 CHANGE_KIND_BROKEN: ChangeKind.ValueType  # 6
 """A broken lease ended."""
 CHANGE_KIND_QUEUE_MOVED: ChangeKind.ValueType  # 7
-"""A waiter came, left, or lost its place."""
+"""A waiter came, left, or lost its position."""
 CHANGE_KIND_COOLING_ENDED: ChangeKind.ValueType  # 8
 """The cooldown has passed."""
 CHANGE_KIND_LOCK_TAKEN: ChangeKind.ValueType  # 9
@@ -130,9 +130,9 @@ CHANGE_KIND_TOKEN_CREATED: ChangeKind.ValueType  # 11
 CHANGE_KIND_TOKEN_UPDATED: ChangeKind.ValueType  # 12
 """The token's rules were changed."""
 CHANGE_KIND_WITHDRAWN: ChangeKind.ValueType  # 13
-"""An offer was taken back: nobody accepted it in time, or its waiter left."""
+"""An offer was withdrawn: it was not accepted in time, or its waiter left."""
 CHANGE_KIND_HOLDER_CHANGED: ChangeKind.ValueType  # 14
-"""The holder paused its command or let it go on, or a renewal is late."""
+"""The holder paused or resumed its command, or a renewal is late."""
 Global___ChangeKind: _TypeAlias = ChangeKind  # noqa: Y015
 
 class _LeaseState:
@@ -154,11 +154,11 @@ class _LeaseStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LeaseState
     LEASE_STATE_RELEASED: _LeaseState.ValueType  # 4
     """Ended by its holder's release."""
     LEASE_STATE_EXPIRED: _LeaseState.ValueType  # 5
-    """Ended because nobody renewed it in time."""
+    """Ended because it was not renewed in time."""
     LEASE_STATE_BROKEN: _LeaseState.ValueType  # 6
     """Ended after it was broken."""
     LEASE_STATE_WITHDRAWN: _LeaseState.ValueType  # 7
-    """An offer that nobody accepted in time; it leaves no cooldown."""
+    """An offer that was not accepted in time; it leaves no cooldown."""
 
 class LeaseState(_LeaseState, metaclass=_LeaseStateEnumTypeWrapper):
     """Where a lease is in its life."""
@@ -176,11 +176,11 @@ a release or its last acknowledged expiry passes.
 LEASE_STATE_RELEASED: LeaseState.ValueType  # 4
 """Ended by its holder's release."""
 LEASE_STATE_EXPIRED: LeaseState.ValueType  # 5
-"""Ended because nobody renewed it in time."""
+"""Ended because it was not renewed in time."""
 LEASE_STATE_BROKEN: LeaseState.ValueType  # 6
 """Ended after it was broken."""
 LEASE_STATE_WITHDRAWN: LeaseState.ValueType  # 7
-"""An offer that nobody accepted in time; it leaves no cooldown."""
+"""An offer that was not accepted in time; it leaves no cooldown."""
 Global___LeaseState: _TypeAlias = LeaseState  # noqa: Y015
 
 class _LeaseMode:
@@ -210,7 +210,7 @@ class _WaitReason:
 class _WaitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitReason.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     WAIT_REASON_UNSPECIFIED: _WaitReason.ValueType  # 0
-    """Nothing stands in the way."""
+    """Nothing prevents it."""
     WAIT_REASON_HELD: _WaitReason.ValueType  # 1
     """Another lease, an unaccepted offer, or a foreign lock holds the token."""
     WAIT_REASON_COOLING: _WaitReason.ValueType  # 2
@@ -218,7 +218,7 @@ class _WaitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WaitReason
     WAIT_REASON_QUARANTINED: _WaitReason.ValueType  # 3
     """The store may have forgotten something, or its clock is in doubt."""
     WAIT_REASON_BACKING_OFF: _WaitReason.ValueType  # 4
-    """A scope that the waiter is subject to must be quiet."""
+    """A scope that the waiter is subject to backs off."""
     WAIT_REASON_QUEUED: _WaitReason.ValueType  # 5
     """The token is free, and another waiter comes first."""
 
@@ -226,7 +226,7 @@ class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
     """Why a token gives out no lease at this instant."""
 
 WAIT_REASON_UNSPECIFIED: WaitReason.ValueType  # 0
-"""Nothing stands in the way."""
+"""Nothing prevents it."""
 WAIT_REASON_HELD: WaitReason.ValueType  # 1
 """Another lease, an unaccepted offer, or a foreign lock holds the token."""
 WAIT_REASON_COOLING: WaitReason.ValueType  # 2
@@ -234,7 +234,7 @@ WAIT_REASON_COOLING: WaitReason.ValueType  # 2
 WAIT_REASON_QUARANTINED: WaitReason.ValueType  # 3
 """The store may have forgotten something, or its clock is in doubt."""
 WAIT_REASON_BACKING_OFF: WaitReason.ValueType  # 4
-"""A scope that the waiter is subject to must be quiet."""
+"""A scope that the waiter is subject to backs off."""
 WAIT_REASON_QUEUED: WaitReason.ValueType  # 5
 """The token is free, and another waiter comes first."""
 Global___WaitReason: _TypeAlias = WaitReason  # noqa: Y015
@@ -323,7 +323,7 @@ class Lease(_message.Message):
 
     @_builtins.property
     def go_on_time(self) -> _timestamp_pb2.Timestamp:
-        """The earliest time at which the holder may go on, while it has to back off."""
+        """The earliest time at which the holder may resume, while it has to back off."""
 
     def __init__(
         self,
@@ -422,7 +422,7 @@ Global___Holder: _TypeAlias = Holder  # noqa: Y015
 
 @_typing.final
 class Waiter(_message.Message):
-    """Somebody who waits for a lease."""
+    """A caller that waits for a lease."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -433,7 +433,7 @@ class Waiter(_message.Message):
     HEARD_AGE_FIELD_NUMBER: _builtins.int
     OFFERED_FIELD_NUMBER: _builtins.int
     place: _builtins.int
-    """Place in the queue of the token, from 1."""
+    """Position in the queue of the token, from 1."""
     offered: _builtins.bool
     """It was offered the lease and has not accepted it yet."""
     @_builtins.property
@@ -450,8 +450,8 @@ class Waiter(_message.Message):
 
     @_builtins.property
     def heard_age(self) -> _duration_pb2.Duration:
-        """How long ago it was heard. After 5 s it is passed over; after a minute it
-        loses its place.
+        """How long ago it was last heard from. After 5 s it is passed over; after a
+        minute it loses its position.
         """
 
     def __init__(
@@ -474,7 +474,7 @@ Global___Waiter: _TypeAlias = Waiter  # noqa: Y015
 
 @_typing.final
 class TokenStatus(_message.Message):
-    """What stands about a token at one instant."""
+    """The state of a token at one instant."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -522,8 +522,8 @@ Global___TokenStatus: _TypeAlias = TokenStatus  # noqa: Y015
 
 @_typing.final
 class Snapshot(_message.Message):
-    """All that stands about the tokens of an app. It replaces whatever a watcher
-    knew of that app. A long one comes in several parts.
+    """The state of all tokens of an app. It replaces what a watcher knew of that
+    app. A long one comes in several parts.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -535,7 +535,7 @@ class Snapshot(_message.Message):
     app: _builtins.str
     """The app: `apps/{app}`."""
     first: _builtins.bool
-    """This is the first part: forget what was known of the app."""
+    """This is the first part: discard what was known of the app."""
     last: _builtins.bool
     """This is the last part: the app's changes follow."""
     @_builtins.property
@@ -593,6 +593,58 @@ class Change(_message.Message):
 Global___Change: _TypeAlias = Change  # noqa: Y015
 
 @_typing.final
+class Quarantine(_message.Message):
+    """Why an app gives out no new lease for a while: the store may have lost what
+    says that it must not.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    REMAINING_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    AT_RISK_FIELD_NUMBER: _builtins.int
+    app: _builtins.str
+    """The app: `apps/{app}`."""
+    reason: _builtins.str
+    """What was noticed about the store."""
+    at_risk: _builtins.str
+    """What the store may have lost, in words: what a new lease could break if
+    the quarantine ends too early.
+    """
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it began. Absent if it began under an older release."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ends, or was ended."""
+
+    @_builtins.property
+    def remaining(self) -> _duration_pb2.Duration:
+        """The time left until then. Absent if it is over."""
+
+    def __init__(
+        self,
+        *,
+        app: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        remaining: _duration_pb2.Duration | None = ...,
+        reason: _builtins.str = ...,
+        at_risk: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "remaining", b"remaining", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "at_risk", b"at_risk", "end_time", b"end_time", "reason", b"reason", "remaining", b"remaining", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Quarantine: _TypeAlias = Quarantine  # noqa: Y015
+
+@_typing.final
 class WaitStatus(_message.Message):
     """What a waiter waits for. Sent whenever it changes, and at least every 15 s."""
 
@@ -609,15 +661,15 @@ class WaitStatus(_message.Message):
     reason: Global___WaitReason.ValueType
     """Why no lease is given now."""
     place: _builtins.int
-    """Place in the queue of the token, from 1; 0 when the request did not queue."""
+    """Position in the queue of the token, from 1; 0 when the request did not queue."""
     queue_length: _builtins.int
-    """How many waiters are in the queue, the silent ones that keep their place
+    """How many waiters are in the queue, the silent ones that keep their position
     included.
     """
     message: _builtins.str
     """One sentence for people."""
     blocking_back_off: _builtins.str
-    """The back-off that stands in the way longest, if one does:
+    """The back-off that it waits for longest, if any:
     `apps/{app}/backOffs/{back_off}`.
     """
     @_builtins.property
@@ -632,7 +684,7 @@ class WaitStatus(_message.Message):
 
     @_builtins.property
     def blocking_lease(self) -> Global___Lease:
-        """The lease that stands in the way, if one does."""
+        """The lease that it waits for, if any."""
 
     def __init__(
         self,

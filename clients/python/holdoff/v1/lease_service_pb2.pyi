@@ -34,9 +34,9 @@ class _HolderInstructionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Hol
     HOLDER_INSTRUCTION_UNSPECIFIED: _HolderInstruction.ValueType  # 0
     """Never sent."""
     HOLDER_INSTRUCTION_RUN: _HolderInstruction.ValueType  # 1
-    """Nothing stands in the way."""
+    """Nothing prevents it."""
     HOLDER_INSTRUCTION_BE_QUIET: _HolderInstruction.ValueType  # 2
-    """A scope that it is subject to must be quiet: make no calls there."""
+    """A scope that it is subject to backs off: make no calls there."""
 
 class HolderInstruction(_HolderInstruction, metaclass=_HolderInstructionEnumTypeWrapper):
     """What a holder must do."""
@@ -44,9 +44,9 @@ class HolderInstruction(_HolderInstruction, metaclass=_HolderInstructionEnumType
 HOLDER_INSTRUCTION_UNSPECIFIED: HolderInstruction.ValueType  # 0
 """Never sent."""
 HOLDER_INSTRUCTION_RUN: HolderInstruction.ValueType  # 1
-"""Nothing stands in the way."""
+"""Nothing prevents it."""
 HOLDER_INSTRUCTION_BE_QUIET: HolderInstruction.ValueType  # 2
-"""A scope that it is subject to must be quiet: make no calls there."""
+"""A scope that it is subject to backs off: make no calls there."""
 Global___HolderInstruction: _TypeAlias = HolderInstruction  # noqa: Y015
 
 @_typing.final
@@ -65,9 +65,9 @@ class AcquireLeaseRequest(_message.Message):
     token: _builtins.str
     """The token: `apps/{app}/tokens/{token}`."""
     request_id: _builtins.str
-    """A UUID version 4 (122 random bits) that names this request. It is a
-    secret: whoever knows it gets the same lease again while that lease lives.
-    It is bound to the caller and to the token, TTL and holder it came with.
+    """A UUID version 4 (122 random bits) that names this request. It is a secret:
+    anyone who knows it gets the same lease again while that lease lives. It is
+    bound to the caller and to the token, TTL and holder it came with.
     """
     last_fencing_token: _builtins.int
     """The highest fencing token this client has seen for the token, or 0. The
@@ -91,7 +91,7 @@ class AcquireLeaseRequest(_message.Message):
     def scopes(self) -> _containers.RepeatedCompositeFieldContainer[_budget_pb2.Scope]:
         """Where the job will call: the lease waits until these are not backing off,
         and others go first meanwhile. Only `division` and `endpoint` matter; an
-        empty one stands for those that jobs of the same name erred at in the last
+        empty one means those where jobs of the same name caused errors in the last
         week. At most 100.
         """
 
@@ -173,7 +173,7 @@ class LeaseOffer(_message.Message):
 
     @_builtins.property
     def accept_within(self) -> _duration_pb2.Duration:
-        """How long the offer stands, from when it was made. Absent once accepted."""
+        """How long the offer is valid, from when it was made. Absent once accepted."""
 
     @_builtins.property
     def policy(self) -> _policy_pb2.Policy:
@@ -251,7 +251,7 @@ class StreamAcquireLeaseRequest(_message.Message):
 
     @_builtins.property
     def withdraw(self) -> Global___Withdrawal:
-        """The client waits no more and gives up its place."""
+        """The client stops waiting and leaves the queue."""
 
     def __init__(
         self,
@@ -470,8 +470,8 @@ class FollowLeaseResponse(_message.Message):
 
     @_builtins.property
     def go_in(self) -> _duration_pb2.Duration:
-        """The earliest time until it may go on, counted from this message; a bound
-        from below. Absent while it may.
+        """The time until it may resume at the earliest, counted from this message; a
+        lower bound. Absent while it may.
         """
 
     @_builtins.property
@@ -756,7 +756,9 @@ class ListWaitersResponse(_message.Message):
     WAITERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def waiters(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.Waiter]:
-        """The waiters, by place; the silent ones that keep their place included."""
+        """The waiters, by position; the silent ones that keep their position
+        included.
+        """
 
     def __init__(
         self,
@@ -770,6 +772,52 @@ class ListWaitersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListWaitersResponse: _TypeAlias = ListWaitersResponse  # noqa: Y015
+
+@_typing.final
+class ListQuarantinesRequest(_message.Message):
+    """Asks which apps are in quarantine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """Only this app: `apps/{app}`. All apps if empty."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQuarantinesRequest: _TypeAlias = ListQuarantinesRequest  # noqa: Y015
+
+@_typing.final
+class ListQuarantinesResponse(_message.Message):
+    """The apps in quarantine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUARANTINES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def quarantines(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.Quarantine]:
+        """The quarantines, at most one for each app."""
+
+    def __init__(
+        self,
+        *,
+        quarantines: _abc.Iterable[_lease_pb2.Quarantine] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quarantines", b"quarantines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQuarantinesResponse: _TypeAlias = ListQuarantinesResponse  # noqa: Y015
 
 @_typing.final
 class WatchLeasesRequest(_message.Message):
@@ -809,10 +857,10 @@ class WatchLeasesResponse(_message.Message):
     CHANGE_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
-    """Where to go on after this message; empty in the middle of a snapshot."""
+    """Where to continue after this message; empty in the middle of a snapshot."""
     @_builtins.property
     def snapshot(self) -> _lease_pb2.Snapshot:
-        """How things stand."""
+        """The current state."""
 
     @_builtins.property
     def change(self) -> _lease_pb2.Change:

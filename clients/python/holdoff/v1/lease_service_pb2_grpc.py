@@ -81,6 +81,11 @@ class LeaseServiceStub:
                 request_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersResponse.FromString,
                 _registered_method=True)
+        self.ListQuarantines = channel.unary_unary(
+                '/holdoff.v1.LeaseService/ListQuarantines',
+                request_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesResponse.FromString,
+                _registered_method=True)
         self.WatchLeases = channel.unary_stream(
                 '/holdoff.v1.LeaseService/WatchLeases',
                 request_serializer=holdoff_dot_v1_dot_lease__service__pb2.WatchLeasesRequest.SerializeToString,
@@ -96,7 +101,7 @@ class LeaseServiceServicer:
     def AcquireLease(self, request, context):
         """Asks for a lease and answers at once: with an offer, or with what the
         request waits for. Called again with the same `request_id` within 5 s it
-        keeps the waiter live; within 60 s it keeps the waiter's place.
+        keeps the waiter live; within 60 s it keeps the waiter's position.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +111,7 @@ class LeaseServiceServicer:
         """Asks for a lease and waits for it, for hours if need be. The client sends
         `acquire` first and a `heartbeat` at least every 5 s after it; the server
         sends what the client waits for, then the offer. A broken stream that is
-        resumed with the same `request_id` keeps its place.
+        resumed with the same `request_id` keeps its position.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,8 +125,8 @@ class LeaseServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FollowLease(self, request, context):
-        """Tells a holder at once what it must do: go on, be quiet, or stop. Ends with
-        an error once the lease is broken or over.
+        """Tells a holder at once what it must do: continue, back off, or stop. Ends
+        with an error once the lease is broken or over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,7 +141,7 @@ class LeaseServiceServicer:
 
     def GetLease(self, request, context):
         """Returns one lease. An ended one is kept as long as it is in the history of
-        its token; an offer that nobody accepted, for an hour.
+        its token; an offer that was not accepted, for an hour.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,16 +163,24 @@ class LeaseServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListWaiters(self, request, context):
-        """Lists who waits for a token, in the order of their places.
+        """Lists who waits for a token, in the order of their positions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListQuarantines(self, request, context):
+        """Lists the apps that are in quarantine: they grant no new leases, since
+        the store may have lost something. Those that end last come first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchLeases(self, request, context):
-        """Sends how things stand, then every change, for as long as the caller
+        """Sends the current state, then every change, for as long as the caller
         listens. A caller that comes back with the last `resume_token` misses
-        nothing; one that is too slow, or was away for too long, gets a fresh
+        nothing; one that is too slow, or was disconnected for too long, gets a new
         snapshot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -221,6 +234,11 @@ def add_LeaseServiceServicer_to_server(servicer, server):
                     servicer.ListWaiters,
                     request_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListWaitersResponse.SerializeToString,
+            ),
+            'ListQuarantines': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuarantines,
+                    request_deserializer=holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesResponse.SerializeToString,
             ),
             'WatchLeases': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchLeases,
@@ -473,6 +491,33 @@ class LeaseService:
             '/holdoff.v1.LeaseService/ListWaiters',
             holdoff_dot_v1_dot_lease__service__pb2.ListWaitersRequest.SerializeToString,
             holdoff_dot_v1_dot_lease__service__pb2.ListWaitersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuarantines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.LeaseService/ListQuarantines',
+            holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesRequest.SerializeToString,
+            holdoff_dot_v1_dot_lease__service__pb2.ListQuarantinesResponse.FromString,
             options,
             channel_credentials,
             insecure,

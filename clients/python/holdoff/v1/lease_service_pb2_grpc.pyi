@@ -38,25 +38,25 @@ class LeaseServiceStub:
     AcquireLease: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.AcquireLeaseRequest, _lease_service_pb2.AcquireLeaseResponse]
     """Asks for a lease and answers at once: with an offer, or with what the
     request waits for. Called again with the same `request_id` within 5 s it
-    keeps the waiter live; within 60 s it keeps the waiter's place.
+    keeps the waiter live; within 60 s it keeps the waiter's position.
     """
     StreamAcquireLease: _grpc.StreamStreamMultiCallable[_lease_service_pb2.StreamAcquireLeaseRequest, _lease_service_pb2.StreamAcquireLeaseResponse]
     """Asks for a lease and waits for it, for hours if need be. The client sends
     `acquire` first and a `heartbeat` at least every 5 s after it; the server
     sends what the client waits for, then the offer. A broken stream that is
-    resumed with the same `request_id` keeps its place.
+    resumed with the same `request_id` keeps its position.
     """
     RenewLease: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.RenewLeaseRequest, _lease_service_pb2.RenewLeaseResponse]
     """Accepts an offer (the first renewal) or prolongs a lease by its TTL."""
     FollowLease: _grpc.UnaryStreamMultiCallable[_lease_service_pb2.FollowLeaseRequest, _lease_service_pb2.FollowLeaseResponse]
-    """Tells a holder at once what it must do: go on, be quiet, or stop. Ends with
-    an error once the lease is broken or over.
+    """Tells a holder at once what it must do: continue, back off, or stop. Ends
+    with an error once the lease is broken or over.
     """
     ReleaseLease: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.ReleaseLeaseRequest, _lease_service_pb2.ReleaseLeaseResponse]
     """Ends a lease. Called twice with the same secret it gives the same answer."""
     GetLease: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.GetLeaseRequest, _lease_service_pb2.GetLeaseResponse]
     """Returns one lease. An ended one is kept as long as it is in the history of
-    its token; an offer that nobody accepted, for an hour.
+    its token; an offer that was not accepted, for an hour.
     """
     ListLeases: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.ListLeasesRequest, _lease_service_pb2.ListLeasesResponse]
     """Lists live leases."""
@@ -65,11 +65,15 @@ class LeaseServiceStub:
     the last 100 that ended. Answers "who ran at ten past three?".
     """
     ListWaiters: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.ListWaitersRequest, _lease_service_pb2.ListWaitersResponse]
-    """Lists who waits for a token, in the order of their places."""
+    """Lists who waits for a token, in the order of their positions."""
+    ListQuarantines: _grpc.UnaryUnaryMultiCallable[_lease_service_pb2.ListQuarantinesRequest, _lease_service_pb2.ListQuarantinesResponse]
+    """Lists the apps that are in quarantine: they grant no new leases, since
+    the store may have lost something. Those that end last come first.
+    """
     WatchLeases: _grpc.UnaryStreamMultiCallable[_lease_service_pb2.WatchLeasesRequest, _lease_service_pb2.WatchLeasesResponse]
-    """Sends how things stand, then every change, for as long as the caller
+    """Sends the current state, then every change, for as long as the caller
     listens. A caller that comes back with the last `resume_token` misses
-    nothing; one that is too slow, or was away for too long, gets a fresh
+    nothing; one that is too slow, or was disconnected for too long, gets a new
     snapshot.
     """
 
@@ -83,25 +87,25 @@ class LeaseServiceAsyncStub(LeaseServiceStub):
     AcquireLease: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.AcquireLeaseRequest, _lease_service_pb2.AcquireLeaseResponse]  # type: ignore[assignment]
     """Asks for a lease and answers at once: with an offer, or with what the
     request waits for. Called again with the same `request_id` within 5 s it
-    keeps the waiter live; within 60 s it keeps the waiter's place.
+    keeps the waiter live; within 60 s it keeps the waiter's position.
     """
     StreamAcquireLease: _aio.StreamStreamMultiCallable[_lease_service_pb2.StreamAcquireLeaseRequest, _lease_service_pb2.StreamAcquireLeaseResponse]  # type: ignore[assignment]
     """Asks for a lease and waits for it, for hours if need be. The client sends
     `acquire` first and a `heartbeat` at least every 5 s after it; the server
     sends what the client waits for, then the offer. A broken stream that is
-    resumed with the same `request_id` keeps its place.
+    resumed with the same `request_id` keeps its position.
     """
     RenewLease: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.RenewLeaseRequest, _lease_service_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Accepts an offer (the first renewal) or prolongs a lease by its TTL."""
     FollowLease: _aio.UnaryStreamMultiCallable[_lease_service_pb2.FollowLeaseRequest, _lease_service_pb2.FollowLeaseResponse]  # type: ignore[assignment]
-    """Tells a holder at once what it must do: go on, be quiet, or stop. Ends with
-    an error once the lease is broken or over.
+    """Tells a holder at once what it must do: continue, back off, or stop. Ends
+    with an error once the lease is broken or over.
     """
     ReleaseLease: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.ReleaseLeaseRequest, _lease_service_pb2.ReleaseLeaseResponse]  # type: ignore[assignment]
     """Ends a lease. Called twice with the same secret it gives the same answer."""
     GetLease: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.GetLeaseRequest, _lease_service_pb2.GetLeaseResponse]  # type: ignore[assignment]
     """Returns one lease. An ended one is kept as long as it is in the history of
-    its token; an offer that nobody accepted, for an hour.
+    its token; an offer that was not accepted, for an hour.
     """
     ListLeases: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.ListLeasesRequest, _lease_service_pb2.ListLeasesResponse]  # type: ignore[assignment]
     """Lists live leases."""
@@ -110,11 +114,15 @@ class LeaseServiceAsyncStub(LeaseServiceStub):
     the last 100 that ended. Answers "who ran at ten past three?".
     """
     ListWaiters: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.ListWaitersRequest, _lease_service_pb2.ListWaitersResponse]  # type: ignore[assignment]
-    """Lists who waits for a token, in the order of their places."""
+    """Lists who waits for a token, in the order of their positions."""
+    ListQuarantines: _aio.UnaryUnaryMultiCallable[_lease_service_pb2.ListQuarantinesRequest, _lease_service_pb2.ListQuarantinesResponse]  # type: ignore[assignment]
+    """Lists the apps that are in quarantine: they grant no new leases, since
+    the store may have lost something. Those that end last come first.
+    """
     WatchLeases: _aio.UnaryStreamMultiCallable[_lease_service_pb2.WatchLeasesRequest, _lease_service_pb2.WatchLeasesResponse]  # type: ignore[assignment]
-    """Sends how things stand, then every change, for as long as the caller
+    """Sends the current state, then every change, for as long as the caller
     listens. A caller that comes back with the last `resume_token` misses
-    nothing; one that is too slow, or was away for too long, gets a fresh
+    nothing; one that is too slow, or was disconnected for too long, gets a new
     snapshot.
     """
 
@@ -131,7 +139,7 @@ class LeaseServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_lease_service_pb2.AcquireLeaseResponse, _abc.Awaitable[_lease_service_pb2.AcquireLeaseResponse]]:
         """Asks for a lease and answers at once: with an offer, or with what the
         request waits for. Called again with the same `request_id` within 5 s it
-        keeps the waiter live; within 60 s it keeps the waiter's place.
+        keeps the waiter live; within 60 s it keeps the waiter's position.
         """
 
     @_abc_1.abstractmethod
@@ -143,7 +151,7 @@ class LeaseServiceServicer(metaclass=_abc_1.ABCMeta):
         """Asks for a lease and waits for it, for hours if need be. The client sends
         `acquire` first and a `heartbeat` at least every 5 s after it; the server
         sends what the client waits for, then the offer. A broken stream that is
-        resumed with the same `request_id` keeps its place.
+        resumed with the same `request_id` keeps its position.
         """
 
     @_abc_1.abstractmethod
@@ -160,8 +168,8 @@ class LeaseServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _lease_service_pb2.FollowLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_lease_service_pb2.FollowLeaseResponse], _abc.AsyncIterator[_lease_service_pb2.FollowLeaseResponse]]:
-        """Tells a holder at once what it must do: go on, be quiet, or stop. Ends with
-        an error once the lease is broken or over.
+        """Tells a holder at once what it must do: continue, back off, or stop. Ends
+        with an error once the lease is broken or over.
         """
 
     @_abc_1.abstractmethod
@@ -179,7 +187,7 @@ class LeaseServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_lease_service_pb2.GetLeaseResponse, _abc.Awaitable[_lease_service_pb2.GetLeaseResponse]]:
         """Returns one lease. An ended one is kept as long as it is in the history of
-        its token; an offer that nobody accepted, for an hour.
+        its token; an offer that was not accepted, for an hour.
         """
 
     @_abc_1.abstractmethod
@@ -206,7 +214,17 @@ class LeaseServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _lease_service_pb2.ListWaitersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_lease_service_pb2.ListWaitersResponse, _abc.Awaitable[_lease_service_pb2.ListWaitersResponse]]:
-        """Lists who waits for a token, in the order of their places."""
+        """Lists who waits for a token, in the order of their positions."""
+
+    @_abc_1.abstractmethod
+    def ListQuarantines(
+        self,
+        request: _lease_service_pb2.ListQuarantinesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_lease_service_pb2.ListQuarantinesResponse, _abc.Awaitable[_lease_service_pb2.ListQuarantinesResponse]]:
+        """Lists the apps that are in quarantine: they grant no new leases, since
+        the store may have lost something. Those that end last come first.
+        """
 
     @_abc_1.abstractmethod
     def WatchLeases(
@@ -214,9 +232,9 @@ class LeaseServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _lease_service_pb2.WatchLeasesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_lease_service_pb2.WatchLeasesResponse], _abc.AsyncIterator[_lease_service_pb2.WatchLeasesResponse]]:
-        """Sends how things stand, then every change, for as long as the caller
+        """Sends the current state, then every change, for as long as the caller
         listens. A caller that comes back with the last `resume_token` misses
-        nothing; one that is too slow, or was away for too long, gets a fresh
+        nothing; one that is too slow, or was disconnected for too long, gets a new
         snapshot.
         """
 

@@ -31,19 +31,19 @@ class _WhenQuietEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WhenQuiet.V
     WHEN_QUIET_UNSPECIFIED: _WhenQuiet.ValueType  # 0
     """Never sent."""
     WHEN_QUIET_FINISH: _WhenQuiet.ValueType  # 1
-    """It goes on: what runs is let finish."""
+    """It continues: a running command may finish."""
     WHEN_QUIET_PAUSE: _WhenQuiet.ValueType  # 2
     """It is stopped and continued later, no longer than its access token lives."""
     WHEN_QUIET_TERMINATE: _WhenQuiet.ValueType  # 3
     """It is ended."""
 
 class WhenQuiet(_WhenQuiet, metaclass=_WhenQuietEnumTypeWrapper):
-    """What a run does while a scope of its own must be quiet."""
+    """What a run does while one of its scopes backs off."""
 
 WHEN_QUIET_UNSPECIFIED: WhenQuiet.ValueType  # 0
 """Never sent."""
 WHEN_QUIET_FINISH: WhenQuiet.ValueType  # 1
-"""It goes on: what runs is let finish."""
+"""It continues: a running command may finish."""
 WHEN_QUIET_PAUSE: WhenQuiet.ValueType  # 2
 """It is stopped and continued later, no longer than its access token lives."""
 WHEN_QUIET_TERMINATE: WhenQuiet.ValueType  # 3
@@ -98,6 +98,7 @@ class Policy(_message.Message):
     THROTTLES_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     WHEN_QUIET_FIELD_NUMBER: _builtins.int
+    LONGEST_TTL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The policy's name, such as `exact-online`; tokens refer to it."""
     title: _builtins.str
@@ -109,7 +110,7 @@ class Policy(_message.Message):
     are any, `division`, that finds both in the path or URL of a call.
     """
     when_quiet: Global___WhenQuiet.ValueType
-    """What a run does while a scope of its own must be quiet."""
+    """What a run does while one of its scopes backs off."""
     @_builtins.property
     def refresh(self) -> Global___RefreshPolicy:
         """When a token may be refreshed."""
@@ -132,6 +133,10 @@ class Policy(_message.Message):
     def output(self) -> Global___OutputPolicy:
         """How errors are recognised in what a job prints."""
 
+    @_builtins.property
+    def longest_ttl(self) -> _duration_pb2.Duration:
+        """The longest TTL that a lease may ask for."""
+
     def __init__(
         self,
         *,
@@ -145,10 +150,11 @@ class Policy(_message.Message):
         throttles: _abc.Iterable[Global___Throttle] | None = ...,
         output: Global___OutputPolicy | None = ...,
         when_quiet: Global___WhenQuiet.ValueType = ...,
+        longest_ttl: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "output", b"output", "refresh", b"refresh"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "longest_ttl", b"longest_ttl", "output", b"output", "refresh", b"refresh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "endpoint_path", b"endpoint_path", "limits", b"limits", "name", b"name", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "name", b"name", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -183,7 +189,7 @@ class Throttle(_message.Message):
 
     @_builtins.property
     def scope(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Who must be quiet: `app` and any of `token`, `division` and `endpoint`."""
+        """Which scope backs off: `app` and any of `token`, `division` and `endpoint`."""
 
     @_builtins.property
     def until(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -354,7 +360,7 @@ class Limit(_message.Message):
     most: _builtins.int
     """How many."""
     margin: _builtins.int
-    """So many are kept in hand."""
+    """The part of `most` that is kept free."""
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
         """In which window."""

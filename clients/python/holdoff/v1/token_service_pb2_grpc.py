@@ -62,7 +62,7 @@ class TokenServiceServicer:
     """
 
     def CreateToken(self, request, context):
-        """Creates a token; its app needs no creation of its own.
+        """Creates a token, and its app if needed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

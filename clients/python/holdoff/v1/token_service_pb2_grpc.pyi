@@ -34,7 +34,7 @@ class TokenServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TokenServiceAsyncStub: ...
     CreateToken: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.CreateTokenRequest, _token_service_pb2.CreateTokenResponse]
-    """Creates a token; its app needs no creation of its own."""
+    """Creates a token, and its app if needed."""
     UpdateToken: _grpc.UnaryUnaryMultiCallable[_token_service_pb2.UpdateTokenRequest, _token_service_pb2.UpdateTokenResponse]
     """Changes a token's policy or own settings. A running cooldown or lease is
     never shortened by it.
@@ -50,7 +50,7 @@ class TokenServiceAsyncStub(TokenServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateToken: _aio.UnaryUnaryMultiCallable[_token_service_pb2.CreateTokenRequest, _token_service_pb2.CreateTokenResponse]  # type: ignore[assignment]
-    """Creates a token; its app needs no creation of its own."""
+    """Creates a token, and its app if needed."""
     UpdateToken: _aio.UnaryUnaryMultiCallable[_token_service_pb2.UpdateTokenRequest, _token_service_pb2.UpdateTokenResponse]  # type: ignore[assignment]
     """Changes a token's policy or own settings. A running cooldown or lease is
     never shortened by it.
@@ -69,7 +69,7 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _token_service_pb2.CreateTokenRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_token_service_pb2.CreateTokenResponse, _abc.Awaitable[_token_service_pb2.CreateTokenResponse]]:
-        """Creates a token; its app needs no creation of its own."""
+        """Creates a token, and its app if needed."""
 
     @_abc_1.abstractmethod
     def UpdateToken(

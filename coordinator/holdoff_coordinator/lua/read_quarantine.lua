@@ -1,0 +1,2 @@
+-- Reads the shard, with all that is known of its quarantine.
+return reply('OK', redis.call('HGETALL', SHARD))
