@@ -87,7 +87,7 @@ class Budgets:
         answers: Iterator[str] = iter(())
         life = ""
         if entries:
-            reply = await self._scripts.run(
+            reply = await self._scripts.run_lasting(
                 "record_events", app, json.dumps(entries), caller=caller
             )
             answers, life = iter([word.decode() for word in reply.values[0]]), reply.life
@@ -128,7 +128,7 @@ class Budgets:
             place.token.token,
             json.dumps(place.pair),
         )
-        reply = await self._scripts.run("reserve", place.token.app, *call)
+        reply = await self._scripts.run_lasting("reserve", place.token.app, *call)
         if reply.status == "BACKING_OFF":
             raise _backing_off(place.token.app, reply)
         if reply.status == "BUDGET_SPENT":
@@ -174,7 +174,7 @@ class Budgets:
             age_us,
             status,
         )
-        reply = await self._scripts.run("commit", app, *call, caller=caller)
+        reply = await self._scripts.run_lasting("commit", app, *call, caller=caller)
         reservation = _reservation(reply, app, reservation_id)
         self._replays.settled(app, call, reply)
         return reservation

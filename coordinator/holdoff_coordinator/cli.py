@@ -192,6 +192,24 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--drain-seconds", type=float, help="Time for open calls to end at a stop. [default: 5]"
 )
+@click.option(
+    "--wait-replicas",
+    type=int,
+    metavar="N",
+    help="Acknowledge a grant, a refresh, a reservation or a report only when so many replicas of "
+    "the store have it (WAIT). [default: 0]",
+)
+@click.option(
+    "--wait-fsync",
+    is_flag=True,
+    default=None,
+    help="... and when these and the primary have it on their disks (WAITAOF).",
+)
+@click.option(
+    "--wait-seconds",
+    type=float,
+    help="How long to wait; then the call fails, and a grant is taken back. [default: 0.5]",
+)
 def serve(**options: Any) -> None:
     """Serve until SIGTERM or SIGINT.
 

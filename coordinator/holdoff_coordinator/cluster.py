@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from redis.asyncio import Redis
 from redis.commands import AsyncCoreCommands
@@ -28,9 +28,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 Address = tuple[str, int]
+T = TypeVar("T")
 
 SLOTS: Final = 16384
 LOOK_SECONDS: Final = 1.0
@@ -66,11 +67,19 @@ class Cluster(AsyncCoreCommands):
         """Run a command where its key is; it is sent again only if it did not run."""
         name, *rest = args
         key = rest[2] if name in ("EVAL", "EVALSHA") else rest[0]
+
+        async def send(node: Redis) -> Any:
+            return await node.execute_command(*args, **options)  # type: ignore[no-untyped-call]
+
+        return await self.sent(key, send)
+
+    async def sent(self, key: bytes | str, send: Callable[[Redis], Awaitable[T]]) -> T:
+        """Send to the node that serves a key; again only if the command did not run."""
         slot = key_slot(key.encode() if isinstance(key, str) else key)
         for _ in range(_MOST_HOPS):
             address = await self._owner(slot)
             try:
-                return await self._execute(address, *args, **options)
+                return await send(self._node(address))
             except MovedError as error:
                 self._owners[slot] = (error.host or address[0], error.port)
             except (RedisConnectionError, RedisTimeoutError, ClusterDownError):
@@ -175,3 +184,8 @@ StoreClient = Redis | Cluster
 async def node_of(store: StoreClient, key: str) -> Redis:
     """Return the client of the node of a store that serves a key."""
     return await store.node_of(key) if isinstance(store, Cluster) else store
+
+
+async def sent(store: StoreClient, key: str, send: Callable[[Redis], Awaitable[T]]) -> T:
+    """Send to the node of a store that serves a key."""
+    return await (store.sent(key, send) if isinstance(store, Cluster) else send(store))

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from holdoff.policies import Policy
     from holdoff_coordinator.cluster import StoreClient
+    from holdoff_coordinator.durability import Durability
     from holdoff_coordinator.store import Epoch
 
     Options = Mapping[str, Any]  # what was given on the command line, by the name of the setting
@@ -179,7 +180,9 @@ def _configured(options: Options) -> tuple[Settings, _Store]:
     settings = None
     try:
         settings = Settings(**{key: value for key, value in options.items() if value is not None})
-        store = _Store(settings.store_url(), settings.access(), settings.assumed())
+        store = _Store(
+            settings.store_url(), settings.access(), settings.assumed(), settings.durability()
+        )
     except (ValidationError, OSError) as error:
         fail(EX_USAGE, _explain(error))
     except UnicodeDecodeError:
@@ -208,6 +211,7 @@ class _Store:
     url: str | None
     access: Access
     assumed: Assumed
+    durability: Durability
 
     @contextlib.asynccontextmanager
     async def connected(
@@ -229,11 +233,26 @@ class _Store:
     async def judged(self, client: StoreClient, embedded: EmbeddedStore | None) -> Epoch:
         """Judge it, and return its epoch."""
         try:
-            for warning in await check(client, self.assumed):
+            for warning in await check(client, self.assumed, self.durability):
                 log.warning(warning)
             return await ensure_epoch(client, embedded.read_epoch() if embedded else None)
         except StoreError as error:
             raise (await embedded.explain(error) if embedded else error) from error
+
+    async def opened(
+        self, client: StoreClient, embedded: EmbeddedStore | None, quarantine_seconds: float
+    ) -> Epoch:
+        """Judge it for a coordinator, and have its directory remember its epoch."""
+        epoch = await self.judged(client, embedded)
+        if epoch.lost:
+            log.error(
+                "the store lost data: create tokens that are missing again; nothing is granted at "
+                "first",
+                quarantine_seconds=quarantine_seconds,
+            )
+        if embedded:
+            embedded.opened(epoch.epoch, quarantine_seconds, lost=epoch.lost)
+        return epoch
 
 
 async def _hold_back(settings: Settings, store: _Store) -> None:
@@ -267,37 +286,23 @@ async def _serve(
 
     async with contextlib.AsyncExitStack() as stack:
         client, embedded = await stack.enter_async_context(store.connected(settings, new=True))
-
-        async def open_store() -> Epoch:
-            epoch = await store.judged(client, embedded)
-            if epoch.lost:
-                log.error(
-                    "the store lost data: create tokens that are missing again; nothing is "
-                    "granted at first",
-                    quarantine_seconds=settings.quarantine_seconds,
-                )
-                if embedded:
-                    await stack.enter_async_context(
-                        _remembering(embedded, epoch.epoch, settings.quarantine_seconds)
-                    )
-            elif embedded:
-                embedded.write_epoch(epoch.epoch)
-            return epoch
-
         coordinator = Coordinator(
             client,
             policies=policies,
-            open_store=open_store,
+            open_store=partial(store.opened, client, embedded, settings.quarantine_seconds),
             listen=settings.listen,
             certificates=certificates,
             health_listen=settings.health_listen,
             access=access,
             metrics_listen=settings.metrics_listen,
-            judge=partial(check, client, store.assumed),
+            judge=partial(check, client, store.assumed, store.durability),
+            durability=store.durability,
             quarantine_seconds=settings.quarantine_seconds,
             drain_seconds=settings.drain_seconds,
         )
         coordinator.scripts.on_outdated = on_outdated
+        if embedded:
+            embedded.on_loss = coordinator.scripts.data_is_lost
         _follow_hangups(stop, partial(_reload, settings, coordinator, access))
         if await _before(stop, stack.enter_async_context(coordinator)):
             if dangers := settings.dangers():
@@ -359,27 +364,6 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
-
-
-@contextlib.asynccontextmanager
-async def _remembering(
-    embedded: EmbeddedStore, epoch: str, after_seconds: float
-) -> AsyncIterator[None]:
-    """Write the new epoch of a store that lost its data to its directory when that is safe.
-
-    Until it is written, every restart finds the loss again and holds back grants anew.
-    """
-
-    async def write() -> None:
-        await asyncio.sleep(after_seconds)
-        try:
-            embedded.write_epoch(epoch)
-        except StoreError as error:
-            log.warning("the next start will hold back grants again", reason=str(error))
-
-    task = asyncio.create_task(write())
-    yield
-    task.cancel()
 
 
 class _Logger:

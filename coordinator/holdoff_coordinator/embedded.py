@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Self
 from urllib.parse import quote
@@ -67,7 +67,7 @@ _LONGEST_PAUSE_SECONDS: Final = 5.0
 _OPTIONS: Final = (
     *("--port", "0"),
     *("--unixsocket", "valkey.sock", "--unixsocketperm", "700"),
-    *("--appendonly", "yes", "--appendfsync", "always"),
+    *("--appendonly", "yes", "--appendfsync", "always", "--aof-load-truncated", "no"),
     *("--save", ""),
     *("--maxmemory-policy", "noeviction"),
     *("--daemonize", "no", "--logfile", "", "--always-show-logo", "no"),
@@ -76,6 +76,10 @@ _OPTIONS: Final = (
 _LOG_LINE: Final = re.compile(r"^\d+:\S+ .*?\d\d:\d\d:\d\d\.\d+ (?P<level>[.\-*#]) (?P<text>.*)$")
 
 _NO_SPACE: Final = ("No space left on device", "Disk quota exceeded", "AOF write error")
+_CUT_OFF: Final = "Unexpected end of file reading the append only file"
+"""What Valkey says when its append-only file ends in the middle of a command or a transaction."""
+_LOST: Final = "lost"
+"""What the epoch file holds while data may be missing: it equals no epoch."""
 _DAMAGED: Final = (
     "reading the append only file",
     "AOF manifest",
@@ -83,6 +87,7 @@ _DAMAGED: Final = (
     "Wrong signature trying to load DB",
     "Internal error in RDB",
     "Short read or OOM loading DB",
+    "the truncated file is not the last file",
 )
 """What Valkey says when it refuses its data."""
 
@@ -134,6 +139,10 @@ class EmbeddedStore:
         self._ended = asyncio.Event()
         self._ended_because = ""
         self._url = ""
+        self._opened: tuple[str, float] | None = None
+        self._remembering: asyncio.Task[None] | None = None
+        self.on_loss: Callable[[], None] = lambda: None
+        """Called before Valkey loads data of which some may be missing."""
 
     @property
     def url(self) -> str:
@@ -182,6 +191,8 @@ class EmbeddedStore:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
             self._watch = None
+        if self._remembering:
+            self._remembering.cancel()
         await self._end_process()
         if self._alias is not None:
             self._alias.unlink(missing_ok=True)
@@ -254,6 +265,34 @@ class EmbeddedStore:
         with _explained(path):
             _files.write(path, f"{epoch}\n".encode(), mode=0o666, durable=True)
 
+    def opened(self, epoch: str, quarantine_seconds: float, *, lost: bool) -> None:
+        """Remember the store's epoch; after a loss of data, when the quarantine is over.
+
+        Until then every start finds the loss again and holds back grants anew. The same follows
+        from a loss while the store runs.
+
+        Raises:
+            StoreError: The file cannot be written.
+        """
+        self._opened = epoch, quarantine_seconds
+        if lost:
+            self._remember_later()
+        else:
+            self.write_epoch(epoch)
+
+    def _remember_later(self) -> None:
+        if self._remembering:
+            self._remembering.cancel()
+        if self._opened:
+            self._remembering = asyncio.create_task(self._remember(*self._opened))
+
+    async def _remember(self, epoch: str, after_seconds: float) -> None:
+        await asyncio.sleep(after_seconds)
+        try:
+            self.write_epoch(epoch)
+        except StoreError as error:
+            _log.warning("the next start will hold back grants again", reason=str(error))
+
     async def _take_root(self) -> int:
         """Lock the directory for this coordinator and return the lock's descriptor."""
         path = self._root / "lock"
@@ -304,7 +343,28 @@ class EmbeddedStore:
         return alias
 
     async def _launch(self) -> None:
-        """Start Valkey and wait until it is ready.
+        """Start Valkey and wait until it is ready; load a file that is cut off as lost data.
+
+        Raises:
+            StoreError: It ended, or does not answer.
+        """
+        try:
+            await self._start_valkey()
+        except StoreError:
+            if not any(_CUT_OFF in line for line in self._last_lines):
+                raise
+            _log.error(
+                "the append-only file is cut off at its end: the last leases, renewals, refreshes "
+                "and reports may be lost; the rest is loaded, and nothing is granted at first",
+                folder=str(self._home),
+            )
+            self.write_epoch(_LOST)
+            self._remember_later()
+            self.on_loss()
+            await self._start_valkey("--aof-load-truncated", "yes")
+
+    async def _start_valkey(self, *options: str) -> None:
+        """Start Valkey with more options and wait until it is ready.
 
         Raises:
             StoreError: It ended, or does not answer.
@@ -313,7 +373,7 @@ class EmbeddedStore:
             lock = await self._wait_for_predecessor()
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *command(*_OPTIONS),
+                    *command(*_OPTIONS, *options),
                     cwd=self._home,
                     # Valkey inherits the lock, so it is free exactly when Valkey is gone.
                     pass_fds=(lock,),
@@ -525,8 +585,8 @@ def _diagnosis(root: Path, code: int | None, lines: Sequence[str]) -> str:
         return f"Valkey cannot write to {root} ({last}): free space on its disk, or repair it"
     if any(sign in line for line in lines for sign in _DAMAGED):
         return (
-            f"the data in {root} is damaged ({last}): write `lost` into {root / 'epoch'}, so that "
-            "nothing is granted before it is safe, and then repair or restore "
+            f"the data in {root} is damaged ({last}): write `{_LOST}` into {root / 'epoch'}, so "
+            "that nothing is granted before it is safe, and then repair or restore "
             f"{root / 'valkey'}, or move it away to begin empty"
         )
     if code is not None and code < 0:

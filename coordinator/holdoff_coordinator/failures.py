@@ -30,6 +30,7 @@ CODES: Mapping[str, int] = {
     "STORE_OUT_OF_MEMORY": code_pb2.UNAVAILABLE,
     "STORE_READ_ONLY": code_pb2.UNAVAILABLE,
     "STORE_NOT_WRITABLE": code_pb2.UNAVAILABLE,
+    "STORE_NOT_REPLICATED": code_pb2.UNAVAILABLE,
     "STORE_ACCESS_DENIED": code_pb2.UNAVAILABLE,
     "SCHEMA_TOO_NEW": code_pb2.UNAVAILABLE,
     "DRAINING": code_pb2.UNAVAILABLE,
@@ -139,6 +140,8 @@ STORE_TROUBLES: Mapping[str, str] = {
     "STORE_OUT_OF_MEMORY": "the store is out of memory and accepts no writes",
     "STORE_READ_ONLY": "the store is read-only: a replica, or a primary that was replaced",
     "STORE_NOT_WRITABLE": "the store accepts no writes: a full disk, or too few replicas",
+    "STORE_NOT_REPLICATED": "the store has fewer copies of the change than --wait-replicas and "
+    "--wait-fsync ask for",
     "STORE_ACCESS_DENIED": "the store refuses our user or password, a command or a key",
     "STORE_DAMAGED": "a record in the store is damaged",
     "INTERNAL": "a script failed in the store",

@@ -135,6 +135,7 @@ class Leases:
         self._hub = hub
         self._places = places
         self._turns = _Turns()
+        self._renewing = set[asyncio.Task[lease_service_pb2.RenewLeaseResponse]]()
 
     async def acquire(
         self, request: lease_service_pb2.AcquireLeaseRequest, caller: Caller, waiter: Waiter
@@ -266,21 +267,62 @@ class Leases:
     async def renew(
         self, request: lease_service_pb2.RenewLeaseRequest, caller: Caller
     ) -> lease_service_pb2.RenewLeaseResponse:
-        """Accept an offer or prolong a lease."""
+        """Accept an offer or prolong a lease.
+
+        It runs to its end also when the caller gives up, so that an acceptance that was not
+        answered is taken back.
+        """
+        renewing = asyncio.create_task(self._renew(request, caller))
+        self._renewing.add(renewing)
+        renewing.add_done_callback(self._renewed)
+        return await asyncio.shield(renewing)
+
+    def _renewed(self, renewing: asyncio.Task[lease_service_pb2.RenewLeaseResponse]) -> None:
+        self._renewing.discard(renewing)
+        if not renewing.cancelled():
+            renewing.exception()  # the caller may be gone, and asyncio would log it
+
+    async def _renew(
+        self, request: lease_service_pb2.RenewLeaseRequest, caller: Caller
+    ) -> lease_service_pb2.RenewLeaseResponse:
         name = validation.lease_name("name", request.name)
         _, age_us = _refresh_report(request.refresh)
+        secret_hash = _sha256(validation.secret(request.secret).encode())
         reply = await self._scripts.run(
             "renew",
             name.app,
             name.token,
             name.lease,
-            _sha256(validation.secret(request.secret).encode()),
+            secret_hash,
             "1" if request.command_started else "0",
             age_us,
             "1" if request.command_paused else "0",
             caller=caller,
         )
-        return lease_service_pb2.RenewLeaseResponse(lease=_lease(reply, name))
+        lease = _lease(reply, name)
+        if not reply.is_lasting:
+            await self._withhold(name, secret_hash, reply, reported=bool(age_us))
+        return lease_service_pb2.RenewLeaseResponse(lease=lease)
+
+    async def _withhold(
+        self, name: LeaseName, secret_hash: str, reply: Reply, *, reported: bool
+    ) -> None:
+        """Acknowledge no grant and no report of a refresh of which the store has too few copies.
+
+        An acceptance is taken back. For as long as the holder of an acceptance that was not
+        acknowledged may try again, the TTL, each renewal counts as one.
+
+        Raises:
+            Failure: STORE_NOT_REPLICATED.
+        """
+        lease = record(reply.values[0])
+        accepted_us = int(lease["accepted_us"])
+        if accepted_us == reply.now_us:
+            await self._scripts.run(
+                "withhold", name.app, name.token, name.lease, secret_hash, lease["expires_us"]
+            )
+        if reported or reply.now_us < accepted_us + int(lease["ttl_us"]):
+            raise self._scripts.not_lasting()
 
     async def release(
         self, request: lease_service_pb2.ReleaseLeaseRequest, caller: Caller
@@ -288,7 +330,7 @@ class Leases:
         """End a lease for its holder."""
         name = validation.lease_name("name", request.name)
         saw_every, age_us = _refresh_report(request.refresh)
-        reply = await self._scripts.run(
+        reply = await self._scripts.run_lasting(
             "release",
             name.app,
             name.token,

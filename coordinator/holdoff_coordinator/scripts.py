@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,7 +32,8 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from holdoff_coordinator.caller import NOBODY
 from holdoff_coordinator.clock import SLACK_US, TOLERANCE_US, StoreClock
-from holdoff_coordinator.cluster import Cluster, node_of
+from holdoff_coordinator.cluster import Cluster, node_of, sent
+from holdoff_coordinator.durability import NO_COPIES
 from holdoff_coordinator.failures import CODES, Failure, store_trouble
 from holdoff_coordinator.seldom import warn
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.cluster import StoreClient
+    from holdoff_coordinator.durability import Durability
 
 log = structlog.get_logger()
 
@@ -86,7 +89,14 @@ SCRIPTS = (
     "update_token",
     "upgrade",
     "withdraw",
+    "withhold",
 )
+NEEDS_MEMORY = ("acquire", "create_token", "record_events", "reserve", "set_back_off")
+"""Scripts that a store refuses when its memory is full, because they add records. All others read,
+free, or change what exists: they run, so that a full store ends no lease."""
+
+LASTING = ("commit", "record_events", "release", "renew", "reserve")
+"""Scripts whose effect the store must have as many copies of as the operator asks for."""
 
 
 def source(name: str) -> str:
@@ -95,9 +105,11 @@ def source(name: str) -> str:
     if name in BUDGET_SCRIPTS:
         before.append("budgets")
     folder = files("holdoff_coordinator") / "lua"
+    flags = "" if name in NEEDS_MEMORY else " flags=allow-oom"
     parts = [(folder / f"{part}.lua").read_text() for part in [*before, name]]
-    # In a function, since Lua allows 200 local variables in each.
-    return "".join([*parts[:-1], "return (function() ", parts[-1], "end)()\n"])
+    # With the first line, a server refuses a script before it begins, or never because of memory.
+    # The last part is in a function, since Lua allows 200 local variables in each.
+    return "".join([f"#!lua{flags}\n", *parts[:-1], "return (function() ", parts[-1], "end)()\n"])
 
 
 def digest(name: str) -> str:
@@ -175,6 +187,8 @@ class Reply:
     """The script took the store's clock for doubtful, and only the store was slow."""
     life: str = ""
     """The name of the life of the app's data."""
+    is_lasting: bool = True
+    """The store has as many copies of the change as the operator asks for."""
 
 
 @dataclass(slots=True)
@@ -208,8 +222,10 @@ class Scripts:
         *,
         quarantine_us: int,
         boot_us: Callable[[], int] = boottime_us,
+        durability: Durability = NO_COPIES,
     ) -> None:
         self.redis = redis
+        self._durability = durability
         self.on_audit: Callable[[bytes, dict[bytes, bytes]], None] = lambda *_: None
         """Called with each entry that this replica added to the audit trail."""
         self.on_run: Callable[[str, float], None] = lambda *_: None
@@ -244,6 +260,7 @@ class Scripts:
 
     def data_is_lost(self) -> None:
         """Take what the store does not know for lost, for as long as that may matter."""
+        self._epochs.clear()
         self._lost_until_us = self._boot_us() + self._quarantine_us
 
     def records_are_lost(self, app: str) -> None:
@@ -334,7 +351,8 @@ class Scripts:
             caller.peer,
         )
         sent_us = self._boot_us()
-        answer = await self._answer(self._evaluate(name, shard_key(app), *header, *args))
+        sending = self._evaluate(name, shard_key(app), *header, *args)
+        answer, is_lasting = await self._answer(sending)
         self.answers += 1
         self.on_run(name, (self._boot_us() - sent_us) / 1e6)
         now_us = int(answer[0])
@@ -351,7 +369,8 @@ class Scripts:
             self._found_damaged(app, thing, why.decode(errors="replace"))
         off_us = abs(now_us - reading.estimate_us) if reading and reading.estimate_us else 0
         late = off_us > TOLERANCE_US and not jump_us
-        reply = Reply(now_us, epoch, answer[4].decode(), tuple(answer[5:]), things, late, life)
+        status, *values = answer[4:]
+        reply = Reply(now_us, epoch, status.decode(), tuple(values), things, late, life, is_lasting)
         if reply.status == "SCHEMA_TOO_NEW":
             found, known = (int(value) for value in reply.values)
             failure = Failure(
@@ -407,11 +426,40 @@ class Scripts:
         self.on_damage(app, thing.partition("/")[0])
         warn("a record is damaged and left out", f"apps/{app}/{thing}", why=why[:200])
 
-    async def _evaluate(self, name: str, key: str, *args: bytes | str | int) -> Any:
-        try:
-            return await self.redis.evalsha(self._digests[name], 1, key, *args)
-        except NoScriptError:  # so it did not run: a server that is new to us, or that restarted
-            return await self.redis.eval(self._sources[name], 1, key, *args)
+    async def run_lasting(
+        self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY
+    ) -> Reply:
+        """Run one of `LASTING`.
+
+        Raises:
+            Failure: STORE_NOT_REPLICATED: it ran, may be lost in a failover, and can be sent again.
+        """
+        reply = await self.run(name, app, *args, caller=caller)
+        if reply.status == "OK" and not reply.is_lasting:
+            raise self.not_lasting()
+        return reply
+
+    def not_lasting(self) -> Failure:
+        """Report that the store has too few copies of a change."""
+        reason = "STORE_NOT_REPLICATED"
+        warn("store call failed", reason, wanted=" ".join(map(str, self._durability.command())))
+        self.on_failure(reason)
+        return store_trouble(reason)
+
+    async def _evaluate(self, name: str, key: str, *args: bytes | str | int) -> tuple[Any, bool]:
+        """Run a script; return its answer, and whether the store has enough copies."""
+
+        async def send(node: Redis) -> tuple[Any, bool]:
+            if name in LASTING and self._durability:
+                run = partial(self._durability.run, node)
+            else:
+                run = partial(_run_alone, node)
+            try:
+                return await run("EVALSHA", self._digests[name], 1, key, *args)
+            except NoScriptError:  # it did not run: the server is new to us, or was restarted
+                return await run("EVAL", self._sources[name], 1, key, *args)
+
+        return await sent(self.redis, key, send)
 
     async def upgrade(self) -> None:
         """Bring all records up to this release, or find that they are of a newer one.
@@ -571,6 +619,10 @@ class Scripts:
         """List the ids of an app's tokens that are leased, offered, or cooling, in order."""
         found = await self._answer(self.redis.zrange(f"{shard_key(app)}:due", 0, -1))
         return sorted(token.decode() for token in found)
+
+
+async def _run_alone(node: Redis, *command: bytes | str | int) -> tuple[Any, bool]:
+    return await node.execute_command(*command), True  # type: ignore[no-untyped-call]
 
 
 async def answered(command: Awaitable[Any]) -> Any:

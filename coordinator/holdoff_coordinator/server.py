@@ -14,6 +14,7 @@ from holdoff_coordinator.audit import AuditTrail
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.durability import NO_COPIES
 from holdoff_coordinator.failures import Failure, store_trouble
 from holdoff_coordinator.followers import Followers
 from holdoff_coordinator.gate import Gate
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from holdoff.policies import Policy
     from holdoff_coordinator.cluster import StoreClient
+    from holdoff_coordinator.durability import Durability
     from holdoff_coordinator.gate import AccessFile
     from holdoff_coordinator.metrics import Metrics
     from holdoff_coordinator.store import Epoch
@@ -101,13 +103,17 @@ class Coordinator:
         quarantine_seconds: float,
         drain_seconds: float,
         boot_us: Callable[[], int] = boottime_us,
+        durability: Durability = NO_COPIES,
     ) -> None:
         self._listen = listen
         self._certificates = certificates
         self._health_listen = health_listen
         self._drain_seconds = drain_seconds
         self.scripts = Scripts(
-            redis, quarantine_us=round(quarantine_seconds * 1e6), boot_us=boot_us
+            redis,
+            quarantine_us=round(quarantine_seconds * 1e6),
+            boot_us=boot_us,
+            durability=durability,
         )
         self._watch = StoreWatch(self.scripts, open_store)
         self.hub = Hub(self.scripts)

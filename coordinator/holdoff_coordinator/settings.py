@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from holdoff_coordinator.durability import Durability
 from holdoff_coordinator.store import Access, Assumed
 from holdoff_coordinator.tls import TlsFiles
 
@@ -136,6 +137,15 @@ class Settings(BaseSettings):
     quarantine_seconds: Seconds = 900.0
     """How long nothing is granted after the store may have forgotten something."""
 
+    wait_replicas: Annotated[int, Field(ge=0, le=100)] = 0
+    """How many replicas must have a grant, a refresh or a report before it is acknowledged."""
+
+    wait_fsync: bool = False
+    """They and the primary must have it on their disks."""
+
+    wait_seconds: Annotated[float, Field(gt=0, le=4, allow_inf_nan=False)] = 0.5
+    """How long to wait for them; less than the time limit of a connection to the store."""
+
     drain_seconds: Seconds = 5.0
     """How long a stopping coordinator gives open calls to end."""
 
@@ -179,6 +189,8 @@ class Settings(BaseSettings):
         keys = sorted(name for name in _OPENS if getattr(self, name) is not None)
         if keys and self.redis_url is None and self.redis_url_file is None:
             raise ValueError(f"{keys[0]} is for an external store: give redis_url too")
+        if self.wait_replicas and self.redis_url is None and self.redis_url_file is None:
+            raise ValueError("wait_replicas is for an external store: give redis_url too")
         if self.redis_key_file and not self.redis_cert_file:
             raise ValueError("redis_key_file is the key of a certificate: give redis_cert_file too")
         return self
@@ -235,6 +247,10 @@ class Settings(BaseSettings):
         for path in filter(None, files.values()):
             path.open("rb").close()
         return Access(**files)
+
+    def durability(self) -> Durability:
+        """Return how many copies of a change the store must have."""
+        return Durability(self.wait_replicas, self.wait_fsync, self.wait_seconds)
 
     def assumed(self) -> Assumed:
         """Return what to believe of a store that does not tell."""

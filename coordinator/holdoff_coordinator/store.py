@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ from holdoff_coordinator.connecting import (
     connect,
     describe,
 )
+from holdoff_coordinator.durability import NO_COPIES, Durability
 from holdoff_coordinator.scripts import unwrapped
 
 __all__ = [
@@ -105,7 +106,9 @@ class Epoch:
 _NOTHING_ASSUMED: Final = Assumed()
 
 
-async def check(client: StoreClient, assumed: Assumed = _NOTHING_ASSUMED) -> list[str]:
+async def check(
+    client: StoreClient, assumed: Assumed = _NOTHING_ASSUMED, durability: Durability = NO_COPIES
+) -> list[str]:
     """Find out whether the store can be relied on; of a Cluster, every primary.
 
     Asks for what INFO and CONFIG say, and tries every command, pattern of keys and channel that we
@@ -114,6 +117,7 @@ async def check(client: StoreClient, assumed: Assumed = _NOTHING_ASSUMED) -> lis
     Args:
         client: The store.
         assumed: What to believe where the store does not tell; what it tells counts more.
+        durability: How many copies of a change it must have.
 
     Returns:
         What an operator should be warned of, a sentence or two each; empty if all is well.
@@ -136,6 +140,8 @@ async def check(client: StoreClient, assumed: Assumed = _NOTHING_ASSUMED) -> lis
                 warnings += await _judge_fsync(node, name, info, assumed)
                 if cluster or isinstance(node.connection_pool, SentinelConnectionPool):
                     warnings += _judge_replicas(name, info)
+                if durability:
+                    warnings += await _judge_copies(node, name, info, durability)
             name = describe(client)
             await _probe(client, name)
     except TimeoutError:
@@ -164,7 +170,9 @@ async def ensure_epoch(client: StoreClient, file_epoch: str | None) -> Epoch:
     fresh = uuid.uuid4().hex
     try:
         # SET NX GET is one step: of two replicas on a new store, one sets and both learn the same.
-        found = await client.set(EPOCH_KEY, fresh, nx=True, get=True)
+        # A store without memory refuses it, even where there is an epoch.
+        found = await client.get(EPOCH_KEY)
+        found = found or await client.set(EPOCH_KEY, fresh, nx=True, get=True)
         restored = bool(await client.exists(RESTORED_KEY))
     except RedisError as error:
         raise explain(describe(client), error) from error
@@ -309,6 +317,38 @@ def _judge_replicas(name: str, info: dict[str, Any]) -> list[str]:
         f"the store at {name} acknowledges writes that no replica has, and continues to do so when "
         "it is cut off: a failover may lose all of them, and a token may be granted twice; set "
         "min-replicas-to-write 1 and min-replicas-max-lag 10"
+    )
+    return [warning]
+
+
+async def _judge_copies(
+    node: Redis, name: str, info: dict[str, Any], durability: Durability
+) -> list[str]:
+    """Tell whether a primary can have as many copies as the operator asks for.
+
+    Raises:
+        StoreError: It never can.
+    """
+    if durability.fsync and info.get("aof_enabled") == 0:
+        raise StoreError(
+            f"the store at {name} keeps no append-only file, for which --wait-fsync waits: set "
+            "appendonly yes, also on its replicas, or leave that out"
+        )
+    command = replace(durability, replicas=0, seconds=0).command()
+    try:
+        await node.execute_command(*command)  # type: ignore[no-untyped-call]
+    except NoPermissionError:
+        raise StoreError(
+            f"the access list of the store at {name} lacks for our user: +{str(command[0]).lower()}"
+            "; --wait-replicas and --wait-fsync need it"
+        ) from None
+    replicas = [value for key, value in info.items() if re.fullmatch(r"slave\d+", key)]
+    online = sum(one["state"] == "online" for one in replicas)
+    if online >= durability.replicas:
+        return []
+    warning = (
+        f"the store at {name} has {online} of the {durability.replicas} replicas that "
+        "--wait-replicas asks for: nothing is granted until it has them"
     )
     return [warning]
 

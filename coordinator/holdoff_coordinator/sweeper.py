@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis_lock
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.seldom import warn
@@ -101,7 +101,10 @@ class Sweeper:
         try:
             self._lock.extend()
         except redis_lock.NotAcquired:
-            return bool(self._lock.acquire(blocking=False))
+            try:
+                return bool(self._lock.acquire(blocking=False))
+            except OutOfMemoryError:  # leases that ran out must end all the same
+                return True
         return True
 
     async def sweep(self) -> None:

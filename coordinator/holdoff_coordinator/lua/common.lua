@@ -54,6 +54,21 @@ local NAME = 'apps/' .. SHARD:match('{(.*)}')
 local AUDIT_KEPT = 10000 -- entries an app, some 5 MB
 local audited = {} -- what this call added to the trail, for the log
 
+-- Adds an entry to a stream of ours, and returns its id. A key of another type, or a stream of
+-- another life of the store, is replaced; any other error deletes nothing.
+local function append(key, ...)
+  local id = redis.pcall('XADD', key, ...)
+  if type(id) == 'table' then
+    local why = id.err
+    if not (why:find('^WRONGTYPE') or why:find('equal or smaller') or why:find('stream has exhausted')) then
+      error(id)
+    end
+    redis.call('DEL', key)
+    id = redis.call('XADD', key, ...)
+  end
+  return id
+end
+
 -- Adds to the audit trail what happened to a thing, by its name below the app. The caller is
 -- named if it was its doing.
 local function audit(kind, thing, facts, by_caller)
@@ -68,13 +83,7 @@ local function audit(kind, thing, facts, by_caller)
       entry[#entry + 1] = type(facts[field]) == 'number' and us(facts[field]) or facts[field]
     end
   end
-  local key = SHARD .. ':audit'
-  local id = redis.pcall('XADD', key, 'MAXLEN', '~', AUDIT_KEPT, '*', unpack(entry))
-  if type(id) == 'table' then
-    redis.call('DEL', key) -- it is not ours
-    id = redis.call('XADD', key, '*', unpack(entry))
-  end
-  audited[#audited + 1] = {id, entry}
+  audited[#audited + 1] = {append(SHARD .. ':audit', 'MAXLEN', '~', AUDIT_KEPT, '*', unpack(entry)), entry}
 end
 
 -- How long after its last renewal a holder's last refresh may still matter: the longest of

@@ -63,9 +63,9 @@ end
 -- the live one, or the one that just ended. Changes are numbered without a gap,
 -- so that a reader knows whether it missed one.
 local function tell(kind, id, token, lease_id, lease)
-  local key, change = SHARD .. ':changes', us(redis.call('HINCRBY', SHARD, 'changes', 1))
+  local change = us(redis.call('HINCRBY', SHARD, 'changes', 1))
   local entry = {
-    key, 'MAXLEN', '~', CHANGES_KEPT, change .. '-0',
+    'MAXLEN', '~', CHANGES_KEPT, change .. '-0',
     'kind', kind, 'token', id, 'at_us', us(now),
     'reason', shown_obstacle(id, token, token.lease and lease),
     'not_before_us', token.not_before_us or '0',
@@ -79,10 +79,7 @@ local function tell(kind, id, token, lease_id, lease)
       entry[#entry + 1] = shown[i + 1]
     end
   end
-  if redis.pcall('XADD', unpack(entry)).err then
-    redis.call('DEL', key) -- it is not ours, or of another life of the store
-    redis.call('XADD', unpack(entry))
-  end
+  append(SHARD .. ':changes', unpack(entry))
 end
 
 local function tell_queue_moved(id)

@@ -13,6 +13,7 @@ local late, paused = renewal_late(lease), lease.paused or '0'
 local changes = {expires_us = now + number(lease.ttl_us), late = '0', paused = ARGV[12]}
 if lease.state == 'OFFERED' then
   changes.state, changes.accepted_us = 'ACTIVE', now
+  changes.sequence = redis.call('ZSCORE', queue_key(id), lease.request) or '' -- see withhold.lua
   redis.call('ZREM', queue_key(id), lease.request)
   redis.call('HSET', request_key(lease.request), 'state', 'held')
 end

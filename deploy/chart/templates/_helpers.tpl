@@ -123,6 +123,15 @@ seccompProfile:
 {{- with $store.assume }}
 - --assume={{ . }}
 {{- end }}
+{{- if $store.waitReplicas }}
+- --wait-replicas={{ int $store.waitReplicas }}
+{{- end }}
+{{- if $store.waitFsync }}
+- --wait-fsync
+{{- end }}
+{{- if or $store.waitReplicas $store.waitFsync }}
+- --wait-seconds={{ $store.waitSeconds }}
+{{- end }}
 {{- end }}
 {{- end }}
 

@@ -136,6 +136,8 @@ _REMEDIES: Final = {
     "the primary, or of the Sentinels",
     "STORE_NOT_WRITABLE": "see the log of the store of {endpoint}: is its disk full, are its "
     "replicas down?",
+    "STORE_NOT_REPLICATED": "are the replicas of the store of {endpoint} up? Its coordinator waits "
+    "for them",
     "STORE_ACCESS_DENIED": "the store of {endpoint} refuses its coordinator: see the coordinator's "
     "log, and in Valkey ACL LOG",
     "STORE_DAMAGED": "the coordinator's log at {endpoint} names the record; no other record is "
