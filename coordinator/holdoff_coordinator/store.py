@@ -171,7 +171,7 @@ async def ensure_epoch(client: StoreClient, file_epoch: str | None) -> Epoch:
     try:
         # SET NX GET is one step: of two replicas on a new store, one sets and both learn the same.
         # A store without memory refuses it, even where there is an epoch.
-        found = await client.get(EPOCH_KEY)
+        found: bytes | str | bool | None = await client.get(EPOCH_KEY)
         found = found or await client.set(EPOCH_KEY, fresh, nx=True, get=True)
         restored = bool(await client.exists(RESTORED_KEY))
     except RedisError as error:
