@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
     from holdoff.v1 import lease_pb2
 
+PLACES = [*LEASED, *LEASED, SHARED]
+"""Where holders go. Users of python-redis-lock get their turn when nobody of ours waits."""
 WORK_SECONDS = 0.05
 """Between two looks at the lease."""
 LOCK_SECONDS = 10.0
@@ -200,7 +202,7 @@ def be_sync(member: Member) -> None:
     def turns() -> None:
         with holdoff.Client(member.endpoint) as client:
             while member.goes_on():
-                hold(member, client, member.chance.choice([*LEASED, SHARED]))
+                hold(member, client, member.chance.choice(PLACES))
                 time.sleep(member.chance.uniform(0, 0.3))
 
     side_by_side(turns, turns, turns)
@@ -211,7 +213,7 @@ def be_async(member: Member) -> None:
 
     async def turns(client: aio.Client) -> None:
         while member.goes_on():
-            await hold_async(member, client, member.chance.choice([*LEASED, SHARED]))
+            await hold_async(member, client, member.chance.choice(PLACES))
             await asyncio.sleep(member.chance.uniform(0, 0.3))
 
     async def all_turns() -> None:
@@ -262,6 +264,8 @@ def be_foreign(member: Member) -> None:
                     time.sleep(member.chance.uniform(0, 0.5))
                     member.record("unlocking", id=one)
                     lock.release()
+                else:
+                    member.record("not-locked", id=one)
             except (redis.RedisError, redis_lock.NotAcquired, OSError) as error:
                 member.record("unlocked-badly", id=one, why=type(error).__name__)
             time.sleep(member.chance.uniform(0.5, 2))

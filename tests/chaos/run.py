@@ -254,7 +254,8 @@ def report(kind: str, events: list[Event]) -> list[judge.Violation]:
     say(
         f"{kind}: {done['granted']} leases, {done['not-granted']} not granted, "
         f"{done['lost']} lost, {done['ran']} runs, {done['locked']} locks, "
-        f"{done['reported']} reports, {done['called']} reserved calls; {faults.total()} faults; {len(broken)} violations"
+        f"{done['reported']} reports, {done['called']} reserved calls; "
+        f"{faults.total()} faults; {len(broken)} violations"
     )
     failed = [event for event in events if "the fault failed" in str(event.get("text"))]
     for event in failed:
