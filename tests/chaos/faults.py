@@ -347,18 +347,23 @@ def _two_failovers(scene: Scene, chance: Random) -> None:
     primary = scene.primary_of(APP)
     if primary is None:
         return
-    with _stopped(*(one.pid for one in scene.replicas_of(primary))):
-        time.sleep(pick(chance, 0.5, 0.9))
-        with _stopped(*_coordinator_pids(scene)):
+    with _stopped(*_coordinator_pids(scene)):
+        with _stopped(*(one.pid for one in scene.replicas_of(primary))):
+            # What is granted now is lost.
+            for pid in _coordinator_pids(scene):
+                os.kill(pid, signal.SIGCONT)
+            time.sleep(pick(chance, 0.5, 0.9))
+            for pid in _coordinator_pids(scene):
+                os.kill(pid, signal.SIGSTOP)
             scene.fleet.kill("sync")
+            scene.note(f"kill the primary {primary.name}")
             _kill(primary)
-            for one in scene.replicas_of(primary):
-                os.kill(one.pid, signal.SIGCONT)
-            until(lambda: _promoted(scene, primary), PATIENCE_SECONDS)
-            scene.restart_dead_servers()
-            middle = scene.primary_of(APP)
-            until(lambda: middle and scene.replicas_of(middle), PATIENCE_SECONDS)
-            time.sleep(1)
+        until(lambda: _promoted(scene, primary), PATIENCE_SECONDS)
+        middle = scene.primary_of(APP)
+        scene.restart_dead_servers()
+        if middle:
+            until(lambda: scene.replicas_of(middle), PATIENCE_SECONDS)
+            scene.note(f"fail over again, from {middle.name}")
             _move(scene)
 
 
@@ -478,7 +483,7 @@ def _truncated_file(scene: Scene, chance: Random) -> None:
     until(lambda: not _is_locked(folder / "lock"), PATIENCE_SECONDS)
     [path] = folder.glob("appendonlydir/*.incr.aof")
     size = path.stat().st_size
-    cut = min(size, int(chance.uniform(2000, 20000)))
+    cut = int(chance.uniform(0.02, 0.5) * size)
     scene.note(f"cut {cut} of {size} bytes off {path.name}")
     os.truncate(path, size - cut)
     coordinator.start()

@@ -284,6 +284,7 @@ def main() -> int:
     parser.add_argument("--faults", default="", help="only these, in this order; with commas")
     parser.add_argument("--keep", type=Path, help="folder to keep the histories in")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left
     kinds = KINDS if options.store == "all" else (options.store,)
     names = [name for name in options.faults.split(",") if name]
     say(f"seed {options.seed}, load {os.getloadavg()[0]:.1f}")
@@ -291,16 +292,14 @@ def main() -> int:
     for kind in kinds:
         with contextlib.ExitStack() as stack:
             if options.keep:
-                folder = options.keep.absolute() / f"{kind}-{options.seed}"
-                folder.mkdir(parents=True)
+                options.keep.mkdir(parents=True, exist_ok=True)
+                folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=options.keep.absolute()))
+                say(f"its history: {folder}")
             else:
-                folder = Path(
-                    stack.enter_context(
-                        tempfile.TemporaryDirectory(
-                            prefix="holdoff-chaos-", ignore_cleanup_errors=True
-                        )
-                    )
+                removed = tempfile.TemporaryDirectory(
+                    prefix="holdoff-chaos-", ignore_cleanup_errors=True
                 )
+                folder = Path(stack.enter_context(removed))
             Run(kind, options.seed, names, folder).go(options.seconds / len(kinds))
             if report(kind, read(folder)):
                 failed.append(kind)

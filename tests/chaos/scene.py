@@ -17,6 +17,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 import holdoff
 from tests import stores
@@ -158,6 +160,7 @@ class Coordinator:
         self._log = (folder / f"{name}.log").open("ab")
         self.address = ""
         self.process: subprocess.Popen[bytes] | None = None
+        self._all: list[subprocess.Popen[bytes]] = []
         self.cable = Cable("", keeps=False)
 
     def start(self) -> None:
@@ -178,7 +181,14 @@ class Coordinator:
             stderr=self._log,
             env={**os.environ, **self._environment},
         )
+        self._all.append(process)
         return process, address
+
+    def end(self) -> None:
+        """End every process that was started."""
+        for process in self._all:
+            process.kill()
+            process.wait()
 
     def replace(self) -> None:
         """Let a process take over that serves, and never met an app."""
@@ -244,6 +254,7 @@ class Scene:
         """Between coordinators and the store: one a coordinator, or one a server."""
         self.store: Store | None = None
         self.fleet = fleet
+        self._clients: dict[str, redis.Redis] = {}
 
     def note(self, text: str) -> None:
         """Record what a fault does."""
@@ -269,15 +280,24 @@ class Scene:
         """Return the servers of the store that run."""
         if self.store:
             return [
-                Target(f"valkey-{number}", one.process.pid, one.folder, one.client, one)
+                Target(f"valkey-{number}", one.process.pid, one.folder, self._client(one), one)
                 for number, one in enumerate(self.store.nodes, 1)
                 if one.process.poll() is None
             ]
-        children = self._embedded_pids()
-        client = redis.Redis(
-            unix_socket_path=str(self._embedded_folder / "valkey.sock"), socket_timeout=5
-        )
-        return [Target("valkey", pid, self._embedded_folder, client) for pid in children]
+        folder, client = self._embedded_folder, self._client(None)
+        return [Target("valkey", pid, folder, client) for pid in self._embedded_pids()]
+
+    def _client(self, node: Node | None) -> redis.Redis:
+        """Return a client of a server, which soon gives up."""
+        name = str(node.port) if node else ""
+        if name not in self._clients:
+            options: dict[str, Any] = {"socket_timeout": 1, "retry": Retry(NoBackoff(), 0)}
+            if node:
+                options |= {"host": "127.0.0.1", "port": node.port}
+            else:
+                options |= {"unix_socket_path": str(self._embedded_folder / "valkey.sock")}
+            self._clients[name] = redis.Redis(**options)
+        return self._clients[name]
 
     def _embedded_pids(self) -> list[int]:
         process = self.coordinators[0].process
@@ -372,7 +392,7 @@ def scene(
             )
             one.coordinators.append(coordinator)
             stack.enter_context(coordinator.cable)
-            stack.callback(coordinator.kill)
+            stack.callback(coordinator.end)
             coordinator.start()
         if not make_tokens(one.endpoint, START_SECONDS):
             raise RuntimeError("the coordinators do not serve")
