@@ -19,6 +19,7 @@ from tests.chaos.scene import (
     FAKETIME,
     INTERVAL_SECONDS,
     LEASED,
+    LONG_TTL_SECONDS,
     TTL_SECONDS,
     Target,
     listens,
@@ -302,6 +303,30 @@ def _promoted(scene: Scene, before: Target) -> bool:
     return now is not None and now.pid != before.pid
 
 
+def _after_failover(scene: Scene, before: Target) -> None:
+    """Wait until another server took over, and all others follow."""
+    until(lambda: _promoted(scene, before), PATIENCE_SECONDS)
+    scene.restart_dead_servers()
+    primaries = 1 if scene.kind == "sentinel" else 3
+    until(lambda: len(scene.primaries()) == primaries, PATIENCE_SECONDS)
+
+
+def _order_failover(scene: Scene, replica: Target) -> None:
+    """Let a replica take over at once; behind Sentinel any of them."""
+
+    def accepted() -> bool:
+        with contextlib.suppress(redis.RedisError):
+            if scene.kind == "sentinel" and scene.store:
+                scene.store.sentinels[0].run("SENTINEL", "FAILOVER", "main")
+                return True
+            if replica.node:
+                replica.node.run("CLUSTER", "FAILOVER", "TAKEOVER")
+                return True
+        return False
+
+    until(accepted, PATIENCE_SECONDS)
+
+
 @_fault("failover", REPLICATED, loses=True)
 def _failover(scene: Scene, _chance: Random) -> None:
     """The primary dies, and a replica takes over."""
@@ -309,8 +334,7 @@ def _failover(scene: Scene, _chance: Random) -> None:
     if primary:
         scene.note(f"kill the primary {primary.name}")
         _kill(primary)
-        until(lambda: _promoted(scene, primary), PATIENCE_SECONDS)
-        scene.restart_dead_servers()
+        _after_failover(scene, primary)
 
 
 @_fault("failover-with-loss", REPLICATED, loses=True)
@@ -319,52 +343,39 @@ def _failover_with_loss(scene: Scene, chance: Random) -> None:
     primary = scene.primary_of(APP)
     if primary:
         with _stopped(*(one.pid for one in scene.replicas_of(primary))):
-            time.sleep(pick(chance, 0.5, 0.9))
+            time.sleep(pick(chance, 0.5, 3))
             scene.note(f"kill the primary {primary.name}")
             _kill(primary)
-        until(lambda: _promoted(scene, primary), PATIENCE_SECONDS)
-        scene.restart_dead_servers()
-
-
-def _move(scene: Scene) -> None:
-    """Fail over as planned, and wait for it."""
-    before = scene.primary_of(APP)
-    if before is None or scene.store is None:
-        return
-    with contextlib.suppress(redis.RedisError):
-        if scene.kind == "sentinel":
-            scene.store.sentinels[0].run("SENTINEL", "FAILOVER", "main")
-        else:
-            replicas = scene.replicas_of(before)
-            if replicas and replicas[0].node:
-                replicas[0].node.run("CLUSTER", "FAILOVER", "TAKEOVER")
-    until(lambda: _promoted(scene, before), PATIENCE_SECONDS)
+        _after_failover(scene, primary)
 
 
 @_fault("two-failovers", REPLICATED, loses=True)
 def _two_failovers(scene: Scene, chance: Random) -> None:
     """Two in a row that no coordinator sees, the first of which loses the last writes."""
     primary = scene.primary_of(APP)
-    if primary is None:
+    replicas = scene.replicas_of(primary) if primary else []
+    if primary is None or not replicas:
         return
-    with _stopped(*_coordinator_pids(scene)):
-        with _stopped(*(one.pid for one in scene.replicas_of(primary))):
-            # What is granted now is lost.
-            for pid in _coordinator_pids(scene):
-                os.kill(pid, signal.SIGCONT)
-            time.sleep(pick(chance, 0.5, 0.9))
-            for pid in _coordinator_pids(scene):
-                os.kill(pid, signal.SIGSTOP)
-            scene.fleet.kill("sync")
-            scene.note(f"kill the primary {primary.name}")
-            _kill(primary)
+    with _stopped(*(one.pid for one in replicas)):
+        time.sleep(pick(chance, 2, 3))
+        pids = _coordinator_pids(scene)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        scene.fleet.kill("sync")
+        scene.note(f"kill the primary {primary.name}")
+        _kill(primary)
+    with _stopped(*pids):
+        _order_failover(scene, replicas[0])
         until(lambda: _promoted(scene, primary), PATIENCE_SECONDS)
         middle = scene.primary_of(APP)
-        scene.restart_dead_servers()
         if middle:
+            if scene.kind == "cluster":  # there is no other replica
+                scene.restart_dead_servers()
             until(lambda: scene.replicas_of(middle), PATIENCE_SECONDS)
             scene.note(f"fail over again, from {middle.name}")
-            _move(scene)
+            _order_failover(scene, (scene.replicas_of(middle) or replicas)[0])
+            until(lambda: _promoted(scene, middle), PATIENCE_SECONDS)
+    _after_failover(scene, primary)
 
 
 # The clock ---------------------------------------------------------------------------------------
@@ -424,7 +435,7 @@ def _step_before_fresh(scene: Scene, _chance: Random) -> None:
     time.sleep(2)
     with _stopped(*_coordinator_pids(scene)):
         scene.fleet.kill("sync")
-        _step(scene, TTL_SECONDS + INTERVAL_SECONDS + 1)
+        _step(scene, LONG_TTL_SECONDS + INTERVAL_SECONDS + 1)
         for one, (_, address) in zip(scene.coordinators, fresh, strict=True):
             one.cable.server = address
             one.cable.break_all()

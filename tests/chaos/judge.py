@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 SLEW_SECONDS = 0.01
 """Two good clocks may part by so much in the times that are judged here (NTP: 0.05 %)."""
+LOSS_REST_SECONDS = 2.0
+"""For so long after a fault a coordinator may still be connected to a server that took over from
+none, and whose writes are lost."""
 STORY_SECONDS = 4.0
 STORY_LINES = 40
 
@@ -374,7 +377,10 @@ def counted_once(events: Iterable[Event], troubles: Sequence[Trouble]) -> Iterat
             tokens[name] = event.get("token")
         elif event.what == "reported" and event.get("outcome") == "COUNTED":
             since = counted.setdefault(name, event.at)
-            lost = any(one.loses and one.end > since and one.begin < event.at for one in troubles)
+            lost = any(
+                one.loses and one.end + LOSS_REST_SECONDS > since and one.begin < event.at
+                for one in troubles
+            )
             if since < event.at and not lost:
                 text = f"event {name} was counted twice"
                 yield Violation("counted-once", event.at, tokens[name], text, (name,))
@@ -468,7 +474,8 @@ def audit_kept(events: Iterable[Event], troubles: Sequence[Trouble]) -> Iterator
             before = longest.get(app)
             if before and length < before.get("length"):
                 lost = any(
-                    one.loses and one.begin < event.at and one.end > before.at for one in troubles
+                    one.loses and one.begin < event.at and one.end + LOSS_REST_SECONDS > before.at
+                    for one in troubles
                 )
                 if not lost:
                     yield Violation(
