@@ -100,6 +100,7 @@ soak-short: $(READY) ## The same in half a minute
 
 STORE := all
 FAULTS :=
+ONLY :=
 CHAOS = PYTHONPATH=. python tests/chaos/run.py --store $(STORE) --seed $(SEED) --faults "$(FAULTS)"
 CHAOS_SECONDS = $(if $(filter command line,$(origin SECONDS)),$(SECONDS),120)
 chaos: $(READY) ## A fleet, and faults from a SEED, on a STORE for SECONDS; what it saw is judged
@@ -107,6 +108,9 @@ chaos: $(READY) ## A fleet, and faults from a SEED, on a STORE for SECONDS; what
 
 chaos-short: $(READY) ## The same on each kind of store, two minutes in all
 	$(CHAOS) --seconds 120
+
+mutants: $(READY) ## Take out one safeguard at a time: does a test notice? ONLY=words picks some
+	PYTHONPATH=. python -m tests.mutants.run --only "$(ONLY)"
 
 format: $(READY) ## Let ruff repair what it can
 	ruff check --fix

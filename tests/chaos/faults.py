@@ -10,11 +10,13 @@ import contextlib
 import os
 import signal
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import redis
 
+import holdoff
 from tests.chaos.scene import (
     FAKETIME,
     INTERVAL_SECONDS,
@@ -378,6 +380,38 @@ def _two_failovers(scene: Scene, chance: Random) -> None:
     _after_failover(scene, primary)
 
 
+# Coordinators that never met an app --------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _stranger(scene: Scene) -> Iterator[str]:
+    """Run one more coordinator; give its address."""
+    process, address = scene.coordinators[0].launch()
+    until(lambda: listens(address), PATIENCE_SECONDS)
+    time.sleep(1)
+    try:
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _late_token(scene: Scene, token: str = "", address: str = "") -> str:
+    """Make a token of an app of its own; return its name."""
+    token = token or f"apps/late-{uuid.uuid4().hex[:8]}/tokens/quick"
+    with holdoff.Client(address or scene.endpoint) as client:
+        client.create_token(token, policy="chaos", refresh_interval_seconds=0)
+    return token
+
+
+def _take(scene: Scene, address: str, token: str) -> None:
+    """Take a lease if there is one, and let it run out, as one who dies."""
+    with holdoff.Client(address) as client, contextlib.suppress(holdoff.HoldoffError):
+        lease = client.acquire(token, wait_seconds=1, ttl_seconds=LONG_TTL_SECONDS)
+        deadline, fencing = lease.deadline_ns / 1e9, lease.fencing_token
+        scene.record("granted", id=lease.name, token=token, fencing=fencing, deadline=deadline)
+
+
 # The clock ---------------------------------------------------------------------------------------
 
 
@@ -426,22 +460,14 @@ def _drift(scene: Scene, _chance: Random) -> None:
         time.sleep(0.02)
 
 
-@_fault("step-before-fresh-coordinators", EXTERNAL, clock=True)
-def _step_before_fresh(scene: Scene, _chance: Random) -> None:
-    """The clock steps, and coordinators that never met an app are asked first."""
-    fresh = [one.launch() for one in scene.coordinators]
-    for _, address in fresh:
-        until(lambda address=address: listens(address), PATIENCE_SECONDS)  # type: ignore[misc]
-    time.sleep(2)
-    with _stopped(*_coordinator_pids(scene)):
-        scene.fleet.kill("sync")
+@_fault("step-and-a-stranger", EXTERNAL, clock=True)
+def _step_and_stranger(scene: Scene, _chance: Random) -> None:
+    """The clock steps, and a coordinator that never met the app is asked first."""
+    with _stranger(scene) as address:
+        token = _late_token(scene)
+        _take(scene, scene.endpoint, token)
         _step(scene, LONG_TTL_SECONDS + INTERVAL_SECONDS + 1)
-        for one, (_, address) in zip(scene.coordinators, fresh, strict=True):
-            one.cable.server = address
-            one.cable.break_all()
-        time.sleep(2)
-    for one, process in zip(scene.coordinators, fresh, strict=True):
-        one.move_to(*process)
+        _take(scene, address, token)
 
 
 @_fault("step-in-full-memory", clock=True)
@@ -450,7 +476,7 @@ def _step_in_full_memory(scene: Scene, chance: Random) -> None:
     servers = scene.targets()
     for one in servers:
         one.client.config_set("maxmemory", 1)
-    _step(scene, 5)
+    _step(scene, -5)
     time.sleep(pick(chance, 1, 2))
     for one in servers:
         one.client.config_set("maxmemory", 0)
@@ -466,22 +492,17 @@ def _flush(scene: Scene, _chance: Random) -> None:
     make_tokens(scene.endpoint, PATIENCE_SECONDS)
 
 
-@_fault("flush-before-fresh-coordinators", EXTERNAL, loses=True)
-def _flush_before_fresh(scene: Scene, _chance: Random) -> None:
-    """Everything is gone, and is made again by coordinators that never met an app."""
-    fresh = [one.launch() for one in scene.coordinators]
-    for _, address in fresh:
-        until(lambda address=address: listens(address), PATIENCE_SECONDS)  # type: ignore[misc]
-    with _stopped(*_coordinator_pids(scene)):
-        scene.fleet.kill("sync")
+@_fault("flush-and-a-stranger", EXTERNAL, loses=True)
+def _flush_and_stranger(scene: Scene, _chance: Random) -> None:
+    """All is gone, and the token is made again at a coordinator that never met its app."""
+    with _stranger(scene) as address:
+        token = _late_token(scene)
+        _take(scene, scene.endpoint, token)
         for target in scene.primaries():
             target.client.flushall()
-        for one, (_, address) in zip(scene.coordinators, fresh, strict=True):
-            one.cable.server = address
-            one.cable.break_all()
-        make_tokens(scene.endpoint, PATIENCE_SECONDS)
-    for one, process in zip(scene.coordinators, fresh, strict=True):
-        one.move_to(*process)
+        _late_token(scene, token, address)
+        _take(scene, address, token)
+    make_tokens(scene.endpoint, PATIENCE_SECONDS)
 
 
 @_fault("truncated-file", frozenset({"embedded"}), loses=True)

@@ -271,7 +271,8 @@ def interval(
     for token, those in _by_token(one for one in holds if not one.foreign).items():
         last: Hold | None = None
         for one in those:
-            least = rules.intervals[token] - SLEW_SECONDS
+            expected = rules.intervals.get(token, 0.0)
+            least = expected - SLEW_SECONDS
             if _before(troubles, one.granted, "clock"):
                 least -= rules.clock_tolerance_seconds
             # One that begins before the other ends is a matter of exclusion.
@@ -282,7 +283,7 @@ def interval(
                     one.granted,
                     token,
                     f"{one.who} may refresh {passed:.3f} s after {last.who} may have refreshed: "
-                    f"the interval is {rules.intervals[token]:g} s",
+                    f"the interval is {expected:g} s",
                     (last.id, one.id),
                 )
             if last is None or one.may_refresh_until > last.may_refresh_until:

@@ -200,7 +200,7 @@ class Run:
         self.record("fault", name=fault.name, **flags)
         try:
             fault.act(stage, self.chance)
-        except (redis.RedisError, OSError) as error:
+        except (redis.RedisError, holdoff.HoldoffError, OSError) as error:
             stage.note(f"the fault failed: {error!r}")
         stage.heal()
         self.record("healed", name=fault.name)

@@ -58,9 +58,11 @@ MUTANTS = [
         f"{TESTS}/test_leases.py::test_an_offer_to_a_waiter_not_heard_from_is_not_made",
     ),
     Mutant(
-        "an offer that is not accepted lapses",
-        *(f"{LUA}/leases.lua", "OFFER_FOR = 3 * SECOND", "OFFER_FOR = 3000 * SECOND"),
-        f"{TESTS}/test_leases.py::test_a_waiter_that_missed_an_offer_gets_another",
+        "an offer that lapses begins no cooldown",
+        f"{LUA}/leases.lua",
+        "    if lease.state == 'OFFERED' then\n      withdraw_offer(id, token, lease, true)",
+        "    if false then\n      withdraw_offer(id, token, lease, true)",
+        f"{TESTS}/test_leases.py::test_an_offer_not_accepted_is_withdrawn_without_a_cooldown",
     ),
     Mutant(
         "a request id asked again gives the same lease",
@@ -105,7 +107,7 @@ MUTANTS = [
     Mutant(
         "a position in the queue is kept for a minute",
         *(f"{LUA}/leases.lua", "PLACE_KEPT_FOR = 60 * SECOND", "PLACE_KEPT_FOR = 1 * SECOND"),
-        f"{TESTS}/test_queue.py::test_one_that_reconnects_keeps_its_place",
+        f"{TESTS}/test_untested.py::test_half_a_minute_of_silence_keeps_the_position",
     ),
     Mutant(
         "after an outage waiters may return first",
@@ -127,14 +129,14 @@ MUTANTS = [
     Mutant(
         "a failover starts the quarantine",
         *(f"{LUA}/common.lua", "if shard.history and info:find", "if false and info:find"),
-        f"{TESTS}/test_regressions.py::test_what_a_failover_lost",
+        f"{TESTS}/test_failover.py -k watched-dies",
     ),
     Mutant(
         "a clock that went back starts the quarantine",
         f"{LUA}/common.lua",
         "if now < number(shard.high_water_us) - CLOCK_TOLERANCE then",
         "if false then",
-        f"{TESTS}/test_quarantine.py -k jumped_back",
+        f"{TESTS}/test_untested.py::test_a_clock_that_went_back_before_a_coordinator_came",
     ),
     Mutant(
         "a clock that jumped is seen by the coordinator",
@@ -152,7 +154,9 @@ MUTANTS = [
     ),
     Mutant(
         "quarantine lasts for a TTL and an interval",
-        *(f"{LUA}/common.lua", "math.max(number(ARGV[4]), longest_hold())", "number(ARGV[4])"),
+        f"{LUA}/common.lua",
+        "return number(shard.longest_ttl_us) + number(shard.longest_interval_us) end",
+        "return 0 end",
         f"{TESTS}/test_regressions.py::test_quarantine_lasts_for_a_ttl_and_an_interval",
     ),
     Mutant(
@@ -215,15 +219,15 @@ MUTANTS = [
     Mutant(
         "the guard ends a command at its own deadline",
         f"{CLIENT}/_guard.py",
-        "self._fence_ns = max(fence_ns, self._fence_ns or 0)",
-        "self._fence_ns = max(fence_ns, self._fence_ns or 0) + 3600 * _NS",
+        "plan(now, self._fence_ns, self._grace_ns)",
+        "plan(now, self._fence_ns + 3600 * _NS, self._grace_ns)",
         "tests/e2e/test_guard.py::test_fence",
     ),
     Mutant(
-        "nothing outlives a wrapper that is killed",
+        "the guard ends a command whose wrapper was killed",
         f"{CLIENT}/_guard.py",
-        "_platform.become_subreaper()",
+        "_platform.signal_at_parents_death(_PARENT_DEATH_SIGNAL)",
         "pass",
-        "tests/e2e/test_guard.py -k wrapper_killed",
+        "tests/e2e/test_guard.py::test_wrapper_killed_while_its_pipe_is_held",
     ),
 ]

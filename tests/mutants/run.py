@@ -14,8 +14,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+import venv
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,17 +73,36 @@ class Tree:
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
-        # They come before the installation of the original.
-        paths = [folder / "clients" / "python", folder / "coordinator", folder]
-        self._environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+        self._python = self._make_environment()
+
+    def _make_environment(self) -> Path:
+        """Make a virtual environment with the copy's modules, and all else from the original.
+
+        PYTHONPATH would not do: guards, and other programs of tests, run isolated from it.
+        """
+        venv.create(self.folder / ".venv", symlinks=True)
+        python, original = self.folder / ".venv/bin/python", Path(sys.executable).parent
+        paths = sysconfig.get_paths(vars={"base": str(self.folder / ".venv")})
+        modules = [self.folder / "clients" / "python", self.folder / "coordinator"]
+        rest = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})"
+        Path(paths["purelib"], "copy.pth").write_text("\n".join([*map(str, modules), rest, ""]))
+        for program in original.iterdir():
+            mine = python.with_name(program.name)
+            if program.name in ("holdoff", "holdoff-coordinator"):
+                text = program.read_text().replace(str(original / "python"), str(python))
+                mine.write_text(text)
+                mine.chmod(0o700)
+            elif not mine.exists():
+                mine.symlink_to(program)
+        return python
 
     def run(self, command: Sequence[str]) -> Result:
         """Run a command in the copy, with its modules."""
         began = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, *command],
+            [str(self._python), *command],
             cwd=self.folder,
-            env=self._environment,
+            env={**os.environ, "PATH": f"{self._python.parent}:{os.environ['PATH']}"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
