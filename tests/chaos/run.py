@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import random
 import signal
@@ -285,6 +286,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder to keep the histories in")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing is left
+    logging.disable()  # of the clients of faults
     kinds = KINDS if options.store == "all" else (options.store,)
     names = [name for name in options.faults.split(",") if name]
     say(f"seed {options.seed}, load {os.getloadavg()[0]:.1f}")

@@ -35,7 +35,7 @@ def test_half_a_minute_of_silence_keeps_the_position(replica: Replica, store: re
 def test_a_clock_that_went_back_before_a_coordinator_came(
     replica: Replica, valkey: Server, store: redis.Redis
 ) -> None:
-    """A coordinator without an estimate sees by the store's own records that its clock went back."""
+    """A coordinator that has no estimate of the clock sees by the records that it went back."""
     token = replica.create_token(0)
     shard = f"holdoff:{{{token.split('/')[1]}}}"
     store.hincrby(shard, "high_water_us", 5_000_000)
