@@ -21,7 +21,6 @@ from tests.chaos.scene import (
     FAKETIME,
     INTERVAL_SECONDS,
     LEASED,
-    LONG_TTL_SECONDS,
     TTL_SECONDS,
     Target,
     listens,
@@ -41,6 +40,8 @@ ALL = frozenset({"embedded", "server", "sentinel", "cluster"})
 EXTERNAL = ALL - {"embedded"}
 REPLICATED = frozenset({"sentinel", "cluster"})
 PATIENCE_SECONDS = 15.0
+LATE_TTL_SECONDS = 20.0
+"""Of leases that are to outlive what happens to the store."""
 
 APP = LEASED[0].split("/")[1]
 """The app that a fault of one server is aimed at."""
@@ -351,67 +352,6 @@ def _failover_with_loss(scene: Scene, chance: Random) -> None:
         _after_failover(scene, primary)
 
 
-@_fault("two-failovers", REPLICATED, loses=True)
-def _two_failovers(scene: Scene, chance: Random) -> None:
-    """Two in a row that no coordinator sees, the first of which loses the last writes."""
-    primary = scene.primary_of(APP)
-    replicas = scene.replicas_of(primary) if primary else []
-    if primary is None or not replicas:
-        return
-    with _stopped(*(one.pid for one in replicas)):
-        time.sleep(pick(chance, 2, 3))
-        pids = _coordinator_pids(scene)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        scene.fleet.kill("sync")
-        scene.note(f"kill the primary {primary.name}")
-        _kill(primary)
-    with _stopped(*pids):
-        _order_failover(scene, replicas[0])
-        until(lambda: _promoted(scene, primary), PATIENCE_SECONDS)
-        middle = scene.primary_of(APP)
-        if middle:
-            if scene.kind == "cluster":  # there is no other replica
-                scene.restart_dead_servers()
-            until(lambda: scene.replicas_of(middle), PATIENCE_SECONDS)
-            scene.note(f"fail over again, from {middle.name}")
-            _order_failover(scene, (scene.replicas_of(middle) or replicas)[0])
-            until(lambda: _promoted(scene, middle), PATIENCE_SECONDS)
-    _after_failover(scene, primary)
-
-
-# Coordinators that never met an app --------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _stranger(scene: Scene) -> Iterator[str]:
-    """Run one more coordinator; give its address."""
-    process, address = scene.coordinators[0].launch()
-    until(lambda: listens(address), PATIENCE_SECONDS)
-    time.sleep(1)
-    try:
-        yield address
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _late_token(scene: Scene, token: str = "", address: str = "") -> str:
-    """Make a token of an app of its own; return its name."""
-    token = token or f"apps/late-{uuid.uuid4().hex[:8]}/tokens/quick"
-    with holdoff.Client(address or scene.endpoint) as client:
-        client.create_token(token, policy="chaos", refresh_interval_seconds=0)
-    return token
-
-
-def _take(scene: Scene, address: str, token: str) -> None:
-    """Take a lease if there is one, and let it run out, as one who dies."""
-    with holdoff.Client(address) as client, contextlib.suppress(holdoff.HoldoffError):
-        lease = client.acquire(token, wait_seconds=1, ttl_seconds=LONG_TTL_SECONDS)
-        deadline, fencing = lease.deadline_ns / 1e9, lease.fencing_token
-        scene.record("granted", id=lease.name, token=token, fencing=fencing, deadline=deadline)
-
-
 # The clock ---------------------------------------------------------------------------------------
 
 
@@ -460,16 +400,6 @@ def _drift(scene: Scene, _chance: Random) -> None:
         time.sleep(0.02)
 
 
-@_fault("step-and-a-stranger", EXTERNAL, clock=True)
-def _step_and_stranger(scene: Scene, _chance: Random) -> None:
-    """The clock steps, and a coordinator that never met the app is asked first."""
-    with _stranger(scene) as address:
-        token = _late_token(scene)
-        _take(scene, scene.endpoint, token)
-        _step(scene, LONG_TTL_SECONDS + INTERVAL_SECONDS + 1)
-        _take(scene, address, token)
-
-
 @_fault("step-in-full-memory", clock=True)
 def _step_in_full_memory(scene: Scene, chance: Random) -> None:
     """Quarantine begins while no write succeeds."""
@@ -477,7 +407,8 @@ def _step_in_full_memory(scene: Scene, chance: Random) -> None:
     for one in servers:
         one.client.config_set("maxmemory", 1)
     _step(scene, -5)
-    time.sleep(pick(chance, 1, 2))
+    time.sleep(pick(chance, 3, 4))
+    scene.record_trails()
     for one in servers:
         one.client.config_set("maxmemory", 0)
 
@@ -489,19 +420,6 @@ def _step_in_full_memory(scene: Scene, chance: Random) -> None:
 def _flush(scene: Scene, _chance: Random) -> None:
     for one in scene.primaries():
         one.client.flushall()
-    make_tokens(scene.endpoint, PATIENCE_SECONDS)
-
-
-@_fault("flush-and-a-stranger", EXTERNAL, loses=True)
-def _flush_and_stranger(scene: Scene, _chance: Random) -> None:
-    """All is gone, and the token is made again at a coordinator that never met its app."""
-    with _stranger(scene) as address:
-        token = _late_token(scene)
-        _take(scene, scene.endpoint, token)
-        for target in scene.primaries():
-            target.client.flushall()
-        _late_token(scene, token, address)
-        _take(scene, address, token)
     make_tokens(scene.endpoint, PATIENCE_SECONDS)
 
 
@@ -530,3 +448,95 @@ def _is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+# Directed: a lease of a dead holder, in an app of its own, is forgotten ---------------------------
+
+
+def _late_token(scene: Scene, at: Target | None = None) -> str:
+    """Make a token of an app of its own, on a server if one is given; return its name."""
+    for _ in range(50):
+        token = f"apps/late-{uuid.uuid4().hex[:8]}/tokens/quick"
+        _make(scene.endpoint, token)
+        found = scene.primary_of(token.split("/")[1])
+        if at is None or (found and found.pid == at.pid):
+            break
+    return token
+
+
+def _make(address: str, token: str) -> None:
+    with holdoff.Client(address) as client:
+        client.create_token(token, policy="chaos", refresh_interval_seconds=0)
+
+
+def _take(scene: Scene, address: str, token: str) -> None:
+    """Take a lease if there is one, and let it run out, as one who dies."""
+    with holdoff.Client(address) as client, contextlib.suppress(holdoff.HoldoffError):
+        lease = client.acquire(token, wait_seconds=3, ttl_seconds=LATE_TTL_SECONDS)
+        deadline, fencing = lease.deadline_ns / 1e9, lease.fencing_token
+        scene.record("granted", id=lease.name, token=token, fencing=fencing, deadline=deadline)
+
+
+@contextlib.contextmanager
+def _stranger(scene: Scene) -> Iterator[str]:
+    """Run one more coordinator, which meets the apps that there are now; give its address."""
+    process, address = scene.coordinators[0].launch()
+    until(lambda: listens(address), PATIENCE_SECONDS)
+    time.sleep(1)
+    try:
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+@_fault("step-and-a-stranger", EXTERNAL, clock=True)
+def _step_and_stranger(scene: Scene, _chance: Random) -> None:
+    """The clock steps, and a coordinator that never met the app is asked first."""
+    with _stranger(scene) as address:
+        token = _late_token(scene)
+        _take(scene, scene.endpoint, token)
+        _step(scene, LATE_TTL_SECONDS + INTERVAL_SECONDS)
+        _take(scene, address, token)
+
+
+@_fault("flush-and-a-stranger", EXTERNAL, loses=True)
+def _flush_and_stranger(scene: Scene, _chance: Random) -> None:
+    """All is gone, and the token is made again at a coordinator that never met its app."""
+    with _stranger(scene) as address:
+        token = _late_token(scene)
+        _take(scene, scene.endpoint, token)
+        for target in scene.primaries():
+            target.client.flushall()
+        _make(address, token)
+        _take(scene, address, token)
+    make_tokens(scene.endpoint, PATIENCE_SECONDS)
+
+
+@_fault("two-failovers", REPLICATED, loses=True)
+def _two_failovers(scene: Scene, _chance: Random) -> None:
+    """Two in a row that no coordinator sees, the first of which loses a grant."""
+    primary = scene.primary_of(APP)
+    replicas = scene.replicas_of(primary) if primary else []
+    if primary is None or not replicas:
+        return
+    token = _late_token(scene, primary)
+    time.sleep(0.5)  # the replicas have the token
+    with contextlib.ExitStack() as stack:
+        with _stopped(*(one.pid for one in replicas)):
+            _take(scene, scene.endpoint, token)
+            stack.enter_context(_stopped(*_coordinator_pids(scene)))
+            scene.note(f"kill the primary {primary.name}")
+            _kill(primary)
+        _order_failover(scene, replicas[0])
+        until(lambda: _promoted(scene, primary), PATIENCE_SECONDS)
+        middle = scene.primary_of(APP)
+        if middle:
+            if scene.kind == "cluster":  # there is no other replica
+                scene.restart_dead_servers()
+            until(lambda: scene.replicas_of(middle), PATIENCE_SECONDS)
+            scene.note(f"fail over again, from {middle.name}")
+            _order_failover(scene, (scene.replicas_of(middle) or replicas)[0])
+            until(lambda: _promoted(scene, middle), PATIENCE_SECONDS)
+    _take(scene, scene.endpoint, token)
+    _after_failover(scene, primary)

@@ -214,12 +214,7 @@ class Run:
             if boot() - began > STALL_SECONDS:
                 self.record("stall", since=began)
             stage.fleet.replace_dead()
-        for app in ("chaos-a", "chaos-b"):
-            with contextlib.suppress(redis.RedisError):
-                primary = stage.primary_of(app)
-                if primary:
-                    length = primary.client.xlen(f"holdoff:{{{app}}}:audit")
-                    self.record("trail", app=app, length=length)
+        stage.record_trails()
 
     def _settle(self, stage: Scene) -> None:
         """Wait until each token was granted once more."""

@@ -344,6 +344,14 @@ class Scene:
                     found.append(one)
         return found
 
+    def record_trails(self) -> None:
+        """Record how long the audit trails are."""
+        for app in sorted({token.split("/")[1] for token in INTERVALS}):
+            with contextlib.suppress(redis.RedisError):
+                if primary := self.primary_of(app):
+                    length = primary.client.xlen(f"holdoff:{{{app}}}:audit")
+                    self.record("trail", app=app, length=length)
+
     def restart_dead_servers(self) -> None:
         """Start again the servers of the store that ended."""
         for one in self.store.nodes if self.store else ():
