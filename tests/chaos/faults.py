@@ -301,6 +301,14 @@ def _kill(one: Target) -> None:
         one.node.process.wait()
 
 
+@contextlib.contextmanager
+def _behind(primary: Target, replicas: list[Target]) -> Iterator[None]:
+    """Let replicas miss what happens meanwhile: they are stopped, and nothing is on its way."""
+    with _stopped(*(one.pid for one in replicas)):
+        primary.client.client_kill_filter(_type="replica")
+        yield
+
+
 def _promoted(scene: Scene, before: Target) -> bool:
     now = scene.primary_of(APP)
     return now is not None and now.pid != before.pid
@@ -345,7 +353,7 @@ def _failover_with_loss(scene: Scene, chance: Random) -> None:
     """The replicas hear nothing for a while; then the primary dies."""
     primary = scene.primary_of(APP)
     if primary:
-        with _stopped(*(one.pid for one in scene.replicas_of(primary))):
+        with _behind(primary, scene.replicas_of(primary)):
             time.sleep(pick(chance, 0.5, 3))
             scene.note(f"kill the primary {primary.name}")
             _kill(primary)
@@ -523,7 +531,7 @@ def _two_failovers(scene: Scene, _chance: Random) -> None:
     token = _late_token(scene, primary)
     time.sleep(0.5)  # the replicas have the token
     with contextlib.ExitStack() as stack:
-        with _stopped(*(one.pid for one in replicas)):
+        with _behind(primary, replicas):
             _take(scene, scene.endpoint, token)
             stack.enter_context(_stopped(*_coordinator_pids(scene)))
             scene.note(f"kill the primary {primary.name}")
