@@ -330,17 +330,13 @@ class Scene:
         return None
 
     def replicas_of(self, primary: Target) -> list[Target]:
-        """Return the servers that follow one, as they say themselves."""
-        if primary.node is None:
-            return []
+        """Return the servers that follow one, and have what it has."""
+        ports = {primary.node.public_port, primary.node.port} if primary.node else set()
         found = []
         for one in self.targets():
             with contextlib.suppress(redis.RedisError):
-                told = one.client.info("replication")
-                if str(told.get("master_port")) in {
-                    str(primary.node.public_port),
-                    str(primary.node.port),
-                }:
+                told: dict[str, Any] = one.client.info("replication")
+                if told.get("master_port") in ports and told.get("master_link_status") == "up":
                     found.append(one)
         return found
 
