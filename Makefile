@@ -20,7 +20,8 @@ PYTEST := pytest --quiet --no-header --numprocesses $(WORKERS) --hypothesis-seed
 SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh deploy/*.sh tests/bats/*.bats)
 
 .PHONY: help demo demo-short test test-all lint format types pyright imports unit integration model e2e proto chart pytest \
-	stores every-store models generate man lock dist wheels bench soak soak-short coverage prove-bare clean
+	stores every-store models generate man lock dist wheels bench soak soak-short chaos chaos-short mutants \
+	coverage prove-bare clean
 
 help: ## Show the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -96,6 +97,20 @@ soak: $(READY) ## 1000 waiters on two replicas for three minutes, or SECONDS=20:
 
 soak-short: $(READY) ## The same in half a minute
 	PYTHONPATH=. python tests/soak/soak.py --seconds 5
+
+STORE := all
+FAULTS :=
+ONLY :=
+CHAOS = PYTHONPATH=. python tests/chaos/run.py --store $(STORE) --seed $(SEED) --faults "$(FAULTS)"
+CHAOS_SECONDS = $(if $(filter command line,$(origin SECONDS)),$(SECONDS),120)
+chaos: $(READY) ## A fleet, and faults from a SEED, on a STORE for SECONDS; what it saw is judged
+	$(CHAOS) --seconds $(CHAOS_SECONDS)
+
+chaos-short: $(READY) ## The same for two minutes in all, as CI runs it
+	$(CHAOS) --seconds 120
+
+mutants: $(READY) ## Take out one safeguard at a time: does a test notice? ONLY=words picks some
+	PYTHONPATH=. python -m tests.mutants.run --only "$(ONLY)"
 
 format: $(READY) ## Fix what ruff can fix
 	ruff check --fix

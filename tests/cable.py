@@ -1,10 +1,11 @@
-"""A connection to a server that a test can cut, or hold the answers of."""
+"""A connection to a server that a test can cut, slow down, or hold one direction of."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import threading
+import time
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -15,10 +16,15 @@ class Cable:
     """Forwards a port of 127.0.0.1 to a server at `host:port` or at a Unix socket's path.
 
     Use it as a context manager.
+
+    Args:
+        server: Where it leads to.
+        keeps: Whether `received` is kept.
     """
 
-    def __init__(self, server: str) -> None:
-        self._server = server
+    def __init__(self, server: str, *, keeps: bool = True) -> None:
+        self.server = server
+        """Where new connections lead to."""
         self.connections = 0
         """How many were made."""
         self.received = b""
@@ -28,6 +34,12 @@ class Cable:
         self.flows = threading.Event()
         """While it is clear, answers are held."""
         self.flows.set()
+        self.requests_flow = threading.Event()
+        """While it is clear, what clients send is held."""
+        self.requests_flow.set()
+        self.delay_seconds = 0.0
+        """How much later everything arrives, in each direction."""
+        self._keeps = keeps
         self._is_cut = False
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -41,6 +53,7 @@ class Cable:
 
     def __exit__(self, *_: object) -> None:
         self.flows.set()
+        self.requests_flow.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.cut()
@@ -85,19 +98,23 @@ class Cable:
                     ).start()
 
     def _connect(self) -> socket.socket:
-        if not self._server.startswith("/"):
-            host, _, port = self._server.rpartition(":")
+        if not self.server.startswith("/"):
+            host, _, port = self.server.rpartition(":")
             return socket.create_connection((host, int(port)))
         outer = socket.socket(socket.AF_UNIX)
-        outer.connect(self._server)
+        outer.connect(self.server)
         return outer
 
     def _forward(self, source: socket.socket, sink: socket.socket, requests: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if self.delay_seconds:
+                    time.sleep(self.delay_seconds)
                 if requests:
-                    self.received += data
+                    if self._keeps:
+                        self.received += data
                     self.on_request(data)
+                    self.requests_flow.wait()
                 else:
                     self.flows.wait()
                 sink.sendall(data)

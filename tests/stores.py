@@ -18,6 +18,7 @@ import tempfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -27,11 +28,12 @@ from redis.cluster import ClusterNode
 from redis.retry import Retry
 
 from holdoff_coordinator import embedded
+from tests.cable import Cable
 from tests.e2e.service import Service
 from tests.harness import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 SILENCE_MS = 10_000
 SHORT_SILENCE_MS = 1500
@@ -61,6 +63,25 @@ class Node:
     port: int
     process: subprocess.Popen[bytes]
     client: redis.Redis
+    folder: Path
+    """Where it runs, and keeps its files."""
+    launch: Callable[[], subprocess.Popen[bytes]]
+    cable: Cable | None = None
+    """What stands between it and all others, if anything does."""
+
+    @property
+    def address(self) -> str:
+        """Where others reach it."""
+        return self.cable.address if self.cable else f"127.0.0.1:{self.port}"
+
+    @property
+    def public_port(self) -> int:
+        """The port of that address."""
+        return int(self.address.rpartition(":")[2])
+
+    def restart(self) -> None:
+        """Start it again after its end, with the files that it left."""
+        self.process = self.launch()
 
     def run(self, *command: str | int) -> Any:
         """Run a command that redis-py has no method for."""
@@ -96,37 +117,57 @@ class Store:
 
 
 @contextlib.contextmanager
-def node(*options: str, config: str | None = None) -> Iterator[Node]:
-    """Run a server on a free port; with a configuration as Sentinel."""
+def node(
+    *options: str,
+    config: str | None = None,
+    cabled: bool = False,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Node]:
+    """Run a server on a free port; with a configuration as Sentinel.
+
+    Args:
+        options: Of the server.
+        config: Of the Sentinel.
+        cabled: Whether it tells others the address of a `Cable` that leads to it.
+        environment: Variables of its own. Its files are in its working directory.
+    """
     port = free_port()
-    with tempfile.TemporaryDirectory(prefix="holdoff-", ignore_cleanup_errors=True) as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="holdoff-", ignore_cleanup_errors=True)
+        )
+        cable = stack.enter_context(Cable(f"127.0.0.1:{port}", keeps=False)) if cabled else None
         arguments = ["--port", str(port), "--bind", "127.0.0.1"]
         if config is None:
             # A replica is there at once instead of after five seconds.
             quick = ("--repl-diskless-sync-delay", "0")
             arguments += ["--save", "", "--appendonly", "no", *quick, *options]
+            if cable:
+                kind = "cluster" if "--cluster-enabled" in options else "replica"
+                arguments += [f"--{kind}-announce-port", cable.address.rpartition(":")[2]]
         else:
             settings = Path(folder, "sentinel.conf")
             settings.write_text(f"port {port}\nbind 127.0.0.1\ndir {folder}\n{config}")
             arguments = [str(settings), "--sentinel"]
-        process = subprocess.Popen(
-            embedded.command(*arguments),
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-        client = redis.Redis("127.0.0.1", port, socket_timeout=5)
+
+        def launch() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                embedded.command(*arguments),
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                env={**os.environ, "LC_ALL": "C", **environment},
+            )
+
+        client = stack.enter_context(redis.Redis("127.0.0.1", port, socket_timeout=5))
+        one = Node(port, launch(), client, Path(folder), launch, cable)
         try:
-            one = Node(port, process, client)
             wait_until(lambda: _answers(one), START_SECONDS)
             yield one
         finally:
-            client.close()
-            process.kill()
-            process.wait()
+            one.kill()
 
 
 def _answers(one: Node) -> bool:
@@ -142,9 +183,16 @@ def _answers(one: Node) -> bool:
 
 @contextlib.contextmanager
 def cluster(
-    *options: str, primaries: int = 3, replicas: int = 0, silence_ms: int = SILENCE_MS
+    *options: str,
+    primaries: int = 3,
+    replicas: int = 0,
+    silence_ms: int = SILENCE_MS,
+    **of_nodes: Any,
 ) -> Iterator[Store]:
-    """Run a Cluster whose primaries share the slots; the first ones have a replica each."""
+    """Run a Cluster whose primaries share the slots; the first ones have a replica each.
+
+    `of_nodes` is what `node` takes beside the options.
+    """
     with contextlib.ExitStack() as stack:
         nodes = [
             stack.enter_context(
@@ -152,6 +200,7 @@ def cluster(
                     *("--cluster-enabled", "yes", "--cluster-port", str(free_port())),
                     *("--cluster-node-timeout", str(silence_ms)),
                     *("--cluster-replica-validity-factor", "0", *options),
+                    **of_nodes,
                 )
             )
             for _ in range(primaries + replicas)
@@ -173,7 +222,7 @@ def cluster(
             ),
             START_SECONDS,
         )
-        hosts = ",".join(f"127.0.0.1:{one.port}" for one in nodes)
+        hosts = ",".join(one.address for one in nodes)
         yield Store(f"redis+cluster://{hosts}", nodes)
 
 
@@ -187,18 +236,23 @@ def _is_linked(one: Node) -> bool:
 
 
 @contextlib.contextmanager
-def watched(*options: str, replicas: int = 2, silence_ms: int = SILENCE_MS) -> Iterator[Store]:
-    """Run a primary with replicas, and three Sentinels that watch it and know them."""
+def watched(
+    *options: str, replicas: int = 2, silence_ms: int = SILENCE_MS, **of_nodes: Any
+) -> Iterator[Store]:
+    """Run a primary with replicas, and three Sentinels that watch it and know them.
+
+    `of_nodes` is what `node` takes beside the options.
+    """
     with contextlib.ExitStack() as stack:
-        primary = stack.enter_context(node(*options))
+        primary = stack.enter_context(node(*options, **of_nodes))
+        follow = ("--replicaof", "127.0.0.1", str(primary.public_port))
         followers = [
-            stack.enter_context(node("--replicaof", "127.0.0.1", str(primary.port), *options))
-            for _ in range(replicas)
+            stack.enter_context(node(*follow, *options, **of_nodes)) for _ in range(replicas)
         ]
         for one in followers:
             wait_until(functools.partial(_is_linked, one), START_SECONDS)
         config = (
-            f"sentinel monitor main 127.0.0.1 {primary.port} 2\n"
+            f"sentinel monitor main 127.0.0.1 {primary.public_port} 2\n"
             f"sentinel down-after-milliseconds main {silence_ms}\n"
             "sentinel failover-timeout main 5000\n"
         )
