@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 import redis
 from google.protobuf import duration_pb2
+from redis.crc import key_slot
 
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, token_service_pb2
 from holdoff_coordinator.scripts import shard_key
 from tests import stores
-from tests.harness import Replica, Waiter, ask, refusal, wait_until
+from tests.harness import Replica, Waiter, ask, let_pass, refusal, wait_until
 from tests.integration.test_quarantine import SteppedClock
 from tests.integration.test_stores import app_in
 
@@ -317,25 +320,39 @@ def is_reserved(replica: Replica, token: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("step_seconds", [0.9, 4.0, 7200.0])
-def test_a_step_forward_gives_no_room(valkey: Server, tmp_path: Path, step_seconds: float) -> None:
-    """At most 6 calls in 5 seconds are admitted, whatever the store's clock does in between.
+@pytest.mark.parametrize("step_seconds", [5.5, 1800.0])
+def test_a_step_forward_gives_no_room(
+    valkey: Server, plain: redis.Redis, tmp_path: Path, step_seconds: float
+) -> None:
+    """Calls of the last 5 seconds stay in the window, though the store's clock says otherwise.
 
-    Fails when events leave their window by the store's clock alone, or where what expired in the
-    store counts as never made.
+    Fails when events leave their window by the store's clock alone.
     """
     clock = SteppedClock()
     with limited(valkey.url, tmp_path, boot_us=clock, quarantine_seconds=20.0) as replica:
         token = create(replica, "five-seconds")
         began = time.monotonic()
-        admitted = 0
-        for number in range(12):
-            if number == 6:
-                # The store has stepped: its clock, which is real here, is ahead of ours now.
-                clock.step_us = -round(step_seconds * 1e6)
-            if is_reserved(replica, token):
-                admitted += 1
-        assert admitted <= 6 or time.monotonic() - began > 4.0
+        for _ in range(6):
+            commit(replica, token, reserve(replica, token))
+        # As if the store's clock had stepped: what it counted is older, and we are behind.
+        let_pass(plain, token, step_seconds)
+        clock.step_us = -round(step_seconds * 1e6)
+        wait_until(lambda: is_reserved(replica, token))
+        assert time.monotonic() - began > 4.9
+
+
+def test_small_steps_shorten_no_window(valkey: Server, plain: redis.Redis, tmp_path: Path) -> None:
+    """A step of 0.9 s frees no room early, though no jump is declared."""
+    clock = SteppedClock()
+    with limited(valkey.url, tmp_path, boot_us=clock) as replica:
+        token = create(replica, "five-seconds")
+        began = time.monotonic()
+        for _ in range(6):
+            commit(replica, token, reserve(replica, token))
+        let_pass(plain, token, 0.9)
+        clock.step_us = -900_000
+        wait_until(lambda: is_reserved(replica, token))
+        assert time.monotonic() - began > 4.9
 
 
 def test_what_is_unknown_counts_as_spent(
@@ -450,6 +467,50 @@ def test_two_failovers_between_two_looks(start_valkey: StartValkey) -> None:
             new.run("REPLICAOF", "NO", "ONE")
         with Replica(url(third), quarantine_seconds=60.0) as replica:
             assert refusal(lambda: replica.acquire(token)) == "QUARANTINED"
+
+
+def test_an_app_that_moved_to_a_server_that_was_once_promoted() -> None:
+    """It came with all of its records: that is no failover, and grants continue.
+
+    Fails when only the histories are compared, and not the shards.
+    """
+    with stores.cluster(replicas=1) as cluster:
+        replica_of_first = next(one for one in cluster.nodes if one.role() == "slave")
+        app = app_in(next(one for one in cluster.nodes[1:] if one.role() == "master"))
+        key = shard_key(app)
+        with Replica(cluster.url, quarantine_seconds=60.0) as replica:
+            token = replica.create_token(0, name=f"apps/{app}/tokens/t")
+            replica.release(replica.hold(token))
+            replica_of_first.run("CLUSTER", "FAILOVER", "TAKEOVER")
+            wait_until(lambda: replica_of_first.role() == "master")
+            source = next(one for one in cluster.nodes if holds(one, key))
+            move(cluster, key, source, replica_of_first)
+            wait_until(lambda: is_granted(replica, token))
+            home = replica_of_first.run("CLUSTER", "MYSHARDID")
+            assert replica_of_first.client.hget(key, "home") == home
+
+
+def move(cluster: Store, key: str, source: stores.Node, target: stores.Node) -> None:
+    """Move the slot of a key with all that is in it."""
+    slot, ids = key_slot(key.encode()), [one.run("CLUSTER", "MYID") for one in (source, target)]
+    target.run("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[0])
+    source.run("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[1])
+    while keys := source.run("CLUSTER", "GETKEYSINSLOT", slot, 100):
+        source.run("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+    for one in (target, source, *cluster.nodes):
+        with contextlib.suppress(redis.RedisError):  # a replica is told by its primary
+            one.run("CLUSTER", "SETSLOT", slot, "NODE", ids[1])
+
+
+def is_granted(replica: Replica, token: str) -> bool:
+    """Try to get a lease, while the slot of its app may be on its way."""
+    try:
+        offered = replica.acquire(token).HasField("offer")
+    except grpc.RpcError as error:
+        if "quarantine" in str(error):
+            pytest.fail(str(error))
+        return False
+    return offered
 
 
 def is_linked(node: stores.Node) -> bool:

@@ -99,7 +99,7 @@ MUTANTS = [
         "the last refresh outlives the lease",
         *(
             f"{LUA}/leases.lua",
-            "if now < number(token.not_before_us) then return 'COOLING' end",
+            "if cools(token) then return 'COOLING' end",
             "",
         ),
         f"{TESTS}/test_interval.py::test_a_cooldown_outlives_the_lease_and_an_update",
@@ -128,7 +128,7 @@ MUTANTS = [
     ),
     Mutant(
         "a failover starts the quarantine",
-        *(f"{LUA}/common.lua", "if shard.history and info:find", "if false and info:find"),
+        *(f"{LUA}/common.lua", "if shard.history and not moved", "if false and not moved"),
         f"{TESTS}/test_failover.py -k watched-dies",
     ),
     Mutant(
@@ -140,14 +140,14 @@ MUTANTS = [
     ),
     Mutant(
         "a clock that jumped is seen by the coordinator",
-        *(f"{COORDINATOR}/clock.py", "return jump if abs(jump) > TOLERANCE_US else 0", "return 0"),
+        *(f"{COORDINATOR}/clock.py", "if gain_us - self._declared_us > TOLERANCE_US:", "if False:"),
         f"{TESTS}/test_quarantine.py -k jumped_forward",
     ),
     Mutant(
         "a script whose clock is in doubt grants nothing",
         *(
             f"{LUA}/common.lua",
-            "local clock_in_doubt = ARGV[1] ~= '' and",
+            "local clock_in_doubt = ESTIMATE and",
             "local clock_in_doubt = false and",
         ),
         f"{TESTS}/test_quarantine.py -k jumped",
@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant(
         "quarantine lasts for a TTL and an interval",
         f"{LUA}/common.lua",
-        "return number(shard.longest_ttl_us) + number(shard.longest_interval_us) end",
+        "return math.max(number(shard.hold_us), number(shard.hold_before_us)) end",
         "return 0 end",
         f"{TESTS}/test_regressions.py::test_quarantine_lasts_for_a_ttl_and_an_interval",
     ),
@@ -229,5 +229,168 @@ MUTANTS = [
         "_platform.signal_at_parents_death(_PARENT_DEATH_SIGNAL)",
         "pass",
         "tests/e2e/test_guard.py::test_wrapper_killed_while_its_pipe_is_held",
+    ),
+    # Clocks ---------------------------------------------------------------------------------
+    Mutant(
+        "a lease is over by both clocks",
+        *(
+            f"{LUA}/leases.lua",
+            "sure >= number(lease.expires_us)",
+            "now >= number(lease.expires_us)",
+        ),
+        f"{TESTS}/test_clocks.py::test_small_steps_shorten_no_lease",
+    ),
+    Mutant(
+        "a cooldown is over by both clocks",
+        *(f"{LUA}/leases.lua", "return sure < number(token.not", "return now < number(token.not"),
+        f"{TESTS}/test_clocks.py::test_small_steps_shorten_no_cooldown",
+    ),
+    Mutant(
+        "events leave their window by both clocks",
+        *(
+            f"{LUA}/budgets.lua",
+            "us(sure - number(budget.window_us))",
+            "us(now - number(budget.window_us))",
+        ),
+        f"{TESTS}/test_clocks.py::test_small_steps_shorten_no_window",
+    ),
+    Mutant(
+        "small steps add up to a jump",
+        f"{COORDINATOR}/clock.py",
+        "gain_us = max(0, offset.low_us - self._slowest[0].high_us)",
+        "gain_us = max(0, offset.low_us - known.high_us) if known else 0",
+        f"{TESTS}/test_clocks.py::test_small_steps_add_up_to_a_quarantine",
+    ),
+    Mutant(
+        "a new replica is told what the clock gained",
+        *(f"{LUA}/common.lua", "  if seen > gain + GAIN_STEP then", "  if false then"),
+        f"{TESTS}/test_clocks.py::test_a_new_replica_knows_what_was_gained_before",
+    ),
+    Mutant(
+        "every replica looks at every clock each second",
+        f"{COORDINATOR}/store_watch.py",
+        "answers = await asyncio.gather(*map(self._look_at_clock, nodes))",
+        "answers = [bool(nodes)]",
+        f"{TESTS}/test_clocks.py::test_a_replica_that_never_met_an_app_sees_its_clock_jump",
+    ),
+    Mutant(
+        "a quarantine from the future is cut short",
+        *(f"{LUA}/common.lua", "    go_back()\n", ""),
+        f"{TESTS}/test_clocks.py -k forward_and_back",
+    ),
+    Mutant(
+        "a lease from the future lasts its TTL",
+        *(f"{LUA}/leases.lua", "  stay_in_the_past(id, token, lease)\n", ""),
+        f"{TESTS}/test_clocks.py::test_a_lease_from_the_future_lasts_its_ttl",
+    ),
+    Mutant(
+        "counts from the future leave their window",
+        f"{LUA}/budgets.lua",
+        "redis.call('ZADD', log_key(id), us(latest), entry)",
+        "redis.call('ZCARD', log_key(id))",
+        f"{TESTS}/test_clocks.py::test_counts_from_the_future_leave_their_window",
+    ),
+    Mutant(
+        "a high fencing number is known again",
+        *(
+            f"{LUA}/acquire.lua",
+            "math.max(number(token.fencing), now + 366",
+            "math.max(0, now + 366",
+        ),
+        f"{TESTS}/test_clocks.py::test_a_high_fencing_number_of_the_future_is_known_again",
+    ),
+    # Loss -----------------------------------------------------------------------------------
+    Mutant(
+        "what is unknown counts as spent",
+        *(f"{LUA}/reserve.lua", "if known_at > 0 then return", "if false then return"),
+        f"{TESTS}/test_clocks.py::test_what_is_unknown_counts_as_spent",
+    ),
+    Mutant(
+        "a failover is seen whose history nobody knows",
+        f"{LUA}/common.lua",
+        "info:find('master_replid2:%x*[1-9a-f]') then",
+        "info:find('master_replid2:' .. shard.history, 1, true) then",
+        f"{TESTS}/test_clocks.py::test_two_failovers_between_two_looks",
+    ),
+    Mutant(
+        "a move to another shard is no failover",
+        *(f"{LUA}/common.lua", "local moved = shard.home and", "local moved = false and"),
+        f"{TESTS}/test_clocks.py -k once_promoted",
+    ),
+    Mutant(
+        "the epoch is compared before a token is made",
+        *(f"{COORDINATOR}/tokens.py", "        await self._compare_epoch()\n", ""),
+        f"{TESTS}/test_clocks.py -k flushed_store",
+    ),
+    Mutant(
+        "an app whose records are gone is noticed",
+        f"{COORDINATOR}/tokens.py",
+        "            self._scripts.records_are_lost(app)",
+        "            return",
+        f"{TESTS}/test_clocks.py -k flushed_node",
+    ),
+    Mutant(
+        "the epoch is compared each second",
+        *(f"{COORDINATOR}/store_watch.py", "                    await self.compare_epoch()\n", ""),
+        f"{TESTS}/test_clocks.py::test_a_lost_epoch_quarantines_apps_that_are_there",
+    ),
+    Mutant(
+        "an append-only file that is cut off is noticed",
+        f"{COORDINATOR}/embedded.py",
+        '"--appendfsync", "always", "--aof-load-truncated", "no"',
+        '"--appendfsync", "always"',
+        f"{TESTS}/test_embedded.py -k cut_off",
+    ),
+    Mutant(
+        "only accepted leases lengthen a quarantine",
+        f"{LUA}/acquire.lua",
+        "local lease_id = us(fencing)\n",
+        "local lease_id = us(fencing)\nnote_hold(ttl)\n",
+        f"{TESTS}/test_clocks.py::test_an_offer_that_nobody_accepted_lengthens_no_quarantine",
+    ),
+    Mutant(
+        "a long hold is forgotten",
+        *(f"{LUA}/common.lua", "  if sure >= number(shard.hold_until_us) then", "  if false then"),
+        f"{TESTS}/test_clocks.py::test_a_long_hold_is_forgotten_after_it_cannot_matter",
+    ),
+    Mutant(
+        "a policy caps the TTL",
+        *(f"{COORDINATOR}/places.py", "if ttl_us / 1e6 > policy.longest_ttl:", "if False:"),
+        f"{TESTS}/test_clocks.py::test_a_policy_caps_the_ttl",
+    ),
+    Mutant(
+        "what a failover lost is counted again",
+        *(f"{COORDINATOR}/replays.py", "        scripts.on_new_life = self._due.add\n", ""),
+        f"{TESTS}/test_replays.py::test_what_a_failover_lost_counts_again",
+    ),
+    Mutant(
+        "the end of a quarantine is audited",
+        f"{LUA}/quarantine_end.lua",
+        "audit('QUARANTINE_ENDED', '', {reason = ARGV[7], user = ARGV[8]}, true)\n",
+        "",
+        f"{TESTS}/test_quarantine.py::test_an_operator_ends_a_quarantine",
+    ),
+    # Room and copies ------------------------------------------------------------------------
+    Mutant(
+        "full memory deletes no audit trail",
+        *(f"{LUA}/common.lua", "      error(id)\n", "      error(redis.call('DEL', key))\n"),
+        f"{TESTS}/test_full_memory.py -k audit_trail",
+    ),
+    Mutant(
+        "full memory ends no lease",
+        *(f"{COORDINATOR}/scripts.py", 'else " flags=allow-oom"', 'else ""'),
+        f"{TESTS}/test_full_memory.py::test_leases_go_on_and_end",
+    ),
+    Mutant(
+        "a grant without its copies is withheld",
+        f"{COORDINATOR}/durability.py",
+        "return bool(local >= self.fsync and replicas >= self.replicas)",
+        "return True",
+        f"{TESTS}/test_durability.py::test_a_grant_is_withheld_and_undone",
+    ),
+    Mutant(
+        "a grant that is withheld is undone",
+        *(f"{COORDINATOR}/leases.py", "if accepted_us == reply.now_us:", "if False:"),
+        f"{TESTS}/test_durability.py::test_a_grant_is_withheld_and_undone",
     ),
 ]
