@@ -40,10 +40,12 @@ class Reading:
     """What it would show at least, if it had gained nothing within the window."""
     gain_us: int
     """How much it certainly gained within the window."""
+    gain_for_us: int
+    """For how long that stays within the window."""
 
     def __str__(self) -> str:
         """Return it as the scripts read it."""
-        return f"{self.estimate_us} {self.floor_us} {self.gain_us}"
+        return f"{self.estimate_us} {self.floor_us} {self.gain_us} {self.gain_for_us}"
 
 
 class StoreClock:
@@ -52,13 +54,14 @@ class StoreClock:
     def __init__(self) -> None:
         self._offset: Offset | None = None
         self._slowest: deque[Offset] = deque()  # of the window, in order of age and of size
+        self._window_us = 0
         self._declared_us = 0
 
     def copy(self) -> StoreClock:
         """Return another clock with the same past."""
         other = StoreClock()
         other._offset, other._declared_us = self._offset, self._declared_us
-        other._slowest = self._slowest.copy()
+        other._slowest, other._window_us = self._slowest.copy(), self._window_us
         return other
 
     def read(self, boot_us: int) -> Reading | None:
@@ -70,6 +73,7 @@ class StoreClock:
             boot_us + (offset.low_us + offset.high_us) // 2,
             boot_us + slowest.low_us,
             max(0, offset.low_us - slowest.high_us),
+            max(0, slowest.at_us + self._window_us - boot_us),
         )
 
     def observe(self, sent_us: int, received_us: int, store_us: int, keep_us: int) -> int:
@@ -85,7 +89,8 @@ class StoreClock:
         lost_us = known.low_us - offset.high_us if known else 0
         while self._slowest and self._slowest[-1].low_us >= offset.low_us:
             self._slowest.pop()
-        while self._slowest and self._slowest[0].at_us < received_us - keep_us - keep_us // _STEPS:
+        self._window_us = keep_us + keep_us // _STEPS
+        while self._slowest and self._slowest[0].at_us < received_us - self._window_us:
             self._slowest.popleft()
         if not self._slowest or received_us - self._slowest[-1].at_us >= keep_us // _STEPS:
             self._slowest.append(offset)

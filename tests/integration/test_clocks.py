@@ -174,6 +174,26 @@ def test_a_new_replica_knows_what_was_gained_before(valkey: Server, plain: redis
         waiter.vanish()
 
 
+def test_a_gain_is_noted_once(valkey: Server, plain: redis.Redis) -> None:
+    """What the clock gained matters for one hold after the step, and no longer.
+
+    Fails when each note of the same gain lasts for a whole hold.
+    """
+    clock = SteppedClock()
+    with Replica(valkey.url, boot_us=clock, quarantine_seconds=2.0) as replica:
+        token = replica.create_token(0)
+        replica.release(replica.hold(token, ttl=1.0))
+        clock.step_us = -5_000_000
+
+        def noted_until_us() -> int:
+            replica.show_token(token)  # measures, then tells
+            return int(plain.hget(shard_of(token), "gain_until_us") or 0)
+
+        first_us = wait_until(noted_until_us)
+        wait_until(lambda: noted_until_us() and now_us(plain) > first_us + 500_000)
+        assert noted_until_us() - first_us < 200_000
+
+
 def test_a_replica_that_never_met_an_app_sees_its_clock_jump(three_nodes: Store) -> None:
     """Each replica looks at the clock of every node each second, whatever it is asked.
 

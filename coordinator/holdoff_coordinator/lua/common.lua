@@ -4,7 +4,8 @@
 -- KEYS[1]  holdoff:{app}, the shard; every other key starts with it or carries
 --          the same hash tag, so that a script stays in one slot
 -- ARGV[1]  what the replica makes of the store's time, in µs: its estimate, the least that the
---          clock would show had it gained nothing, and what it certainly gained; '' if unknown
+--          clock would show had it gained nothing, what it certainly gained, and for how long
+--          that matters; '' if unknown
 -- ARGV[2]  the shard's epoch as the replica knows it; '' if it knows none
 -- ARGV[3]  a fresh id, the epoch to give to a shard that has none
 -- ARGV[4]  least length of a quarantine in µs
@@ -125,10 +126,15 @@ end
 -- Decisions take something for over when it is over by both clocks: the server's, and the
 -- replica's boot clock, which is never set. `lag` is how much later that is. A replica that is
 -- new knows of no gain; so the others leave it in the shard.
-local ESTIMATE, FLOOR, GAIN = ARGV[1]:match('^(%d+) ?(%d*) ?(%d*)$')
-local gain = now < number(shard.gain_until_us) and number(shard.gain_us) or 0
-local sure = math.min(now - gain, tonumber(FLOOR or '') or now)
-local lag = now - sure
+local ESTIMATE, FLOOR, GAIN, GAIN_FOR = ARGV[1]:match('^(%d+) ?(%d*) ?(%d*) ?(%d*)$')
+local gain, sure, lag
+
+local function compare_clocks()
+  gain = now < number(shard.gain_until_us) and number(shard.gain_us) or 0
+  sure = math.min(now - gain, tonumber(FLOOR or '') or now)
+  lag = now - sure
+end
+compare_clocks()
 
 -- When something will be over that is due at an instant: then, unless it should be by now.
 local function over_at(due) return due > now and due or due + lag end
@@ -136,7 +142,7 @@ local function over_at(due) return due > now and due or due + lag end
 local function note_gain()
   local seen = tonumber(GAIN or '') or 0
   if seen > gain + GAIN_STEP then
-    put(SHARD, shard, {gain_us = seen, gain_until_us = now + math.max(number(ARGV[4]), longest_hold())})
+    put(SHARD, shard, {gain_us = seen, gain_until_us = now + tonumber(GAIN_FOR)})
   end
 end
 
@@ -179,6 +185,8 @@ local function go_back()
   }) do
     if number(shard[field]) > now + span then put(SHARD, shard, {[field] = now + span}) end
   end
+  put(SHARD, shard, {gain_us = math.max(0, number(shard.gain_us) - (number(shard.high_water_us) - now))})
+  compare_clocks()
 end
 
 -- The instant from which on all is known again that was counted in a window; 0 if it is.
