@@ -9,7 +9,9 @@ the longest hold starts the quarantine.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
+from copy import deepcopy
 from dataclasses import dataclass
 
 TOLERANCE_US = 1_000_000
@@ -17,8 +19,8 @@ SLACK_US = 3_600_000_000
 """A step forward of more than this may have made the store drop keys that matter, since it expires
 them by its own clock."""
 DRIFT = 500e-6  # what NTP may slew at most: 500 ppm
-_STEPS = 64
-"""A window moves in so many steps."""
+_STEPS = 1000
+"""So many offsets are kept at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,57 +51,80 @@ class Reading:
 
 
 class StoreClock:
-    """What this replica knows about one clock of the store."""
+    """What this replica knows about one clock of the store.
 
-    def __init__(self) -> None:
+    Args:
+        alert_us: So far back a gain of more than the tolerance is a jump.
+    """
+
+    def __init__(self, alert_us: int) -> None:
+        self._alert_us = self._keep_us = alert_us
         self._offset: Offset | None = None
-        self._slowest: deque[Offset] = deque()  # of the window, in order of age and of size
-        self._window_us = 0
+        self._slowest: deque[Offset] = deque()
+        """Each was the slowest since the one before; older ones were slower still."""
         self._declared_us = 0
 
     def copy(self) -> StoreClock:
         """Return another clock with the same past."""
-        other = StoreClock()
-        other._offset, other._declared_us = self._offset, self._declared_us
-        other._slowest, other._window_us = self._slowest.copy(), self._window_us
-        return other
+        return deepcopy(self)
 
-    def read(self, boot_us: int) -> Reading | None:
-        """Return what the clock shows at `boot_us`; None before the first measurement."""
+    def read(self, boot_us: int, window_us: int) -> Reading | None:
+        """Return what the clock shows at `boot_us`; None before the first measurement.
+
+        Args:
+            boot_us: Our clock.
+            window_us: So far back it matters what the clock gained.
+        """
         if self._offset is None:
             return None
-        offset, slowest = self._offset, self._slowest[0]
+        offset, slowest = self._offset, self._since(boot_us - window_us)
         return Reading(
             boot_us + (offset.low_us + offset.high_us) // 2,
             boot_us + slowest.low_us,
             max(0, offset.low_us - slowest.high_us),
-            max(0, slowest.at_us + self._window_us - boot_us),
+            max(0, slowest.at_us + self._step_us + window_us - boot_us),
         )
 
-    def observe(self, sent_us: int, received_us: int, store_us: int, keep_us: int) -> int:
+    def observe(self, sent_us: int, received_us: int, store_us: int, keep_us: int = 0) -> int:
         """Take in one answer of the store; return by how many µs its clock jumped, or 0.
 
         The store read its clock somewhere between `sent_us` and `received_us` (boot clock), so
         that a slow answer says little, and never raises a false alarm. What it gained in small
-        steps, or by drifting, within the last `keep_us` is a jump too, once it adds up to more
-        than the tolerance.
+        steps, or by drifting, is a jump too, once it adds up to more than the tolerance.
+
+        Args:
+            sent_us: When it was asked.
+            received_us: When it answered.
+            store_us: What it answered.
+            keep_us: How far back `read` may look, where that is longer than for jumps.
         """
+        self._keep_us = max(keep_us, self._alert_us)
         known, seen = self._offset, Offset(store_us - received_us, store_us - sent_us, received_us)
         self._offset = offset = seen if known is None else _refined(known, seen)
         lost_us = known.low_us - offset.high_us if known else 0
         while self._slowest and self._slowest[-1].low_us >= offset.low_us:
             self._slowest.pop()
-        self._window_us = keep_us + keep_us // _STEPS
-        while self._slowest and self._slowest[0].at_us < received_us - self._window_us:
+        while (
+            self._slowest and self._slowest[0].at_us < received_us - self._keep_us - self._step_us
+        ):
             self._slowest.popleft()
-        if not self._slowest or received_us - self._slowest[-1].at_us >= keep_us // _STEPS:
+        if not self._slowest or received_us - self._slowest[-1].at_us >= self._step_us:
             self._slowest.append(offset)
-        gain_us = max(0, offset.low_us - self._slowest[0].high_us)
+        gain_us = max(0, offset.low_us - self._since(received_us - self._alert_us).high_us)
         self._declared_us = min(self._declared_us, gain_us)
         if gain_us - self._declared_us > TOLERANCE_US:
             self._declared_us = gain_us
             return gain_us
         return -lost_us if lost_us > TOLERANCE_US else 0
+
+    @property
+    def _step_us(self) -> int:
+        return self._keep_us // _STEPS
+
+    def _since(self, at_us: int) -> Offset:
+        """Return the slowest that the clock was since an instant."""
+        first = bisect_left(self._slowest, at_us - self._step_us, key=lambda one: one.at_us)
+        return self._slowest[min(first, len(self._slowest) - 1)]
 
 
 def _refined(known: Offset, seen: Offset) -> Offset:

@@ -11,7 +11,7 @@ import hashlib
 import time
 import uuid
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -195,7 +195,7 @@ class Reply:
 class _Watched:
     """A clock of the store, and how often and when it jumped."""
 
-    clock: StoreClock = field(default_factory=StoreClock)
+    clock: StoreClock
     jumps: int = 0
     jump_us: int = 0
     jumped_at_us: int = 0
@@ -247,7 +247,9 @@ class Scripts:
         self._boot_us = boot_us
         # Each node of a Cluster has a clock, and an app may move to another node: so we keep one
         # for each app too, which begins with what is known of the node's.
-        self._nodes: defaultdict[Redis, _Watched] = defaultdict(_Watched)
+        self._nodes: defaultdict[Redis, _Watched] = defaultdict(
+            lambda: _Watched(StoreClock(quarantine_us))
+        )
         self._clocks: dict[str, _Watched] = {}
         self._epochs: dict[str, str] = {}
         self._lives: dict[str, Life] = {}
@@ -306,7 +308,7 @@ class Scripts:
         """Return the clock that an app goes by."""
         # Finding out which node it is may take a second, by which an estimate would be wrong.
         node = await self._answer(node_of(self.redis, shard_key(app)))
-        if self._nodes[node].clock.read(0) is None:
+        if self._nodes[node].clock.read(0, 0) is None:
             for _ in range(_FIRST_LOOKS):
                 await self.look_at_clock(node)
         if not isinstance(self.redis, Cluster):
@@ -339,7 +341,7 @@ class Scripts:
         self, name: str, app: str, *args: bytes | str | int, caller: Caller = NOBODY
     ) -> Reply:
         watched = await self._watched(app)
-        reading = watched.clock.read(self._boot_us())
+        reading = watched.clock.read(self._boot_us(), self._safe_us(app))
         if self._in_doubt(app, watched) and reading:
             reading = replace(reading, estimate_us=0)
         header = (

@@ -15,7 +15,13 @@ import redis
 from google.protobuf import duration_pb2
 from redis.crc import key_slot
 
-from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, token_service_pb2
+from holdoff.v1 import (
+    admin_service_pb2,
+    budget_pb2,
+    budget_service_pb2,
+    lease_pb2,
+    token_service_pb2,
+)
 from holdoff_coordinator.scripts import shard_key
 from tests import stores
 from tests.harness import Replica, Waiter, ask, let_pass, refusal, wait_until
@@ -340,23 +346,20 @@ def is_reserved(replica: Replica, token: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("step_seconds", [5.5, 1800.0])
-def test_a_step_forward_gives_no_room(
-    valkey: Server, plain: redis.Redis, tmp_path: Path, step_seconds: float
-) -> None:
+def test_a_step_forward_gives_no_room(valkey: Server, plain: redis.Redis, tmp_path: Path) -> None:
     """Calls of the last 5 seconds stay in the window, though the store's clock says otherwise.
 
     Fails when events leave their window by the store's clock alone.
     """
     clock = SteppedClock()
-    with limited(valkey.url, tmp_path, boot_us=clock, quarantine_seconds=20.0) as replica:
+    with limited(valkey.url, tmp_path, boot_us=clock, quarantine_seconds=4.0) as replica:
         token = create(replica, "five-seconds")
         began = time.monotonic()
         for _ in range(6):
             commit(replica, token, reserve(replica, token))
         # As if the store's clock had stepped: what it counted is older, and we are behind.
-        let_pass(plain, token, step_seconds)
-        clock.step_us = -round(step_seconds * 1e6)
+        let_pass(plain, token, 5.5)
+        clock.step_us = -5_500_000
         wait_until(lambda: is_reserved(replica, token))
         assert time.monotonic() - began > 4.9
 
@@ -373,6 +376,48 @@ def test_small_steps_shorten_no_window(valkey: Server, plain: redis.Redis, tmp_p
         clock.step_us = -900_000
         wait_until(lambda: is_reserved(replica, token))
         assert time.monotonic() - began > 4.9
+
+
+def test_a_step_frees_no_room_after_the_quarantine(
+    valkey: Server, plain: redis.Redis, tmp_path: Path
+) -> None:
+    """What was counted before a step stays in its window when the step itself is forgotten.
+
+    Fails when `leave` moves no entry: the window would be shorter by the step.
+    """
+    clock = SteppedClock()
+    with limited(valkey.url, tmp_path, boot_us=clock, quarantine_seconds=0.5) as replica:
+        token = create(replica, "five-seconds")
+        began = time.monotonic()
+        for _ in range(6):
+            commit(replica, token, reserve(replica, token))
+        let_pass(plain, token, 4.0)
+        clock.step_us = -4_000_000
+        replica.show_token(token)  # measures
+        wait_until(lambda: is_reserved(replica, token))
+        assert time.monotonic() - began > 4.9
+
+
+def test_a_step_ends_no_back_off_early(valkey: Server, plain: redis.Redis) -> None:
+    """A pause of four seconds lasts as long, though the clock stepped and the step is forgotten.
+
+    Fails when `settle_back_off` moves no end.
+    """
+    clock = SteppedClock()
+    with Replica(valkey.url, boot_us=clock, quarantine_seconds=0.5) as replica:
+        token = replica.create_token(0)
+        began = time.monotonic()
+        request = admin_service_pb2.SetBackOffRequest(
+            length=duration_pb2.Duration(seconds=4), reason="a test"
+        )
+        request.scope.token = token
+        back_off = replica.admin.SetBackOff(request).back_off.name.rpartition("/")[2]
+        plain.hincrby(f"{shard_of(token)}:backoff:{back_off}", "until_us", -3_000_000)
+        clock.step_us = -3_000_000
+        waiter = Waiter(replica, ask(token))
+        waiter.offer()
+        assert time.monotonic() - began > 3.9
+        waiter.vanish()
 
 
 def test_what_is_unknown_counts_as_spent(

@@ -299,6 +299,25 @@ MUTANTS = [
         ),
         f"{TESTS}/test_clocks.py::test_a_high_fencing_number_of_the_future_is_known_again",
     ),
+    Mutant(
+        "what was counted before a step is moved along",
+        *(
+            f"{LUA}/budgets.lua",
+            "redis.call('ZINCRBY', log_key(id), us(by), entry)",
+            "local _ = entry",
+        ),
+        f"{TESTS}/test_clocks.py::test_a_step_frees_no_room_after_the_quarantine",
+    ),
+    Mutant(
+        "a back-off from before a step lasts as long",
+        *(f"{LUA}/backoffs.lua", "until_us = number(one.until_us) + by", "until_us = one.until_us"),
+        f"{TESTS}/test_clocks.py::test_a_step_ends_no_back_off_early",
+    ),
+    Mutant(
+        "what the clock gained matters for one hold",
+        *(f"{LUA}/common.lua", "now + tonumber(GAIN_FOR),", "now + number(ARGV[4]),"),
+        f"{TESTS}/test_clocks.py::test_a_gain_is_noted_once",
+    ),
     # Loss -----------------------------------------------------------------------------------
     Mutant(
         "what is unknown counts as spent",

@@ -113,6 +113,10 @@ end
 
 -- Brings a back-off up to this instant.
 local function settle_back_off(one)
+  local by = moved_by(one)
+  if by > 0 then
+    put(back_off_key(one.id), one, {until_us = number(one.until_us) + by, gained_us = shard.gained_us})
+  end
   for _, field in ipairs({'since_us', 'reopened_us', 'probe_us', 'erred_us'}) do
     local ahead = number(one[field]) - now
     if ahead > 0 then -- the clock of the store went back since
@@ -199,7 +203,7 @@ local function be_quiet(id, facts)
     one[field] = nil
   end
   local began = one.state ~= 'QUIET' or facts.cause == 'OPERATOR'
-  facts.state = 'QUIET'
+  facts.state, facts.gained_us = 'QUIET', shard.gained_us or '0'
   found[id], by_scope = one, nil
   redis.call('ZADD', BACK_OFFS, us(facts.until_us), id)
   back_off_changed(one, facts)

@@ -43,6 +43,13 @@ end
 
 -- Takes out of a budget what has left its window.
 local function leave(id, budget)
+  local by = moved_by(budget)
+  local entries = by > 0 and redis.call('ZRANGE', log_key(id), 0, -1) or {}
+  for _, entry in ipairs(entries) do redis.call('ZINCRBY', log_key(id), us(by), entry) end
+  if #entries > 0 then
+    put(budget_key(id), budget, {gained_us = shard.gained_us})
+    use_budget(id, now + number(budget.window_us) + number(budget.grain_us))
+  end
   local latest = now + math.max(number(budget.grain_us), SECOND)
   for _, entry in ipairs(redis.call('ZRANGEBYSCORE', log_key(id), '(' .. us(latest), '+inf')) do
     redis.call('ZADD', log_key(id), us(latest), entry) -- the clock of the store went back since
@@ -73,6 +80,7 @@ end
 
 local function save(id, budget, changes)
   for _, field in ipairs(SPEC) do changes[field] = budget[field] end
+  changes.gained_us = budget.gained_us
   put(budget_key(id), budget, changes)
   moved('budget ' .. id)
 end

@@ -142,8 +142,19 @@ local function over_at(due) return due > now and due or due + lag end
 local function note_gain()
   local seen = tonumber(GAIN or '') or 0
   if seen > gain + GAIN_STEP then
-    put(SHARD, shard, {gain_us = seen, gain_until_us = now + tonumber(GAIN_FOR)})
+    put(SHARD, shard, {
+      gain_us = seen, gain_until_us = now + tonumber(GAIN_FOR),
+      -- What was stamped before, and may be needed for longer than that, is moved along.
+      gained_us = number(shard.gained_us) + seen - gain,
+    })
   end
+end
+
+-- How much later the instants of a record would be, had they been stamped after all gains.
+local function moved_by(record)
+  local by = number(shard.gained_us) - number(record.gained_us)
+  record.gained_us = shard.gained_us or '0'
+  return by
 end
 
 -- Notes that somebody may refresh for so long from now on.
