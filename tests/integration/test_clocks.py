@@ -236,8 +236,10 @@ def test_forward_and_back_shuts_an_app_for_no_longer_than_is_safe(
         plain.hset(
             shard_of(token),
             mapping={
-                "quarantine_since_us": now_us(plain),
+                # It began before the clock went forward, and was extended since.
+                "quarantine_since_us": now_us(plain) - 10 * HOUR_US,
                 "quarantine_until_us": now_us(plain) + 1_000_000,
+                "quarantine_for_us": 1_000_000,
                 "quarantine_reason": "a test",
             },
         )

@@ -176,22 +176,18 @@ local function quarantine(why, loss)
     audit('QUARANTINE_BEGAN', '', {reason = why})
     put(SHARD, shard, {quarantine_since_us = now})
   end
-  put(SHARD, shard, {
-    quarantine_until_us = math.max(number(shard.quarantine_until_us), now + safe),
-    quarantine_reason = why,
-  })
+  if now + safe > number(shard.quarantine_until_us) then
+    put(SHARD, shard, {quarantine_until_us = now + safe, quarantine_for_us = safe})
+  end
+  put(SHARD, shard, {quarantine_reason = why})
   if loss == 'DATA' then put(SHARD, shard, {data_lost_us = now}) end
   if loss == 'WRITES' then put(SHARD, shard, {writes_lost_us = now}) end
 end
 
 -- The clock went back: what was to last from then lasts from now.
 local function go_back()
-  local left = number(shard.quarantine_until_us) - number(shard.quarantine_since_us)
-  if number(shard.quarantine_since_us) > now then
-    put(SHARD, shard, {quarantine_since_us = now, quarantine_until_us = now + left})
-  end
   for field, span in pairs({
-    recovery_until_us = RECOVERY, gain_until_us = number(ARGV[4]), data_lost_us = 0, writes_lost_us = 0,
+    quarantine_since_us = 0, quarantine_until_us = number(shard.quarantine_for_us), recovery_until_us = RECOVERY, gain_until_us = number(ARGV[4]), data_lost_us = 0, writes_lost_us = 0,
     hold_until_us = longest_hold(),
   }) do
     if number(shard[field]) > now + span then put(SHARD, shard, {[field] = now + span}) end
