@@ -265,12 +265,12 @@ end
 local function touch(who, place)
   local key = touched_key(who)
   redis.call('ZADD', key, us(now), cjson.encode(place))
-  redis.call('ZREMRANGEBYSCORE', key, '-inf', us(now - TOUCHED_US))
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', '(' .. us(now - TOUCHED_US))
   redis.call('ZREMRANGEBYRANK', key, 0, -TOUCHED_MOST - 1)
-  keep(key, TOUCHED_US)
+  keep(key, TOUCHED_US + SECOND)
   local touchers = SHARD .. ':touchers'
   redis.call('ZADD', touchers, us(now), who)
-  keep(touchers, TOUCHED_US)
+  keep(touchers, TOUCHED_US + SECOND)
   while redis.call('ZCARD', touchers) > TOUCHERS_MOST do
     redis.call('DEL', touched_key(redis.call('ZPOPMIN', touchers)[1]))
   end
