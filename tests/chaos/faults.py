@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import redis
@@ -60,8 +60,12 @@ class Fault:
     """It moves the store's clock."""
     disturbs: bool = True
     """Waiters may go unheard, and so be passed over."""
-    needs: Callable[[], str] = field(default=lambda: "")
-    """Says what is missing on this machine."""
+
+    def missing(self) -> str:
+        """Say what it needs that is not on this machine."""
+        if self.clock and not FAKETIME:
+            return "libfaketime is not installed (Debian: apt-get install libfaketime)"
+        return ""
 
 
 FAULTS: dict[str, Fault] = {}
@@ -69,14 +73,9 @@ FAULTS: dict[str, Fault] = {}
 
 def _fault(name: str, kinds: frozenset[str] = ALL, **facts: bool) -> Callable[..., None]:
     def add(act: Callable[[Scene, Random], None]) -> None:
-        needs = _no_faketime if facts.get("clock") else lambda: ""
-        FAULTS[name] = Fault(name, act, kinds, needs=needs, **facts)
+        FAULTS[name] = Fault(name, act, kinds, **facts)
 
     return add
-
-
-def _no_faketime() -> str:
-    return "" if FAKETIME else "libfaketime is not installed (Debian: apt-get install libfaketime)"
 
 
 @contextlib.contextmanager
@@ -115,9 +114,7 @@ def _kill_coordinator(scene: Scene, chance: Random) -> None:
 
 @_fault("stop-coordinator")
 def _stop_coordinator(scene: Scene, chance: Random) -> None:
-    one = chance.choice(scene.coordinators)
-    scene.note(f"stop {one.name}")
-    with _stopped(one.process.pid if one.process else 0):
+    with _stopped(chance.choice(_coordinator_pids(scene))):
         time.sleep(_beyond_ttl(chance))
 
 

@@ -170,10 +170,10 @@ class Run:
                 raise SystemExit(f"no such fault: {name}; there are {', '.join(FAULTS)}")
         found = [FAULTS[name] for name in self._names or FAULTS]
         found = [one for one in found if self.kind in one.kinds]
-        for why in {one.needs() for one in found} - {""}:
-            names = ", ".join(one.name for one in found if one.needs() == why)
+        for why in {one.missing() for one in found} - {""}:
+            names = ", ".join(one.name for one in found if one.missing() == why)
             say(f"SKIPPED {names}: {why}")
-        found = [one for one in found if not one.needs()]
+        found = [one for one in found if not one.missing()]
         if not self._names:
             self.chance.shuffle(found)
         return found
