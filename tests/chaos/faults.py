@@ -56,10 +56,17 @@ class Fault:
     kinds: frozenset[str] = ALL
     loses: bool = False
     """Acknowledged writes may be gone after it."""
+    fails_over: bool = False
+    """The same, where another server takes over meanwhile."""
     clock: bool = False
     """It moves the store's clock."""
     disturbs: bool = True
     """Waiters may go unheard, and so be passed over."""
+
+    def flags(self, kind: str) -> dict[str, bool]:
+        """Return what the judge may excuse on a kind of store."""
+        loses = self.loses or (self.fails_over and kind in REPLICATED)
+        return {"loses": loses, "clock": self.clock, "disturbs": self.disturbs}
 
     def missing(self) -> str:
         """Say what it needs that is not on this machine."""
@@ -182,7 +189,7 @@ def _kill_store(scene: Scene, chance: Random) -> None:
     scene.restart_dead_servers()
 
 
-@_fault("stop-store")
+@_fault("stop-store", fails_over=True)
 def _stop_store(scene: Scene, chance: Random) -> None:
     """A store that hangs; behind Sentinel it is failed over meanwhile."""
     primary = scene.primary_of(APP)
@@ -233,7 +240,7 @@ def _lost_replies(scene: Scene, chance: Random) -> None:
         time.sleep(0.5)
 
 
-@_fault("cut-store", EXTERNAL)
+@_fault("cut-store", EXTERNAL, fails_over=True)
 def _cut_store(scene: Scene, chance: Random) -> None:
     """One coordinator loses its store, or all lose one server."""
     cable = chance.choice(scene.cables)
@@ -242,7 +249,7 @@ def _cut_store(scene: Scene, chance: Random) -> None:
     cable.mend()
 
 
-@_fault("mute-store", EXTERNAL)
+@_fault("mute-store", EXTERNAL, fails_over=True)
 def _mute_store(scene: Scene, chance: Random) -> None:
     """Scripts run, and their answers come late or never."""
     cable = chance.choice(scene.cables)
@@ -253,7 +260,7 @@ def _mute_store(scene: Scene, chance: Random) -> None:
     cable.flows.set()
 
 
-@_fault("slow", disturbs=True)
+@_fault("slow", fails_over=True)
 def _slow(scene: Scene, chance: Random) -> None:
     cables = [*scene.cables, *(one.cable for one in scene.coordinators)]
     for cable in cables:

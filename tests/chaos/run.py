@@ -197,8 +197,7 @@ class Run:
             self._count(stage)
 
     def _hit(self, stage: Scene, fault: Fault) -> None:
-        flags = {"loses": fault.loses, "clock": fault.clock, "disturbs": fault.disturbs}
-        self.record("fault", name=fault.name, **flags)
+        self.record("fault", name=fault.name, **fault.flags(self.kind))
         try:
             fault.act(stage, self.chance)
         except (redis.RedisError, holdoff.HoldoffError, OSError) as error:
