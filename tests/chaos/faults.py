@@ -390,28 +390,6 @@ def _forward_and_back(scene: Scene, _chance: Random) -> None:
     _step(scene, -3600)
 
 
-@_fault("small-steps", clock=True)
-def _small_steps(scene: Scene, _chance: Random) -> None:
-    """Steps that are each too small to be seen, while leases run out."""
-    scene.fleet.kill("sync")
-    for _ in range(7):
-        _step(scene, 0.9)
-        time.sleep(0.3)
-
-
-@_fault("drift", clock=True)
-def _drift(scene: Scene, _chance: Random) -> None:
-    """The clock runs a tenth too fast, in steps that are too small to be seen."""
-    scene.note("the store's clock runs 10 % fast for 12 s")
-    scene.fleet.kill("sync")
-    servers = scene.targets()
-    began, before = time.monotonic(), [one.clock_offset() for one in servers]
-    while (passed := time.monotonic() - began) < 12:
-        for one, offset in zip(servers, before, strict=True):
-            one.set_clock(offset + passed / 10)
-        time.sleep(0.02)
-
-
 @_fault("step-in-full-memory", clock=True)
 def _step_in_full_memory(scene: Scene, chance: Random) -> None:
     """Quarantine begins while no write succeeds."""
@@ -481,10 +459,10 @@ def _make(address: str, token: str) -> None:
         client.create_token(token, policy="chaos", refresh_interval_seconds=0)
 
 
-def _take(scene: Scene, address: str, token: str) -> None:
+def _take(scene: Scene, address: str, token: str, ttl: float = LATE_TTL_SECONDS) -> None:
     """Take a lease if there is one, and let it run out, as one who dies."""
     with holdoff.Client(address) as client, contextlib.suppress(holdoff.HoldoffError):
-        lease = client.acquire(token, wait_seconds=3, ttl_seconds=LATE_TTL_SECONDS)
+        lease = client.acquire(token, wait_seconds=3, ttl_seconds=ttl)
         deadline, fencing = lease.deadline_ns / 1e9, lease.fencing_token
         scene.record("granted", id=lease.name, token=token, fencing=fencing, deadline=deadline)
 
@@ -500,6 +478,34 @@ def _stranger(scene: Scene) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+@_fault("small-steps", clock=True)
+def _small_steps(scene: Scene, _chance: Random) -> None:
+    """Steps that are each too small to be seen, while leases run out."""
+    scene.fleet.kill("sync")
+    token = _late_token(scene)
+    _take(scene, scene.endpoint, token, ttl=12)
+    for _ in range(7):
+        _step(scene, 0.9)
+        time.sleep(1.2)  # a coordinator looks at the clock in between
+    _take(scene, scene.endpoint, token)
+
+
+@_fault("drift", clock=True)
+def _drift(scene: Scene, _chance: Random) -> None:
+    """The clock runs a tenth too fast, in steps that are too small to be seen."""
+    scene.fleet.kill("sync")
+    token = _late_token(scene)
+    scene.note("the store's clock runs 10 % fast for 11 s")
+    servers = scene.targets()
+    began, before = time.monotonic(), [one.clock_offset() for one in servers]
+    _take(scene, scene.endpoint, token, ttl=12)
+    while (passed := time.monotonic() - began) < 11:
+        for one, offset in zip(servers, before, strict=True):
+            one.set_clock(offset + passed / 10)
+        time.sleep(0.02)
+    _take(scene, scene.endpoint, token)
 
 
 @_fault("step-and-a-stranger", EXTERNAL, clock=True)

@@ -174,6 +174,8 @@ class Run:
             names = ", ".join(one.name for one in found if one.missing() == why)
             say(f"SKIPPED {names}: {why}")
         found = [one for one in found if not one.missing()]
+        if not found:
+            say(f"SKIPPED {self.kind}: none of these faults happens there")
         if not self._names:
             self.chance.shuffle(found)
         return found
