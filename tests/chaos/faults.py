@@ -7,6 +7,7 @@ the store's clock moves (`clock`), that waiters may lose touch (`disturbs`).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from tests.chaos.scene import (
     FAKETIME,
     INTERVAL_SECONDS,
     LEASED,
+    START_SECONDS,
     TTL_SECONDS,
     Target,
     listens,
@@ -385,8 +387,15 @@ def _step_back(scene: Scene, chance: Random) -> None:
 
 @_fault("forward-and-back", clock=True)
 def _forward_and_back(scene: Scene, _chance: Random) -> None:
+    """An hour forward, until a coordinator has met it, and back."""
+
+    def met() -> bool:
+        one = scene.primary_of(APP)
+        seen = one.client.hget(f"holdoff:{{{APP}}}", "high_water_us") if one else None
+        return float(seen or 0) / 1e6 > time.time() + 1800
+
     _step(scene, 3600)
-    time.sleep(1)
+    until(met, PATIENCE_SECONDS)
     _step(scene, -3600)
 
 
@@ -410,28 +419,10 @@ def _step_in_full_memory(scene: Scene, chance: Random) -> None:
 def _flush(scene: Scene, _chance: Random) -> None:
     for one in scene.primaries():
         one.client.flushall()
-    make_tokens(scene.endpoint, PATIENCE_SECONDS)
-
-
-@_fault("truncated-file", frozenset({"embedded"}), loses=True)
-def _truncated_file(scene: Scene, chance: Random) -> None:
-    """The end of the append-only file is gone, as after a crash of the machine."""
-    [coordinator] = scene.coordinators
-    folder = scene.targets()[0].folder
-    scene.fleet.kill("sync")
-    coordinator.kill()
-    until(lambda: not _is_locked(folder / "lock"), PATIENCE_SECONDS)
-    [path] = folder.glob("appendonlydir/*.incr.aof")
-    size = path.stat().st_size
-    cut = int(chance.uniform(0.02, 0.5) * size)
-    scene.note(f"cut {cut} of {size} bytes off {path.name}")
-    os.truncate(path, size - cut)
-    coordinator.start()
+    make_tokens(scene.endpoint, START_SECONDS)
 
 
 def _is_locked(path: Path) -> bool:
-    import fcntl  # noqa: PLC0415 - for this alone
-
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -528,7 +519,25 @@ def _flush_and_stranger(scene: Scene, _chance: Random) -> None:
             target.client.flushall()
         _make(address, token)
         _take(scene, address, token)
-    make_tokens(scene.endpoint, PATIENCE_SECONDS)
+    make_tokens(scene.endpoint, START_SECONDS)
+
+
+@_fault("truncated-file", frozenset({"embedded"}), loses=True)
+def _truncated_file(scene: Scene, _chance: Random) -> None:
+    """The end of the append-only file is gone, as after a crash of the machine, with a grant."""
+    [coordinator] = scene.coordinators
+    token = _late_token(scene)
+    folder = scene.targets()[0].folder
+    [path] = folder.glob("appendonlydir/*.incr.aof")
+    kept = path.stat().st_size + 100  # in the middle of a command
+    _take(scene, scene.endpoint, token)
+    coordinator.kill()
+    until(lambda: not _is_locked(folder / "lock"), PATIENCE_SECONDS)
+    scene.note(f"cut {path.stat().st_size - kept} bytes off {path.name}")
+    os.truncate(path, kept)
+    coordinator.start()
+    until(lambda: listens(coordinator.address), START_SECONDS)
+    _take(scene, scene.endpoint, token)
 
 
 @_fault("two-failovers", REPLICATED, loses=True)

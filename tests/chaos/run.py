@@ -32,8 +32,10 @@ from tests.chaos.scene import (
     COUNTED,
     INTERVALS,
     QUARANTINE_SECONDS,
+    START_SECONDS,
     Scene,
     scene,
+    until,
 )
 
 if TYPE_CHECKING:
@@ -187,6 +189,7 @@ class Run:
             stage.fleet = fleet = Fleet(stage, self._seed, environment)
             try:
                 self._watch(stage, WARM_UP_SECONDS)
+                until(lambda: _works(read(self._folder)), START_SECONDS)
                 end, faults = boot() + seconds, self.plan()
                 for number in range(1000):
                     if not faults or (boot() > end and number >= len(self._names)):
@@ -236,6 +239,12 @@ class Run:
                 if one.limit == "errors" and one.scope.division
             }
             self.record("counts", token=COUNTED, used=used)
+
+
+def _works(events: list[Event]) -> bool:
+    """Tell whether the whole fleet has begun."""
+    done = {event.what for event in events}
+    return {"released", "ran", "locked", "reported", "called"} <= done
 
 
 def _closed() -> Event:
