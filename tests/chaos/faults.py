@@ -7,11 +7,12 @@ the store's clock moves (`clock`), that waiters may lose touch (`disturbs`).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import redis
@@ -21,6 +22,7 @@ from tests.chaos.scene import (
     FAKETIME,
     INTERVAL_SECONDS,
     LEASED,
+    START_SECONDS,
     TTL_SECONDS,
     Target,
     listens,
@@ -56,12 +58,23 @@ class Fault:
     kinds: frozenset[str] = ALL
     loses: bool = False
     """Acknowledged writes may be gone after it."""
+    fails_over: bool = False
+    """The same, where another server takes over meanwhile."""
     clock: bool = False
     """It moves the store's clock."""
     disturbs: bool = True
     """Waiters may go unheard, and so be passed over."""
-    needs: Callable[[], str] = field(default=lambda: "")
-    """Says what is missing on this machine."""
+
+    def flags(self, kind: str) -> dict[str, bool]:
+        """Return what the judge may excuse on a kind of store."""
+        loses = self.loses or (self.fails_over and kind in REPLICATED)
+        return {"loses": loses, "clock": self.clock, "disturbs": self.disturbs}
+
+    def missing(self) -> str:
+        """Say what it needs that is not on this machine."""
+        if self.clock and not FAKETIME:
+            return "libfaketime is not installed (Debian: apt-get install libfaketime)"
+        return ""
 
 
 FAULTS: dict[str, Fault] = {}
@@ -69,14 +82,9 @@ FAULTS: dict[str, Fault] = {}
 
 def _fault(name: str, kinds: frozenset[str] = ALL, **facts: bool) -> Callable[..., None]:
     def add(act: Callable[[Scene, Random], None]) -> None:
-        needs = _no_faketime if facts.get("clock") else lambda: ""
-        FAULTS[name] = Fault(name, act, kinds, needs=needs, **facts)
+        FAULTS[name] = Fault(name, act, kinds, **facts)
 
     return add
-
-
-def _no_faketime() -> str:
-    return "" if FAKETIME else "libfaketime is not installed (Debian: apt-get install libfaketime)"
 
 
 @contextlib.contextmanager
@@ -115,9 +123,7 @@ def _kill_coordinator(scene: Scene, chance: Random) -> None:
 
 @_fault("stop-coordinator")
 def _stop_coordinator(scene: Scene, chance: Random) -> None:
-    one = chance.choice(scene.coordinators)
-    scene.note(f"stop {one.name}")
-    with _stopped(one.process.pid if one.process else 0):
+    with _stopped(chance.choice(_coordinator_pids(scene))):
         time.sleep(_beyond_ttl(chance))
 
 
@@ -185,7 +191,7 @@ def _kill_store(scene: Scene, chance: Random) -> None:
     scene.restart_dead_servers()
 
 
-@_fault("stop-store")
+@_fault("stop-store", fails_over=True)
 def _stop_store(scene: Scene, chance: Random) -> None:
     """A store that hangs; behind Sentinel it is failed over meanwhile."""
     primary = scene.primary_of(APP)
@@ -236,7 +242,7 @@ def _lost_replies(scene: Scene, chance: Random) -> None:
         time.sleep(0.5)
 
 
-@_fault("cut-store", EXTERNAL)
+@_fault("cut-store", EXTERNAL, fails_over=True)
 def _cut_store(scene: Scene, chance: Random) -> None:
     """One coordinator loses its store, or all lose one server."""
     cable = chance.choice(scene.cables)
@@ -245,7 +251,7 @@ def _cut_store(scene: Scene, chance: Random) -> None:
     cable.mend()
 
 
-@_fault("mute-store", EXTERNAL)
+@_fault("mute-store", EXTERNAL, fails_over=True)
 def _mute_store(scene: Scene, chance: Random) -> None:
     """Scripts run, and their answers come late or never."""
     cable = chance.choice(scene.cables)
@@ -256,7 +262,7 @@ def _mute_store(scene: Scene, chance: Random) -> None:
     cable.flows.set()
 
 
-@_fault("slow", disturbs=True)
+@_fault("slow", fails_over=True)
 def _slow(scene: Scene, chance: Random) -> None:
     cables = [*scene.cables, *(one.cable for one in scene.coordinators)]
     for cable in cables:
@@ -381,31 +387,16 @@ def _step_back(scene: Scene, chance: Random) -> None:
 
 @_fault("forward-and-back", clock=True)
 def _forward_and_back(scene: Scene, _chance: Random) -> None:
+    """An hour forward, until a coordinator has met it, and back."""
+
+    def met() -> bool:
+        one = scene.primary_of(APP)
+        seen = one.client.hget(f"holdoff:{{{APP}}}", "high_water_us") if one else None
+        return float(seen or 0) / 1e6 > time.time() + 1800
+
     _step(scene, 3600)
-    time.sleep(1)
+    until(met, PATIENCE_SECONDS)
     _step(scene, -3600)
-
-
-@_fault("small-steps", clock=True)
-def _small_steps(scene: Scene, _chance: Random) -> None:
-    """Steps that are each too small to be seen, while leases run out."""
-    scene.fleet.kill("sync")
-    for _ in range(7):
-        _step(scene, 0.9)
-        time.sleep(0.3)
-
-
-@_fault("drift", clock=True)
-def _drift(scene: Scene, _chance: Random) -> None:
-    """The clock runs a tenth too fast, in steps that are too small to be seen."""
-    scene.note("the store's clock runs 10 % fast for 12 s")
-    scene.fleet.kill("sync")
-    servers = scene.targets()
-    began, before = time.monotonic(), [one.clock_offset() for one in servers]
-    while (passed := time.monotonic() - began) < 12:
-        for one, offset in zip(servers, before, strict=True):
-            one.set_clock(offset + passed / 10)
-        time.sleep(0.02)
 
 
 @_fault("step-in-full-memory", clock=True)
@@ -428,28 +419,10 @@ def _step_in_full_memory(scene: Scene, chance: Random) -> None:
 def _flush(scene: Scene, _chance: Random) -> None:
     for one in scene.primaries():
         one.client.flushall()
-    make_tokens(scene.endpoint, PATIENCE_SECONDS)
-
-
-@_fault("truncated-file", frozenset({"embedded"}), loses=True)
-def _truncated_file(scene: Scene, chance: Random) -> None:
-    """The end of the append-only file is gone, as after a crash of the machine."""
-    [coordinator] = scene.coordinators
-    folder = scene.targets()[0].folder
-    scene.fleet.kill("sync")
-    coordinator.kill()
-    until(lambda: not _is_locked(folder / "lock"), PATIENCE_SECONDS)
-    [path] = folder.glob("appendonlydir/*.incr.aof")
-    size = path.stat().st_size
-    cut = int(chance.uniform(0.02, 0.5) * size)
-    scene.note(f"cut {cut} of {size} bytes off {path.name}")
-    os.truncate(path, size - cut)
-    coordinator.start()
+    make_tokens(scene.endpoint, START_SECONDS)
 
 
 def _is_locked(path: Path) -> bool:
-    import fcntl  # noqa: PLC0415 - for this alone
-
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -477,10 +450,10 @@ def _make(address: str, token: str) -> None:
         client.create_token(token, policy="chaos", refresh_interval_seconds=0)
 
 
-def _take(scene: Scene, address: str, token: str) -> None:
+def _take(scene: Scene, address: str, token: str, ttl: float = LATE_TTL_SECONDS) -> None:
     """Take a lease if there is one, and let it run out, as one who dies."""
     with holdoff.Client(address) as client, contextlib.suppress(holdoff.HoldoffError):
-        lease = client.acquire(token, wait_seconds=3, ttl_seconds=LATE_TTL_SECONDS)
+        lease = client.acquire(token, wait_seconds=3, ttl_seconds=ttl)
         deadline, fencing = lease.deadline_ns / 1e9, lease.fencing_token
         scene.record("granted", id=lease.name, token=token, fencing=fencing, deadline=deadline)
 
@@ -496,6 +469,34 @@ def _stranger(scene: Scene) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+@_fault("small-steps", clock=True)
+def _small_steps(scene: Scene, _chance: Random) -> None:
+    """Steps that are each too small to be seen, while leases run out."""
+    scene.fleet.kill("sync")
+    token = _late_token(scene)
+    _take(scene, scene.endpoint, token, ttl=12)
+    for _ in range(7):
+        _step(scene, 0.9)
+        time.sleep(1.2)  # a coordinator looks at the clock in between
+    _take(scene, scene.endpoint, token)
+
+
+@_fault("drift", clock=True)
+def _drift(scene: Scene, _chance: Random) -> None:
+    """The clock runs a tenth too fast, in steps that are too small to be seen."""
+    scene.fleet.kill("sync")
+    token = _late_token(scene)
+    scene.note("the store's clock runs 10 % fast for 11 s")
+    servers = scene.targets()
+    began, before = time.monotonic(), [one.clock_offset() for one in servers]
+    _take(scene, scene.endpoint, token, ttl=12)
+    while (passed := time.monotonic() - began) < 11:
+        for one, offset in zip(servers, before, strict=True):
+            one.set_clock(offset + passed / 10)
+        time.sleep(0.02)
+    _take(scene, scene.endpoint, token)
 
 
 @_fault("step-and-a-stranger", EXTERNAL, clock=True)
@@ -518,7 +519,25 @@ def _flush_and_stranger(scene: Scene, _chance: Random) -> None:
             target.client.flushall()
         _make(address, token)
         _take(scene, address, token)
-    make_tokens(scene.endpoint, PATIENCE_SECONDS)
+    make_tokens(scene.endpoint, START_SECONDS)
+
+
+@_fault("truncated-file", frozenset({"embedded"}), loses=True)
+def _truncated_file(scene: Scene, _chance: Random) -> None:
+    """The end of the append-only file is gone, as after a crash of the machine, with a grant."""
+    [coordinator] = scene.coordinators
+    token = _late_token(scene)
+    folder = scene.targets()[0].folder
+    [path] = folder.glob("appendonlydir/*.incr.aof")
+    kept = path.stat().st_size + 100  # in the middle of a command
+    _take(scene, scene.endpoint, token)
+    coordinator.kill()
+    until(lambda: not _is_locked(folder / "lock"), PATIENCE_SECONDS)
+    scene.note(f"cut {path.stat().st_size - kept} bytes off {path.name}")
+    os.truncate(path, kept)
+    coordinator.start()
+    until(lambda: listens(coordinator.address), START_SECONDS)
+    _take(scene, scene.endpoint, token)
 
 
 @_fault("two-failovers", REPLICATED, loses=True)

@@ -41,7 +41,6 @@ class Rules:
     clock_tolerance_seconds: float = 1.0
     """By so much an interval or a window may be shorter once the store's clock was moved: what no
     step, nor the drift of an hour, is told from."""
-    lock_trust_seconds: float = 0.0
     order_rest_seconds: float = 10.0
     """For so long after a fault a waiter may be passed over that was not heard because of it."""
 

@@ -32,8 +32,10 @@ from tests.chaos.scene import (
     COUNTED,
     INTERVALS,
     QUARANTINE_SECONDS,
+    START_SECONDS,
     Scene,
     scene,
+    until,
 )
 
 if TYPE_CHECKING:
@@ -170,10 +172,12 @@ class Run:
                 raise SystemExit(f"no such fault: {name}; there are {', '.join(FAULTS)}")
         found = [FAULTS[name] for name in self._names or FAULTS]
         found = [one for one in found if self.kind in one.kinds]
-        for why in {one.needs() for one in found} - {""}:
-            names = ", ".join(one.name for one in found if one.needs() == why)
+        for why in {one.missing() for one in found} - {""}:
+            names = ", ".join(one.name for one in found if one.missing() == why)
             say(f"SKIPPED {names}: {why}")
-        found = [one for one in found if not one.needs()]
+        found = [one for one in found if not one.missing()]
+        if not found:
+            say(f"SKIPPED {self.kind}: none of these faults happens there")
         if not self._names:
             self.chance.shuffle(found)
         return found
@@ -185,6 +189,7 @@ class Run:
             stage.fleet = fleet = Fleet(stage, self._seed, environment)
             try:
                 self._watch(stage, WARM_UP_SECONDS)
+                until(lambda: _works(read(self._folder)), START_SECONDS)
                 end, faults = boot() + seconds, self.plan()
                 for number in range(1000):
                     if not faults or (boot() > end and number >= len(self._names)):
@@ -197,8 +202,7 @@ class Run:
             self._count(stage)
 
     def _hit(self, stage: Scene, fault: Fault) -> None:
-        flags = {"loses": fault.loses, "clock": fault.clock, "disturbs": fault.disturbs}
-        self.record("fault", name=fault.name, **flags)
+        self.record("fault", name=fault.name, **fault.flags(self.kind))
         try:
             fault.act(stage, self.chance)
         except (redis.RedisError, holdoff.HoldoffError, OSError) as error:
@@ -235,6 +239,12 @@ class Run:
                 if one.limit == "errors" and one.scope.division
             }
             self.record("counts", token=COUNTED, used=used)
+
+
+def _works(events: list[Event]) -> bool:
+    """Tell whether the whole fleet has begun."""
+    done = {event.what for event in events}
+    return {"released", "ran", "locked", "reported", "called"} <= done
 
 
 def _closed() -> Event:
