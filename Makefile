@@ -39,7 +39,7 @@ test: $(READY) ## Every check and all tests in parallel: one line per stage, and
 stage-%:
 	@scripts/stage.sh $*
 
-LONG_STAGES := every-store models pytest-long demo soak bench prove-bare
+LONG_STAGES := every-store models pytest-long demo soak bench chaos mutants prove-bare
 test-all: test ## The long version: every store, many examples, whole fleets, soak, a bare Debian
 	@$(MAKE) --keep-going $(LONG_STAGES:%=stage-%)
 

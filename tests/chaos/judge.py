@@ -38,7 +38,7 @@ class Rules:
     """Refresh interval of each token that leases are taken on."""
     calls_most: int
     calls_window_seconds: float
-    clock_tolerance_seconds: float = 1.0
+    clock_tolerance_seconds: float = 0.05
     """By so much an interval or a window may be shorter once the store's clock was moved: what no
     step, nor the drift of an hour, is told from."""
     order_rest_seconds: float = 10.0

@@ -257,7 +257,7 @@ MUTANTS = [
     Mutant(
         "small steps add up to a jump",
         f"{COORDINATOR}/clock.py",
-        "gain_us = max(0, offset.low_us - self._slowest[0].high_us)",
+        "gain_us = max(0, offset.low_us - self._since(received_us - self._alert_us).high_us)",
         "gain_us = max(0, offset.low_us - known.high_us) if known else 0",
         f"{TESTS}/test_clocks.py::test_small_steps_add_up_to_a_quarantine",
     ),
