@@ -20,6 +20,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,11 +54,12 @@ def coordinator(store_url: str) -> Iterator[tuple[str, int]]:
     assert process.stderr
     try:
         line = next(line for line in process.stderr if '"serving"' in line)
+        # Its log has a line for each grant, and would block when nobody reads it.
+        threading.Thread(target=process.stderr.read, daemon=True).start()
         yield json.loads(line)["address"], process.pid
     finally:
         process.kill()
         process.wait()
-        process.stderr.close()
 
 
 def cpu_seconds(pid: int) -> float:
