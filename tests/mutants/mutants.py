@@ -392,8 +392,12 @@ MUTANTS = [
     # Room and copies ------------------------------------------------------------------------
     Mutant(
         "full memory deletes no audit trail",
-        *(f"{LUA}/common.lua", "      error(id)\n", "      error(redis.call('DEL', key))\n"),
-        f"{TESTS}/test_full_memory.py -k audit_trail",
+        *(
+            f"{LUA}/common.lua",
+            "      error(id)\n",
+            "      redis.call('DEL', key)\n      error(id)\n",
+        ),
+        f"{TESTS}/test_full_memory.py -k only_what_is_not_ours",
     ),
     Mutant(
         "full memory ends no lease",
