@@ -34,6 +34,7 @@ from tests.chaos.scene import (
     QUARANTINE_SECONDS,
     START_SECONDS,
     Scene,
+    make_tokens,
     scene,
     until,
 )
@@ -208,6 +209,8 @@ class Run:
         except (redis.RedisError, holdoff.HoldoffError, OSError) as error:
             stage.note(f"the fault failed: {error!r}")
         stage.heal()
+        if fault.loses:
+            make_tokens(stage.endpoint, START_SECONDS)
         self.record("healed", name=fault.name)
 
     def _watch(self, stage: Scene, seconds: float) -> None:
