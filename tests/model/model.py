@@ -215,6 +215,7 @@ class Model:
             return None
         self.lapsed.discard(name)
         if owner := self.locks.get(name, ""):
+            self._note_hold(token.rules.interval)
             if token.lease and token.lease.state == "OFFERED":
                 self._take_back(token)
             elif token.lease:
@@ -437,6 +438,9 @@ class Model:
         token.rules, token.updated = rules, self.now
         if token.last_refresh is not None:
             self._cool(token, token.last_refresh, rules.interval)
+        held = token.lease and token.lease.state == "ACTIVE"
+        if held or token.foreign:
+            self._note_hold((token.lease.ttl if held and token.lease else 0) + rules.interval)
         return ("OK",)
 
     def read(self, name: str) -> Answer:

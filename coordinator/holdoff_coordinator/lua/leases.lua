@@ -369,6 +369,7 @@ local function settle(id, by_holder)
   if foreign then
     local seen = token.foreign
     put(token_key(id), token, {foreign = owner})
+    note_hold(number(token.interval_us)) -- it may refresh until it is seen no more
     if token.lease and lease.state == 'OFFERED' then
       withdraw_offer(id, token, lease)
     elseif token.lease then

@@ -18,7 +18,7 @@ for _, command in ipairs({
   {'HINCRBY', key, 'a', '1'},
   {'LPUSH', key, '1'}, {'LRANGE', key, '0', '0'}, {'RPOP', key},
   {'SADD', key, 'a'}, {'SMEMBERS', key},
-  {'ZADD', key, '1', 'a'}, {'ZCARD', key}, {'ZPOPMIN', key}, {'ZRANGE', key, '0', '0'},
+  {'ZADD', key, '1', 'a'}, {'ZINCRBY', key, '1', 'a'}, {'ZCARD', key}, {'ZPOPMIN', key}, {'ZRANGE', key, '0', '0'},
   {'ZRANGEBYLEX', key, '-', '+'}, {'ZRANGEBYSCORE', key, '0', '0'}, {'ZRANK', key, 'a'}, {'ZREM', key, 'a'},
   {'ZREMRANGEBYRANK', key, '0', '0'}, {'ZREMRANGEBYSCORE', key, '0', '0'}, {'ZSCORE', key, 'a'},
   {'XADD', key, '*', 'a', '1'}, {'XRANGE', key, '-', '+'}, {'XREVRANGE', key, '+', '-'},

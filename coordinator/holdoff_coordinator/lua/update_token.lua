@@ -13,6 +13,8 @@ put(token_key(id), token, {
 if token.last_refresh_us then
   cool_down(id, token, number(token.last_refresh_us), number(token.interval_us))
 end
+local held = lease and lease.state == 'ACTIVE'
+if held or token.foreign then note_hold((held and number(lease.ttl_us) or 0) + number(token.interval_us)) end
 mirror(id, token, lease) -- a longer interval has to outlast a live lease too
 tell('TOKEN_UPDATED', id, token, token.lease, lease)
 audit('TOKEN_UPDATED', token_name(id), {reason = 'policy ' .. ARGV[8] .. ', interval ' .. ARGV[11] .. ' µs'}, true)
