@@ -16,7 +16,7 @@
 local SECOND = 1000000
 local CLOCK_TOLERANCE = 1 * SECOND -- also in clock.py
 local GAIN_STEP = SECOND / 50 -- a smaller gain than this is noise
-local CLOCK_SLACK = 3600 * SECOND -- also in clock.py: keys outlive what they stand for by so much
+local CLOCK_SLACK = 3600 * SECOND -- also in clock.py: how much longer than their contents keys live
 local REPLAYED = 5 * 60 * SECOND -- replicas report again what is not older
 local REPLAY_TIME = 10 * SECOND -- and take no longer for it
 local LIVE_FOR = 5 * SECOND -- a waiter is live this long after it was heard
