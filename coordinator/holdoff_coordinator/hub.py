@@ -130,7 +130,7 @@ class Hub:
         return itertools.chain.from_iterable(self._waiters.values())
 
     def check(self) -> None:
-        """Say why nobody can wait or follow here, so that clients go to another replica.
+        """Say why this replica serves no waiter or follower, so that clients move to another one.
 
         Raises:
             Failure: DRAINING or STORE_UNAVAILABLE.
@@ -154,7 +154,7 @@ class Hub:
         self._stir_all()
 
     def lose_store(self) -> None:
-        """Send everybody away until the store is back."""
+        """End all waits and follow streams until the store is back."""
         self.store_is_away = True
         self._stir_all()
 

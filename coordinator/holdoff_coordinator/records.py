@@ -109,7 +109,7 @@ _RUNNING = lease_pb2.HOLDER_ACTIVITY_RUNNING
 def _activity(
     app: str, lease: Record, now_us: int
 ) -> tuple[lease_pb2.HolderActivity.ValueType, str]:
-    """What the holder of an active lease does, and why; of a late renewal nobody knows why."""
+    """What the holder of an active lease does, and why; a late renewal has no reason."""
     if int(lease["expires_us"]) - now_us < int(lease["ttl_us"]) / 2:
         return lease_pb2.HOLDER_ACTIVITY_RENEWAL_LATE, ""
     why = ""

@@ -233,7 +233,7 @@ class Coordinator:
         await self._server.start()
 
     async def _report_health_forever(self) -> None:
-        """Look at the store each second; while it is away, say so and send everybody away."""
+        """Look at the store each second; while it is away, report that and end all streams."""
         missed = heard = 0
         while True:
             await asyncio.sleep(_HEALTH_SECONDS)

@@ -157,7 +157,7 @@ local function moved_by(record)
   return by
 end
 
--- Notes that somebody may refresh for so long from now on.
+-- Notes for how long from now on a holder may refresh.
 local function note_hold(span)
   if sure >= number(shard.hold_until_us) then
     put(SHARD, shard, {

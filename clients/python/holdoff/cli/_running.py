@@ -211,7 +211,7 @@ class Run:
                 )
 
     def _acquire(self, wait: float | None, *, break_glass: bool) -> None:
-        """Wait for a lease, or do without one where nobody answers and the order says so."""
+        """Wait for a lease; run without one if no coordinator answers and the options allow it."""
         began = time.monotonic()
         try:
             with self._interruptible():

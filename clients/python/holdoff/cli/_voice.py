@@ -19,7 +19,7 @@ def say(message: str) -> None:
 
 def write_line(line: str) -> None:
     """Write a line to stderr. One that cannot be written is no reason to do anything else."""
-    with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full
+    with contextlib.suppress(OSError):  # its reader has gone, or the disk is full
         click.echo(printable(line), err=True)
 
 
