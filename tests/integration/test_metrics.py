@@ -150,7 +150,7 @@ async def test_budgets_back_offs_and_quarantine(measured: Replica, store: redis.
     app = token.split("/")[1]
 
     def err(endpoint: str, count: int) -> None:
-        scope = budget_pb2.Scope(token=token, division="535193", endpoint=endpoint)
+        scope = budget_pb2.Scope(token=token, division="nl-535193", endpoint=endpoint)
         event = budget_pb2.Event(
             id=str(uuid.uuid4()), kind=budget_pb2.EVENT_KIND_ERROR, scope=scope, count=count
         )
@@ -174,7 +174,7 @@ async def test_budgets_back_offs_and_quarantine(measured: Replica, store: redis.
     store.hset(f"holdoff:{{{app}}}", "quarantine_until_us", str(now_us + 100_000_000))
     assert 90 < (value(await samples(measured), "quarantine_seconds", app=app) or 0) <= 101
     _, _, text = await page(measured)
-    for hidden in ("a/low", "535193", "nightly-secret-job", "the provider asked"):
+    for hidden in ("a/low", "nl-535193", "nightly-secret-job", "the provider asked"):
         assert hidden not in text
 
 
