@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from datetime import UTC
@@ -22,8 +24,10 @@ from tests.harness import Replica, Waiter, ask, end_cooldown, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
     import redis
+    from _typeshed import TraceFunction
 
     from tests.conftest import Server
 
@@ -147,6 +151,59 @@ def test_an_interrupted_wait_gives_up_its_place(client: holdoff.Client, replica:
     with client.acquire(token):
         with pytest.raises(KeyboardInterrupt):
             client.acquire(token, on_waiting=interrupt)
+        wait_until(lambda: replica.show_token(token).queue_length == 0)
+
+
+class _SignalError(Exception):
+    """What a signal handler raises."""
+
+
+def test_a_wait_can_be_interrupted_at_any_instant(replica: Replica) -> None:
+    """Wherever in the wait a signal handler raises, the request ends and the client closes.
+
+    Fails when that is inside of gRPC, where a lock stays taken: the client never closes then.
+    """
+    token, waited, closed = replica.create_token(), list[int](), list[int]()
+
+    def interrupted_at(instant: int) -> None:
+        """Raise before that bytecode instruction, or, if there are fewer, when the wait ends."""
+        reached = 0
+
+        def trace(frame: FrameType, event: str, _: object) -> TraceFunction:
+            nonlocal reached
+            frame.f_trace_opcodes = True
+            reached += event == "opcode"
+            if reached == instant:
+                sys.settrace(None)
+                raise _SignalError
+            return trace
+
+        @contextlib.contextmanager
+        def interruptible() -> Iterator[None]:
+            sys.settrace(trace)
+            try:
+                yield
+            finally:
+                sys.settrace(None)
+
+        def end(_: lease_pb2.WaitStatus) -> None:
+            waited.append(instant)
+            raise _SignalError
+
+        with holdoff.Client(replica.address) as client:
+            client._interruptible = interruptible
+            with pytest.raises(_SignalError):
+                client.acquire(token, on_waiting=end)
+        closed.append(instant)
+
+    with holdoff.Client(replica.address) as holder, holder.acquire(token):
+        for instant in itertools.count(1):
+            waiting = threading.Thread(target=interrupted_at, args=[instant], daemon=True)
+            waiting.start()
+            waiting.join(30)
+            assert instant in closed
+            if waited:
+                break
         wait_until(lambda: replica.show_token(token).queue_length == 0)
 
 

@@ -104,10 +104,10 @@ print(json.dumps(told))
 """
 
 ASYNCHRONOUS = """
-import asyncio, json, multiprocessing, os, signal, sys
+import asyncio, json, multiprocessing, os, sys
 import holdoff
 
-endpoint, token, _ = sys.argv[1:]
+endpoint, token, forks = sys.argv[1:]
 
 def in_child(lease, client, guard):
     try:
@@ -119,7 +119,13 @@ def in_child(lease, client, guard):
         await guard.__aexit__(None, None, None)
         await lease.release()
         await client.close()
-    asyncio.run(end())
+        holdoff.aio.Client(endpoint)
+    for attempt in (lambda: asyncio.run(end()), lambda: holdoff.Client(endpoint)):
+        try:
+            attempt()
+            sys.exit(5)
+        except holdoff.HoldoffError as error:
+            assert "spawn" in str(error), error
 
 async def main():
     async with (
@@ -128,16 +134,16 @@ async def main():
         client.budget_guard(token) as guard,
     ):
         context = multiprocessing.get_context("fork")
-        for _ in range(20):
+        codes = set()
+        for _ in range(int(forks)):
             process = context.Process(target=in_child, args=[lease, client, guard])
             process.start()
             await asyncio.to_thread(process.join)
-            if process.exitcode not in (-signal.SIGSEGV, -signal.SIGBUS):
-                break  # else a thread of gRPC's own crashed, which does not support this
-        lease.check()
+            codes.add(process.exitcode)
+            lease.check()
         app = token.partition("/tokens/")[0]
         told = {
-            "multiprocessing": process.exitcode,
+            "multiprocessing": list(codes),
             "state": (await client.get_lease(lease.name)).state,
             "reserved": max([one.reserved async for one in client.list_budgets(app)], default=0),
         }
@@ -148,12 +154,12 @@ asyncio.run(main())
 """
 
 
-def told_by(program: str, replica: Replica, folder: Path) -> dict[str, Any]:
+def told_by(program: str, replica: Replica, folder: Path, forks: str) -> dict[str, Any]:
     """Run a program with a token of its own, and return what it found."""
     name = f"apps/forks-{folder.name.replace('_', '-')}/tokens/t"[:80]
     token = replica.create_token(0.0, name=name, token={"policy": "exact-online"})
     ended = subprocess.run(
-        [sys.executable, "-c", program, replica.address, token, "500" if LONG else "1"],
+        [sys.executable, "-c", program, replica.address, token, forks],
         env={"XDG_STATE_HOME": str(folder)},
         stdout=subprocess.PIPE,
         check=True,
@@ -168,7 +174,7 @@ def test_a_forked_child_leaves_its_parents_lease_alone(replica: Replica, tmp_pat
     Fails when any of release, guard, reporter, watch and client does not look at who it belongs
     to, or waits for a lock that a thread of the parent held during the fork.
     """
-    told = told_by(BLOCKING, replica, tmp_path)
+    told = told_by(BLOCKING, replica, tmp_path, "500" if LONG else "1")
     assert (told["forks"], told["multiprocessing"]) == ([3], 0)
     assert told["state"] == lease_pb2.LEASE_STATE_ACTIVE
     assert (told["reserved"], told["spooled"]) == (1, [True])  # its writer is alive
@@ -177,11 +183,11 @@ def test_a_forked_child_leaves_its_parents_lease_alone(replica: Replica, tmp_pat
 def test_a_forked_child_leaves_its_parents_lease_alone_with_asyncio(
     replica: Replica, tmp_path: Path
 ) -> None:
-    """The same with asyncio, where the child has an event loop of its own.
+    """The same with asyncio, where the child has an event loop of its own and no gRPC.
 
-    gRPC for asyncio does not support forks: now and then its own thread crashes in the child.
+    Fails when gRPC starts its threads again in a child, which crashes: once in seven times.
     """
-    told = told_by(ASYNCHRONOUS, replica, tmp_path)
-    assert told["multiprocessing"] == 0
+    told = told_by(ASYNCHRONOUS, replica, tmp_path, "500" if LONG else "20")
+    assert told["multiprocessing"] == [0]
     assert told["state"] == lease_pb2.LEASE_STATE_ACTIVE
     assert told["reserved"] == 1

@@ -10,7 +10,7 @@ import grpc
 from holdoff import _calls
 from holdoff._core import Counted, report_patience
 from holdoff._endpoint import CredentialFile, endpoint_of
-from holdoff._forks import Owner
+from holdoff._forks import Owner, use_grpc
 from holdoff._platform import boottime_ns
 from holdoff._route import Route
 from holdoff._timing import SECOND
@@ -65,6 +65,7 @@ class Connection:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def _open(self) -> Line:
+        use_grpc()
         number, options = self._route.number, self._route.options()
         where = self._route.target(number)
         return Line(

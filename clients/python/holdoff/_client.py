@@ -155,13 +155,13 @@ class Client(Connection):
         callbacks = Callbacks(on_renewed, on_lost, on_notice)
         while True:
             try:
-                with Conversation(self, acquisition) as conversation:
+                with Conversation(self, acquisition, self._interruptible) as conversation:
                     while True:
-                        with self._interruptible():
-                            event = conversation.receive()
-                            if on_waiting and isinstance(event, lease_pb2.WaitStatus):
-                                on_waiting(event)
+                        event = conversation.receive()
                         if isinstance(event, lease_pb2.WaitStatus):
+                            with self._interruptible():
+                                if on_waiting:
+                                    on_waiting(event)
                             continue
                         if lease := self._accept(event, timing, callbacks):
                             self._fencing_tokens[token] = lease.fencing_token

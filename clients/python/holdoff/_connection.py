@@ -14,7 +14,7 @@ import grpc
 from holdoff import _calls
 from holdoff._core import Counted, report_patience
 from holdoff._endpoint import CredentialFile, endpoint_of
-from holdoff._forks import Owner
+from holdoff._forks import Owner, leave_to_parent, use_grpc
 from holdoff._platform import boottime_ns
 from holdoff._route import Route
 from holdoff._timing import SECOND
@@ -76,14 +76,16 @@ class Connection:
         self._current = self._open()
 
     def _open(self) -> Line:
+        use_grpc()
         number, options = self._route.number, self._route.options()
         where = self._route.target(number)
-        return Line(
-            number,
+        channel = (
             grpc.secure_channel(where, grpc.ssl_channel_credentials(*self._tls), options)
             if self._tls
-            else grpc.insecure_channel(where, options),
+            else grpc.insecure_channel(where, options)
         )
+        leave_to_parent(channel)
+        return Line(number, channel)
 
     def _line(self) -> Line:
         """Return the channel to use: a fresh one, once the route goes elsewhere.
@@ -251,6 +253,7 @@ class Subscription(Generic[ResponseT]):
     def _open(self, line: Line) -> _Stream[ResponseT]:
         with self._lock:
             self._stream = self._connect(line)
+            leave_to_parent(self._stream)
             if self._closed.is_set():
                 self._stream.cancel()
             return self._stream

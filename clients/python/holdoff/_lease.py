@@ -17,6 +17,7 @@ from holdoff._core import (
     WITHDRAWAL_SECONDS,
     Listening,
 )
+from holdoff._forks import leave_to_parent
 from holdoff._held import Held, pause_seconds
 from holdoff._platform import boottime_ns
 from holdoff._timing import SECOND
@@ -24,7 +25,8 @@ from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, Unavailable
 from holdoff.v1 import lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from holdoff._connection import Connection
@@ -36,15 +38,30 @@ log = logging.getLogger("holdoff")
 
 
 class Conversation:
-    """One stream of an acquisition. Leaving it without a lease gives up the place."""
+    """One stream of an acquisition. Leaving it without a lease gives up the place.
 
-    def __init__(self, client: Connection, acquisition: Acquisition) -> None:
+    Args:
+        client: Where the coordinator is.
+        acquisition: What is asked for.
+        interruptible: Entered while it waits; nothing here minds what is raised then.
+    """
+
+    def __init__(
+        self,
+        client: Connection,
+        acquisition: Acquisition,
+        interruptible: Callable[[], AbstractContextManager[object]],
+    ) -> None:
         self._client = client
+        self._interruptible = interruptible
         self._route = client._route  # noqa: SLF001
         self._acquisition = acquisition
         self._outbox: queue.SimpleQueue[lease_service_pb2.StreamAcquireLeaseRequest | None] = (
             queue.SimpleQueue()
         )
+        self._inbox: queue.SimpleQueue[
+            lease_service_pb2.StreamAcquireLeaseResponse | Exception | None
+        ] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
         now_ns = boottime_ns()
@@ -57,6 +74,8 @@ class Conversation:
                 timeout=self._acquisition.stream_timeout_seconds(now_ns),
                 metadata=self._client._metadata(),  # noqa: SLF001
             )
+        leave_to_parent(self._stream)
+        threading.Thread(target=self._read, name="holdoff-waiting", daemon=True).start()
         return self
 
     def __exit__(
@@ -91,14 +110,30 @@ class Conversation:
                 return
             yield message
 
+    def _read(self) -> None:
+        """Read the stream in a thread of its own.
+
+        A signal handler that raises inside of gRPC leaves its locks taken, and closing the
+        channel then waits for ever. A simple queue can be interrupted anywhere.
+        """
+        try:
+            for response in self._stream:
+                self._inbox.put(response)
+            self._inbox.put(None)
+        except Exception as error:  # noqa: BLE001 - `receive` raises it
+            self._inbox.put(error)
+
     def receive(self) -> lease_pb2.WaitStatus | lease_service_pb2.LeaseOffer:
         """Return the next event.
 
         Raises:
             HoldoffError: The request failed, or the conversation did.
         """
+        with self._interruptible():
+            response = self._inbox.get()
         with self._route.watched(self._line.number):
-            response = next(self._stream, None)
+            if isinstance(response, Exception):
+                raise response
             if response is not None:
                 self._route.answered(self._line.number)
                 return self._acquisition.received(response.event)

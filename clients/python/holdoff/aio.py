@@ -18,6 +18,11 @@ import contextlib
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Self, TypeVar
 
+from holdoff._forks import import_grpc_for_asyncio
+
+import_grpc_for_asyncio()  # before the imports below import it
+
+# ruff: noqa: E402
 from holdoff import _calls
 from holdoff._aio_connection import Connection
 from holdoff._aio_lease import Conversation, HeldLease

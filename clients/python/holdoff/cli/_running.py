@@ -214,8 +214,7 @@ class Run:
         """Wait for a lease; run without one if no coordinator answers and the options allow it."""
         began = time.monotonic()
         try:
-            with self._interruptible():
-                self._see_that_it_ends()
+            self._see_that_it_ends()
             self._acquire_lease(wait)
         except Unavailable as error:
             if not break_glass:
