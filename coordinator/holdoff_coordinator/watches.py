@@ -153,7 +153,7 @@ class BudgetWatches:
         self._hub = hub
 
     async def watch(
-        self, request: budget_service_pb2.WatchBudgetsRequest, _: Caller
+        self, request: budget_service_pb2.WatchBudgetsRequest, caller: Caller
     ) -> AsyncGenerator[budget_service_pb2.WatchBudgetsResponse, None]:
         """Say how budgets and back-offs stand, then what changed; it ends with a `Failure` only.
 
@@ -168,7 +168,7 @@ class BudgetWatches:
             for app in [parent.app] if parent else await self._scripts.apps():
                 budgets = watched.setdefault(app, _Budgets(app))
                 with self._scripts.sparing(app, "app"):
-                    async for response in self._next(budgets, wanted):
+                    async for response in self._next(budgets, wanted, caller):
                         yield response
             if not told_all:
                 told_all = True
@@ -181,7 +181,7 @@ class BudgetWatches:
         )
 
     async def _next(
-        self, app: _Budgets, wanted: ScopeFilter
+        self, app: _Budgets, wanted: ScopeFilter, caller: Caller
     ) -> AsyncIterator[budget_service_pb2.WatchBudgetsResponse]:
         """Yield what of an app is not as it was told."""
         number, ids, moved = await self._scripts.moved(app.name, app.at)
@@ -194,7 +194,7 @@ class BudgetWatches:
         for start in range(0, len(found := sorted({*ids, *due})), READ_BATCH):
             batch = found[start : start + READ_BATCH]
             reply = await self._scripts.run("read_budgets", app.name, *batch)
-            budgets = read_budgets(self._scripts, app.name, reply)
+            budgets = read_budgets(self._scripts, app.name, reply, caller)
             told = [
                 one
                 for one in budgets
@@ -205,7 +205,7 @@ class BudgetWatches:
                 yield budget_service_pb2.WatchBudgetsResponse(budgets=[*told, *gone])
         if moved or app.back_offs is None or due:
             reply = await self._scripts.run("read_back_offs", app.name, "", "", "")
-            back_offs = read_back_offs(self._scripts, app.name, reply)
+            back_offs = read_back_offs(self._scripts, app.name, reply, caller)
             news = app.back_off_news([one for one in back_offs if wanted.matches(one.scope)])
             if news:
                 yield budget_service_pb2.WatchBudgetsResponse(back_offs=news)

@@ -230,6 +230,63 @@ MUTANTS = [
         "pass",
         "tests/e2e/test_guard.py::test_wrapper_killed_while_its_pipe_is_held",
     ),
+    # One token and the others of its app -----------------------------------------------------
+    Mutant(
+        "a token leaves scopes of its app to others",
+        f"{LUA}/budgets.lua",
+        "if in_share(mine, all, BUDGETS_MOST, SHARE) then",
+        "if true then",
+        f"{TESTS}/test_isolation.py::test_what_has_no_room_counts_in_the_division_then_in_the_token",
+    ),
+    Mutant(
+        "what counts coarser does so for a whole window",
+        f"{LUA}/budgets.lua",
+        "if not wanted and redis.call('ZSCORE', COARSE, one.id) then",
+        "if false then",
+        f"{TESTS}/test_isolation.py::test_what_counts_coarser_does_so_until_nothing_is_left_of_it",
+    ),
+    Mutant(
+        "a token leaves ids of its app to others",
+        f"{LUA}/budgets.lua",
+        "in_share(ids_of(token), all, IDS_MOST, 2 * SHARE)",
+        "all < IDS_MOST",
+        f"{TESTS}/test_isolation.py::test_a_token_with_too_many_events_is_refused_alone",
+    ),
+    Mutant(
+        "a token leaves back-offs of its app to others",
+        f"{LUA}/backoffs.lua",
+        "in_share(mine, all, BACK_OFFS_MOST, SHARE)",
+        "all < BACK_OFFS_MOST",
+        f"{TESTS}/test_isolation.py::test_back_offs_of_one_token_leave_room_for_others",
+    ),
+    Mutant(
+        "a reporter of one token stops no other",
+        f"{LUA}/budgets.lua",
+        "if told.token ~= '' or told.for_app then",
+        "if true then",
+        f"{TESTS}/test_isolation.py::test_a_reporter_of_a_token_blocks_that_token_alone",
+    ),
+    Mutant(
+        "a holder of one token stops others for minutes",
+        f"{LUA}/budgets.lua",
+        "claim and math.min(told.most_us, UNCONFIRMED) or told.most_us",
+        "told.most_us",
+        f"{TESTS}/test_isolation.py::test_a_holder_blocks_the_app_for_minutes",
+    ),
+    Mutant(
+        "a holder of one token stops others once",
+        f"{LUA}/budgets.lua",
+        "if claim ~= told.by then",
+        "if true then",
+        f"{TESTS}/test_isolation.py::test_a_holder_alone_blocks_the_app_once",
+    ),
+    Mutant(
+        "a holder proves its lease",
+        f"{COORDINATOR}/budgets.py",
+        "is_holder = secret_hash and",
+        "is_holder = secret_hash or",
+        f"{TESTS}/test_isolation.py::test_a_proof_belongs_to_one_event_and_a_live_lease",
+    ),
     # Clocks ---------------------------------------------------------------------------------
     Mutant(
         "a lease is over by both clocks",
