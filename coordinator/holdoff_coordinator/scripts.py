@@ -549,6 +549,13 @@ class Scripts:
             history = info.get("master_replid", "") if isinstance(info, dict) else ""
             yield its_apps, answers, history
 
+    async def shared_key(self, name: str, new: bytes) -> bytes:
+        """Return a key that all replicas share; it is the new one if there was none."""
+        key = f"{{holdoff}}:{name}"
+        await self._answer(self.redis.set(key, new, nx=True))
+        found: bytes = await self._answer(self.redis.get(key))
+        return found
+
     async def register(self, app: str) -> bool:
         """Put an app into the index of apps; tell whether it was new there."""
         return bool(await self._answer(self.redis.sadd(APPS, app)))

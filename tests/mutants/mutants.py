@@ -287,6 +287,13 @@ MUTANTS = [
         "is_holder = secret_hash or",
         f"{TESTS}/test_isolation.py::test_a_proof_belongs_to_one_event_and_a_live_lease",
     ),
+    Mutant(
+        "a resume token is encrypted",
+        f"{COORDINATOR}/resuming.py",
+        "sealed = self._cipher.encrypt(text.encode(), [_FORMAT])",
+        "sealed = text.encode()",
+        f"{TESTS}/test_watch.py::test_a_resume_token_can_be_read_by_no_caller",
+    ),
     # Clocks ---------------------------------------------------------------------------------
     Mutant(
         "a lease is over by both clocks",
