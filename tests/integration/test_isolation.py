@@ -320,6 +320,33 @@ def test_a_report_under_a_jobs_name_is_about_its_own_token(app: App) -> None:
     assert app.on_b.AcquireLease(ask(app.b, wait=0.0, job="nightly")).HasField("offer")
 
 
+# What tokens share --------------------------------------------------------------
+
+
+def test_a_shared_back_off_names_nobody_to_other_tokens(app: App) -> None:
+    """The fact and the length are shown; job, host and user to those that see their token."""
+    holder = {"job": "payroll", "host": "web-b", "user": "ann"}
+    app.operator.report(event(app.b, BLOCK, retry_after=duration(3_600), holder=holder))
+    [ours], [theirs] = app.on_b.back_offs(app.name), app.on_a.back_offs(app.name)
+    assert (ours.caused_by.job, ours.caused_by.host, ours.caused_by.user) == tuple(holder.values())
+    assert theirs.caused_by == type(theirs.caused_by)()
+    assert theirs.end_time == ours.end_time
+    [obstacle] = app.on_a.explain(app.a).obstacles
+    assert not any(word in str(obstacle) for word in holder.values())
+
+
+def test_a_shared_scope_is_shown_to_those_that_use_it(app: App) -> None:
+    """The division of a scope that tokens share is a name of the tokens that called it."""
+    app.on_b.report(event(app.b, CALL, division="payroll"))
+    [minute, day] = app.on_b.budgets(app.name)
+    assert minute.scope.division == day.scope.division == "payroll"
+    assert not app.on_a.budgets(app.name)
+    request = budget_service_pb2.GetBudgetRequest(name=minute.name)
+    assert refusal(lambda: app.on_a.GetBudget(request)) == "BUDGET_NOT_FOUND"
+    app.on_a.report(event(app.a, CALL, division="payroll"))
+    assert [one.used for one in app.on_a.budgets(app.name)] == [2, 2]
+
+
 # Blocks of the app ------------------------------------------------------------
 
 

@@ -294,6 +294,20 @@ MUTANTS = [
         "sealed = text.encode()",
         f"{TESTS}/test_watch.py::test_a_resume_token_can_be_read_by_no_caller",
     ),
+    Mutant(
+        "who caused a shared back-off is shown to those that see its token",
+        f"{COORDINATOR}/records.py",
+        'cause == "OPERATOR" or sees("from")',
+        "True",
+        f"{TESTS}/test_rights.py::test_no_answer_names_what_a_caller_has_no_role_on",
+    ),
+    Mutant(
+        "a shared scope is shown to those that use it",
+        f"{COORDINATOR}/records.py",
+        "seen = _sees(caller, app, record(entry[1]))",
+        "seen = True",
+        f"{TESTS}/test_isolation.py::test_a_shared_scope_is_shown_to_those_that_use_it",
+    ),
     # Clocks ---------------------------------------------------------------------------------
     Mutant(
         "a lease is over by both clocks",
