@@ -162,8 +162,16 @@ class Rights:
         return response
 
     def sees(self, app: str, token: str) -> bool:
-        """Whether a token may be seen."""
+        """Whether a token may be seen; without one, all of an app."""
         return self.missing(Need(Role.VIEWER, (Place(app, token),))) is None
+
+    def knows(self, app: str) -> bool:
+        """Whether something of an app may be seen."""
+        return self.missing(Need(Role.VIEWER, (Place(app),), part=True)) is None
+
+    def reports_for(self, app: str) -> bool:
+        """Whether reports about a whole app are allowed."""
+        return self.missing(Need(Role.REPORTER, (Place(app),))) is None
 
     def _sees(self, message: Any) -> bool:
         """Whether a thing may be seen; what belongs to a whole app concerns each of its tokens."""

@@ -55,13 +55,13 @@ class BackOffs:
         self._places = places
 
     async def list_all(
-        self, request: budget_service_pb2.ListBackOffsRequest, _: Caller
+        self, request: budget_service_pb2.ListBackOffsRequest, caller: Caller
     ) -> budget_service_pb2.ListBackOffsResponse:
         """List the back-offs that are not over, those that end last first."""
         parent = validation.app_parent(request.parent)
         found: list[budget_pb2.BackOff] = []
         for app in [parent.app] if parent else await self._scripts.apps():
-            found += await self._read(app, "", "", "")
+            found += await self._read(app, caller)
         return budget_service_pb2.ListBackOffsResponse(back_offs=found)
 
     async def set(
@@ -82,7 +82,7 @@ class BackOffs:
         reply = await self._scripts.run(
             "set_back_off", app, back_off_id, length_us, json.dumps(facts), caller=caller
         )
-        back_off = back_off_message(app, record(reply.values[0]), reply.now_us)
+        back_off = back_off_message(app, record(reply.values[0]), reply.now_us, caller)
         return admin_service_pb2.SetBackOffResponse(back_off=back_off)
 
     async def clear(
@@ -100,11 +100,11 @@ class BackOffs:
                 "BACK_OFF_NOT_FOUND", f"there is no {name}, or it is over", resource=str(name)
             )
         return admin_service_pb2.ClearBackOffResponse(
-            back_off=back_off_message(name.app, record(reply.values[0]), reply.now_us)
+            back_off=back_off_message(name.app, record(reply.values[0]), reply.now_us, caller)
         )
 
     async def explain(
-        self, request: budget_service_pb2.ExplainRequest, _: Caller
+        self, request: budget_service_pb2.ExplainRequest, caller: Caller
     ) -> budget_service_pb2.ExplainResponse:
         """Say what stands in the way of a scope, and who caused it."""
         app, values = await self._scope("scope", request.scope)
@@ -113,14 +113,13 @@ class BackOffs:
         pairs = [(values["division"], values["endpoint"])]
         obstacles, start_in_us = await self._token_obstacles(token) if token else ([], 0)
         obstacles += await self._quarantine(app)
-        back_offs = await self._read(
-            app, values["token"] or " ", json.dumps(pairs), job_hash(request.job)
-        )
+        asked = values["token"] or " ", json.dumps(pairs), job_hash(request.job)
+        back_offs = await self._read(app, caller, asked)
         obstacles += [_back_off_obstacle(one) for one in back_offs]
         names = {one.name for one in back_offs}
         narrower = [
             one
-            for one in await self._read(app, "", "", "")
+            for one in await self._read(app, caller)
             if one.name not in names and _concerns(one.scope, request.scope.token, values)
         ]
         obstacles.sort(key=lambda one: -one.remaining.ToMicroseconds())
@@ -129,7 +128,7 @@ class BackOffs:
             must_wait=bool(obstacles),
             go_in=duration(longest) if obstacles else None,
             obstacles=obstacles,
-            budgets=await self._budgets(app, request.scope.token, values),
+            budgets=await self._budgets(app, request.scope.token, values, caller),
             errors=await self._errors(app, values),
             message=_words(_scope_of(app, values), obstacles, longest),
             narrower=narrower,
@@ -158,9 +157,13 @@ class BackOffs:
             "endpoint": normal_endpoint(scope.endpoint),
         }
 
-    async def _read(self, app: str, token: str, places: str, job: str) -> list[budget_pb2.BackOff]:
-        reply = await self._scripts.run("read_back_offs", app, token, places, job)
-        found = read_back_offs(self._scripts, app, reply)
+    async def _read(
+        self, app: str, caller: Caller, asked: tuple[str, str, str] | None = None
+    ) -> list[budget_pb2.BackOff]:
+        """Read what a caller may see, or all that concerns a token, its places and a job."""
+        reply = await self._scripts.run("read_back_offs", app, *(asked or ("", "", "")))
+        concerned = asked is not None
+        found = read_back_offs(self._scripts, app, reply, caller, concerned=concerned)
         return sorted(found, key=lambda one: (-one.end_time.ToMicroseconds(), one.name))
 
     async def _token_obstacles(
@@ -228,19 +231,19 @@ class BackOffs:
         return [obstacle]
 
     async def _budgets(
-        self, app: str, token: str, values: dict[str, str]
+        self, app: str, token: str, values: dict[str, str], caller: Caller
     ) -> list[budget_pb2.Budget]:
         ids = await self._scripts.budgets(app)
         found: list[budget_pb2.Budget] = []
         for start in range(0, len(ids), READ_BATCH):
             reply = await self._scripts.run("read_budgets", app, *ids[start : start + READ_BATCH])
-            found += read_budgets(self._scripts, app, reply)
+            found += read_budgets(self._scripts, app, reply, caller)
         found = [one for one in found if _concerns(one.scope, token, values)]
         return sorted(found, key=lambda one: (one.room, one.name))[:MOST_EXPLAINED]
 
     async def _errors(self, app: str, values: dict[str, str]) -> list[budget_pb2.RecentError]:
         found: list[budget_pb2.RecentError] = []
-        for at_us, event in await self._scripts.errors(app):
+        for at_us, event in await self._scripts.errors(app, values["token"]):
             facts = json.loads(event)
             if len(found) < MOST_EXPLAINED and all(
                 value in ("", facts[field]) for field, value in values.items()

@@ -6,12 +6,14 @@ The policy of the event's token says what is limited; the store counts. They kno
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import re
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from holdoff._proof import lease_proof
 from holdoff.names import BudgetName, TokenName
 from holdoff.v1 import admin_service_pb2, budget_pb2, budget_service_pb2
 from holdoff_coordinator import validation
@@ -78,6 +80,8 @@ class Budgets:
             place = await self._places.find("events.scope", event.scope, policies)
             apps.add(place.token.app)
             entry = _entry(event, place)
+            if "block" in entry:
+                entry["block"] |= await self._authority(event, place, caller)
             limited.append(bool(entry["budgets"] or "block" in entry))
             if limited[-1]:
                 entries.append(entry)
@@ -94,12 +98,28 @@ class Budgets:
         outcomes = []
         for is_limited in limited:
             word = next(answers) if is_limited else ""
-            if word.startswith("TOO_MANY"):
-                raise _too_many(word, app)
+            if word == "TOO_MANY_EVENTS":
+                raise _too_many(app)
             outcomes.append(_OUTCOMES.get(word, budget_pb2.EVENT_OUTCOME_NOT_LIMITED))
         self._replays.recorded(app, entries)
         log.debug("events recorded", app=app, count=len(outcomes), peer=caller.peer)
         return budget_service_pb2.RecordEventsResponse(outcomes=outcomes, store_life=life)
+
+    async def _authority(
+        self, event: budget_pb2.Event, place: Place, caller: Caller
+    ) -> dict[str, bool | str]:
+        """Say how far a report of a block reaches, as record_events.lua takes it.
+
+        A reporter of a token may stop other tokens only with a lease of it, and not for long.
+        """
+        app, token = place.token.app, place.token.token
+        lease = _lease_key(event, place.token)
+        if caller.speaks_for(app):
+            return {"for_app": True}
+        secret_hash = await self._scripts.secret_hash(app, token, lease) if lease else ""
+        proof = lease_proof(secret_hash, event.id)
+        is_holder = secret_hash and hmac.compare_digest(proof.encode(), event.lease_proof.encode())
+        return {"for_app": False, "lease": lease} if is_holder else {"for_app": False}
 
     async def reserve(
         self, request: budget_service_pb2.ReserveRequest, caller: Caller
@@ -118,9 +138,14 @@ class Budgets:
             if count > spec["most"] - spec["margin"]:
                 raise invalid("count", f"is more than {spec['limit']} ever allows")
         budgets = json.dumps(specs)
+        # As earlier releases had it, so that a retry meets the same reservation.
+        bound = [
+            {key: value for key, value in spec.items() if key not in ("by", "coarser")}
+            for spec in specs
+        ]
         call = (
             _hash(reservation_id),
-            _hash(f"{caller.identity}\0{count}\0{ttl_us}\0{budgets}"),
+            _hash(f"{caller.identity}\0{count}\0{ttl_us}\0{json.dumps(bound)}"),
             ttl_us,
             count,
             budgets,
@@ -130,7 +155,7 @@ class Budgets:
         )
         reply = await self._scripts.run_lasting("reserve", place.token.app, *call)
         if reply.status == "BACKING_OFF":
-            raise _backing_off(place.token.app, reply)
+            raise _backing_off(place.token.app, reply, caller)
         if reply.status == "BUDGET_SPENT":
             raise _spent(place.token.app, reply)
         if reply.status == "COUNTS_UNKNOWN":
@@ -179,21 +204,21 @@ class Budgets:
         self._replays.settled(app, call, reply)
         return reservation
 
-    async def _read(self, app: str, ids: list[str]) -> list[budget_pb2.Budget]:
+    async def _read(self, app: str, ids: list[str], caller: Caller) -> list[budget_pb2.Budget]:
         reply = await self._scripts.run("read_budgets", app, *ids)
-        return read_budgets(self._scripts, app, reply)
+        return read_budgets(self._scripts, app, reply, caller)
 
     async def get(
-        self, request: budget_service_pb2.GetBudgetRequest, _: Caller
+        self, request: budget_service_pb2.GetBudgetRequest, caller: Caller
     ) -> budget_service_pb2.GetBudgetResponse:
         """Return one budget."""
         name = validation.budget_name("name", request.name)
-        for budget in await self._read(name.app, [name.budget]):
+        for budget in await self._read(name.app, [name.budget], caller):
             return budget_service_pb2.GetBudgetResponse(budget=budget)
         raise budget_not_found(str(name))
 
     async def list(
-        self, request: budget_service_pb2.ListBudgetsRequest, _: Caller
+        self, request: budget_service_pb2.ListBudgetsRequest, caller: Caller
     ) -> budget_service_pb2.ListBudgetsResponse:
         """List budgets, those with the least room first."""
         parent = validation.parent(request.parent)
@@ -206,7 +231,7 @@ class Budgets:
             with self._scripts.sparing(app, "budgets"):
                 ids = await self._scripts.budgets(app)
                 for start in range(0, len(ids), READ_BATCH):
-                    found += await self._read(app, ids[start : start + READ_BATCH])
+                    found += await self._read(app, ids[start : start + READ_BATCH], caller)
         wanted, state = ScopeFilter(request.scope), request.state
         matching = [
             budget
@@ -249,6 +274,7 @@ def _entry(event: budget_pb2.Event, place: Place) -> dict[str, Any]:
     count = _count("events.count", event.count)
     entry: dict[str, Any] = {
         "id": _hash(event_id),  # as those of reservations, whose events have their id
+        "token": place.token.token,
         "age_us": age_us,
         "count": count,
         "budgets": [],
@@ -257,7 +283,6 @@ def _entry(event: budget_pb2.Event, place: Place) -> dict[str, Any]:
     }
     if event.kind in (budget_pb2.EVENT_KIND_ERROR, budget_pb2.EVENT_KIND_BLOCK):
         entry["error"] = {
-            "token": place.token.token,
             "place": place.pair,
             "touched": [who for who in (job_hash(job), _lease_key(event, place.token)) if who],
         }
@@ -295,13 +320,13 @@ def _optional_us(event: budget_pb2.Event, field: str) -> int:
 
 
 def _lease_key(event: budget_pb2.Event, token: TokenName) -> str:
-    """Return what follow.lua calls the lease of an event; '' for none."""
+    """Return the id of the lease of an event; '' for none."""
     if not event.lease:
         return ""
     name = validation.lease_name("events.lease", event.lease)
     if name.token_name != token:
         raise invalid("events.lease", f"is no lease of {token}")
-    return f"{name.token}:{name.lease}"
+    return name.lease
 
 
 def _check_status(field: str, status: int) -> None:
@@ -331,15 +356,14 @@ def _reservation(reply: Reply, app: str, reservation_id: str) -> budget_pb2.Rese
                 field="reservation_id",
             )
         case _:
-            raise _too_many(reply.status, app)
+            raise _too_many(app)
 
 
-def _too_many(word: str, app: str) -> Failure:
-    what = "different scopes" if word == "TOO_MANY_BUDGETS" else "events"
+def _too_many(app: str) -> Failure:
     return Failure(
-        word,
-        f"apps/{app} has too many {what} to count: is a variable part of the path part of the "
-        "endpoint? See `endpoint` in the policy",
+        "TOO_MANY_EVENTS",
+        f"a token of apps/{app} has more events than it may have remembered: report several at "
+        "once, with a `count`",
         retry_after_seconds=60.0,
     )
 
@@ -367,10 +391,10 @@ def _unknown(app: str, reply: Reply) -> Failure:
     )
 
 
-def _backing_off(app: str, reply: Reply) -> Failure:
+def _backing_off(app: str, reply: Reply, caller: Caller) -> Failure:
     """Say what has to end before there may be calls."""
     start_us = int(reply.values[0])
-    back_off = back_off_message(app, record(reply.values[1]), reply.now_us)
+    back_off = back_off_message(app, record(reply.values[1]), reply.now_us, caller)
     return Failure(
         "BACKING_OFF",
         back_off_sentence(back_off),

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 
-def _everything(_app: str, _token: str) -> bool:
+def _everything(*_: str) -> bool:
     return True
 
 
@@ -20,8 +20,30 @@ class Caller:
     identity: str
     peer: str
     sees: Callable[[str, str], bool] = _everything
-    """Whether it may know of a token of an app: what it may not is no part of its lists' pages."""
+    """Whether it may know of a token of an app: what it may not is no part of its lists' pages.
+    Without a token it is about all tokens of the app."""
+    knows: Callable[[str], bool] = _everything
+    """Whether it may know of an app: something of it may be seen."""
+    speaks_for: Callable[[str], bool] = _everything
+    """Whether its reports are about a whole app, and not only about tokens of it."""
+
+    def sees_scope(self, app: str, token: str, *, is_whole: bool, users: Iterable[str]) -> bool:
+        """Whether it may know of a scope: of a token, of a whole app, or one that tokens share.
+
+        The values of a shared scope are known to those that see one of the tokens that use it.
+        """
+        if token:
+            return self.sees(app, token)
+        if is_whole:
+            return self.knows(app)
+        return self.sees(app, "") or any(self.sees(app, user) for user in users)
 
 
+def _nothing(*_: str) -> bool:
+    return False
+
+
+ANYONE = Caller("", "", _nothing)
+"""For texts that callers share: it sees nothing that is not known to all of them."""
 NOBODY = Caller(identity="", peer="")
 """Calls for what a coordinator does by itself."""

@@ -37,7 +37,6 @@ CODES: Mapping[str, int] = {
     "BUDGET_SPENT": code_pb2.RESOURCE_EXHAUSTED,
     "BACKING_OFF": code_pb2.RESOURCE_EXHAUSTED,
     "COUNTS_UNKNOWN": code_pb2.RESOURCE_EXHAUSTED,
-    "TOO_MANY_BUDGETS": code_pb2.RESOURCE_EXHAUSTED,
     "TOO_MANY_EVENTS": code_pb2.RESOURCE_EXHAUSTED,
     # The lease is not what the caller thinks.
     "LEASE_LOST": code_pb2.FAILED_PRECONDITION,

@@ -85,8 +85,9 @@ class Instruction:
 class Follower:
     """One holder that follows its lease."""
 
-    def __init__(self, name: LeaseName, secret_hash: str) -> None:
+    def __init__(self, name: LeaseName, secret_hash: str, caller: Caller) -> None:
         self.name = name
+        self.caller = caller
         self.secret_hash = secret_hash
         self.instruction: Instruction | None = None
         self.failure: Failure | None = None
@@ -123,7 +124,7 @@ class Followers:
         hub.on_announcement(self.look)
 
     async def follow(
-        self, request: lease_service_pb2.FollowLeaseRequest, _: Caller
+        self, request: lease_service_pb2.FollowLeaseRequest, caller: Caller
     ) -> AsyncGenerator[lease_service_pb2.FollowLeaseResponse, None]:
         """Say what the holder of a lease must do, for as long as the lease lives.
 
@@ -132,7 +133,7 @@ class Followers:
         """
         name = validation.lease_name("name", request.name)
         secret_hash = hashlib.sha256(validation.secret(request.secret).encode()).hexdigest()
-        follower = Follower(name, secret_hash)
+        follower = Follower(name, secret_hash, caller)
         self._by_app[name.app].add(follower)
         try:
             with self._hub.wake_ups.wanted(name.app):
@@ -195,12 +196,12 @@ class Followers:
             found: Instruction | Failure = token_damaged(follower.name.token_name)
             with self._scripts.sparing(app, f"tokens/{follower.name.token}"):
                 if answer != [b"DAMAGED"]:
-                    found = _read(follower.name, answer, reply)
+                    found = _read(follower, answer, reply)
             follower.take(found)
 
 
-def _read(name: LeaseName, answer: Sequence[Any], reply: Reply) -> Instruction | Failure:
-    status, *rest = answer
+def _read(follower: Follower, answer: Sequence[Any], reply: Reply) -> Instruction | Failure:
+    name, (status, *rest) = follower.name, answer
     if status != b"OK":
         return failure_of(Reply(reply.now_us, reply.epoch, status.decode(), tuple(rest)), name)
     start, timed, declared, *back_offs = rest
@@ -208,7 +209,8 @@ def _read(name: LeaseName, answer: Sequence[Any], reply: Reply) -> Instruction |
         start_us=int(start) if start else None,
         timed=timed == b"1",
         back_offs=tuple(
-            back_off_message(name.app, record(flat), reply.now_us) for flat in back_offs
+            back_off_message(name.app, record(flat), reply.now_us, follower.caller)
+            for flat in back_offs
         ),
         pairs=tuple((one[0], one[1]) for one in json.loads(declared or b"[]")),
         now_us=reply.now_us,

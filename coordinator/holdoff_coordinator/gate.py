@@ -111,9 +111,8 @@ class Gate:
                 raise
             await self.refused(request, Caller(identity, peer), failure)
             raise
-        if not need.part:
-            return Admitted(Caller(identity, peer))
-        return Admitted(Caller(identity, peer, rights.sees), rights)
+        caller = Caller(identity, peer, rights.sees, rights.knows, rights.reports_for)
+        return Admitted(caller, rights if need.part else None)
 
     async def refused(self, request: Message, caller: Caller, failure: Failure) -> None:
         """Put a refusal into the audit trail."""

@@ -62,6 +62,9 @@ class Place:
     def _spec(self, limit: Limit) -> dict[str, Any]:
         window_us = round(limit.window * 1e6)
         values = self._values(limit.scope)
+        wholes = [self._only(division=values["division"])] if all(values.values()) else []
+        if values["division"] or values["endpoint"]:
+            wholes.append(self._only())
         return {
             "id": scope_id(limit.name, values),
             "limit": limit.name,
@@ -72,6 +75,8 @@ class Place:
             "grain_us": 0 if limit.most <= EXACT_MOST else max(1, window_us // SLICES),
             "statuses": list(limit.statuses),
             **values,
+            "by": self.token.token,
+            "coarser": [{"id": scope_id(limit.name, whole), **whole} for whole in wholes],
         }
 
     def block(self, throttle: str) -> dict[str, Any]:
@@ -95,7 +100,13 @@ class Place:
             "most_us": round(rules.most * 1e6),
             "forget_us": round(rules.forget_after * 1e6),
             **values,
+            "by": self.token.token,
+            "own": scope_id("block", self._only()),
         }
+
+    def _only(self, division: str = "") -> dict[str, str]:
+        """Return the values of the scope of this token, or of a division of it."""
+        return {"token": self.token.token, "division": division, "endpoint": ""}
 
     def _values(self, scope: Iterable[ScopeField]) -> dict[str, str]:
         return {
@@ -189,13 +200,13 @@ class Places:
             return []
         policy = await self.policy("token", token)
         specs = [Place(token, policy, *pair).specs("errors") for pair in pairs]
-        ids = {spec["id"] for limits in specs for spec in limits}
+        ids = {one["id"] for limits in specs for spec in limits for one in (spec, *spec["coarser"])}
         reply = await self._scripts.run("read_budgets", token.app, *sorted(ids))
         budgets = {entry[0].decode(): record(entry[1]) for entry in reply.values[0]}
         rooms = []
         for (division, endpoint), limits in zip(pairs, specs, strict=True):
             room = lease_service_pb2.ScopeRoom(
-                room=min((_room(spec, budgets.get(spec["id"], {})) for spec in limits), default=0)
+                room=min((_room(spec, budgets) for spec in limits), default=0)
             )
             room.scope.division, room.scope.endpoint = division, endpoint
             if limits:
@@ -222,8 +233,11 @@ class ScopeFilter:
         )
 
 
-def _room(spec: dict[str, Any], budget: dict[str, bytes]) -> int:
-    taken = int(budget.get("used", b"0")) + int(budget.get("reserved", b"0"))
+def _room(spec: dict[str, Any], budgets: dict[str, dict[str, bytes]]) -> int:
+    """Return the room of a budget, and of those in which its events count while it is not open."""
+    found = [budgets.get(one["id"], {}) for one in spec["coarser"]]
+    used = [budgets.get(spec["id"], {}), *(budget for budget in found if "coarse" in budget)]
+    taken = max(int(one.get("used", b"0")) + int(one.get("reserved", b"0")) for one in used)
     return max(0, int(spec["most"]) - int(spec["margin"]) - taken)
 
 

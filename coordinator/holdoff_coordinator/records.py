@@ -11,12 +11,14 @@ from google.protobuf import duration_pb2, timestamp_pb2
 
 from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
 from holdoff.v1 import audit_pb2, budget_pb2, lease_pb2, token_pb2
+from holdoff_coordinator.caller import ANYONE, NOBODY
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.scripts import lock_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.scripts import Reply, Scripts
 
 Record = dict[str, bytes]
@@ -115,7 +117,7 @@ def _activity(
     why = ""
     if "back_off" in lease:
         facts = {key: value.encode() for key, value in json.loads(lease["back_off"]).items()}
-        why = back_off_sentence(back_off_message(app, facts, now_us))
+        why = back_off_sentence(back_off_message(app, facts, now_us, ANYONE))
     if lease.get("paused") == b"1":
         return lease_pb2.HOLDER_ACTIVITY_PAUSED, why
     return (lease_pb2.HOLDER_ACTIVITY_BACKING_OFF if why else _RUNNING), why
@@ -244,28 +246,61 @@ def budget_message(app: str, found: Sequence[Any], now_us: int) -> budget_pb2.Bu
     )
 
 
-def read_budgets(scripts: Scripts, app: str, reply: Reply) -> list[budget_pb2.Budget]:
-    """The budgets that `read_budgets.lua` found, without those that are damaged."""
-    return scripts.readable(
-        app, "budgets", reply.values[0], lambda entry: budget_message(app, entry, reply.now_us)
-    )
+def read_budgets(
+    scripts: Scripts, app: str, reply: Reply, caller: Caller = NOBODY
+) -> list[budget_pb2.Budget]:
+    """The budgets that `read_budgets.lua` found and a caller may see, without damaged ones."""
+
+    def read(entry: Any) -> budget_pb2.Budget | None:
+        seen = _sees(caller, app, record(entry[1]))
+        return budget_message(app, entry, reply.now_us) if seen else None
+
+    return [one for one in scripts.readable(app, "budgets", reply.values[0], read) if one]
 
 
-def read_back_offs(scripts: Scripts, app: str, reply: Reply) -> list[budget_pb2.BackOff]:
-    """The back-offs that `read_back_offs.lua` found, without those that are damaged."""
-    return scripts.readable(
+def read_back_offs(
+    scripts: Scripts, app: str, reply: Reply, caller: Caller = NOBODY, *, concerned: bool = False
+) -> list[budget_pb2.BackOff]:
+    """The back-offs that `read_back_offs.lua` found and a caller may see, without damaged ones.
+
+    Those that concern a scope of the caller's are all seen.
+    """
+
+    def read(flat: Any) -> budget_pb2.BackOff | None:
+        facts = record(flat)
+        seen = concerned or _sees(caller, app, facts)
+        return back_off_message(app, facts, reply.now_us, caller) if seen else None
+
+    return [one for one in scripts.readable(app, "backOffs", reply.values[0], read) if one]
+
+
+def _sees(caller: Caller, app: str, facts: Record) -> bool:
+    """Whether a caller may know of the scope of a budget or a back-off."""
+    return caller.sees_scope(
         app,
-        "backOffs",
-        reply.values[0],
-        lambda flat: back_off_message(app, record(flat), reply.now_us),
+        facts["token"].decode(),
+        is_whole=not (facts["division"] or facts["endpoint"]),
+        users=facts.get("users", b"").decode().split(),
     )
 
 
-def back_off_message(app: str, back_off: Record, now_us: int) -> budget_pb2.BackOff:
-    """A back-off as the API shows it, from its record; one that is over has no state."""
+def back_off_message(app: str, back_off: Record, now_us: int, caller: Caller) -> budget_pb2.BackOff:
+    """A back-off as the API shows it, from its record; one that is over has no state.
+
+    Who caused it, and who probes, is shown to those that may see their token.
+    """
     cause, budget_id = back_off["cause"].decode(), back_off["id"].decode()
     state, until_us = back_off["state"].decode(), int(back_off["until_us"])
-    probe = back_off.get("probe_holder")
+
+    def sees(field: str) -> bool:
+        return bool(back_off["token"]) or caller.sees(app, back_off.get(field, b"").decode())
+
+    probe = back_off.get("probe_holder") if sees("probe_token") else None
+    is_known = cause == "OPERATOR" or sees("from")
+    cause_of = {
+        field: back_off.get(field, b"").decode() if is_known else ""
+        for field in ("job", "host", "user")
+    }
     return budget_pb2.BackOff(
         name=str(BackOffName(app, budget_id)),
         scope=_scope(app, back_off),
@@ -280,9 +315,7 @@ def back_off_message(app: str, back_off: Record, now_us: int) -> budget_pb2.Back
         remaining=duration(until_us - now_us) if state != "OVER" and until_us > now_us else None,
         reason=_back_off_words(app, back_off) + _cleared_words(back_off),
         caused_by=lease_pb2.Holder(
-            job=back_off.get("job", b"").decode(),
-            host=back_off.get("host", b"").decode(),
-            user=back_off.get("user", b"").decode(),
+            job=cause_of["job"], host=cause_of["host"], user=cause_of["user"]
         ),
         status=int(back_off.get("status", b"0")),
         repeats=int(back_off.get("repeats", b"0")),
@@ -406,7 +439,8 @@ def _back_off_words(app: str, back_off: Mapping[str, bytes]) -> str:
             status = back_off.get("status", b"0").decode()
             how = f" with HTTP {status}" if status != "0" else ""
             what = f" ({reason})" if reason else ""
-            return f"the provider refuses calls of {where}{how}{what}"
+            alone = "; only one of its tokens has reported that" if back_off.get("claim") else ""
+            return f"the provider refuses calls of {where}{how}{what}{alone}"
         case _:
             who = back_off.get("user", b"").decode() or "an operator"
             return f"{who} paused {where}: {reason}"
@@ -489,7 +523,7 @@ class Standing:
             first == b"1",
             now_us,
             lease,
-            back_off_message(app, record(back_off), now_us) if back_off else None,
+            back_off_message(app, record(back_off), now_us, ANYONE) if back_off else None,
         )
 
     @property

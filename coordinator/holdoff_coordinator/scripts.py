@@ -142,6 +142,8 @@ _FIRST_LOOKS = 3
 """How often a clock is looked at before it is relied on; the quickest answer counts."""
 ERRORS_READ = 1000
 """Errors of an app looked through for an explanation."""
+ERRING_READ = 20
+"""Of so many of its tokens, if none is named."""
 CHANGES_READ = 200
 """Changes of an app read at once."""
 
@@ -547,6 +549,13 @@ class Scripts:
             history = info.get("master_replid", "") if isinstance(info, dict) else ""
             yield its_apps, answers, history
 
+    async def shared_key(self, name: str, new: bytes) -> bytes:
+        """Return a key that all replicas share; it is the new one if there was none."""
+        key = f"{{holdoff}}:{name}"
+        await self._answer(self.redis.set(key, new, nx=True))
+        found: bytes = await self._answer(self.redis.get(key))
+        return found
+
     async def register(self, app: str) -> bool:
         """Put an app into the index of apps; tell whether it was new there."""
         return bool(await self._answer(self.redis.sadd(APPS, app)))
@@ -589,12 +598,29 @@ class Scripts:
         found = await self._answer(self.redis.zrange(f"{shard_key(app)}:budgets", 0, -1))
         return [budget.decode() for budget in found]
 
-    async def errors(self, app: str) -> list[tuple[bytes, bytes]]:
-        """Return an app's latest errors, the newest first: when in µs, and the event as JSON."""
-        entries = await self._answer(
-            self.redis.xrevrange(f"{shard_key(app)}:errors", count=ERRORS_READ)
-        )
-        return [(fields[b"at_us"], fields[b"event"]) for _, fields in entries]
+    async def errors(self, app: str, token: str) -> list[tuple[bytes, bytes]]:
+        """Return latest errors, the newest first: when in µs, and the event as JSON.
+
+        That is of a token, or without one of the tokens of the app that erred last.
+        """
+        key = shard_key(app)
+        tokens = [token.encode()] if token else []
+        if not token:
+            tokens = await self._answer(self.redis.zrange(f"{key}:erring", -ERRING_READ, -1))
+        found = []
+        for one in tokens:
+            stream = f"{key}:errors:{one.decode()}"
+            entries = await self._answer(
+                self.redis.xrevrange(stream, count=ERRORS_READ // len(tokens))
+            )
+            found += [(fields[b"at_us"], fields[b"event"]) for _, fields in entries]
+        return sorted(found, key=lambda one: -int(one[0])) if len(tokens) > 1 else found
+
+    async def secret_hash(self, app: str, token: str, lease: str) -> str:
+        """Return the hash of a lease's secret; empty if there is no such lease."""
+        key = f"{shard_key(app)}:lease:{token}:{lease}"
+        found = await self._answer(self.redis.hget(key, "secret_hash"))
+        return found.decode() if found else ""
 
     async def audit_trail(
         self, key: str, before: str, count: int

@@ -7,14 +7,13 @@ them. So a slow one costs no memory here; if it falls behind the list it gets a 
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from typing import TYPE_CHECKING, Any
 
 from holdoff.names import BudgetName, TokenName
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 from holdoff_coordinator import validation
-from holdoff_coordinator.failures import Failure, invalid, token_damaged, token_not_found
+from holdoff_coordinator.failures import Failure, token_damaged, token_not_found
 from holdoff_coordinator.places import ScopeFilter
 from holdoff_coordinator.records import (
     change_message,
@@ -22,10 +21,11 @@ from holdoff_coordinator.records import (
     read_budgets,
     status_message,
 )
+from holdoff_coordinator.resuming import ResumeTokens, sealed_of
 from holdoff_coordinator.scripts import READ_BATCH, Position
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 
     from holdoff.names import AppName
     from holdoff_coordinator.caller import Caller
@@ -37,8 +37,6 @@ LOOK_SECONDS = 0.25
 BUDGET_LOOK_SECONDS = 1.0
 """How soon a budget that is not open is looked at again at the earliest."""
 
-_RESUME = re.compile(r"([a-z0-9-]{1,63}):([0-9a-f]{0,32}):([0-9]{1,15})")
-
 
 class Watches:
     """Watch the tokens of everything, of an app, or one token."""
@@ -48,7 +46,7 @@ class Watches:
         self._hub = hub
 
     async def watch(
-        self, request: lease_service_pb2.WatchLeasesRequest, _: Caller
+        self, request: lease_service_pb2.WatchLeasesRequest, caller: Caller
     ) -> AsyncGenerator[lease_service_pb2.WatchLeasesResponse, None]:
         """Say how things stand, then every change; it ends with a `Failure` only.
 
@@ -56,7 +54,9 @@ class Watches:
             Failure: TOKEN_NOT_FOUND, INVALID_FIELD, DRAINING or STORE_UNAVAILABLE.
         """
         parent = validation.parent(request.parent)
-        watched = {app: _App(app, at) for app, at in read_resume_token(request.resume_token)}
+        sealed = sealed_of(request.resume_token)
+        tokens = await ResumeTokens.of_store(self._scripts)
+        watched = {app: _App(app, at) for app, at in tokens.read(sealed).items()}
         if watched:
             yield lease_service_pb2.WatchLeasesResponse(resume_token=request.resume_token)
         if isinstance(parent, TokenName):
@@ -66,13 +66,16 @@ class Watches:
         while not self._hub.draining:
             idle = True
             apps = [parent.app] if parent else await self._scripts.apps()
+            apps = [app for app in apps if caller.knows(app)]
             watched = {app: watched.get(app) or _App(app, None) for app in apps}
             for app in watched.values():
                 with self._scripts.sparing(app.name, "app"):
                     async for response in self._next(app, parent):
                         idle = False
                         if not response.HasField("snapshot") or response.snapshot.last:
-                            response.resume_token = resume_token(watched.values())
+                            response.resume_token = tokens.write(
+                                (one.name, one.at) for one in watched.values() if one.at
+                            )
                         yield response
             if idle:
                 await asyncio.sleep(LOOK_SECONDS)
@@ -153,7 +156,7 @@ class BudgetWatches:
         self._hub = hub
 
     async def watch(
-        self, request: budget_service_pb2.WatchBudgetsRequest, _: Caller
+        self, request: budget_service_pb2.WatchBudgetsRequest, caller: Caller
     ) -> AsyncGenerator[budget_service_pb2.WatchBudgetsResponse, None]:
         """Say how budgets and back-offs stand, then what changed; it ends with a `Failure` only.
 
@@ -165,10 +168,11 @@ class BudgetWatches:
         watched: dict[str, _Budgets] = {}
         told_all = False
         while not self._hub.draining:
-            for app in [parent.app] if parent else await self._scripts.apps():
+            apps = [parent.app] if parent else await self._scripts.apps()
+            for app in filter(caller.knows, apps):
                 budgets = watched.setdefault(app, _Budgets(app))
                 with self._scripts.sparing(app, "app"):
-                    async for response in self._next(budgets, wanted):
+                    async for response in self._next(budgets, wanted, caller):
                         yield response
             if not told_all:
                 told_all = True
@@ -181,7 +185,7 @@ class BudgetWatches:
         )
 
     async def _next(
-        self, app: _Budgets, wanted: ScopeFilter
+        self, app: _Budgets, wanted: ScopeFilter, caller: Caller
     ) -> AsyncIterator[budget_service_pb2.WatchBudgetsResponse]:
         """Yield what of an app is not as it was told."""
         number, ids, moved = await self._scripts.moved(app.name, app.at)
@@ -194,7 +198,7 @@ class BudgetWatches:
         for start in range(0, len(found := sorted({*ids, *due})), READ_BATCH):
             batch = found[start : start + READ_BATCH]
             reply = await self._scripts.run("read_budgets", app.name, *batch)
-            budgets = read_budgets(self._scripts, app.name, reply)
+            budgets = read_budgets(self._scripts, app.name, reply, caller)
             told = [
                 one
                 for one in budgets
@@ -205,7 +209,7 @@ class BudgetWatches:
                 yield budget_service_pb2.WatchBudgetsResponse(budgets=[*told, *gone])
         if moved or app.back_offs is None or due:
             reply = await self._scripts.run("read_back_offs", app.name, "", "", "")
-            back_offs = read_back_offs(self._scripts, app.name, reply)
+            back_offs = read_back_offs(self._scripts, app.name, reply, caller)
             news = app.back_off_news([one for one in back_offs if wanted.matches(one.scope)])
             if news:
                 yield budget_service_pb2.WatchBudgetsResponse(back_offs=news)
@@ -308,22 +312,3 @@ class _App:
         """Go on to a change."""
         assert self.at is not None  # noqa: S101 - changes follow a snapshot
         self.at = Position(self.at.epoch, number)
-
-
-def resume_token(apps: Iterable[_App]) -> str:
-    """Write down where a watcher is."""
-    return ",".join(
-        f"{app.name}:{app.at.epoch}:{app.at.number}" for app in apps if app.at is not None
-    )
-
-
-def read_resume_token(text: str) -> Iterator[tuple[str, Position]]:
-    """Read where a watcher was.
-
-    Raises:
-        Failure: INVALID_FIELD.
-    """
-    for part in filter(None, text.split(",")):
-        if (match := _RESUME.fullmatch(part)) is None:
-            raise invalid("resume_token", "is not one of ours; leave it out for a new watch")
-        yield match[1], Position(match[2], int(match[3]))

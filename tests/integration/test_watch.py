@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import threading
 import uuid
 from typing import TYPE_CHECKING, Any, cast
@@ -10,6 +11,8 @@ import grpc
 import pytest
 
 from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2, token_service_pb2
+from holdoff_coordinator.resuming import ResumeTokens
+from holdoff_coordinator.scripts import Position
 from tests.harness import Replica, Waiter, ask, lease_key, refusal, run_out, wait_until
 
 if TYPE_CHECKING:
@@ -284,7 +287,10 @@ def test_another_life_of_the_store_brings_a_fresh_snapshot(
     app = token.split("/")[1]
     latest = store.hget(f"holdoff:{{{app}}}", "changes")
     assert isinstance(latest, bytes)
-    watcher = Watcher(replica, token, f"{app}:{'0' * 32}:{latest.decode()}")
+    store.set("{holdoff}:resume-key", b"x" * 64, nx=True)  # as the first watcher does
+    tokens = ResumeTokens(cast("bytes", store.get("{holdoff}:resume-key")))
+    other_life = tokens.write([(app, Position("0" * 32, int(latest)))])
+    watcher = Watcher(replica, token, other_life)
     wait_until(lambda: watcher.snapshots)
     watcher.stop()
 
@@ -333,13 +339,42 @@ def _entry(store: redis.Redis, replica: Replica, token: str) -> Any:
         ("tokens/t", "", "INVALID_FIELD"),
         ("", "nonsense", "INVALID_FIELD"),
         ("", "a:zz:1", "INVALID_FIELD"),
-        ("", f"a:{'0' * 32}:-1", "INVALID_FIELD"),
+        ("", f"a:{'0' * 32}:1", "INVALID_FIELD"),
+        ("", "A" * 22, "INVALID_FIELD"),
     ],
 )
 def test_refusals(replica: Replica, parent: str, resume_token: str, reason: str) -> None:
     """A wrong question gets a clear answer."""
     request = lease_service_pb2.WatchLeasesRequest(parent=parent, resume_token=resume_token)
     assert refusal(lambda: next(replica.leases.WatchLeases(request))) == reason
+
+
+@pytest.mark.parametrize("spoil", ["cut", "changed", "foreign"])
+def test_a_resume_token_that_cannot_be_read(replica: Replica, spoil: str) -> None:
+    """A token that was changed, or whose key is gone, brings a snapshot."""
+    token = replica.create_token(0.0)
+    watcher = Watcher(replica, token)
+    wait_until(lambda: watcher.snapshots)
+    resume_token = watcher.stop()
+    spoiled = {
+        "cut": resume_token[:-4],
+        "changed": ("B" if resume_token[0] == "A" else "A") + resume_token[1:],
+        "foreign": ResumeTokens(b"x" * 64).write([("a", Position("0" * 32, 1))]),
+    }[spoil]
+    again = Watcher(replica, token, spoiled)
+    wait_until(lambda: again.snapshots)
+    again.stop()
+
+
+def test_a_resume_token_can_be_read_by_no_caller(replica: Replica) -> None:
+    """A resume token does not contain the name of the app, in any encoding that it may have."""
+    token = replica.create_token(0.0)
+    watcher = Watcher(replica, token)
+    wait_until(lambda: watcher.snapshots)
+    resume_token = watcher.stop()
+    app = token.split("/")[1]
+    assert app not in resume_token
+    assert app.encode() not in base64.urlsafe_b64decode(resume_token + "===")
 
 
 def test_a_snapshot_in_parts(replica: Replica) -> None:

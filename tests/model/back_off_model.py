@@ -108,8 +108,9 @@ class Budgets(budget_model.Model):
         super().__init__()
         self._counted = counted
 
-    def may_count(self) -> bool:
+    def may_count(self, now: int) -> bool:
         """Tell that there is room for another id: bounds are the budget machine's."""
+        del now
         return True
 
     def _log(self, now: int, limit: Limit, event: Event) -> None:
@@ -277,15 +278,16 @@ class Model(model.Model):
 
     # Callers -----------------------------------------------------------------
 
-    def places_of(self, request: str) -> set[Place]:
+    def places_of(self, token: str, request: str) -> set[Place]:
         """Return where the calls of a request go, as far as anybody knows."""
         declared, job = self.asks.get(request, (frozenset(), ""))
         found = {ANYWHERE, *declared}
+        who = f"{token}:{job}" if job else ""
         for known in declared or {ANYWHERE}:
             if "" in known:
                 found |= {
                     place
-                    for place in self.recently(job)
+                    for place in self.recently(who)
                     if all(mine in ("", its) for mine, its in zip(known, place, strict=True))
                 }
         return found
@@ -302,7 +304,8 @@ class Model(model.Model):
 
     def subject_of(self, request: str) -> list[BackOff]:
         """List what a waiter is subject to."""
-        return self.subject_to(self.requests[request].token, self.places_of(request))
+        token = self.requests[request].token
+        return self.subject_to(token, self.places_of(token, request))
 
     def _hold(self, one: BackOff, caller: str) -> Wait | None:
         """Say how long a back-off holds a caller, whoever comes before it."""
@@ -378,7 +381,7 @@ class Model(model.Model):
         place = token.queue.index(request) + 1 if request in token.queue else 0
         ahead, wait = walk[request if place else ""]
         if not place:
-            places = self.places_of(request)
+            places = self.places_of(name, request)
             wait = self.wait_of(request, self.subject_to(name, places), asks=False)
         first = not any(map(self._is_live, ahead))
         returning = not all(map(self._is_live, ahead)) and self.now < self.recovery_until
@@ -472,7 +475,7 @@ class Model(model.Model):
 
     def subject_of_lease(self, name: str, lease: Lease) -> list[BackOff]:
         """List what a holder is subject to; it has asked for its access token already."""
-        places = self.places_of(lease.request) | self.recently(f"{name}:{lease.number}")
+        places = self.places_of(name, lease.request) | self.recently(f"{name}:{lease.number}")
         return [one for one in self.subject_to(name, places) if one.kind != "TOKEN_REQUEST"]
 
     # Events ------------------------------------------------------------------

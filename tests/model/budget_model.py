@@ -9,8 +9,10 @@ SECOND = 1_000_000
 DAY = 24 * 3600 * SECOND
 LOG_MOST = 8
 """Entries of their own a budget; the scripts' number, made small by the test."""
-BUDGETS_MOST = 5
 IDS_MOST = 30
+IDS_SHARE = 4
+"""Of the ids that are free, so many times as many may be one token's."""
+IDS_SLICE = 3 * 3600 * SECOND
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class Model:
     def __init__(self) -> None:
         self.events: dict[Limit, list[Event]] = defaultdict(list)
         self.known: dict[str, int] = {}
+        self.noted: dict[int, int] = defaultdict(int)
+        """How many ids of the token are kept until the end of a slice."""
         self.reservations: dict[str, Reservation] = {}
         self.touched_until: dict[Limit, int] = defaultdict(int)
         self.overflowed: set[Limit] = set()
@@ -124,29 +128,23 @@ class Model:
         found |= set(self.known.values())
         return sorted(instant for instant in found if instant > now)
 
-    def may_count(self) -> bool:
-        """Tell whether there is room for another id."""
+    def may_count(self, now: int) -> bool:
+        """Tell whether there is room for another id of the only token."""
         reserved = [r for r in self.reservations.values() if r.state == "reserved"]
-        return len(self.known) + len(reserved) < IDS_MOST
+        free = IDS_MOST - len(self.known) - len(reserved)
+        return sum(n for until, n in self.noted.items() if until > now) < IDS_SHARE * free
 
-    def open_budgets(self, now: int, limits: tuple[Limit, ...]) -> tuple[int, int]:
-        """Count the budgets in use, with these: those that must be, and those that may be."""
-        must = {limit for limit in list(self.events) if self.used(limit, now)}
-        must |= {limit for r in self.reservations.values() for limit in self._limits_held(r)}
-        may = {limit for limit, until in self.touched_until.items() if until > now}
-        return len(must | set(limits)), len(may | set(limits))
-
-    @staticmethod
-    def _limits_held(reservation: Reservation) -> tuple[Limit, ...]:
-        return reservation.limits if reservation.state == "reserved" else ()
+    def _note_id(self, until: int) -> None:
+        self.noted[(until // IDS_SLICE + 1) * IDS_SLICE] += 1
 
     def record(self, now: int, event: str, at: int, count: int, limits: tuple[Limit, ...]) -> str:
         """Count a reported event once."""
         if event in self.known:
             return "KNOWN"
-        if not self.may_count():
+        if not self.may_count(now):
             return "TOO_MANY_EVENTS"
         self._count(now, event, at, count, limits)
+        self._note_id(self.known[event])
         return "COUNTED"
 
     def _count(
@@ -175,6 +173,8 @@ class Model:
     def reserve(self, name: str, reservation: Reservation) -> None:
         """Take room that there is."""
         self.reservations[name] = reservation
+        longest = max((limit.window for limit in reservation.limits), default=0)
+        self._note_id(reservation.expires + longest + DAY)
         for limit in reservation.limits:
             self._touch(limit, reservation.expires)
 

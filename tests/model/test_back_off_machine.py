@@ -626,11 +626,14 @@ class BackOffMachine(RuleBasedStateMachine):
 
     # Events ------------------------------------------------------------------
 
-    def _record(self, event: dict[str, Any], limits: tuple[Limit, ...]) -> str:
+    def _record(
+        self, event: dict[str, Any], limits: tuple[Limit, ...], token: str = next(iter(TOKENS))
+    ) -> str:
         name = f"event-{next(self.counter)}"
         cause = {"job": "a job", "host": "web1", "user": "", "status": 400}
         entry = {
             "id": name,
+            "token": token,
             "age_us": 0,
             "count": 1,
             "budgets": specs(limits),
@@ -659,16 +662,16 @@ class BackOffMachine(RuleBasedStateMachine):
         """A call of a holder met an error."""
         job = [held.asker.job] if held.asker.job else []
         token = held.asker.token
-        self._err(token, place, count, age, [*job, f"{token}:{held.number}"])
+        self._err(token, place, count, age, [*job, str(held.number)])
 
     def _err(
         self, token: str, place: Place, count: int = 1, age: int = 0, touched: Collection[str] = ()
     ) -> None:
         limits = (ERRORS[token, place],)
-        error = {"token": token, "place": place, "touched": list(touched)}
-        name = self._record({"age_us": age, "count": count, "error": error}, limits)
-        at = self.now - age
-        self.model.record(name, at, count, limits, token, place, touched, error=True)
+        error = {"place": place, "touched": list(touched)}
+        name = self._record({"age_us": age, "count": count, "error": error}, limits, token)
+        at, known = self.now - age, [f"{token}:{who}" for who in touched]
+        self.model.record(name, at, count, limits, token, place, known, error=True)
         self._check()
 
     @rule(token=names, place=places, count=st.sampled_from([1, 2, 4]), age=ages, call=rather)
@@ -709,6 +712,8 @@ class BackOffMachine(RuleBasedStateMachine):
             "factor": RULE.factor,
             "most_us": RULE.most,
             "forget_us": RULE.forget,
+            "by": "main",
+            "for_app": True,
         }
         event = self._record({"age_us": age, "block": told}, ())
         self.model.record(event, at, 1, (), error=False)

@@ -75,8 +75,8 @@ def test_who_waits_for_room_looks_now_and_then() -> None:
 
 def test_other_errors_are_final() -> None:
     """What is wrong is not asked again."""
-    with pytest.raises(errors.TooManyBudgets):
-        reserving(60).failed(errors.TooManyBudgets("x", retry_after_seconds=60), 0)
+    with pytest.raises(errors.TooManyEvents):
+        reserving(60).failed(errors.TooManyEvents("x", retry_after_seconds=60), 0)
 
 
 def test_what_is_refused_took_no_room() -> None:

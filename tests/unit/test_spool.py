@@ -442,6 +442,19 @@ def test_more_than_may_wait_are_merged(
     assert all(one.age_ns(Moment.now()) < 60 * SECOND for one in left)
 
 
+def test_blocks_that_are_merged_keep_their_proof(
+    spool: Spool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof of a lease belongs to the id of one event, and stays with it."""
+    monkeypatch.setattr(_spool, "MOST_EVENTS", 1)
+    block = budget_pb2.EVENT_KIND_BLOCK
+    spool.append(first := an_event(kind=block, lease_proof="first"))
+    spool.append(an_event(kind=block, lease_proof="second"))
+    spool.close()
+    left = [one.event for one, _ in Spool(folder).survey(print)]
+    assert [(one.id, one.lease_proof) for one in left] == [(first.id, "first")]
+
+
 def test_what_was_sent_is_not_merged_into(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event that may have been counted is as it is: more in it would never count.
 

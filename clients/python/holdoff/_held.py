@@ -11,10 +11,11 @@ from holdoff import _calls
 from holdoff._core import LONGEST_SLEEP_SECONDS
 from holdoff._forks import Owner
 from holdoff._platform import boottime_ns
+from holdoff._proof import lease_proof, secret_hash
 from holdoff._recognise import recognise_answer
 from holdoff._timing import SECOND
 from holdoff.errors import LeaseEnded, LeaseLost
-from holdoff.v1 import lease_service_pb2
+from holdoff.v1 import budget_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from holdoff._core import Renewal, Renewals
     from holdoff._recognise import Headers
     from holdoff.errors import HoldoffError
-    from holdoff.v1 import budget_pb2, lease_pb2
+    from holdoff.v1 import lease_pb2
 
 log = logging.getLogger("holdoff")
 
@@ -159,8 +160,14 @@ class Held:
             event = _calls.error_event(where, status=status, job=job)
         else:
             return None
-        event.lease = self.name
+        self._vouch(event)
         return event
+
+    def _vouch(self, event: budget_pb2.Event) -> None:
+        """Say in a report, and prove, under which lease it was made."""
+        event.lease = self.name
+        if event.kind == budget_pb2.EVENT_KIND_BLOCK:
+            event.lease_proof = lease_proof(secret_hash(self._offer.secret), event.id)
 
     def _lose(self, error: LeaseLost) -> bool:
         """Take in that the lease is gone; return whether that was not known yet."""

@@ -263,7 +263,7 @@ class HeldLease(Held):
 
         Raises:
             Unavailable: The coordinator could not be told for some seconds.
-            TooManyBudgets: The app has too many different scopes.
+            TooManyEvents: The token has too many events to remember.
         """
         event = self._event_of(url, status, headers, body)
         if event is None:

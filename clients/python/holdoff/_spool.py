@@ -123,14 +123,14 @@ class Waiting:
         """Return what it has in common with those that may be counted together with it."""
         event = budget_pb2.Event()
         event.CopyFrom(self.event)
-        for field in ("id", "count", "age", "sent_age"):
+        for field in ("id", "lease_proof", "count", "age", "sent_age"):
             event.ClearField(field)
         return event.SerializeToString(deterministic=True)
 
     def with_another(self, other: Waiting) -> Waiting | None:
         """Count another one in, as if all had happened at the later time; None if too many."""
         event = other.due(other.written)
-        event.id = self.event.id
+        event.id, event.lease_proof = self.event.id, self.event.lease_proof
         if event.kind != budget_pb2.EVENT_KIND_BLOCK:  # of which the latest says it all
             event.count = (self.event.count or 1) + (event.count or 1)
         if event.count > MOST_COUNT:

@@ -398,8 +398,7 @@ class Client(Connection):
             TokenNotFound: There is no such token.
             EventTooOld: An event happened more than a day ago.
             InvalidRequest: An event is wrong; none of its hundred counts, nor any after them.
-            TooManyBudgets: The app has too many different scopes.
-            TooManyEvents: The app has too many events.
+            TooManyEvents: The token has too many events to remember.
         """
         return await self._report(events)
 
@@ -437,8 +436,7 @@ class Client(Connection):
             TokenNotFound: There is no such token.
             EventTooOld: It happened more than a day ago.
             InvalidRequest: An argument is wrong.
-            TooManyBudgets: The app has too many different scopes.
-            TooManyEvents: The app has too many events.
+            TooManyEvents: The token has too many events to remember.
             ValueError: `count` is not positive.
         """
         event = _calls.error_event(
@@ -697,7 +695,7 @@ class Client(Connection):
             BudgetSpent: There is no room within the wait; `retry_after_seconds` says when.
             TokenNotFound: There is no such token.
             InvalidRequest: An argument is wrong.
-            TooManyBudgets: The app has too many different scopes.
+            TooManyEvents: The token has too many events to remember.
             Unavailable: The coordinator could not be reached within the wait, nor for some
                 seconds.
             ValueError: `kind` is none of these, or `count` is not positive.

@@ -86,14 +86,8 @@ class CountsUnknown(BudgetSpent):
     REASON = "COUNTS_UNKNOWN"
 
 
-class TooManyBudgets(NotGranted):
-    """The app has too many different scopes to count."""
-
-    REASON = "TOO_MANY_BUDGETS"
-
-
 class TooManyEvents(NotGranted):
-    """The app has too many events to remember."""
+    """The token has more events than it may have remembered."""
 
     REASON = "TOO_MANY_EVENTS"
 

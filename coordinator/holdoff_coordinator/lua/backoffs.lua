@@ -9,7 +9,7 @@
 --
 -- Callers are requests for a lease, by their hash, and reservations.
 
-local BACK_OFFS_MOST = 1000 -- of an app; beyond, whole tokens are quiet
+local SHARE = 2 -- of what is free: so much of a store of the app one token may fill
 local PROBE_FOR = 60 * SECOND -- a probe that went on so long without an error succeeded
 local STEP_MOST, STEP_LEAST, SPREAD = SECOND / 5, SECOND * 0.06, 5 * SECOND
 local FORGET_US = 24 * 3600 * SECOND -- a back-off that nobody probed is over then
@@ -24,7 +24,8 @@ local function back_off_key(id) return SHARD .. ':backoff:' .. id end
 local function turns_key(id) return SHARD .. ':turns:' .. id end -- callers, in order
 -- Callers by when they asked; negative while another back-off holds them, too.
 local function callers_key(id) return SHARD .. ':callers:' .. id end
-local function touched_key(job) return SHARD .. ':touched:' .. job end -- places of a week
+-- Places of a week, of a job or a lease of a token.
+local function touched_key(token, who) return SHARD .. ':touched:' .. token .. ':' .. who end
 local function reservation_key(id) return SHARD .. ':reservation:' .. id end
 
 -- Lets a key live so much longer at least: what another script needs it for stays.
@@ -187,28 +188,48 @@ local function audit_back_off(kind, one, facts)
   }, true)
 end
 
--- Makes a scope quiet until an instant. `facts` has token, division, endpoint, cause
--- and what else is worth knowing.
-local function be_quiet(id, facts)
-  if not redis.call('ZSCORE', BACK_OFFS, id) and redis.call('ZCARD', BACK_OFFS) >= BACK_OFFS_MOST then
-    id, facts.division, facts.endpoint = 'many-' .. redis.sha1hex(facts.token), '', ''
-    facts.reason = 'too many scopes back off'
-    facts.until_us = math.max(facts.until_us, number(redis.call('HGET', back_off_key(id), 'until_us')))
+-- Whether a token that has so many of `most` things of its app may have another one: no more than
+-- a share of what all others leave free. So whatever one token does, there is room for the next.
+local function in_share(mine, all, most, share) return mine < share * (most - all) end
+
+local be_quiet
+
+do -- its own locals: Lua allows 200 in all
+  local BACK_OFFS_MOST = 1000 -- of an app; beyond a token's share of them, all of the token backs off
+
+  local function may_back_off(by)
+    local mine, all = 0, 0
+    for _, one in pairs(back_offs()) do
+      all = all + 1
+      if (one.from or one.token) == by then mine = mine + 1 end
+    end
+    return in_share(mine, all, BACK_OFFS_MOST, SHARE)
   end
-  local one = back_off_record(id)
-  if one.state == 'QUIET' and us(facts.until_us) == one.until_us then return end
-  if one.probe then give_up_turn(one.probe) end
-  for _, field in ipairs({'probe', 'went_first', 'reopened_us', 'erred_us', 'cleared_by', 'clear_reason'}) do
-    redis.call('HDEL', back_off_key(id), field)
-    one[field] = nil
+
+  -- Makes a scope quiet until an instant. `facts` has token, division, endpoint, cause, `from`, the
+  -- token whose job caused it, and what else is worth knowing.
+  function be_quiet(id, facts)
+    local by = facts.from or facts.token
+    if not redis.call('ZSCORE', BACK_OFFS, id) and not may_back_off(by) then
+      id, facts.token, facts.division, facts.endpoint = 'many-' .. redis.sha1hex(by), by, '', ''
+      facts.reason = 'too many scopes back off'
+      facts.until_us = math.max(facts.until_us, number(redis.call('HGET', back_off_key(id), 'until_us')))
+    end
+    local one = back_off_record(id)
+    if one.state == 'QUIET' and us(facts.until_us) == one.until_us then return end
+    if one.probe then give_up_turn(one.probe) end
+    for _, field in ipairs({'probe', 'went_first', 'reopened_us', 'erred_us', 'cleared_by', 'clear_reason'}) do
+      redis.call('HDEL', back_off_key(id), field)
+      one[field] = nil
+    end
+    local began = one.state ~= 'QUIET' or facts.cause == 'OPERATOR'
+    facts.state, facts.gained_us = 'QUIET', shard.gained_us or '0'
+    found[id], by_scope = one, nil
+    redis.call('ZADD', BACK_OFFS, us(facts.until_us), id)
+    back_off_changed(one, facts)
+    keep_back_off(one)
+    if began then audit_back_off('BACK_OFF_BEGAN', one, facts) end
   end
-  local began = one.state ~= 'QUIET' or facts.cause == 'OPERATOR'
-  facts.state, facts.gained_us = 'QUIET', shard.gained_us or '0'
-  found[id], by_scope = one, nil
-  redis.call('ZADD', BACK_OFFS, us(facts.until_us), id)
-  back_off_changed(one, facts)
-  keep_back_off(one)
-  if began then audit_back_off('BACK_OFF_BEGAN', one, facts) end
 end
 
 -- Callers -------------------------------------------------------------------
@@ -247,26 +268,26 @@ local function subject_to(token, places)
   return list
 end
 
--- Where a job, or the holder of a lease, erred within a week.
-local function touched(who)
+-- Where a job, or the holder of a lease, of a token erred within a week.
+local function touched(token, who)
   local function read()
-    local places = redis.call('ZRANGEBYSCORE', touched_key(who), us(now - TOUCHED_US), '+inf')
+    local places = redis.call('ZRANGEBYSCORE', touched_key(token, who), us(now - TOUCHED_US), '+inf')
     for i, place in ipairs(places) do places[i] = cjson.decode(place) end
     return places
   end
-  return spare('touched/' .. who, read) or {}
+  return spare('touched/' .. token .. ':' .. who, read) or {}
 end
 
 -- The places of a job's calls: those it declared, and for what it left open those
--- where jobs of its name erred within a week.
-local function places_of(declared, job)
+-- where jobs of its name erred within a week, with the same token.
+local function places_of(token, declared, job)
   local places = {{'', ''}}
   if not next(back_offs()) then return places end
   local erred
   for _, place in ipairs(declared and declared ~= '' and cjson.decode(declared) or {{'', ''}}) do
     places[#places + 1] = place
     if job and job ~= '' and (place[1] == '' or place[2] == '') then
-      erred = erred or touched(job)
+      erred = erred or touched(token, job)
       for _, one in ipairs(erred) do
         if (place[1] == '' or place[1] == one[1]) and (place[2] == '' or place[2] == one[2]) then
           places[#places + 1] = one
@@ -382,12 +403,14 @@ local function flat(record)
   return list
 end
 
--- A back-off for people: its record, and of a probe that is a lease the holder.
+-- A back-off for people: its record, and of a probe that is a lease the holder and the token.
 local function shown_back_off(one)
   local shown = flat(one)
   if one.probe and not one.probe:find(':') then
-    shown[#shown + 1] = 'probe_holder'
-    shown[#shown + 1] = redis.call('HGET', request_key(one.probe), 'holder') or ''
+    local holder, token = unpack(redis.call('HMGET', request_key(one.probe), 'holder', 'token'))
+    for _, value in ipairs({'probe_holder', holder or '', 'probe_token', token or ''}) do
+      shown[#shown + 1] = value
+    end
   end
   return shown
 end

@@ -2,22 +2,21 @@
 -- reserved, how much room is left, and what follows for the scope.
 --
 -- A budget is given as {id, limit, kind, most, margin, window_us, grain_us,
--- statuses, token, division, endpoint}, which the coordinator works out from
--- the policy. Its events are kept in a log of at most the window's length. A
+-- statuses, token, division, endpoint, by, coarser}, which the coordinator works
+-- out from the policy. `by` is the token whose event it is. `coarser` are the
+-- scopes, each {id, token, division, endpoint}, in which it counts instead where
+-- that token has opened too many: the last of them is the whole token. Its events are kept in a log of at most the window's length. A
 -- log that is exact has an entry an event; where the limit is large (grain_us
 -- above 0), or once it has LOG_MOST entries, events share the entry of a slice
 -- of time and count as if they happened at its end: never too few, and none
 -- longer than the window and one slice.
 
 local LOG_MOST = 2000 -- entries of their own a budget
-local BUDGETS_MOST = 10000 -- of an app: scopes with an event in their window
-local IDS_MOST = 500000 -- of an app, some 50 MB
 local OLDEST_US = 24 * 3600 * SECOND -- a report may be this old
 local RESERVED_MOST = 3600 * SECOND -- also in budgets.py
-local TOUCHED_MOST = 200 -- places a job
-local TOUCHERS_MOST = 10000 -- jobs and leases an app; the oldest are forgotten
 
 local BUDGETS = SHARD .. ':budgets' -- ids, by when nothing is left in the window
+local COARSE = SHARD .. ':coarse' -- the same of those that stand in for narrower ones
 local IDS = SHARD .. ':events' -- ids that were counted, by how long they are kept
 local RESERVATIONS = SHARD .. ':reservations' -- ids, by when they expire
 
@@ -25,6 +24,7 @@ local function budget_key(id) return SHARD .. ':budget:' .. id end
 local function log_key(id) return SHARD .. ':log:' .. id end
 local function weights_key(id) return SHARD .. ':weights:' .. id end
 local function reserved_key(id) return SHARD .. ':reserved:' .. id end -- `held`, by expiry
+local function scopes_key(token) return SHARD .. ':scopes:' .. token end -- as BUDGETS, of one token
 
 -- Lets a budget live so much longer at least. Its keys go together: a sum must
 -- not outlive what it is the sum of.
@@ -35,9 +35,13 @@ local function keep_budget(id, span_us)
 end
 
 -- Notes the first instant at which nothing of a budget is left.
-local function use_budget(id, until_us)
-  redis.call('ZADD', BUDGETS, 'GT', us(until_us), id)
-  keep(BUDGETS, until_us - now + CLOCK_SLACK)
+local function use_budget(id, until_us, by, coarse)
+  for key, wanted in pairs({[BUDGETS] = true, [COARSE] = coarse, [scopes_key(by or '')] = by}) do
+    if wanted then
+      redis.call('ZADD', key, 'GT', us(until_us), id)
+      keep(key, until_us - now + CLOCK_SLACK)
+    end
+  end
   keep_budget(id, until_us - now + CLOCK_SLACK)
 end
 
@@ -48,7 +52,7 @@ local function leave(id, budget)
   for _, entry in ipairs(entries) do redis.call('ZINCRBY', log_key(id), us(by), entry) end
   if #entries > 0 then
     put(budget_key(id), budget, {gained_us = shard.gained_us})
-    use_budget(id, now + number(budget.window_us) + number(budget.grain_us))
+    use_budget(id, now + number(budget.window_us) + number(budget.grain_us), nil, budget.coarse)
   end
   local latest = now + math.max(number(budget.grain_us), SECOND)
   for _, entry in ipairs(redis.call('ZRANGEBYSCORE', log_key(id), '(' .. us(latest), '+inf')) do
@@ -68,19 +72,28 @@ end
 
 local SPEC = {'limit', 'kind', 'most', 'margin', 'window_us', 'grain_us', 'token', 'division', 'endpoint'}
 
+-- Adds a token to the ten that are known to share a scope: to them its values are no secret.
+local function with_user(users, token)
+  if not users or users == '' then return token end
+  if (' ' .. users .. ' '):find(' ' .. token .. ' ', 1, true) then return users end
+  return select(2, users:gsub(' ', ' ')) < 9 and users .. ' ' .. token or users
+end
+
 -- A budget as it is at this instant, with what the policy says now if that is given.
 local function load_budget(id, spec)
   local budget = load(budget_key(id))
   for _, field in ipairs(spec and SPEC or {}) do
     budget[field] = type(spec[field]) == 'number' and us(spec[field]) or spec[field]
   end
+  if spec and spec.coarse then budget.coarse = '1' end
+  if spec and spec.by and spec.token == '' then budget.users = with_user(budget.users, spec.by) end
   if budget.limit then leave(id, budget) end
   return budget
 end
 
 local function save(id, budget, changes)
   for _, field in ipairs(SPEC) do changes[field] = budget[field] end
-  changes.gained_us = budget.gained_us
+  changes.gained_us, changes.coarse, changes.users = budget.gained_us, budget.coarse, budget.users
   put(budget_key(id), budget, changes)
   moved('budget ' .. id)
 end
@@ -118,23 +131,24 @@ local function room_at(id, budget, count)
   return now + number(budget.window_us) -- more than the budget ever allows
 end
 
-local cause -- who made the event that is counted now: {job, host, user, status}
+local cause -- who made the event that is counted now: {from, job, host, user, status}
 
 -- Makes the scope of a budget quiet once no room is left short of the margin,
 -- whatever is reserved: until so many events have left that there is room for one.
 local function check_spent(id, budget)
-  local over = number(budget.used) - (number(budget.most) - number(budget.margin)) + 1
-  if over <= 0 then return end
-  local until_us = now
-  for _, entry in ipairs(redis.call('ZRANGE', log_key(id), 0, -1)) do
-    over = over - number(redis.call('HGET', weights_key(id), entry) or '1')
-    until_us = number(redis.call('ZSCORE', log_key(id), entry)) + number(budget.window_us) + 1
-    if over <= 0 then break end
+  local allowed, until_us = number(budget.most) - number(budget.margin), now
+  if number(budget.used) < allowed then return end
+  local entries = redis.call('ZRANGE', log_key(id), -allowed, -1, 'WITHSCORES')
+  for i = #entries - 1, 1, -2 do -- from the newest on: what came before the last one allowed must leave
+    allowed = allowed - number(redis.call('HGET', weights_key(id), entries[i]) or '1')
+    until_us = number(entries[i + 1]) + number(budget.window_us) + 1
+    if allowed <= 0 then break end
   end
   local one = back_off_record(id)
   local facts = {
     token = budget.token, division = budget.division, endpoint = budget.endpoint,
-    cause = 'SPENT', kind = budget.kind, limit = budget.limit, reason = '',
+    cause = 'SPENT', kind = budget.kind, limit = budget.limit, users = budget.users,
+    reason = budget.coarse and 'too many scopes to count each' or '',
     since_us = one.state == 'QUIET' and number(one.since_us) or now, until_us = until_us,
     -- Of calls and token requests it is known when there is room: nobody has to try.
     probes = budget.kind == 'ERROR' and '1' or '',
@@ -157,7 +171,7 @@ local function log_event(spec, event, at, count)
   end
   redis.call('ZADD', log_key(id), us(stamped), entry)
   save(id, budget, {used = number(budget.used) + count, last_us = math.max(number(budget.last_us), at)})
-  use_budget(id, stamped + spec.window_us + 1)
+  use_budget(id, stamped + spec.window_us + 1, spec.by, spec.coarse)
   check_spent(id, budget)
   return entry
 end
@@ -180,21 +194,83 @@ local function move_event(spec, event, entry, counted, to, count)
   log_event(spec, event, to, count)
 end
 
--- Whether the app has room for these budgets; forgets those with an empty window.
-local function may_open(specs)
-  redis.call('ZREMRANGEBYSCORE', BUDGETS, '-inf', us(sure))
-  local fresh = 0
-  for _, spec in ipairs(specs) do
-    if not redis.call('ZSCORE', BUDGETS, spec.id) then fresh = fresh + 1 end
+local counted_in
+
+do -- its own locals: Lua allows 200 in all
+  local BUDGETS_MOST = 10000 -- of an app: scopes with an event in their window, beside whole tokens
+
+  local function size(key)
+    redis.call('ZREMRANGEBYSCORE', key, '-inf', us(sure))
+    return redis.call('ZCARD', key)
   end
-  return redis.call('ZCARD', BUDGETS) + fresh <= BUDGETS_MOST
+
+  -- The budget in which an event of `spec` counts: its own, or where its token has opened too many,
+  -- or counts coarser already, a coarser one. So all of a scope that is in its window is in one
+  -- budget: once a coarser one is used, no narrower one is opened before it is empty.
+  function counted_in(spec)
+    local all = size(BUDGETS)
+    if not (spec.coarser and spec.coarser[1]) or redis.call('ZSCORE', BUDGETS, spec.id) then return spec end
+    local wanted
+    size(COARSE)
+    for _, one in ipairs(spec.coarser) do
+      if not wanted and redis.call('ZSCORE', COARSE, one.id) then wanted = one end
+    end
+    if not wanted then
+      local mine = size(scopes_key(spec.by))
+      if in_share(mine, all, BUDGETS_MOST, SHARE) then return spec end
+      for i, one in ipairs(spec.coarser) do
+        local fits = i == #spec.coarser or in_share(mine, all, BUDGETS_MOST, 2 * SHARE)
+        if not wanted and fits then wanted = one end
+      end
+    end
+    local coarse = {coarse = '1'}
+    for _, fields in ipairs({spec, wanted}) do
+      for field, value in pairs(fields) do coarse[field] = value end
+    end
+    coarse.coarser = nil
+    return coarse
+  end
 end
 
-local function may_count() return redis.call('ZCARD', IDS) + redis.call('ZCARD', RESERVATIONS) < IDS_MOST end
+local may_count, keep_id
+
+do -- its own locals: Lua allows 200 in all
+  local IDS_MOST = 500000 -- of an app, some 50 MB
+  local IDS_SLICE = 3 * 3600 * SECOND -- how exactly it is known until when they are kept
+
+  local kept_ids = {} -- how many ids of each token are kept
+
+  local function ids_of(token)
+    local key = SHARD .. ':ids:' .. token
+    if not kept_ids[token] then
+      local sum = 0
+      for slice, count in pairs(load(key)) do
+        if number(slice) > sure then sum = sum + number(count) else redis.call('HDEL', key, slice) end
+      end
+      kept_ids[token] = sum
+    end
+    return kept_ids[token], key
+  end
+
+  -- Whether the app has room for another event of a token.
+  function may_count(token)
+    local all = redis.call('ZCARD', IDS) + redis.call('ZCARD', RESERVATIONS)
+    return in_share(ids_of(token), all, IDS_MOST, 2 * SHARE)
+  end
+
+  -- Notes that an id of a token is kept for so long.
+  function keep_id(token, kept)
+    local sum, key = ids_of(token)
+    redis.call('HINCRBY', key, us((math.floor((now + kept) / IDS_SLICE) + 1) * IDS_SLICE), 1)
+    keep(key, kept + 2 * IDS_SLICE)
+    kept_ids[token] = sum + 1
+  end
+end
 
 -- Counts an event in its budgets, once, however many there are. Returns the
--- entries that have it, by budget; nil if it was counted before.
-local function count_once(event, at, count, specs)
+-- entries that have it, by budget; nil if it was counted before. The id of a
+-- reservation was noted with it: then there is no token.
+local function count_once(event, at, count, specs, token)
   if redis.call('ZSCORE', IDS, event) then return end
   local kept, entries = OLDEST_US, {}
   for _, spec in ipairs(specs) do
@@ -203,15 +279,16 @@ local function count_once(event, at, count, specs)
   end
   redis.call('ZADD', IDS, us(now + kept), event)
   keep(IDS, kept)
+  if token then keep_id(token, kept) end
   return entries
 end
 
--- Counts a reported event if the app has room for it. Returns how that went.
-local function count_event(event, at, count, specs)
+-- Counts a reported event if its token has room for it. Returns how that went.
+local function count_event(event, at, count, specs, token)
   if redis.call('ZSCORE', IDS, event) then return 'KNOWN' end
-  if not may_count() then return 'TOO_MANY_EVENTS' end
-  if not may_open(specs) then return 'TOO_MANY_BUDGETS' end
-  count_once(event, at, count, specs)
+  if not may_count(token) then return 'TOO_MANY_EVENTS' end
+  for i, spec in ipairs(specs) do specs[i] = counted_in(spec) end
+  count_once(event, at, count, specs, token)
   return 'COUNTED'
 end
 
@@ -245,6 +322,7 @@ local function expire_reservations()
     if reservation.state == 'reserved' then
       local specs, count = cjson.decode(reservation.budgets), number(reservation.count)
       local expired = number(reservation.expires_us)
+      cause = {from = reservation.token}
       release_room(id, specs, count)
       put(reservation_key(id), reservation, {
         state = 'expired', at_us = expired, counted_us = now,
@@ -261,49 +339,80 @@ local function expire_reservations()
   end
 end
 
--- Remembers for a week where a job, or the holder of a lease, erred.
-local function touch(who, place)
-  local key = touched_key(who)
+-- Remembers for a week where a job, or the holder of a lease, of a token erred.
+local function touch(token, who, place)
+  local TOUCHED_MOST = 200 -- places a job
+  local TOUCHERS_MOST = 500 -- jobs and leases a token; the oldest are forgotten
+  local key = touched_key(token, who)
   redis.call('ZADD', key, us(now), cjson.encode(place))
   redis.call('ZREMRANGEBYSCORE', key, '-inf', '(' .. us(now - TOUCHED_US))
   redis.call('ZREMRANGEBYRANK', key, 0, -TOUCHED_MOST - 1)
   keep(key, TOUCHED_US + SECOND)
-  local touchers = SHARD .. ':touchers'
+  local touchers = SHARD .. ':touchers:' .. token
   redis.call('ZADD', touchers, us(now), who)
   keep(touchers, TOUCHED_US + SECOND)
   while redis.call('ZCARD', touchers) > TOUCHERS_MOST do
-    redis.call('DEL', touched_key(redis.call('ZPOPMIN', touchers)[1]))
+    redis.call('DEL', touched_key(token, redis.call('ZPOPMIN', touchers)[1]))
   end
 end
 
--- The provider blocks or throttles. What is met during a block, or by a call that was
--- sent before it ended, prolongs it at most to the instant that is named; what is met
--- after it is another one, and longer.
-local function block(event, at)
-  local told = event.block
-  local one = back_off_record(told.id)
-  local ended = number(one.until_us)
-  local sent = told.sent_age_us >= 0 and math.min(at, now - told.sent_age_us) or at
-  local named = told.retry_after_us >= 0 and at + math.min(told.retry_after_us, told.most_us)
-  local facts = {
-    token = told.token, division = told.division, endpoint = told.endpoint,
-    cause = 'BLOCKED', kind = '', reason = told.reason, probes = '1', forget_us = told.forget_us,
-  }
-  for field, value in pairs(cause) do facts[field] = value end
-  if one.until_us and sent < ended then
-    if not named or named <= ended then return end
-    facts.since_us, facts.until_us, facts.repeats = number(one.since_us), named, number(one.repeats)
-  else
-    facts.repeats = one.until_us and at - ended <= told.forget_us and number(one.repeats) + 1 or 1
-    facts.since_us = at
-    facts.until_us = named or at + math.floor(math.min(told.most_us, told.first_us * told.factor ^ (facts.repeats - 1)))
+local block
+
+do -- its own locals: Lua allows 200 in all
+  local UNCONFIRMED = 300 * SECOND -- also in docs/operating.md
+
+  -- The provider blocks or throttles a scope. What is met during a block, or by a call that was
+  -- sent before it ended, prolongs it at most to the instant that is named; what is met
+  -- after it is another one, and longer. `claim` is the token that alone says so of a scope which
+  -- others share: it stops them for UNCONFIRMED at most, until a report without a claim confirms it.
+  local function block_scope(told, id, scope, at, claim)
+    local one = back_off_record(id)
+    local ended, most = number(one.until_us), claim and math.min(told.most_us, UNCONFIRMED) or told.most_us
+    local sent = told.sent_age_us >= 0 and math.min(at, now - told.sent_age_us) or at
+    local named = told.retry_after_us >= 0 and at + math.min(told.retry_after_us, most)
+    local facts = {
+      token = scope.token, division = scope.division, endpoint = scope.endpoint,
+      cause = 'BLOCKED', kind = '', reason = told.reason, probes = '1', forget_us = told.forget_us,
+      claim = claim or '', users = with_user(one.users, told.by),
+    }
+    for field, value in pairs(cause) do facts[field] = value end
+    local function length(repeats) return math.floor(math.min(most, told.first_us * told.factor ^ (repeats - 1))) end
+    if one.until_us and sent < ended then
+      local confirms = not claim and one.claim and one.claim ~= ''
+      local until_us = named or (confirms and at + length(number(one.repeats)))
+      if confirms then put(back_off_key(id), one, {claim = ''}) end
+      if not until_us or until_us <= ended then return end
+      facts.since_us, facts.until_us, facts.repeats = number(one.since_us), until_us, number(one.repeats)
+    else
+      facts.repeats = one.until_us and at - ended <= told.forget_us and number(one.repeats) + 1 or 1
+      facts.since_us = at
+      facts.until_us = named or at + length(facts.repeats)
+    end
+    if facts.until_us > now then
+      be_quiet(id, facts)
+    else -- it is over already, and is remembered
+      if not found[id] then facts.state = 'OVER' end
+      put(back_off_key(id), one, facts)
+      keep_back_off(one)
+    end
   end
-  if facts.until_us > now then
-    be_quiet(told.id, facts)
-  else -- it is over already, and is remembered
-    if not found[told.id] then facts.state = 'OVER' end
-    put(back_off_key(told.id), one, facts)
-    keep_back_off(one)
+
+  -- Whether a lease of a token was held at an instant.
+  local function was_held(token, lease_id, at)
+    local lease = lease_id and load(lease_key(token, lease_id)) or {}
+    return lease.accepted_us and number(lease.accepted_us) <= at and at <= number(lease.ended_us or lease.expires_us)
+  end
+
+  -- What a reported block makes quiet: the policy's scope, if it is the token's own, or the reporter
+  -- may speak for the whole app. Else it is the token, and with it, where a holder of the token
+  -- reports, the policy's scope: once, as a claim, or for good where another token claimed it.
+  function block(told, at)
+    if told.token ~= '' or told.for_app then return block_scope(told, told.id, told, at) end
+    block_scope(told, told.own, {token = told.by, division = '', endpoint = ''}, at)
+    if not was_held(told.by, told.lease, at) then return end
+    local one = back_off_record(told.id)
+    local claim = at - number(one.until_us) <= told.forget_us and one.claim or ''
+    if claim ~= told.by then block_scope(told, told.id, told, at, claim == '' and told.by or nil) end
   end
 end
 

@@ -12,6 +12,7 @@ local specs, count = cjson.decode(reservation.budgets), number(reservation.count
 local at = math.max(now - number(ARGV[10]), number(reservation.reserved_us))
 
 back_offs() -- while its probe is still one
+cause = {from = reservation.token}
 
 local function counts(spec)
   if spec.kind ~= 'ERROR' or status == '0' then return true end

@@ -39,8 +39,8 @@ end
 -- runs has refreshed already, so that those of token requests are not among them.
 local function back_offs_of_holder(id, lease_id, lease)
   local request, subject = load(request_key(lease.request)), {}
-  local places = places_of(request.places, request.job)
-  for _, place in ipairs(touched(id .. ':' .. lease_id)) do places[#places + 1] = place end
+  local places = places_of(id, request.places, request.job)
+  for _, place in ipairs(touched(id, lease_id)) do places[#places + 1] = place end
   for _, one in ipairs(subject_to(id, places)) do
     if one.kind ~= 'TOKEN_REQUEST' then subject[#subject + 1] = one end
   end
@@ -130,7 +130,7 @@ local function walk_queue(id, visit)
 end
 
 local function back_offs_of(request)
-  return subject_to(request.token, places_of(request.places, request.job))
+  return subject_to(request.token, places_of(request.token, request.places, request.job))
 end
 
 -- The queue of a token at this instant: its length, and by request hash the

@@ -7,7 +7,7 @@ local function show(one) list[#list + 1] = shown_back_off(one) end
 if ARGV[7] == '' then
   for _, one in pairs(back_offs()) do spare('backOffs/' .. one.id, show, one) end
 else
-  for _, one in ipairs(subject_to(ARGV[7], places_of(ARGV[8], ARGV[9]))) do
+  for _, one in ipairs(subject_to(ARGV[7], places_of(ARGV[7], ARGV[8], ARGV[9]))) do
     spare('backOffs/' .. one.id, show, one)
   end
 end

@@ -1,22 +1,28 @@
 -- Counts events, each once, and makes quiet what has to be.
--- ARGV 7   JSON: {id, age_us, count, budgets, shown, error, block, cause} an event.
---         `shown` is kept for people. `error` is {token, place, touched}: where an
+-- ARGV 7   JSON: {id, token, age_us, count, budgets, shown, error, block, cause} an event.
+--         `shown` is kept for people. `error` is {place, touched}: where an
 --         error or a block was met, and for whom that is remembered. `block` is {id, token, division,
 --         endpoint, reason, retry_after_us, sent_age_us, first_us, factor, most_us,
---         forget_us}, -1 for what was not told. `cause` is {job, host, user, status}.
--- Answers one word an event: COUNTED, KNOWN, TOO_MANY_EVENTS or TOO_MANY_BUDGETS.
+--         forget_us, by, own, for_app, lease}, -1 for what was not told: `own` is the id where it holds
+--         the token `by` alone, `for_app` says that the reporter may speak for the app, and `lease` is
+--         that of the token which the reporter proved to have. `cause` is {job, host, user, status}.
+-- Answers one word an event: COUNTED, KNOWN, or TOO_MANY_EVENTS of its token.
+local ERRORS_MOST = 200 -- that a token is remembered by
 expire_reservations()
 
 -- What else follows from an event that was counted.
 local function take_in(event, at)
   if event.error then
-    probes_err(event.error.token, event.error.place, at)
-    for _, who in ipairs(event.error.touched) do touch(who, event.error.place) end
+    probes_err(event.token, event.error.place, at)
+    for _, who in ipairs(event.error.touched) do touch(event.token, who, event.error.place) end
   end
-  if event.block then block(event, at) end
+  if event.block then block(event.block, at) end
   if event.shown ~= '' then
-    redis.call('XADD', SHARD .. ':errors', 'MAXLEN', '~', 1000, '*', 'at_us', us(at), 'event', event.shown)
-    keep(SHARD .. ':errors', TOUCHED_US)
+    local errors, erring = SHARD .. ':errors:' .. event.token, SHARD .. ':erring'
+    redis.call('XADD', errors, 'MAXLEN', '~', ERRORS_MOST, '*', 'at_us', us(at), 'event', event.shown)
+    redis.call('ZADD', erring, us(now), event.token)
+    redis.call('ZREMRANGEBYSCORE', erring, '-inf', us(now - TOUCHED_US))
+    for _, key in ipairs({errors, erring}) do keep(key, TOUCHED_US) end
   end
 end
 
@@ -24,7 +30,8 @@ local answers = {}
 for i, event in ipairs(cjson.decode(ARGV[7])) do
   local at = now - event.age_us
   cause = event.cause
-  answers[i] = count_event(event.id, at, event.count, event.budgets)
+  cause.from = event.token
+  answers[i] = count_event(event.id, at, event.count, event.budgets, event.token)
   if answers[i] == 'COUNTED' then spare('events/' .. event.id, take_in, event, at) end
 end
 return reply('OK', answers)

@@ -21,9 +21,10 @@ local wait = not age and wait_of(caller, quiet, false)
 if wait then return reply('BACKING_OFF', us(wait.start), shown_back_off(wait.back_off)) end
 
 local specs, budgets, spent = cjson.decode(ARGV[11]), {}, {}
-if not may_count() then return reply('TOO_MANY_EVENTS') end
-if not may_open(specs) then return reply('TOO_MANY_BUDGETS') end
+if not may_count(ARGV[13]) then return reply('TOO_MANY_EVENTS') end
 for i, spec in ipairs(specs) do
+  spec = counted_in(spec)
+  specs[i] = spec
   budgets[i] = load_budget(spec.id, spec)
   if not age and count > room(budgets[i]) then spent[#spent + 1] = shown_budget(spec.id, budgets[i], count) end
 end
@@ -38,14 +39,15 @@ local expires = age and math.max(reserved + ttl, now + RESTORED_FOR) or now + tt
 for i, spec in ipairs(specs) do
   save(spec.id, budgets[i], {reserved = number(budgets[i].reserved) + count})
   redis.call('ZADD', reserved_key(spec.id), us(expires), held(id, count))
-  use_budget(spec.id, expires + spec.grain_us + spec.window_us + 1)
+  use_budget(spec.id, expires + spec.grain_us + spec.window_us + 1, spec.by, spec.coarse)
   longest = math.max(longest, spec.window_us)
 end
 put(reservation_key(id), reservation, {
-  fingerprint = ARGV[8], caller = ARGV[12], state = 'reserved', count = count, budgets = ARGV[11],
+  fingerprint = ARGV[8], caller = ARGV[12], state = 'reserved', count = count, budgets = cjson.encode(specs),
   reserved_us = reserved, expires_us = expires, token = ARGV[13], place = ARGV[14],
 })
 if not age then go(caller, quiet) end
 redis.call('ZADD', RESERVATIONS, us(expires), id)
 for _, key in ipairs({reservation_key(id), RESERVATIONS}) do keep(key, expires - now + longest + OLDEST_US) end
+keep_id(ARGV[13], expires - now + longest + OLDEST_US)
 return reply('OK', 'reserved', us(expires), age and '1' or '')

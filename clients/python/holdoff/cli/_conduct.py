@@ -184,7 +184,8 @@ class Conduct:
                         token=self._token, division=place[0], endpoint=place[1]
                     )
                     spent = f"the budget {limit!r} of {_where(scope)} is spent"
-            event.lease = self._lease.name if self._lease else ""
+            if self._lease:
+                self._lease._vouch(event)  # noqa: SLF001 - one package
             events.append(event)
             if spent and self._own_count_at is None:
                 self._own_count_at, self._own_words = time.monotonic(), spent

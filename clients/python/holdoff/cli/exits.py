@@ -114,7 +114,6 @@ _REMEDIES: Final = {
     "BUDGET_SPENT": "until when: holdoff budget list apps/{app} --state spent",
     "BACKING_OFF": "why, and until when: holdoff explain {about}; to wait for it: --wait 2h",
     "COUNTS_UNKNOWN": "why: holdoff quarantine show {app}; it is over by itself",
-    "TOO_MANY_BUDGETS": "what is counted: holdoff budget list apps/{app}",
     "TOO_MANY_EVENTS": "what is counted: holdoff budget list apps/{app}; the oldest events expire",
     "LEASE_LOST": "what happened: holdoff token history {token}",
     "LEASE_BROKEN": "who has it now: holdoff watch {token}",

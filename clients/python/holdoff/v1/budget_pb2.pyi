@@ -358,6 +358,7 @@ class Event(_message.Message):
     SENT_AGE_FIELD_NUMBER: _builtins.int
     THROTTLE_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    LEASE_PROOF_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """A UUID version 4 that names this event: reported again, it counts once."""
     kind: Global___EventKind.ValueType
@@ -373,6 +374,12 @@ class Event(_message.Message):
     lease: _builtins.str
     """The lease under which it happened, so that its holder is told when the
     scope backs off: `apps/{app}/tokens/{token}/leases/{lease}`.
+    """
+    lease_proof: _builtins.str
+    """Of a block: proof that the reporter holds that lease. It is the HMAC-SHA-256
+    of the event's `id`, whose key is the SHA-256 of the lease's secret; both in
+    lower-case hexadecimal. Without it, or the role `reporter` on the whole app,
+    a block holds only the token, also where the policy's block is app-wide.
     """
     @_builtins.property
     def scope(self) -> Global___Scope:
@@ -412,10 +419,11 @@ class Event(_message.Message):
         sent_age: _duration_pb2.Duration | None = ...,
         throttle: _builtins.str = ...,
         lease: _builtins.str = ...,
+        lease_proof: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "holder", b"holder", "retry_after", b"retry_after", "scope", b"scope", "sent_age", b"sent_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "count", b"count", "holder", b"holder", "id", b"id", "kind", b"kind", "lease", b"lease", "retry_after", b"retry_after", "scope", b"scope", "sent_age", b"sent_age", "status", b"status", "throttle", b"throttle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "count", b"count", "holder", b"holder", "id", b"id", "kind", b"kind", "lease", b"lease", "lease_proof", b"lease_proof", "retry_after", b"retry_after", "scope", b"scope", "sent_age", b"sent_age", "status", b"status", "throttle", b"throttle"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

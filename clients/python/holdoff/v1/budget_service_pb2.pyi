@@ -496,8 +496,9 @@ class ExplainRequest(_message.Message):
     SCOPE_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     job: _builtins.str
-    """The name of the job. Where the scope has no endpoint, the scopes where jobs
-    of this name caused errors in the last week are considered too.
+    """The name of the job. Where the scope has a token and no endpoint, the scopes
+    where jobs of this name and token caused errors in the last week are
+    considered too.
     """
     @_builtins.property
     def scope(self) -> _budget_pb2.Scope:
