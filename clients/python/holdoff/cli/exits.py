@@ -144,6 +144,8 @@ _REMEDIES: Final = {
     "affected. What to do: deploy/RUNBOOK.md, HoldoffStoreAway",
     "SCHEMA_TOO_NEW": "upgrade the coordinator at {endpoint}, or use a newer one: --endpoint "
     "HOST:PORT",
+    "ACCESS_FILE_MISSING": "restore that file, or its permissions, at the coordinator {endpoint}: "
+    "it is read again by itself",
     "DRAINING": "it stops or restarts, and positions are kept: try again in a moment",
     "WAITER_SILENT": "was this host suspended or offline? Try again: the position is lost",
     "INTERNAL": "a fault of Holdoff: see the coordinator's log at this time, and report it",
