@@ -190,6 +190,7 @@ class GuardedService(TlsService):
                 _, text, _ = await Credentials(client).issue(identity, life_seconds, "admin@host")
             finally:
                 await client.aclose()
+            path.touch(0o600)
             path.write_text(f"{text}\n")
 
         with ThreadPoolExecutor(1) as thread:  # the test may have a loop of its own
@@ -417,6 +418,32 @@ def test_credentials_come_and_go(service: GuardedService) -> None:
     for file in service.data_dir.rglob("*"):
         if file.is_file():
             assert secret.split("_", 2)[2].encode() not in file.read_bytes()
+
+
+def test_a_credential_goes_where_only_its_owner_looks(service: GuardedService) -> None:
+    """To a new file, or to a standard output that was asked for; else nothing is issued.
+
+    Fails when a file or a link that exists is written to, when a credential is issued that goes
+    nowhere, and when its file stays although none was issued.
+    """
+    known = service.token("list").stdout
+    target, link = service.folder / "target", service.folder / "link"
+    target.write_text("theirs")
+    link.symlink_to(service.folder / "planted")
+    for options in ([], ["--output-file", str(target)], ["--output-file", str(link)]):
+        refused = service.token("issue", "viewer", *options)
+        assert (refused.exit_code, refused.stdout) == (64, ""), refused.stderr
+        assert "--output-file" in refused.stderr
+    assert service.token("issue", "dns:web1", "--output-file", "-").exit_code == 64
+    assert target.read_text() == "theirs"
+    assert not (service.folder / "planted").exists()
+    assert service.token("list").stdout == known
+    new = service.folder / "new.credential"
+    nowhere = ["--output-file", str(new), "--redis-url", "redis://127.0.0.1:1/0"]
+    assert coordinator_command("token", "issue", "viewer", *nowhere).exit_code == 69
+    assert not new.exists()
+    issued = service.token("issue", "viewer", "--output-file", "-")
+    assert issued.stdout.startswith("holdoff_")
 
 
 @pytest.mark.parametrize("life", ["0s", "0.9s", "-1h", "soon", ""])
