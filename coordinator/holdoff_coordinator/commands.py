@@ -21,6 +21,7 @@ import structlog
 from pydantic import ValidationError
 
 from holdoff._files import create
+from holdoff._text import printable, printable_lines
 from holdoff.durations import format_duration, parse_duration
 from holdoff.policies import PolicyError
 from holdoff_coordinator import tracing
@@ -40,7 +41,14 @@ from holdoff_coordinator.store import Access, Assumed, StoreError, check, connec
 from holdoff_coordinator.tls import Certificates, TlsError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+    from collections.abc import (
+        AsyncIterator,
+        Callable,
+        Coroutine,
+        Iterator,
+        Mapping,
+        MutableMapping,
+    )
     from pathlib import Path
 
     from holdoff.policies import Policy
@@ -163,7 +171,7 @@ def list_credentials(output: str, options: Options) -> None:
         line = "{id:12}  {issue_time:20}  {expire_time:20}  {identity}"
         heads = {key: key.removesuffix("_time").upper() for key in _CREDENTIAL_FIELDS}
         for row in (heads, *found):
-            click.echo(line.format(**row))
+            click.echo(printable(line.format(**row)))
 
     _with_credentials(work, options)
 
@@ -397,6 +405,14 @@ def _has_terminal() -> bool:
     return True
 
 
+def _harmless(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Escape what a terminal would obey: callers, the store and providers chose some of it."""
+    return {
+        printable(key): printable_lines(value) if isinstance(value, str) else value
+        for key, value in event.items()
+    }
+
+
 class _Logger:
     """Writes to standard error; once nobody reads that, the service goes on without its logs."""
 
@@ -443,6 +459,7 @@ def _configure_logs(log_format: LogFormat) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            _harmless,
             structlog.dev.ConsoleRenderer() if people else structlog.processors.JSONRenderer(),
             lambda _, level, line: with_priority(level, str(line)),
         ],

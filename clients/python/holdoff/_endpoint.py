@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from holdoff._text import printable, quoted
+from holdoff._text import quoted
 
 DEFAULT_ENDPOINT = "127.0.0.1:50051"
 ENDPOINT_VARIABLE = "HOLDOFF_ENDPOINT"
@@ -199,13 +199,11 @@ def _warn_of_readers(path: Path) -> None:
         stat = path.stat()
         readable = stat.st_mode & (0o044 if stat.st_uid == os.geteuid() else 0o004)
         if readable and path not in _warned:
-            import logging  # noqa: PLC0415 - for those who need the warning
+            from holdoff._log import log  # noqa: PLC0415 - for those who need the warning
 
             _warned.add(path)
-            name = printable(shlex.quote(str(path)))
-            logging.getLogger("holdoff").warning(
-                "holdoff: others can read the credential file %s: chmod 600 %s", name, name
-            )
+            name = shlex.quote(str(path))
+            log.warning("holdoff: others can read the credential file %s: chmod 600 %s", name, name)
 
 
 class CredentialFile:

@@ -188,6 +188,7 @@ def end(error: Exception) -> NoReturn:
             # Not Python's own 1, which under `run` would read as a warning of the command.
             import traceback  # noqa: PLC0415 - slow to import, and hardly ever needed
 
-            traceback.print_exception(error)
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                write_line(line)
             complain("this is a fault of Holdoff", "report it with all of the lines above")
             sys.exit(INTERNAL)
