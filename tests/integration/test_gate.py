@@ -108,7 +108,7 @@ def guarded(tmp_path: Path, valkey: Server) -> Iterator[Guarded]:
 def silent_streams(guarded: Guarded, metadata: Any) -> dict[str, Any]:
     """Open streams that have nothing more to say: a watch, a holder's and a waiter's."""
     leases = guarded.replica.leases
-    offer = leases.AcquireLease(ask(guarded.token), metadata=metadata).offer
+    offer = leases.AcquireLease(ask(guarded.token, ttl=3600.0), metadata=metadata).offer
     renewal = lease_service_pb2.RenewLeaseRequest(name=offer.lease.name, secret=offer.secret)
     leases.RenewLease(renewal, metadata=metadata)
     follow = lease_service_pb2.FollowLeaseRequest(name=offer.lease.name, secret=offer.secret)

@@ -487,12 +487,10 @@ MUTANTS = [
         f"{TESTS}/test_gate.py::test_streams_end_with_their_grant",
     ),
     Mutant(
-        "an error of the coordinator is harmless on a terminal",
-        *(
-            f"{CLIENT}/cli/_voice.py",
-            "click.echo(printable(line), err=True)",
-            "click.echo(line, err=True)",
-        ),
+        "what a coordinator says is harmless on a terminal",
+        f"{CLIENT}/cli/output.py",
+        "return Text(printable(value), style=",
+        "return Text(value, style=",
         "tests/unit/test_cli_hostile.py",
     ),
     Mutant(
