@@ -1,7 +1,7 @@
 """Who may do what: roles on apps and tokens, granted to identities by an access file. Pure.
 
     [[grants]]
-    identities = ["payroll-jobs", "spiffe://corp.example/payroll/*"]
+    identities = ["credential:payroll-jobs", "uri:spiffe://corp.example/payroll/*"]
     role = "holder"
     resources = ["apps/exact-nl/tokens/payroll-*"]
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 
+from holdoff._text import quoted
 from holdoff.names import AppName, TokenName
 from holdoff.v1 import (
     admin_service_pb2,
@@ -81,6 +82,13 @@ class Place:
 
 
 _ANY = "*"
+CERTIFIED_TYPES = ("dns", "email", "ip", "uri")
+"""The types of names (SAN) in a certificate."""
+CERTIFIED_BY = ("uri", "dns")
+"""Those that say who calls, unless an operator chooses others: a certificate has one for a service
+or a host. An address says little, and an e-mail address stands in certificates for other uses."""
+IDENTITY_TYPES = ("credential", *CERTIFIED_TYPES)
+"""An identity is its type, a colon and its name: names of two types are never the same."""
 
 
 class AccessError(ValueError):
@@ -96,7 +104,7 @@ class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A role for some identities on some apps or tokens; `*` and `?` stand for any characters."""
 
     identities: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=1000)], ...]
-    """Names of clients' certificates (their first SAN), or of credentials."""
+    """Names of credentials, or in clients' certificates, each with its type (`IDENTITY_TYPES`)."""
     role: Role
     resources: tuple[_Pattern, ...]
     """`apps/{app}` with all of its tokens, `apps/{app}/tokens/{token}`, or `*`."""
@@ -202,12 +210,23 @@ def read_access(path: Path) -> Sequence[Grant]:
         OSError: It cannot be read.
     """
     try:
-        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File).grants
+        text = path.read_text(encoding="utf-8")
+        grants = msgspec.convert(tomllib.loads(text), _File).grants
     except (msgspec.ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise AccessError(
             f'{path}: {error}; write [[grants]] with identities = ["…"], resources = '
             f'["apps/APP/tokens/TOKEN"] and a role: {", ".join(Role)}'
         ) from None
+    for name in (name for grant in grants for name in grant.identities):
+        if name.partition(":")[0] not in IDENTITY_TYPES:
+            lines = text.splitlines()
+            line = next((n for n, line in enumerate(lines, 1) if name in line.partition("#")[0]), 1)
+            raise AccessError(
+                f"{path}:{line}: the identity {quoted(name)} has no type: write "
+                f'"credential:{quoted(name)[1:-1]}" for a credential, or for a name in a client '
+                f"certificate its type: {', '.join(f'{one}:' for one in CERTIFIED_TYPES)}"
+            )
+    return grants
 
 
 def rights_of(identity: str, grants: Sequence[Grant]) -> Rights:

@@ -1,12 +1,19 @@
 """The audit trail: who did what, from where, when and why, as the store keeps it and as our log.
 
-What happens is added by the script in which it happens; calls that are refused, by the coordinator.
-Apps, credentials and refusals have streams of their own, each of bounded length.
+What happens is added by the script in which it happens; calls that are refused, and changes of the
+access file, by the coordinator. What operators did, what machines did, credentials and refusals
+have streams of their own, each of bounded length, so that none pushes out another. What one caller
+repeats becomes one entry with a count.
 """
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import binascii
 import re
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -15,8 +22,7 @@ from holdoff.v1 import admin_service_pb2, audit_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.records import audit_message
-from holdoff_coordinator.scripts import CREDENTIAL_CHANGES, REFUSALS, audit_key
-from holdoff_coordinator.seldom import Seldom
+from holdoff_coordinator.scripts import CREDENTIAL_CHANGES, REFUSALS, audit_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,8 +32,24 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+FIRST_WINDOW_SECONDS = 60.0
+LONGEST_WINDOW_SECONDS = 3600.0
+"""Refusals of one caller for one reason are added up for so long, twice as long each time."""
+_FLUSH_SECONDS = 1.0
 _LAST = (1 << 62, 0, "")
-_PAGE_TOKEN = re.compile(r"([0-9]{1,18})-([0-9]{1,18})/([a-z0-9{}:-]{1,100})")
+_POWER_OF_TEN = re.compile(rb"10*")
+_PLACE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})/([a-z0-9{}:-]{1,100})")
+
+
+@dataclass(slots=True)
+class _Repeated:
+    """Refusals that are not in the trail yet."""
+
+    window_seconds: float
+    until: float
+    count: int = 0
+    first_us: int = 0
+    last: Mapping[str, str] | None = None
 
 
 class AuditTrail:
@@ -35,9 +57,9 @@ class AuditTrail:
 
     def __init__(self, scripts: Scripts) -> None:
         self._scripts = scripts
-        self._refusals = Seldom()
+        self._repeated: dict[tuple[str, str], _Repeated] = {}
         self.on_event: Callable[[Mapping[bytes, bytes]], None] = lambda _: None
-        """Called with each entry that this replica added."""
+        """Called with each event that this replica saw."""
         scripts.on_audit = self._note
 
     async def list(
@@ -48,56 +70,106 @@ class AuditTrail:
         size = validation.page_size(request.page_size)
         before = _read_page_token(request.page_token)
         apps = [parent.app] if parent else await self._scripts.apps()
-        streams = [CREDENTIAL_CHANGES, REFUSALS, *map(audit_key, apps)]
+        streams = [CREDENTIAL_CHANGES, REFUSALS, *(key for app in apps for key in audit_keys(app))]
         found: list[tuple[tuple[int, int, str], Mapping[bytes, bytes]]] = []
         for stream in streams:
-            bound = f"{before[0]}-{before[1]}"
-            # One more than the page tells whether there is another; one is where that before ended.
+            newest = f"{before[0]}-{before[1]}"
+            # One more than the page tells whether there is another; what is older is on none.
+            oldest = f"{found[size][0][0]}-{found[size][0][1]}" if len(found) > size else "-"
+            # One is where the page before ended.
             with self._scripts.sparing(stream, "audit"):
-                for entry_id, flat in await self._scripts.audit_trail(stream, bound, size + 2):
-                    place = (*map(int, entry_id.split(b"-")), stream)
+                for entry in await self._scripts.audit_trail(stream, newest, oldest, size + 2):
+                    time_ms, sequence = map(int, entry[0].split(b"-"))
+                    place = time_ms, sequence, stream
                     if place < before:
-                        found.append((place, flat))  # type: ignore[arg-type] # of three
-        found.sort(key=lambda one: one[0], reverse=True)
-        events = [audit_message(place[0] * 1000, flat) for place, flat in found[:size]]
-        wanted = str(parent or "")
-        last = found[size - 1][0] if len(found) > size else None
+                        found.append((place, entry[1]))
+            found = sorted(found, key=lambda one: one[0], reverse=True)[: size + 1]
+        events = self._scripts.readable(
+            "", "audit", found[:size], lambda one: audit_message(one[0][0] * 1000, one[1])
+        )
+        wanted, kinds = str(parent or ""), frozenset(request.kinds)
         return admin_service_pb2.ListAuditEventsResponse(
             events=[
                 event
                 for event in events
-                if (not request.kinds or event.kind in request.kinds)
+                if (not kinds or event.kind in kinds)
                 and (not wanted or f"{event.resource}/".startswith(f"{wanted}/"))
             ],
-            next_page_token=f"{last[0]}-{last[1]}/{last[2]}" if last else "",
+            next_page_token=_page_token(found[size - 1][0]) if len(found) > size else "",
         )
 
     def _note(self, entry_id: bytes, flat: Mapping[bytes, bytes]) -> None:
-        _log(entry_id, flat)
+        if _POWER_OF_TEN.fullmatch(flat.get(b"count", b"1")):  # else it is one more of many
+            _log(entry_id, flat)
         self.on_event(flat)
 
     async def refused(self, caller: Caller, call: str, where: str, reason: str) -> None:
-        """Add a call that was refused, once a minute for the same one."""
-        host = caller.peer.rpartition(":")[0]
-        more = self._refusals.due((caller.identity, host, call, where, reason))
-        if more is None:
+        """Add a call that was refused; of what follows in a while only how many there were."""
+        entry = {
+            "kind": "CALL_REFUSED",
+            "resource": where,
+            "identity": caller.identity,
+            "peer": caller.peer,
+            "reason": f"{call}: {reason}",
+        }
+        self.on_event({b"kind": b"CALL_REFUSED", b"resource": b""})
+        key = caller.identity, reason
+        if known := self._repeated.get(key):
+            known.count += 1
+            known.first_us = known.first_us or time.time_ns() // 1000
+            known.last = entry
             return
-        repeated = f", and {more} more like it" if more else ""
+        self._repeated[key] = _Repeated(
+            FIRST_WINDOW_SECONDS, time.monotonic() + FIRST_WINDOW_SECONDS
+        )
+        await self._add(REFUSALS, entry)
+
+    async def access_changed(self, reason: str) -> None:
+        """Add that the access file was read again, or is of no use."""
+        self.on_event({b"kind": b"ACCESS_CHANGED", b"resource": b""})
+        entry = {"kind": "ACCESS_CHANGED", "resource": "", "reason": reason}
+        await self._add(CREDENTIAL_CHANGES, entry)
+
+    async def flush_forever(self) -> None:
+        """Add how many refusals there were, when their time is over."""
+        while True:
+            await asyncio.sleep(_FLUSH_SECONDS)
+            await self.flush(time.monotonic())
+
+    async def flush(self, now: float) -> None:
+        """Add the refusals whose time is over at an instant."""
+        for key, known in list(self._repeated.items()):
+            if now < known.until:
+                continue
+            if known.last is None:
+                del self._repeated[key]
+                continue
+            entry = {**known.last, "count": str(known.count), "first_us": str(known.first_us)}
+            longer = min(2 * known.window_seconds, LONGEST_WINDOW_SECONDS)
+            self._repeated[key] = _Repeated(longer, now + longer)
+            await self._add(REFUSALS, entry)
+
+    async def _add(self, stream: str, entry: Mapping[str, str]) -> None:
         try:
-            await self._scripts.refused(
-                resource=where,
-                identity=caller.identity,
-                peer=caller.peer,
-                reason=f"{call}: {reason}{repeated}",
-            )
+            entry_id = await self._scripts.add_audit(stream, entry)
         except Failure as failure:
-            log.warning("a refusal is not in the audit trail", why=failure.reason, call=call)
+            log.warning("an event is not in the audit trail", why=failure.reason, entry=entry)
+            return
+        _log(entry_id, {key.encode(): value.encode() for key, value in entry.items()})
+
+
+def _page_token(place: tuple[int, int, str]) -> str:
+    text = f"{place[0]}-{place[1]}/{place[2]}"
+    return base64.urlsafe_b64encode(text.encode()).decode()
 
 
 def _read_page_token(text: str) -> tuple[int, int, str]:
     if not text:
         return _LAST
-    match = _PAGE_TOKEN.fullmatch(text)
+    try:
+        match = _PLACE.fullmatch(base64.b64decode(text, altchars=b"-_", validate=True).decode())
+    except (ValueError, binascii.Error):
+        match = None
     if not match:
         raise validation.unknown_page_token(text)
     return int(match[1]), int(match[2]), match[3]
@@ -113,6 +185,7 @@ def _log(entry_id: bytes, flat: Mapping[bytes, bytes]) -> None:
         "host": event.holder.host,
         "user": event.holder.user,
         "reason": event.reason,
+        "count": event.count,
     }
     kind = audit_pb2.AuditKind.Name(event.kind).removeprefix("AUDIT_KIND_")
     words = kind.lower().replace("_", " ")

@@ -168,6 +168,12 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     "changes. [default: every caller may do everything]",
 )
 @click.option(
+    "--client-identity",
+    metavar="TYPES",
+    help="Which type of name (SAN) in a client certificate is the client's identity: some of dns, "
+    "email, ip and uri, the first that it has. [default: uri,dns]",
+)
+@click.option(
     "--insecure",
     is_flag=True,
     default=None,
@@ -245,7 +251,7 @@ def credentials() -> None:
     identity may do. The commands work directly on the store, also while coordinators use it: give
     them the same --data-dir or --redis-url. They never create a store.
 
-    Example: holdoff-coordinator token issue payroll-jobs
+    Example: holdoff-coordinator token issue payroll-jobs --output-file payroll.credential
     """
 
 
@@ -258,13 +264,22 @@ def credentials() -> None:
     show_default=True,
     help="How long it is valid; `never` for no expiry.",
 )
+@click.option(
+    "--output-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="New file for the credential, which only you can read; - is the standard output. "
+    "[default: the standard output, if it is a terminal]",
+)
 @_of_the_store
-def issue(identity: str, expires_in: str, **options: Any) -> None:
-    """Print a new credential. It is shown only once: the store keeps a hash of it.
+def issue(identity: str, expires_in: str, output_file: Path | None, **options: Any) -> None:
+    """Issue a new credential. It is written only once: the store keeps a hash of it.
 
-    Example: holdoff-coordinator token issue payroll-jobs --expires-in 90d
+    In the access file its identity is credential:IDENTITY.
+
+    Example: holdoff-coordinator token issue payroll-jobs --output-file payroll.credential
     """
-    _commands().issue(identity, expires_in, options)
+    _commands().issue(identity, expires_in, output_file, options)
 
 
 @credentials.command("revoke")

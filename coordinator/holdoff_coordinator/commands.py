@@ -14,16 +14,18 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 import structlog
 from pydantic import ValidationError
 
+from holdoff._files import create
+from holdoff._text import printable, printable_lines
 from holdoff.durations import format_duration, parse_duration
 from holdoff.policies import PolicyError
 from holdoff_coordinator import tracing
-from holdoff_coordinator.access import AccessError
+from holdoff_coordinator.access import IDENTITY_TYPES, AccessError
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.embedded import EmbeddedStore
 from holdoff_coordinator.exits import EX_CANNOT_SERVE, EX_USAGE, fail
@@ -32,13 +34,22 @@ from holdoff_coordinator.gate import AccessFile
 from holdoff_coordinator.journal import with_priority
 from holdoff_coordinator.policies import read_policies
 from holdoff_coordinator.restore import after_restore
+from holdoff_coordinator.seldom import Seldom
 from holdoff_coordinator.server import CannotListenError, Coordinator
 from holdoff_coordinator.settings import LogFormat, Settings
 from holdoff_coordinator.store import Access, Assumed, StoreError, check, connect, ensure_epoch
 from holdoff_coordinator.tls import Certificates, TlsError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+    from collections.abc import (
+        AsyncIterator,
+        Callable,
+        Coroutine,
+        Iterator,
+        Mapping,
+        MutableMapping,
+    )
+    from pathlib import Path
 
     from holdoff.policies import Policy
     from holdoff_coordinator.cluster import StoreClient
@@ -80,8 +91,16 @@ def hold_back(options: Options) -> None:
     _run(_hold_back(settings, store))
 
 
-def issue(identity: str, expires_in: str, options: Options) -> None:
-    """Print a new credential."""
+def issue(identity: str, expires_in: str, output_file: Path | None, options: Options) -> None:
+    """Write a new credential to a new file, or to the standard output."""
+    if output_file is None and not sys.stdout.isatty():
+        fail(
+            EX_USAGE,
+            "a credential is secret: name a new file for it with --output-file FILE, which only "
+            "you can read; or - for the standard output",
+        )
+    if identity.partition(":")[0] in IDENTITY_TYPES:
+        fail(EX_USAGE, "IDENTITY: leave out its type; an access file adds credential:")
     if not 1 <= len(identity) <= _MOST_IDENTITY or not identity.isprintable():
         fail(EX_USAGE, f"IDENTITY: write 1 to {_MOST_IDENTITY} printable characters")
     try:
@@ -92,11 +111,30 @@ def issue(identity: str, expires_in: str, options: Options) -> None:
         fail(EX_USAGE, "--expires-in: write at least 1s, or never")
 
     async def work(known: Credentials) -> None:
-        credential_id, text, expires = await known.issue(identity, life, _operator())
+        with _new_file(output_file) as file:
+            credential_id, text, expires = await known.issue(identity, life, _operator())
+            click.echo(text, file=file)
         click.echo(f"{credential_id} of {identity!r} expires: {_utc(expires)}", err=True)
-        click.echo(text)
 
     _with_credentials(work, options)
+
+
+@contextlib.contextmanager
+def _new_file(path: Path | None) -> Iterator[TextIO | None]:
+    """Create a file that only we can read, and remove it if the work fails; None for `-`."""
+    if path is None or str(path) == "-":
+        yield None
+        return
+    try:
+        descriptor = create(path)
+    except OSError as error:
+        fail(EX_USAGE, f"--output-file: cannot create {path}: {error.strerror}")
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            yield file
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def revoke(credential_id: str, options: Options) -> None:
@@ -133,7 +171,7 @@ def list_credentials(output: str, options: Options) -> None:
         line = "{id:12}  {issue_time:20}  {expire_time:20}  {identity}"
         heads = {key: key.removesuffix("_time").upper() for key in _CREDENTIAL_FIELDS}
         for row in (heads, *found):
-            click.echo(line.format(**row))
+            click.echo(printable(line.format(**row)))
 
     _with_credentials(work, options)
 
@@ -144,7 +182,7 @@ def _operator() -> str:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = f"uid {os.getuid()}"
-    return f"{user}@{socket.gethostname()}"
+    return f"operator:{user}@{socket.gethostname()}"
 
 
 def _utc(seconds: int) -> str:
@@ -294,6 +332,7 @@ async def _serve(
             certificates=certificates,
             health_listen=settings.health_listen,
             access=access,
+            client_identity=settings.client_identity.split(","),
             metrics_listen=settings.metrics_listen,
             judge=partial(check, client, store.assumed, store.durability),
             durability=store.durability,
@@ -366,6 +405,14 @@ def _has_terminal() -> bool:
     return True
 
 
+def _harmless(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Escape what a terminal would obey: callers, the store and providers chose some of it."""
+    return {
+        printable(key): printable_lines(value) if isinstance(value, str) else value
+        for key, value in event.items()
+    }
+
+
 class _Logger:
     """Writes to standard error; once nobody reads that, the service goes on without its logs."""
 
@@ -381,10 +428,25 @@ class _Logger:
 
 
 class _FromLibraries(logging.Handler):
-    """Makes what libraries log, such as gRPC about a message of garbage, a line of ours."""
+    """Makes what libraries log a line of ours, once a minute for each line of theirs.
+
+    A caller can cause some of them with each call: gRPC and asyncio log what goes wrong in one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seldom = Seldom()
 
     def emit(self, record: logging.LogRecord) -> None:
-        log.log(record.levelno, record.getMessage(), source=record.name, exc_info=record.exc_info)
+        more = self._seldom.due((record.name, record.pathname, record.lineno))
+        if more is not None:
+            log.log(
+                record.levelno,
+                record.getMessage(),
+                source=record.name,
+                exc_info=record.exc_info,
+                **({"more_like_it": more} if more else {}),
+            )
 
 
 def _configure_logs(log_format: LogFormat) -> None:
@@ -397,6 +459,7 @@ def _configure_logs(log_format: LogFormat) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            _harmless,
             structlog.dev.ConsoleRenderer() if people else structlog.processors.JSONRenderer(),
             lambda _, level, line: with_priority(level, str(line)),
         ],

@@ -16,9 +16,16 @@ import msgspec
 from redis.exceptions import RedisError
 
 from holdoff_coordinator.failures import Failure
-from holdoff_coordinator.scripts import AUDIT_KEPT, CREDENTIAL_CHANGES, store_failure
+from holdoff_coordinator.scripts import (
+    AUDIT_KEPT,
+    CREDENTIAL_CHANGES,
+    READ_BATCH,
+    store_failure,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from holdoff_coordinator.cluster import StoreClient
 
 KEY = "{holdoff}:credentials"
@@ -27,7 +34,7 @@ LOOK_AGAIN_SECONDS = 5.0
 """A credential that was revoked is refused so much later, at most."""
 _CACHE_MOST = 10_000
 _PREFIX = "holdoff_"
-_READ = "return {redis.call('HGET', KEYS[1], ARGV[1]), redis.call('TIME')[1]}"
+_READ = "return {redis.call('HMGET', KEYS[1], unpack(ARGV)), redis.call('TIME')[1]}"
 _AUDIT = """
 local function audit(kind, identity, by, kept)
   redis.call('XADD', KEYS[2], 'MAXLEN', '~', kept, '*', 'kind', kind, 'identity', by,
@@ -112,18 +119,27 @@ class Credentials:
         known = [(_text(credential_id), _read(text)) for credential_id, text in found.items()]
         return sorted(known, key=lambda one: (one[1].identity, one[1].issued, one[0]))
 
+    async def look_again(self, texts: Iterable[str]) -> None:
+        """Look up credentials that are in use, so that one that was revoked is known at once."""
+        keys = [_key(text) for text in texts]
+        for start in range(0, len(keys), READ_BATCH):
+            batch = keys[start : start + READ_BATCH]
+            found, now = await self._look([credential_id for _, credential_id in batch])
+            for (key, _), credential in zip(batch, found, strict=True):
+                self._known[key] = time.monotonic(), credential, now
+
     async def verify(self, text: str) -> str:
-        """Return whose credential this is.
+        """Return the identity of whoever has this credential.
 
         Raises:
             Failure: CREDENTIAL_REFUSED, CREDENTIAL_EXPIRED or STORE_UNAVAILABLE.
         """
-        credential_id, _, secret = text.removeprefix(_PREFIX).partition("_")
+        secret = text.removeprefix(_PREFIX).partition("_")[2]
         digest = hashlib.sha256(secret.encode(errors="replace")).hexdigest()
-        key = hashlib.sha256(text.encode(errors="replace")).digest()
+        key, credential_id = _key(text)
         looked_at, credential, now = self._known.get(key, (0.0, None, 0))
         if not looked_at or time.monotonic() - looked_at > LOOK_AGAIN_SECONDS:
-            credential, now = await self._look(credential_id)
+            (credential,), now = await self._look([credential_id])
             if len(self._known) >= _CACHE_MOST:
                 self._known.clear()
             self._known[key] = time.monotonic(), credential, now
@@ -138,22 +154,29 @@ class Credentials:
                 "coordinator issued it; an administrator issues one with: "
                 "holdoff-coordinator token issue IDENTITY",
             )
+        identity = f"credential:{credential.identity}"
         if 0 < credential.expires <= now:
             raise Failure(
                 "CREDENTIAL_EXPIRED",
                 f"this credential of {credential.identity!r} has expired; an administrator issues "
                 f"another with: holdoff-coordinator token issue {credential.identity}",
+                metadata={"identity": identity},
             )
-        return credential.identity
+        return identity
 
-    async def _look(self, credential_id: str) -> tuple[Credential | None, int]:
-        if len(credential_id) > len(_PREFIX) * 10:
-            return None, 0
+    async def _look(self, ids: Sequence[str]) -> tuple[tuple[Credential | None, ...], int]:
         try:
-            found, now = await self._redis.eval(_READ, 1, KEY, credential_id)
+            found, now = await self._redis.eval(_READ, 1, KEY, *ids)
         except RedisError as error:
             raise store_failure(error) from error
-        return _read(found) if found else None, int(now)
+        return tuple(_read(one) if one else None for one in found), int(now)
+
+
+def _key(text: str) -> tuple[bytes, str]:
+    """Return by what a credential is remembered here, and its id."""
+    credential_id = text.removeprefix(_PREFIX).partition("_")[0]
+    # No id is that long: it is looked up as one that nothing has.
+    return hashlib.sha256(text.encode(errors="replace")).digest(), credential_id[:80]
 
 
 def _read(text: bytes | str) -> Credential:

@@ -4,6 +4,7 @@ from typing import NoReturn
 
 import click
 
+from holdoff._text import printable_lines
 from holdoff_coordinator.journal import with_priority
 
 EX_USAGE = 64
@@ -13,5 +14,5 @@ EX_OUTPUT_LOST = 74
 
 def fail(code: int, message: str) -> NoReturn:
     """Say in one line what is wrong, and exit."""
-    click.echo(with_priority("error", f"holdoff-coordinator: {message}"), err=True)
+    click.echo(with_priority("error", f"holdoff-coordinator: {printable_lines(message)}"), err=True)
     raise SystemExit(code)

@@ -49,6 +49,7 @@ CODES: Mapping[str, int] = {
     "CREDENTIAL_REFUSED": code_pb2.UNAUTHENTICATED,
     "CREDENTIAL_EXPIRED": code_pb2.UNAUTHENTICATED,
     "NOT_ALLOWED": code_pb2.PERMISSION_DENIED,
+    "ACCESS_FILE_MISSING": code_pb2.UNAVAILABLE,
     # No such thing, or one too many.
     "TOKEN_NOT_FOUND": code_pb2.NOT_FOUND,
     "LEASE_NOT_FOUND": code_pb2.NOT_FOUND,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import grpc
 import structlog
@@ -11,9 +13,10 @@ import structlog
 from holdoff_coordinator.access import AccessError, need_of, read_access, refusal, rights_of
 from holdoff_coordinator.caller import Caller
 from holdoff_coordinator.failures import STORE_TROUBLES, Failure
+from holdoff_coordinator.requests import Malformed, check_request
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
     from pathlib import Path
 
     from google.protobuf.message import Message
@@ -27,6 +30,8 @@ log = structlog.get_logger()
 MessageT = TypeVar("MessageT", bound="Message")
 Context = grpc.aio.ServicerContext[Any, Any]
 ANONYMOUS = "anonymous"
+RECHECK_SECONDS = 1.0
+"""A stream whose caller may no longer have it ends so much later, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,9 @@ class Admitted:
 class AccessFile:
     """The grants of an access file, read again when it changes.
 
+    A file that is gone or cannot be read grants nothing: what it said may have been withdrawn. One
+    that is wrong changes nothing: a typing error must not end every job.
+
     Raises:
         AccessError: It is wrong.
         OSError: It cannot be read.
@@ -53,93 +61,262 @@ class AccessFile:
         self._path = path
         self._looked_at = self._stamp()
         self._grants = read_access(path)
+        self.problem: Literal["", "missing", "invalid"] = ""
+        """Why the file is not what counts."""
+        self._reason = ""
+        self.changes = 0
+        """How often the grants changed."""
+        self.news: list[str] = []
+        """What happened to the file, for the audit trail."""
 
     def grants(self) -> Sequence[Grant]:
-        """Return what the file said when it last made sense."""
-        stamp = self._stamp()
-        if stamp != self._looked_at:
-            self._looked_at = stamp
-            try:
-                self._grants = read_access(self._path)
-            except (AccessError, OSError) as error:
-                log.warning("access stays as it was", reason=str(error))
-            else:
-                log.info("access file read again", file=str(self._path), grants=len(self._grants))
+        """Return what the file said when it last made sense.
+
+        Raises:
+            Failure: ACCESS_FILE_MISSING.
+        """
+        self.look()
+        if self.problem == "missing":
+            raise Failure(
+                "ACCESS_FILE_MISSING",
+                "this coordinator cannot read its access file, and admits no caller until it can; "
+                "see its log",
+                retry_after_seconds=1.0,
+            )
         return self._grants
 
-    def _stamp(self) -> tuple[int, int] | None:
+    def look(self) -> None:
+        """Read the file again if it changed, or could not be read."""
+        stamp = self._stamp()
+        if stamp == self._looked_at and self.problem != "missing":
+            return
+        self._looked_at = stamp
+        try:
+            grants = read_access(self._path)
+        except OSError as error:
+            self._note("missing", f"{self._path}: {error.strerror}: no caller is admitted")
+        except AccessError as error:
+            if self.problem == "missing":  # it was replaced by one that is wrong
+                self._note("missing", f"{error}: no caller is admitted")
+            else:
+                self._note("invalid", f"access stays as it was: {error}")
+        else:
+            self._grants = grants
+            self._note("", f"{self._path}: read again")
+
+    def _note(self, problem: Literal["", "missing", "invalid"], what: str) -> None:
+        if problem and what == self._reason:
+            return
+        self._reason = what
+        self.changes += 1
+        self.problem = problem
+        self.news.append(what)
+        if problem:
+            log.error("the access file is of no use", problem=problem, reason=what)
+        else:
+            log.info("access file read again", file=str(self._path), grants=len(self._grants))
+
+    def _stamp(self) -> tuple[int, int, int] | None:
         try:
             stat = self._path.stat()
         except OSError:
             return None
-        return stat.st_ino, stat.st_mtime_ns
+        return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+class Stay:
+    """A stream that is admitted; it ends when its caller may no longer have it."""
+
+    def __init__(self, request: Message, context: Context, credential: str) -> None:
+        self.request, self.context, self.credential = request, context, credential
+        self._failure: Failure | None = None
+        self._waiting: asyncio.Timeout | None = None
+
+    async def next(self, responses: AsyncIterator[MessageT]) -> MessageT | None:
+        """Return the next response; None at the end.
+
+        Raises:
+            Failure: The caller may not hear it any more.
+        """
+        if self._failure:
+            raise self._failure
+        try:
+            async with asyncio.timeout(None) as self._waiting:
+                return await anext(responses, None)
+        except TimeoutError:
+            if self._failure is None:
+                raise
+            raise self._failure from None
+        finally:
+            self._waiting = None
+
+    def end(self, failure: Failure) -> None:
+        """End it, also while it waits for something to say."""
+        self._failure = failure
+        if self._waiting:
+            self._waiting.reschedule(0)
 
 
 class Gate:
     """Admits calls. Without an access file everybody who can connect may do everything."""
 
     def __init__(
-        self, credentials: Credentials, access: AccessFile | None, trail: AuditTrail
+        self,
+        credentials: Credentials,
+        access: AccessFile | None,
+        trail: AuditTrail,
+        certified_by: Sequence[str],
     ) -> None:
         self._credentials = credentials
         self._access = access
         self._trail = trail
+        self._certified_by = certified_by
+        self._stays: set[Stay] = set()
         self.refusal: Failure | None = None
         """What every caller hears while this replica cannot serve; None while it can."""
 
-    async def admit(self, request: Message, context: Context) -> Admitted:
+    async def admit(self, request: Message | Malformed, context: Context) -> Admitted:
         """Find out who calls, and whether it may.
 
         Raises:
-            Failure: CREDENTIAL_…, NOT_ALLOWED, STORE_…, or INVALID_FIELD when the
-                request does not say what it is about.
+            Failure: CREDENTIAL_…, NOT_ALLOWED, STORE_…, ACCESS_FILE_MISSING, or INVALID_FIELD when
+                the request is damaged or too large, or does not say what it is about.
         """
         if self.refusal:
             raise self.refusal
         peer = context.peer()
-        if self._access is None:
-            return Admitted(Caller(_certified(context) or ANONYMOUS, peer))
         identity = ANONYMOUS
         try:
+            if self._access is None:
+                identity = self._certified(context) or ANONYMOUS
+                check_request(request)
+                return Admitted(Caller(identity, peer))
             identity = await self._identity(context)
-            need = need_of(request)
+            need = need_of(check_request(request))
             rights = rights_of(identity, self._access.grants())
             if place := rights.missing(need):
                 raise refusal(identity, need.role, place)
         except Failure as failure:
-            if failure.reason in (*STORE_TROUBLES, "INVALID_FIELD"):
-                raise
-            await self.refused(request, Caller(identity, peer), failure)
+            if failure.reason not in (*STORE_TROUBLES, "INVALID_FIELD", "ACCESS_FILE_MISSING"):
+                identity = failure.metadata.get("identity", identity)
+                await self.refused(request, Caller(identity, peer), failure)
             raise
         caller = Caller(identity, peer, rights.sees, rights.knows, rights.reports_for)
         return Admitted(caller, rights if need.part else None)
 
-    async def refused(self, request: Message, caller: Caller, failure: Failure) -> None:
+    @contextlib.contextmanager
+    def staying(self, request: Message, context: Context) -> Iterator[Stay]:
+        """Have a stream ended that its caller may no longer have."""
+        stay = Stay(request, context, _credential(context) if self._access else "")
+        self._stays.add(stay)
+        try:
+            yield stay
+        finally:
+            self._stays.discard(stay)
+
+    async def recheck_forever(self) -> None:
+        """Each second look for streams whose credential or role is gone, and end them."""
+        changes = 0
+        while self._access:
+            await asyncio.sleep(RECHECK_SECONDS)
+            self._access.look()
+            while self._access.news:
+                await self._trail.access_changed(self._access.news.pop(0))
+            gone, known = await self._gone(), self._access.changes
+            if known != changes:
+                changed = list(self._stays)
+            else:
+                changed = [stay for stay in self._stays if stay.credential in gone] if gone else []
+            for stay in changed:
+                await self._recheck(stay)
+                await asyncio.sleep(0)
+            changes = known
+
+    async def _gone(self) -> set[str]:
+        """Return the credentials of open streams that are of no use any more."""
+        used = {stay.credential for stay in self._stays if stay.credential}
+        gone: set[str] = set()
+        try:
+            await self._credentials.look_again(used)
+        except Failure:  # of the store, without which all streams end anyway
+            return gone
+        for credential in used:
+            try:
+                await self._credentials.verify(credential)
+            except Failure as failure:
+                if failure.reason not in STORE_TROUBLES:
+                    gone.add(credential)
+        return gone
+
+    async def _recheck(self, stay: Stay) -> None:
+        try:
+            await self.admit(stay.request, stay.context)
+        except Failure as failure:
+            if failure.reason not in STORE_TROUBLES:
+                stay.end(failure)
+
+    async def refused(self, request: Message | Malformed, caller: Caller, failure: Failure) -> None:
         """Put a refusal into the audit trail."""
         await self._trail.refused(
             caller,
-            type(request).__name__.removesuffix("Request"),
+            _call(request),
             failure.metadata.get("resource", failure.resource),
             failure.reason,
         )
 
     async def _identity(self, context: Context) -> str:
         """Say who calls: by the credential that came with the call, or else its certificate."""
-        metadata = dict(context.invocation_metadata() or ())
-        scheme, _, credential = str(metadata.get("authorization", "")).partition(" ")
-        if credential and scheme.lower() == "bearer":
-            return await self._credentials.verify(credential.strip())
-        if identity := _certified(context):
+        if credential := _credential(context):
+            return await self._credentials.verify(credential)
+        if identity := self._certified(context):
             return identity
         raise Failure(
             "CREDENTIAL_MISSING",
             "this coordinator authenticates callers: send a credential (HOLDOFF_CREDENTIAL_FILE; "
-            "grpcurl -H 'authorization: Bearer …') or show a client certificate",
+            "grpcurl -H 'authorization: Bearer …') or show a client certificate with a name of "
+            f"type {' or '.join(self._certified_by)}",
         )
 
+    def _certified(self, context: Context) -> str | None:
+        """Return the name in the caller's certificate, of the first type that it has.
 
-def _certified(context: Context) -> str | None:
-    """The first name (SAN) of the caller's certificate, where it had to show one."""
-    names = context.auth_context().get("x509_subject_alternative_name", ())
-    name = next(iter(names), None)
-    return None if name is None else name.decode(errors="replace")
+        Raises:
+            Failure: CREDENTIAL_REFUSED, if it has several of that type.
+        """
+        shown = context.auth_context()
+        for kind in self._certified_by:
+            names = tuple(shown.get(f"peer_{kind}", ()))
+            if len(names) > 1:
+                raise Failure(
+                    "CREDENTIAL_REFUSED",
+                    f"the client certificate has {len(names)} names (SAN) of type {kind}, so that "
+                    "it does not say who calls: use one with a single name of that type, or "
+                    "another --client-identity for the coordinator",
+                )
+            if names:
+                return f"{kind}:{names[0].decode(errors='backslashreplace')}"
+        return None
+
+
+def _call(request: Message | Malformed) -> str:
+    if isinstance(request, Malformed):
+        return request.method.rpartition("/")[2]
+    return type(request).__name__.removesuffix("Request")
+
+
+def _credential(context: Context) -> str:
+    """Return the credential that came with a call; '' if there is none.
+
+    Raises:
+        Failure: CREDENTIAL_REFUSED, if there are several.
+    """
+    metadata = context.invocation_metadata() or ()
+    sent = [value for key, value in metadata if key == "authorization"]
+    if len(sent) > 1:
+        raise Failure(
+            "CREDENTIAL_REFUSED",
+            f"the call has {len(sent)} authorization headers, so that it does not say who calls: "
+            "send one",
+        )
+    scheme, _, credential = str(sent[0] if sent else "").partition(" ")
+    return credential.strip() if scheme.lower() == "bearer" else ""

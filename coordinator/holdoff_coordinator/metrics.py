@@ -17,6 +17,7 @@ import contextlib
 import inspect
 import time
 from collections import Counter as Tally
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -45,6 +46,7 @@ from holdoff_coordinator.store import StoreError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
+    from holdoff_coordinator.gate import AccessFile
     from holdoff_coordinator.scripts import Scripts
 
 log = structlog.get_logger()
@@ -64,6 +66,7 @@ _OF_NO_APP = (
     audit_pb2.AUDIT_KIND_CREDENTIAL_ISSUED,
     audit_pb2.AUDIT_KIND_CREDENTIAL_REVOKED,
     audit_pb2.AUDIT_KIND_CALL_REFUSED,
+    audit_pb2.AUDIT_KIND_ACCESS_CHANGED,
 )
 _OF_APPS = [
     kind
@@ -115,9 +118,16 @@ class Metrics(grpc.aio.ServerInterceptor):
             "Times that a damaged record was skipped",
             ["app", "kind"],
         )
+        self._malformed = counter(
+            "malformed_requests", "Requests that are no message of their type"
+        )
+        self._access_problem = gauge(
+            "access_file_problem", "Whether the access file is missing, or invalid", "problem"
+        )
+        self.watch_access(None)
         self._events = counter(
             "audit_events",
-            "Entries that this replica added to the audit trail",
+            "Events of the audit trail that this replica saw; one entry may stand for many",
             ["app", "kind"],
         )
         self._waited = seconds("lease_wait", "Time from the request to the grant", ["app"], _LONG)
@@ -165,12 +175,23 @@ class Metrics(grpc.aio.ServerInterceptor):
         scripts.on_failure = lambda reason: self._store_errors.labels(reason.lower()).inc()
         scripts.on_damage = lambda app, kind: self._damaged.labels(app, kind).inc()
 
+    def watch_access(self, access: AccessFile | None) -> None:
+        """Tell how the access file is, if there is one."""
+
+        def has(problem: str) -> float:
+            return float(access is not None and access.problem == problem)
+
+        for problem in ("missing", "invalid"):
+            self._access_problem.labels(problem).set_function(partial(has, problem))
+
+    def count_malformed(self) -> None:
+        """Count a request that is no message."""
+        self._malformed.inc()
+
     def count(self, event: Mapping[bytes, bytes]) -> None:
         """Count an entry of the audit trail."""
         resource = event[b"resource"].decode().split("/")
         app = resource[1] if resource[0] == "apps" and len(resource) > 1 else ""
-        if event[b"kind"] == b"CALL_REFUSED":
-            app = ""  # a name that a stranger chose
         self._events.labels(app, event[b"kind"].decode().lower()).inc()
         if b"waited_us" in event:
             self._waited.labels(app).observe(int(event[b"waited_us"]) / 1e6)

@@ -180,8 +180,6 @@ class Places:
         """
         if not scopes:
             return []
-        if len(scopes) > MOST_SCOPES:
-            raise invalid("scopes", f"must be at most {MOST_SCOPES}")
         for scope in scopes:
             if scope.token not in ("", str(token)):
                 raise invalid("scopes.token", f"must be {token}, or left out")

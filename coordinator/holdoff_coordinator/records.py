@@ -371,8 +371,11 @@ def audit_message(time_us: int, entry: Mapping[bytes, bytes]) -> audit_pb2.Audit
         peer=text.get("peer", ""),
         holder=holder,
         reason=_audit_words(text),
+        count=int(text.get("count", "0")),
     )
     event.time.FromMicroseconds(time_us)
+    if "first_us" in text:
+        event.first_time.FromMicroseconds(int(text["first_us"]))
     return event
 
 

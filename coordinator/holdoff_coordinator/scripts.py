@@ -38,7 +38,7 @@ from holdoff_coordinator.failures import CODES, Failure, store_trouble
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 
     from redis.asyncio import Redis
     from redis.asyncio.client import Pipeline
@@ -56,7 +56,7 @@ READ_BATCH = 100
 APPS = "holdoff:apps"
 """Index of all apps; written before anything of the app, so that it may name too many."""
 CREDENTIAL_CHANGES = "{holdoff}:audit"
-"""The audit trail of credentials, in the slot of what it tells of."""
+"""The audit trail of credentials and of access files, in the slot of what it tells of."""
 REFUSALS = "{holdoff}:refusals"
 """That of calls that were refused: apart, so that who is refused pushes nothing else out."""
 AUDIT_KEPT = 10_000
@@ -122,9 +122,9 @@ def shard_key(app: str) -> str:
     return f"holdoff:{{{app}}}"
 
 
-def audit_key(app: str) -> str:
-    """Return the key of an app's audit trail."""
-    return f"{shard_key(app)}:audit"
+def audit_keys(app: str) -> tuple[str, str]:
+    """Return the keys of an app's audit trail: of what operators did, and of all else."""
+    return f"{shard_key(app)}:security", f"{shard_key(app)}:audit"
 
 
 def lock_name(app: str, token: str) -> str:
@@ -623,20 +623,21 @@ class Scripts:
         return found.decode() if found else ""
 
     async def audit_trail(
-        self, key: str, before: str, count: int
+        self, key: str, before: str, after: str, count: int
     ) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        """Return entries of one stream of the trail, the newest first, from an id on back."""
+        """Return entries of one stream of the trail, the newest first, between two ids."""
         entries: list[tuple[bytes, dict[bytes, bytes]]] = await self._answer(
-            self.redis.xrevrange(key, max=before, count=count)
+            self.redis.xrevrange(key, max=before, min=after, count=count)
         )
         return entries
 
-    async def refused(self, **fields: str) -> None:
-        """Add a call that was refused to the audit trail."""
-        entry: dict[Any, Any] = {"kind": "CALL_REFUSED", **fields}
-        adding = self.redis.xadd(REFUSALS, entry, maxlen=AUDIT_KEPT, approximate=True)
-        entry_id = await self._answer(adding)
-        self.on_audit(entry_id, {key.encode(): value.encode() for key, value in entry.items()})
+    async def add_audit(self, key: str, entry: Mapping[str, str]) -> bytes:
+        """Add an entry to a stream of the trail that belongs to no app; return its id."""
+        fields: Any = dict(entry)
+        added: bytes = await self._answer(
+            self.redis.xadd(key, fields, maxlen=AUDIT_KEPT, approximate=True)
+        )
+        return added
 
     async def policy(self, app: str, token: str) -> str | None:
         """Return the name of a token's policy; None if there is no such token."""

@@ -10,6 +10,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc
 
+from holdoff_coordinator.access import CERTIFIED_BY
 from holdoff_coordinator.audit import AuditTrail
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
@@ -24,6 +25,7 @@ from holdoff_coordinator.places import Places
 from holdoff_coordinator.policies import Policies
 from holdoff_coordinator.quarantines import Quarantines
 from holdoff_coordinator.replays import Replays
+from holdoff_coordinator.requests import Reading
 from holdoff_coordinator.scripts import Scripts, boottime_us
 from holdoff_coordinator.seldom import Seldom
 from holdoff_coordinator.service import SERVICES, Handlers, add_services
@@ -98,6 +100,7 @@ class Coordinator:
         certificates: Certificates | None = None,
         health_listen: str | None = None,
         access: AccessFile | None = None,
+        client_identity: Sequence[str] = CERTIFIED_BY,
         metrics_listen: str | None = None,
         judge: Callable[[], Awaitable[Sequence[str]]] = _safe,
         quarantine_seconds: float,
@@ -107,6 +110,7 @@ class Coordinator:
     ) -> None:
         self._listen = listen
         self._certificates = certificates
+        self._access = access
         self._health_listen = health_listen
         self._drain_seconds = drain_seconds
         self.scripts = Scripts(
@@ -118,7 +122,7 @@ class Coordinator:
         self._watch = StoreWatch(self.scripts, open_store)
         self.hub = Hub(self.scripts)
         self._sweeper = Sweeper(self.scripts)
-        trail = AuditTrail(self.scripts)
+        trail = self._trail = AuditTrail(self.scripts)
         self._metrics_listen = metrics_listen
         self._metrics: Metrics | None = None
         if metrics_listen:
@@ -126,14 +130,18 @@ class Coordinator:
 
             self._metrics = Metrics(self.scripts, judge)
             trail.on_event = self._metrics.count
+            self._metrics.watch_access(access)
+        reading = Reading(passed_on=SERVICES)
+        if self._metrics:
+            reading.on_malformed = self._metrics.count_malformed
         self._server = grpc.aio.server(
-            interceptors=[self._metrics] if self._metrics else [], options=_OPTIONS
+            interceptors=[*([self._metrics] if self._metrics else []), reading], options=_OPTIONS
         )
-        self._health_server = grpc.aio.server(options=_OPTIONS)
+        self._health_server = grpc.aio.server(interceptors=[reading], options=_OPTIONS)
         self.policies = Policies(policies)
         self._replays = Replays(self.scripts, boot_us)
         places = Places(self.scripts, self.policies)
-        self._gate = Gate(Credentials(redis), access, trail)
+        self._gate = Gate(Credentials(redis), access, trail, client_identity)
         self._followers = Followers(self.scripts, self.hub, places)
         handlers = Handlers(
             gate=self._gate,
@@ -169,6 +177,8 @@ class Coordinator:
             self.hub.listen_forever,
             self._sweeper.sweep_forever,
             self._replays.replay_forever,
+            self._trail.flush_forever,
+            *([self._gate.recheck_forever] if self._access else []),
         ):
             self._duties.append(asyncio.create_task(_for_ever(duty)))
         await self._set_serving(None)
@@ -263,6 +273,7 @@ class Coordinator:
     async def _close(self) -> None:
         await self._server.stop(self._drain_seconds)
         await self._health_server.stop(None)
+        await self._trail.flush(float("inf"))
         await self._stack.aclose()
         for duty in self._duties:
             duty.cancel()

@@ -29,6 +29,7 @@ from holdoff.v1 import (
 )
 from holdoff_coordinator.failures import Failure, budget_not_found, invalid
 from holdoff_coordinator.hub import Waiter
+from holdoff_coordinator.requests import Malformed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -112,7 +113,7 @@ class _Adapter:
         except Failure as failure:
             await self._fail(failure, request, admitted.caller, context)
 
-    async def _admit(self, request: Message, context: Context) -> Admitted:
+    async def _admit(self, request: Message | Malformed, context: Context) -> Admitted:
         try:
             return await self._gate.admit(request, context)
         except Failure as failure:
@@ -124,15 +125,16 @@ class _Adapter:
         request: RequestT,
         context: Context,
     ) -> AsyncGenerator[ResponseT, None]:
-        """The same for many answers; who may not hear more of them is told so at the next one."""
+        """The same for many answers; it ends when the caller may not hear more of them."""
         admitted = await self._admit(request, context)
         try:
             async with contextlib.aclosing(handler(request, admitted.caller)) as responses:
-                async for response in responses:
-                    admitted = await self._admit(request, context)
-                    shown = admitted.shown(response)
-                    if shown is not None:
-                        yield shown
+                with self._gate.staying(request, context) as stay:
+                    while (response := await stay.next(responses)) is not None:
+                        admitted = await self._admit(request, context)
+                        shown = admitted.shown(response)
+                        if shown is not None:
+                            yield shown
         except Failure as failure:
             await self._fail(failure, request, admitted.caller, context)
 
@@ -166,6 +168,8 @@ class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
     ) -> AsyncIterator[lease_service_pb2.StreamAcquireLeaseResponse]:
         """Pass on all events of the conversation."""
         first = await anext(aiter(requests), lease_service_pb2.StreamAcquireLeaseRequest())
+        if isinstance(first, Malformed):
+            await self._admit(first, context)
         if not first.HasField("acquire"):
             await _abort(context, invalid("acquire", "must be the first message").to_status())
         waiter = Waiter()
@@ -246,7 +250,9 @@ async def _listen(
 ) -> None:
     """Hear the client of a stream; the end of its messages alone says nothing."""
     async for message in requests:
-        if message.HasField("withdraw"):
+        if isinstance(message, Malformed):
+            waiter.fail(message.failure())
+        elif message.HasField("withdraw"):
             waiter.withdraw()
         elif message.HasField("heartbeat"):
             waiter.hear()

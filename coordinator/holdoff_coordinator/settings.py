@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from holdoff_coordinator.access import CERTIFIED_BY, CERTIFIED_TYPES
 from holdoff_coordinator.durability import Durability
 from holdoff_coordinator.store import Access, Assumed
 from holdoff_coordinator.tls import TlsFiles
@@ -98,6 +99,9 @@ class Settings(BaseSettings):
     access_file: Path | None = None
     """Who may do what (TOML, see `access`). None: whoever can connect may do everything."""
 
+    client_identity: str = ",".join(CERTIFIED_BY)
+    """Which types of names (SAN) in a client's certificate say who it is, the first ones first."""
+
     insecure: bool = False
     """Listen beyond loopback without TLS, or although nobody is asked who they are."""
 
@@ -164,6 +168,15 @@ class Settings(BaseSettings):
                 f"write HOST:PORT with a port of up to {_MOST_PORT}, such as 127.0.0.1:50051, "
                 "[::1]:50051, or 0.0.0.0:50051 for every address of this machine"
             )
+        return text
+
+    @field_validator("client_identity")
+    @classmethod
+    def _types(cls, text: str) -> str:
+        types = text.split(",")
+        if not set(types) <= set(CERTIFIED_TYPES) or len(set(types)) != len(types):
+            known = ", ".join(CERTIFIED_TYPES)
+            raise ValueError(f"write some of {known}, with a comma between two of them")
         return text
 
     @field_validator("assume")

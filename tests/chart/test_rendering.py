@@ -37,7 +37,7 @@ def argument(name: str) -> str:
 
 
 # Values, and what they change, compared with the rendering for the mode of store alone.
-GRANT = {"identities": ["x"], "role": "holder", "resources": ["apps/a"]}
+GRANT = {"identities": ["credential:x"], "role": "holder", "resources": ["apps/a"]}
 TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "replicas": (
         EXTERNAL | {"replicaCount": 3},
@@ -144,6 +144,7 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             argument("--tls-*-file="),
             *mounted("tls"),
             *mounted("client-ca"),
+            argument("--client-identity="),
             "Service/* spec.ports?grpc?.appProtocol",
             "Pod/holdoff-test spec.*volume*",
             "Pod/holdoff-test spec.*env?HOLDOFF_*_FILE?*",
@@ -156,6 +157,7 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             argument("--tls-*-file="),
             *mounted("tls"),
             *mounted("client-ca"),
+            argument("--client-identity="),
             "Service/* spec.ports?grpc?.appProtocol",
             "Pod/holdoff-test *",
         ),
@@ -481,7 +483,9 @@ def test_notes_warn_of_what_is_unsafe() -> None:
     assert "no authentication" in rendered("TLS by secret").notes
     assert "no roles" in rendered("mutual TLS").notes
     assert "WARNING" not in rendered("access").notes
-    issue = "holdoff-coordinator token issue IDENTITY --data-dir=/var/lib/holdoff/data"
+    issue = (
+        "holdoff-coordinator token issue IDENTITY --output-file=- --data-dir=/var/lib/holdoff/data"
+    )
     assert f"statefulset/holdoff -- {issue}\n" in rendered("access").notes
     assert "nothing to run" in rendered("mutual TLS, no certificate to test with").notes
 

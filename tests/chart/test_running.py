@@ -190,7 +190,11 @@ def secured(caller: str) -> ValuesAndSecrets:
         values["test"] = {"certificateSecret": "client"}
     elif caller == "by credential":
         grants = [
-            {"identities": ["helm test"], "role": role, "resources": ["apps/helm-test/tokens/*"]}
+            {
+                "identities": ["credential:helm test"],
+                "role": role,
+                "resources": ["apps/helm-test/tokens/*"],
+            }
             for role in ("custodian", "holder")
         ]
         values |= {"access": {"grants": grants}, "test": {"credentialSecret": {"name": "who"}}}

@@ -48,7 +48,7 @@ ROLES = ("viewer", "reporter", "holder", "custodian", "admin")
 GRANTS = "".join(
     f"""
 [[grants]]
-identities = ["{role}@corp.example", "{role}"]
+identities = ["email:{role}@corp.example", "credential:{role}"]
 role = "{role}"
 resources = ["apps/a/tokens/ours"]
 """
@@ -56,12 +56,12 @@ resources = ["apps/a/tokens/ours"]
 )
 GRANTS += """
 [[grants]]
-identities = ["operator"]
+identities = ["credential:operator"]
 role = "admin"
 resources = ["*"]
 
 [[grants]]
-identities = ["owner-?"]
+identities = ["credential:owner-?"]
 role = "admin"
 resources = ["apps/a"]
 """
@@ -190,6 +190,7 @@ class GuardedService(TlsService):
                 _, text, _ = await Credentials(client).issue(identity, life_seconds, "admin@host")
             finally:
                 await client.aclose()
+            path.touch(0o600)
             path.write_text(f"{text}\n")
 
         with ThreadPoolExecutor(1) as thread:  # the test may have a loop of its own
@@ -264,10 +265,10 @@ def test_every_role_may_do_its_own(tmp_path: Path, shown: str) -> None:
     everybody = [*ROLES, "owner-1", "neighbour", "nobody"]
     with GuardedService(tmp_path, mutual=shown == "certificate") as service:
         service.access_file.write_text(
-            GRANTS.replace('"owner-?"', '"owner-?", "owner-?@corp.example"')
+            GRANTS.replace('-?"]', '-?", "email:owner-?@corp.example"]')
             + """
 [[grants]]
-identities = ["neighbour*"]
+identities = ["credential:neighbour*", "email:neighbour@*"]
 role = "admin"
 resources = ["apps/a/tokens/theirs", "apps/b", "apps/*/tokens/t"]
 """
@@ -294,7 +295,8 @@ resources = ["apps/a/tokens/theirs", "apps/b", "apps/*/tokens/t"]
                     if isinstance(error, holdoff.errors.Refused) == allowed:
                         wrong.append((who, method, error))
                     if isinstance(error, holdoff.errors.NotAllowed):
-                        assert error.metadata["identity"].partition("@")[0] == who
+                        typed = f"email:{who}@corp.example", f"credential:{who}"
+                        assert error.metadata["identity"] == typed[shown == "credential"]
         assert wrong == []
 
 
@@ -324,7 +326,7 @@ def test_who_sees_a_token_sees_no_other(service: GuardedService) -> None:
             with pytest.raises(holdoff.errors.NotAllowed) as error:
                 client.get_token(refused)
             text = str(error.value).replace(refused, "TOKEN")
-            assert text.startswith("'viewer' lacks the role viewer on TOKEN: ")
+            assert text.startswith("'credential:viewer' lacks the role viewer on TOKEN: ")
         for page in ("tokens", "leases"):
             told = names_of_pages(service, viewer, page)
             assert NEIGHBOUR not in told
@@ -363,10 +365,11 @@ def test_credentials_come_and_go(service: GuardedService) -> None:
     Fails when the hash is not compared, when expiry is not looked at, when a revoked one stays
     known, and when the secret is kept.
     """
-    issued = service.token("issue", "holder", "--expires-in", "1h")
-    assert issued.exit_code == 0, issued.stderr
     path = service.folder / "holder.credential"
-    path.write_text(issued.stdout)
+    path.unlink(missing_ok=True)
+    issued = service.token("issue", "holder", "--expires-in", "1h", "--output-file", str(path))
+    assert (issued.exit_code, issued.stdout) == (0, ""), issued.stderr
+    assert path.stat().st_mode & 0o777 == 0o600
     secret = path.read_text().strip()
     listed = service.token("list", "--output", "json")
     credentials = json.loads(listed.stdout)["credentials"]
@@ -403,7 +406,7 @@ def test_credentials_come_and_go(service: GuardedService) -> None:
     about = [event for event in trail if event.resource == f"credentials/{one['id']}"]
     assert [event.kind for event in about] == [gone, made]
     assert {event.reason for event in about} == {"of 'holder'"}
-    assert all("@" in event.identity for event in about)
+    assert all(event.identity.startswith("operator:") for event in about)
     refusals = [one for one in trail if one.kind == audit_pb2.AUDIT_KIND_CALL_REFUSED]
     assert {event.reason for event in refusals} >= {
         "GetToken: CREDENTIAL_EXPIRED",
@@ -417,10 +420,36 @@ def test_credentials_come_and_go(service: GuardedService) -> None:
             assert secret.split("_", 2)[2].encode() not in file.read_bytes()
 
 
+def test_a_credential_goes_where_only_its_owner_looks(service: GuardedService) -> None:
+    """To a new file, or to a standard output that was asked for; else nothing is issued.
+
+    Fails when a file or a link that exists is written to, when a credential is issued that goes
+    nowhere, and when its file stays although none was issued.
+    """
+    known = service.token("list").stdout
+    target, link = service.folder / "target", service.folder / "link"
+    target.write_text("theirs")
+    link.symlink_to(service.folder / "planted")
+    for options in ([], ["--output-file", str(target)], ["--output-file", str(link)]):
+        refused = service.token("issue", "viewer", *options)
+        assert (refused.exit_code, refused.stdout) == (64, ""), refused.stderr
+        assert "--output-file" in refused.stderr
+    assert service.token("issue", "dns:web1", "--output-file", "-").exit_code == 64
+    assert target.read_text() == "theirs"
+    assert not (service.folder / "planted").exists()
+    assert service.token("list").stdout == known
+    new = service.folder / "new.credential"
+    nowhere = ["--output-file", str(new), "--redis-url", "redis://127.0.0.1:1/0"]
+    assert coordinator_command("token", "issue", "viewer", *nowhere).exit_code == 69
+    assert not new.exists()
+    issued = service.token("issue", "viewer", "--output-file", "-")
+    assert issued.stdout.startswith("holdoff_")
+
+
 @pytest.mark.parametrize("life", ["0s", "0.9s", "-1h", "soon", ""])
 def test_no_end_has_to_be_asked_for(tmp_path: Path, life: str) -> None:
     """Fails when a life of less than a second is taken for one without an end."""
-    options = ["--expires-in", life, "--data-dir", str(tmp_path)]
+    options = ["--expires-in", life, "--data-dir", str(tmp_path), "--output-file", "-"]
     issued = coordinator_command("token", "issue", "viewer", *options)
     assert (issued.exit_code, issued.stdout) == (64, "")
     assert "never" in issued.stderr
@@ -431,7 +460,7 @@ def test_a_user_without_a_name_may_issue(service: GuardedService) -> None:
 
     Fails when the audit trail wants the name of whoever issued a credential.
     """
-    issue = ["issue", "viewer", "--data-dir", str(service.data_dir)]
+    issue = ["issue", "viewer", "--output-file", "-", "--data-dir", str(service.data_dir)]
     program = (
         "import os, sys; from holdoff_coordinator import cli; os.environ.pop('USER', None); "
         "[os.environ.pop(name, None) for name in ('LOGNAME', 'LNAME', 'USERNAME')]; "
@@ -444,7 +473,7 @@ def test_a_user_without_a_name_may_issue(service: GuardedService) -> None:
     assert issued.returncode == 0, issued.stderr
     with service.client(service.issue("operator")) as operator:
         trail = list(operator.list_audit_events())
-    assert any(event.identity.startswith("uid 65532@") for event in trail)
+    assert any(event.identity.startswith("operator:uid 65532@") for event in trail)
 
 
 def refused(client: holdoff.Client) -> Exception | None:
@@ -489,7 +518,9 @@ def test_who_may_no_more_hears_no_more(tmp_path: Path) -> None:
         busy.update_token(OURS, refresh_interval_seconds=0.2)
         assert next(watch).change.status.token == OURS
         wait_until(lambda: any("access stays as it was" in line for line in service.log))
-        service.access_file.write_text(GRANTS.replace('"viewer"]', '"nobody"]'))
+        service.access_file.write_text(
+            GRANTS.replace('"credential:viewer"]', '"credential:nobody"]')
+        )
         busy.update_token(OURS, refresh_interval_seconds=0.1)
         with pytest.raises(holdoff.errors.NotAllowed):
             for _ in watch:
@@ -502,20 +533,20 @@ def test_a_refusal_is_in_the_audit_trail_once_a_minute(service: GuardedService) 
 
     Fails when a flood of refusals fills the trail, or a refusal is not recorded.
     """
-    with service.client(service.issue("viewer")) as viewer:
-        for _ in range(20):
+    with service.client(service.issue("nosy")) as nosy:
+        for number in range(20):
             with pytest.raises(holdoff.errors.NotAllowed):
-                viewer.get_token(THEIRS)
+                nosy.get_token(f"{THEIRS}{number or ''}")
     operator = {"HOLDOFF_CREDENTIAL_FILE": str(service.issue("operator"))}
     asked = ("audit", "--kind", "call-refused", "--output", "json")
     events = json.loads(service.invoke(*asked, **operator).stdout)["events"]
-    [one] = [event for event in events if event["resource"] == THEIRS]
-    assert (one["identity"], one["reason"]) == ("viewer", "GetToken: NOT_ALLOWED")
+    [one] = [event for event in events if event["identity"] == "credential:nosy"]
+    assert (one["resource"], one["reason"]) == (THEIRS, "GetToken: NOT_ALLOWED")
     assert one["peer"].startswith("ipv4:127.0.0.1:")
     table = service.invoke("audit", THEIRS, "--since", "1h", **operator)
     assert table.exit_code == 0, table.stderr
     assert "token created" in table.stdout
-    assert "operator from ipv4:127.0.0.1" in table.stdout.replace("\n", "")
+    assert "credential:operator from ipv4:127.0.0.1" in table.stdout.replace("\n", "")
 
 
 def test_no_credential(service: GuardedService) -> None:
@@ -578,8 +609,15 @@ def test_a_credential_that_is_revoked_under_a_run_ends_it(service: GuardedServic
         ("", "grants"),
         ("grants = 3", "grants"),
         ("[[grants]]\nidentities = []\nrole = 'boss'\nresources = ['*']", "role"),
-        ("[[grants]]\nidentities = ['x']\nrole = 'admin'\nresources = ['tokens/x']", "resources"),
-        ("[[grants]]\nidentities = ['x']\nrole = 'admin'\nresource = ['*']", "resource"),
+        (
+            "[[grants]]\nidentities = ['ip:x']\nrole = 'admin'\nresources = ['tokens/x']",
+            "resources",
+        ),
+        ("[[grants]]\nidentities = ['ip:x']\nrole = 'admin'\nresource = ['*']", "resource"),
+        (
+            "[[grants]]\nidentities = [\n 'dns:x', # not y\n 'y',]\nrole='admin'\nresources=['*']",
+            "access.toml:4: the identity 'y' has no type: write \"credential:y\"",
+        ),
         ("[[grants]\n", "line 1"),
         ("\udcff", "utf-8"),
     ],
@@ -595,7 +633,7 @@ def test_an_access_file_that_is_wrong_is_refused_at_the_start(
     assert done.exit_code == 64
     assert str(path) in done.stderr
     assert says in done.stderr
-    assert "viewer, reporter, holder, custodian, admin" in done.stderr
+    assert "viewer, reporter, holder, custodian, admin" in done.stderr or "no type" in says
 
 
 def test_without_an_access_file_nobody_is_asked(tmp_path: Path) -> None:

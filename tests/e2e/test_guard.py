@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class Run:
     folder: Path
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     process: subprocess.Popen[bytes] = field(init=False)
+    before: Sequence[str] = ()
+    """A command that starts the driver."""
 
     @property
     def note(self) -> Path:
@@ -91,7 +93,7 @@ class Run:
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, **(popen or {})}
         orders = self.folder / "orders"
         os.mkfifo(orders)
-        command = self.command(argv, orders=str(orders), **options)
+        command = [*self.before, *self.command(argv, orders=str(orders), **options)]
         self.process = subprocess.Popen(command, start_new_session=True, **streams)
 
     def start_family(self, *, stubborn: bool = False, **options: object) -> Family:
@@ -821,6 +823,39 @@ def test_terminal_of_a_paused_command(run: Run, shell: Terminal) -> None:
 def _in_front(pid: int) -> bool:
     fields = _read(pid, "stat").rpartition(b")")[2].split()
     return fields[5] == fields[2]  # the foreground group of its terminal, and its own
+
+
+# Inspection ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_command_cannot_look_into_its_guard(run: Run) -> None:
+    """Without a privilege for that, a command of the same user reaches nothing that the guard has.
+
+    By its pipes in /proc it could move its own deadline. Fails when the guard is dumpable.
+    """
+    run.start(program("onlooker", run.note), no_tracing=True)
+    assert run.finish()["exit_code"] == 0
+    found = json.loads(run.note.read_text())
+    assert found["guard"] == {"opened": 0, "memory": False}
+    assert found["init"]["opened"] > 0  # so that nothing else is why
+
+
+def test_a_tree_ends_where_proc_hides_processes(run: Run) -> None:
+    """With `hidepid` nobody sees a process that forbids inspection; the guard ends the tree anyway.
+
+    Fails when the init between guard and command forbids inspection too.
+    """
+    hide = 'mount -t proc -o hidepid=2,gid=65534 proc /proc && exec "$@"'
+    hidden = ["unshare", "--mount", "sh", "-c", hide, "sh"]
+    if subprocess.run([*hidden, "true"], check=False, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("may not mount /proc")
+    run.before = hidden
+    run.start_family(stubborn=True, no_tracing=True, fence=60)
+    run.order("end", "test")
+    outcome = run.finish()
+    assert (outcome["signal"], outcome["survivors"]) == (signal.SIGKILL, 0)
+    assert not run.alive()
 
 
 # Isolation and start ------------------------------------------------------------------------

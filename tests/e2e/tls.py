@@ -44,6 +44,7 @@ class TlsService(Service):
         }
         if mutual:
             self.environment["HOLDOFF_TLS_CLIENT_CA_FILE"] = str(self.files.ca)
+            self.environment["HOLDOFF_CLIENT_IDENTITY"] = "email"
 
     def named(self, folder: Path, name: str, not_after: dt.datetime | None = None) -> Files:
         """Give a client a certificate of the coordinator's authority."""

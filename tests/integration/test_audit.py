@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,7 @@ from holdoff.v1 import (
     token_pb2,
     token_service_pb2,
 )
+from holdoff_coordinator import audit
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.failures import Failure
@@ -195,29 +197,109 @@ def test_pages_and_kinds(replica: Replica, store: redis.Redis) -> None:
     # A lease of another test may have run out since.
     assert trail(replica, "", page_size=100)[: len(everything)] == everything
     for size in (1, 2):  # the first entries of the three apps have one id
-        assert trail(replica, "", "1-9/z", page_size=size) == everything[:3]
+        first = base64.urlsafe_b64encode(b"1-9/z").decode()
+        assert trail(replica, "", first, page_size=size) == everything[:3]
     assert trail(replica, f"{tokens[0]}x") == []
-    for wrong in ("x", "1-1/UPPER", "-1-1/a", "1-1"):
-        request = admin_service_pb2.ListAuditEventsRequest(page_token=wrong)
+    for wrong in ("x", "1-1/UPPER", "-1-1/a", "1-1", "\x1b[2J", "1" * 19 + "-1/a", "MS0xL2E=\n"):
+        texts = (wrong, base64.urlsafe_b64encode(wrong.encode()).decode())
+        request = admin_service_pb2.ListAuditEventsRequest(page_token=texts[wrong[-1] != "\n"])
         assert refusal(replica.admin.ListAuditEvents, request) == "INVALID_FIELD"
 
 
-def test_a_wrong_secret_is_a_refusal(replica: Replica) -> None:
-    """Whoever tries to renew a lease of others without its secret is in the trail, once.
+def test_a_wrong_secret_is_a_refusal(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renewals without the secret are in the trail: the first one, and how many followed.
 
-    Fails when only refusals for want of a role are recorded.
+    Fails when only missing roles are recorded, when each refusal is an entry, and when those that
+    follow are not counted.
     """
+    monkeypatch.setattr(audit, "FIRST_WINDOW_SECONDS", 0.5)
+    with Replica(valkey.url) as replica:
+        _refuse_wrong_secrets(replica)
+
+
+def _refuse_wrong_secrets(replica: Replica) -> None:
     token = replica.create_token(0.0)
     offer = replica.hold(token)
     wrong = lease_service_pb2.RenewLeaseRequest(name=offer.lease.name, secret="0" * 64)
-    for _ in range(3):
+    for _ in range(30):
         assert refusal(replica.leases.RenewLease, wrong) == "WRONG_SECRET"
     follow = lease_service_pb2.FollowLeaseRequest(name=offer.lease.name, secret="0" * 64)
     assert refusal(next, replica.leases.FollowLease(follow)) == "WRONG_SECRET"
-    renewal, event = trail(replica, token, kinds=[audit_pb2.AUDIT_KIND_CALL_REFUSED])
-    assert (event.resource, event.reason) == (offer.lease.name, "FollowLease: WRONG_SECRET")
-    assert renewal.reason == "RenewLease: WRONG_SECRET"
-    assert wrong.secret not in str(event)
+    refused = [audit_pb2.AUDIT_KIND_CALL_REFUSED]
+
+    def events() -> list[audit_pb2.AuditEvent]:
+        found = trail(replica, token, kinds=refused)
+        return found if sum(max(1, one.count) for one in found) == 31 else []
+
+    first, *more = wait_until(events)
+    assert (first.resource, first.reason) == (offer.lease.name, "RenewLease: WRONG_SECRET")
+    assert (first.count, first.HasField("first_time")) == (0, False)
+    assert 1 <= len(more) < 10  # on a slow machine the calls take longer than one window
+    assert all(one.first_time.ToNanoseconds() > 0 for one in more)
+    assert more[-1].reason == "FollowLease: WRONG_SECRET"
+    assert wrong.secret not in str(more)
+
+
+def begin_back_offs(replica: Replica, token: str, number: int) -> None:
+    """Have the provider block a token for a millisecond, again and again."""
+    for _ in range(number):
+        event = budget_pb2.Event(
+            id=str(uuid.uuid4()),
+            kind=budget_pb2.EVENT_KIND_BLOCK,
+            scope=budget_pb2.Scope(token=token),
+            status=429,
+        )
+        event.retry_after.FromMilliseconds(1)
+        replica.budgets.RecordEvents(budget_service_pb2.RecordEventsRequest(events=[event]))
+
+
+def test_machines_push_no_operator_out(replica: Replica, store: redis.Redis) -> None:
+    """Blocks of a millisecond become an entry with a count, beside what operators did.
+
+    Fails when each is an entry of its own, when the count does not say how many there were, and
+    when both are in one stream.
+    """
+    token = replica.create_token(0.0)
+    app = token.rpartition("/tokens/")[0]
+    with structlog.testing.capture_logs() as lines:
+        begin_back_offs(replica, token, 130)
+    began = [audit_pb2.AUDIT_KIND_BACK_OFF_BEGAN]
+    events = trail(replica, app, kinds=began)
+    assert len(events) <= 2 * 31  # the minute may end meanwhile
+    counted = [one for one in events if one.count]
+    assert 1 <= len(counted) <= 2
+    for one in counted:
+        assert 0 < one.first_time.ToMicroseconds() <= one.time.ToMicroseconds()
+    # One that is asked for while the one before lasts is the same.
+    assert len(events) < sum(max(1, one.count) for one in events) <= 130
+    assert len([line for line in lines if line.get("audit") == "BACK_OFF_BEGAN"]) <= 2 * 33
+    machines = f"holdoff:{{{app.removeprefix('apps/')}}}:audit"
+    assert store.xlen(machines) == len(events)
+    store.delete(machines)
+    assert kinds(trail(replica, app)) == ["TOKEN_CREATED"]
+
+
+def test_one_operator_pushes_no_other_out(replica: Replica) -> None:
+    """What one caller does to one token again and again becomes an entry for each kind.
+
+    Fails when the stream of operators' actions takes any number of entries from one of them.
+    """
+    token = replica.create_token(0.0)
+    for _ in range(40):
+        request = admin_service_pb2.SetBackOffRequest(
+            scope=budget_pb2.Scope(token=token), reason="again"
+        )
+        request.length.FromSeconds(60)
+        name = replica.admin.SetBackOff(request).back_off.name
+        replica.admin.ClearBackOff(admin_service_pb2.ClearBackOffRequest(name=name, reason="over"))
+    events = trail(replica, token.rpartition("/tokens/")[0])
+    assert len(events) <= 2 * 62  # the hour may end meanwhile
+    assert sum(max(1, one.count) for one in events) == 81
+    many = [one for one in events if one.count]
+    assert {one.reason for one in many} <= {
+        f"an operator paused {token}: again",
+        "over",
+    }
 
 
 def test_it_is_bounded(replica: Replica, store: redis.Redis) -> None:
@@ -236,7 +318,8 @@ def test_it_is_bounded(replica: Replica, store: redis.Redis) -> None:
     store.delete(key)
     store.set(key, "somebody else's")
     replica.release(replica.hold(token))
-    assert kinds(trail(replica, token)) == ["LEASE_GRANTED", "LEASE_RELEASED"]
+    found = kinds(trail(replica, token))
+    assert found == ["TOKEN_CREATED", "LEASE_GRANTED", "LEASE_RELEASED"]
 
 
 def test_it_is_the_log_too(replica: Replica) -> None:

@@ -210,10 +210,10 @@ def test_an_address_that_cannot_be_listened_on(stage: Stage, address: str) -> No
     assert "--listen HOST:PORT" in refused.message
 
 
-def test_what_libraries_log_is_a_line_of_the_log(stage: Stage) -> None:
-    """A message of garbage makes gRPC log a traceback, which must not break the log's form.
+def test_messages_of_garbage_are_a_line_of_the_log(stage: Stage) -> None:
+    """Many of them are one line, in the log's form.
 
-    Fails when the standard library's logging is left as it is.
+    Fails when gRPC logs a traceback for each.
     """
     command = [COORDINATOR, "serve", "--listen", "127.0.0.1:0"]
     process = subprocess.Popen(
@@ -225,12 +225,13 @@ def test_what_libraries_log_is_a_line_of_the_log(stage: Stage) -> None:
         address = next(line["address"] for line in lines if line["event"] == "serving")
         with grpc.insecure_channel(address, NO_PROXY) as channel:
             call: Any = channel.unary_unary("/holdoff.v1.TokenService/GetToken")
-            with pytest.raises(grpc.RpcError):
-                call(b"\xff", timeout=10)
+            for _ in range(20):
+                with pytest.raises(grpc.RpcError):
+                    call(b"\xff", timeout=10)
         process.terminate()
-        (told,) = (line for line in lines if "DecodeError" in line["event"])
-        assert told["level"] == "error"
-        assert "Traceback" in told["exception"]
+        told = [line for line in lines if line["level"] != "info"]
+        assert {line["kind"] for line in told} == {"holdoff.v1.TokenService/GetToken"}
+        assert len(told) <= 2  # the minute may end meanwhile
     finally:
         process.kill()
         process.communicate(timeout=20)

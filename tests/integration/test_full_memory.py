@@ -155,7 +155,7 @@ def test_a_quarantine_begins_and_the_audit_trail_stays(node: tuple[str, Any]) ->
         assert kinds(trail(replica, app)) == [*before, "QUARANTINE_BEGAN"]
 
 
-@pytest.mark.parametrize("stream", ["audit", "changes"])
+@pytest.mark.parametrize("stream", ["security", "changes"])
 def test_only_what_is_not_ours_is_deleted(stream: str, start_valkey: StartValkey) -> None:
     """A stream whose XADD is forbidden stays; a key of another type makes way for it.
 
@@ -168,8 +168,8 @@ def test_only_what_is_not_ours_is_deleted(stream: str, start_valkey: StartValkey
         key = f"holdoff:{{{token.split('/')[1]}}}:{stream}"
         before = client.xlen(key)
         client.acl_setuser("default", enabled=True, commands=["-xadd"])
-        if stream == "audit":  # the first entry of the call that finds this goes to the trail
-            client.hset(key.removesuffix(":audit"), "epoch", "another")
+        if stream == "security":  # the first entry of the call that finds this goes to the trail
+            client.hset(key.removesuffix(":security"), "epoch", "another")
         wait_until(lambda: refusal(replica.release, offer) == "STORE_ACCESS_DENIED")
         assert client.xlen(key) == before
         client.acl_setuser("default", enabled=True, commands=["+xadd"])

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import grpc
 import pytest
+import structlog
+from grpc_health.v1 import health_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from holdoff.v1 import (
@@ -215,6 +217,49 @@ async def test_who_is_refused_makes_no_series(measured: Replica) -> None:
     _, _, text = await page(measured)
     assert secret not in text
     assert offer.secret not in text
+
+
+async def test_damaged_requests_are_counted_and_no_flood_of_the_log(
+    measured: Replica, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bytes that are no message are counted, from 0, and logged once a minute for each method.
+
+    Fails when gRPC logs a traceback for each of them.
+    """
+    before = value(await samples(measured), "malformed_requests_total")
+    assert before == 0
+    with (
+        structlog.testing.capture_logs() as lines,
+        grpc.insecure_channel(measured.address, NO_PROXY) as channel,
+    ):
+        call: Any = channel.unary_unary("/holdoff.v1.TokenService/ListTokens")
+        for _ in range(50):
+            with pytest.raises(grpc.RpcError) as refused:
+                call(b"\xff" * 9, timeout=20)
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        health: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+        with pytest.raises(grpc.RpcError) as refused:
+            health(b"\xff" * 9, timeout=20)
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        watch: Any = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        with pytest.raises(grpc.RpcError) as refused:
+            next(watch(b"\xff" * 9, timeout=20))
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        for version in ("v1", "v1alpha"):
+            method = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
+            reflection: Any = channel.stream_stream(method)
+            with pytest.raises(grpc.RpcError) as refused:
+                next(reflection(iter([b"\xff" * 9]), timeout=20))
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        too_long = health_pb2.HealthCheckRequest(service="x" * 1001).SerializeToString()
+        with pytest.raises(grpc.RpcError) as refused:
+            health(too_long, timeout=20)
+        assert "at most 1000" in str(refused.value.details())
+    told = [line for line in lines if "not a message" in line["event"]]
+    assert len(told) <= 2 * 5  # the minute may end meanwhile
+    assert not caplog.records
+    found = await samples(measured)
+    assert value(found, "malformed_requests_total") == 54
 
 
 async def test_tokens_beyond_the_bound(measured: Replica, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -494,4 +494,86 @@ MUTANTS = [
         *(f"{COORDINATOR}/leases.py", "if accepted_us == reply.now_us:", "if False:"),
         f"{TESTS}/test_durability.py::test_a_grant_is_withheld_and_undone",
     ),
+    # Callers ------------------------------------------------------------------------------
+    Mutant(
+        "machines push nothing out of the audit trail that an operator did",
+        f"{LUA}/common.lua",
+        "local stream = (SECURITY[kind] or facts.cause == 'OPERATOR') and OPERATORS or MACHINES",
+        "local stream = MACHINES",
+        f"{TESTS}/test_audit.py::test_machines_push_no_operator_out",
+    ),
+    Mutant(
+        "what one caller repeats is one entry of the audit trail",
+        *(f"{LUA}/common.lua", "if number_of > stream.most then", "if false then"),
+        f"{TESTS}/test_audit.py::test_machines_push_no_operator_out",
+    ),
+    Mutant(
+        "refusals of one caller are added up",
+        *(f"{COORDINATOR}/audit.py", "if known := self._repeated.get(key):", "if known := None:"),
+        f"{TESTS}/test_audit.py::test_a_wrong_secret_is_a_refusal",
+    ),
+    Mutant(
+        "lists, maps and texts of requests are bounded",
+        f"{COORDINATOR}/requests.py",
+        '            raise invalid(path, f"must be at most {most}")\n',
+        "            pass\n",
+        f"{TESTS}/test_bad_input.py -k too_long",
+    ),
+    Mutant(
+        "a damaged request is judged after its caller is known",
+        f"{COORDINATOR}/gate.py",
+        "identity = await self._identity(context)\n",
+        "identity = check_request(request) and await self._identity(context)\n",
+        f"{TESTS}/test_gate.py::test_damaged_requests_are_refused_after_authentication",
+    ),
+    Mutant(
+        "a name in a certificate is not that of a credential",
+        *(f"{COORDINATOR}/gate.py", 'return f"{kind}:{names[0]', 'return f"credential:{names[0]'),
+        f"{TESTS}/test_gate.py::test_a_certificate_says_who_calls",
+    ),
+    Mutant(
+        "a certificate with two names says nothing",
+        *(f"{COORDINATOR}/gate.py", "if len(names) > 1:", "if False:"),
+        f"{TESTS}/test_gate.py::test_a_certificate_says_who_calls",
+    ),
+    Mutant(
+        "a call has one credential",
+        *(f"{COORDINATOR}/gate.py", "if len(sent) > 1:", "if False:"),
+        f"{TESTS}/test_gate.py::test_two_credentials_in_one_call",
+    ),
+    Mutant(
+        "an access file that is gone admits nobody",
+        *(
+            f"{COORDINATOR}/gate.py",
+            'if self.problem == "missing":\n            raise',
+            "if False:\n            raise",
+        ),
+        f"{TESTS}/test_gate.py::test_an_access_file_that_is_gone_admits_nobody",
+    ),
+    Mutant(
+        "a stream ends with its credential",
+        *(
+            f"{COORDINATOR}/gate.py",
+            "                    gone.add(credential)\n",
+            "                    pass\n",
+        ),
+        f"{TESTS}/test_gate.py::test_streams_end_with_their_credential",
+    ),
+    Mutant(
+        "a stream ends with its grant",
+        *(f"{COORDINATOR}/gate.py", "if known != changes:", "if False:"),
+        f"{TESTS}/test_gate.py::test_streams_end_with_their_grant",
+    ),
+    Mutant(
+        "what a coordinator says is harmless on a terminal",
+        f"{CLIENT}/cli/output.py",
+        "return Text(printable(value), style=",
+        "return Text(value, style=",
+        "tests/unit/test_cli_hostile.py",
+    ),
+    Mutant(
+        "a command cannot look into its guard",
+        *(f"{CLIENT}/_guard.py", "_platform.allow_inspection(allowed=False)", "pass"),
+        "tests/e2e/test_guard.py::test_a_command_cannot_look_into_its_guard",
+    ),
 ]

@@ -1,8 +1,10 @@
 """Where the coordinators are."""
 
+from pathlib import Path
+
 import pytest
 
-from holdoff._endpoint import Endpoint, endpoint_of
+from holdoff._endpoint import CredentialFile, Endpoint, endpoint_of
 
 
 @pytest.mark.parametrize(
@@ -72,3 +74,24 @@ def test_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOLDOFF_ENDPOINT", "b:1")
     assert endpoint_of(None) == "b:1"
     assert endpoint_of("a:1") == "a:1"
+
+
+@pytest.mark.parametrize(
+    ("mode", "warned"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True)]
+)
+def test_a_credential_that_others_can_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, *, warned: bool
+) -> None:
+    """Its path and what to do are said once, however many clients use it.
+
+    Fails when the mode is not looked at, and when each client warns.
+    """
+    path = tmp_path / "a credential\x1b[2J"
+    path.write_text("holdoff_x_y\n")
+    path.chmod(mode)
+    for _ in range(3):
+        CredentialFile(path, "localhost:1", None)
+    assert len(caplog.records) == int(warned)
+    if warned:
+        assert "chmod 600 '" in caplog.text
+        assert "\x1b" not in caplog.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -17,6 +16,7 @@ from holdoff._core import (
     Listening,
 )
 from holdoff._held import Held, pause_seconds
+from holdoff._log import log
 from holdoff._platform import boottime_ns
 from holdoff._timing import SECOND
 from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, Unavailable
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from holdoff._held import Callbacks
     from holdoff._recognise import Headers
 
-log = logging.getLogger("holdoff")
 
 _Event = lease_pb2.WaitStatus | lease_service_pb2.LeaseOffer
 

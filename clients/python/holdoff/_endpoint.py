@@ -6,6 +6,8 @@ import contextlib
 import ipaddress
 import os
 import re
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -185,6 +187,25 @@ def tls_of(
     return Tls(authorities, key, certificate)
 
 
+_warned: set[Path] = set()
+
+
+def _warn_of_readers(path: Path) -> None:
+    """Warn once about a credential that others can read.
+
+    A group may read a file that is not ours: that is how we can read it too.
+    """
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        readable = stat.st_mode & (0o044 if stat.st_uid == os.geteuid() else 0o004)
+        if readable and path not in _warned:
+            from holdoff._log import log  # noqa: PLC0415 - for those who need the warning
+
+            _warned.add(path)
+            name = shlex.quote(str(path))
+            log.warning("holdoff: others can read the credential file %s: chmod 600 %s", name, name)
+
+
 class CredentialFile:
     """The file with the credential that says who we are; read anew for each call.
 
@@ -212,6 +233,8 @@ class CredentialFile:
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "it is no text"
             raise ValueError(f"cannot read the credential file {self._path}: {why}") from None
+        if sys.platform != "win32":
+            _warn_of_readers(Path(self._path))
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Return what to send with a call; what was last read while the file cannot be."""
@@ -225,6 +248,6 @@ class CredentialFile:
         if not _CREDENTIAL.fullmatch(text):
             raise ValueError(
                 f"the credential file {path} holds no credential: write into it what "
-                "`holdoff-coordinator token issue` printed, and nothing else"
+                "`holdoff-coordinator token issue` wrote, and nothing else"
             )
         return (("authorization", f"Bearer {text}"),)

@@ -183,6 +183,7 @@ class _Init:
 
     def run(self, *, isolated: bool) -> NoReturn:
         """Serves until neither the command nor anything below it is left."""
+        _platform.allow_inspection(allowed=True)  # G must find us, also with hidepid
         _platform.signal_at_parents_death(signal.SIGKILL)
         _platform.become_subreaper()
         os.setpgid(0, 0)
@@ -685,6 +686,8 @@ def main() -> None:
 
     After them come the descriptors that the command is to have beyond the first three.
     """
+    # The command is of the same user: by /proc it could reach our pipes, and move its deadline.
+    _platform.allow_inspection(allowed=False)
     launch, control, events, wrapper, isolate, *passed = sys.argv[1:]
     for fd in (launch, control, events):
         os.set_inheritable(int(fd), False)

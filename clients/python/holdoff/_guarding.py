@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from typing import TYPE_CHECKING, Any
 
 from holdoff import _calls
 from holdoff._forks import Owner
+from holdoff._log import log
 from holdoff.errors import HoldoffError, Unavailable
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from holdoff.v1 import budget_pb2
 
-log = logging.getLogger("holdoff")
 
 _GOOD_STATUS = 200
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from holdoff import _calls
 from holdoff._core import LONGEST_SLEEP_SECONDS
 from holdoff._forks import Owner
+from holdoff._log import log
 from holdoff._platform import boottime_ns
 from holdoff._proof import lease_proof, secret_hash
 from holdoff._recognise import recognise_answer
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from holdoff._recognise import Headers
     from holdoff.errors import HoldoffError
     from holdoff.v1 import lease_pb2
-
-log = logging.getLogger("holdoff")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import queue
 import threading
 import time
@@ -19,6 +18,7 @@ from holdoff._core import (
 )
 from holdoff._forks import leave_to_parent
 from holdoff._held import Held, pause_seconds
+from holdoff._log import log
 from holdoff._platform import boottime_ns
 from holdoff._timing import SECOND
 from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, Unavailable
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from holdoff._core import Acquisition, Renewals
     from holdoff._held import Callbacks
     from holdoff._recognise import Headers
-
-log = logging.getLogger("holdoff")
 
 
 class Conversation:

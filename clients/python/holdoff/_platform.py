@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LINUX = sys.platform == "linux"
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _CLOCK_BOOTTIME = 7
 _TFD_NONBLOCK_CLOEXEC = 0o2004000
@@ -123,6 +124,16 @@ def become_subreaper() -> None:
     """Makes orphaned descendants children of this process, instead of init's."""
     if LINUX:
         _call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def allow_inspection(*, allowed: bool) -> None:
+    """Whether other processes of this user may look at our memory and open our descriptors.
+
+    A forked process begins with what its parent has. Where /proc is mounted with ``hidepid``,
+    a process that may not be inspected is not in anybody's process table.
+    """
+    if LINUX:
+        _call("prctl", _PR_SET_DUMPABLE, int(allowed), 0, 0, 0)
 
 
 def enter_pid_namespace() -> int:

@@ -6,7 +6,6 @@ coordinator has counted it: exactly once, whatever crashes in between.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from holdoff._core import retry_delay_seconds
 from holdoff._forks import Owner
+from holdoff._log import log
 from holdoff._spool import Moment, Spool, SpoolError
 from holdoff.errors import EventTooOld, HoldoffError, InvalidRequest, NotFound, Unavailable
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     """Reports events of one app, at most 100, and raises a `HoldoffError` if that fails:
     `Client.record_events` is one."""
 
-log = logging.getLogger("holdoff")
 
 _MOST_EVENTS = 100
 """So many may be in one request."""

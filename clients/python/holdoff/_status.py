@@ -11,6 +11,7 @@ import grpc
 from google.rpc import code_pb2, error_details_pb2
 from grpc_status import rpc_status
 
+from holdoff._text import printable_lines
 from holdoff.errors import (
     BY_REASON,
     AlreadyExists,
@@ -63,7 +64,7 @@ def from_status(status: status_pb2.Status) -> HoldoffError:
             retry_after_seconds = retry.retry_delay.ToMicroseconds() / 1e6
     by_code = _BY_CODE.get(status.code, UnexpectedError)
     return BY_REASON.get(info.reason, by_code)(
-        status.message,
+        printable_lines(status.message),
         reason=info.reason,
         metadata=info.metadata,
         retry_after_seconds=retry_after_seconds,
@@ -77,7 +78,7 @@ def from_rpc_error(error: grpc.RpcError, endpoint: str) -> HoldoffError:
     status = rpc_status.from_call(error)
     if status is not None:
         return from_status(status)
-    code, details = error.code(), error.details() or "no details"
+    code, details = error.code(), printable_lines(error.details() or "no details")
     number, name = code.value
     if code in _NO_ANSWER:
         kind = _BY_CODE.get(number, Unavailable)

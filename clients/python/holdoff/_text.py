@@ -33,6 +33,11 @@ def printable(text: str) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """Do the same to a text of several lines, and keep these."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def described(text: str, most: int) -> str:
     """Make a text that only describes something fit to be sent: escaped, and cut if too long."""
     text = printable(text)

@@ -282,6 +282,12 @@ class SchemaTooNew(Unavailable):
     REASON = "SCHEMA_TOO_NEW"
 
 
+class AccessFileMissing(Unavailable):
+    """The coordinator's access file cannot be read, so that it admits no caller."""
+
+    REASON = "ACCESS_FILE_MISSING"
+
+
 class Draining(Unavailable):
     """The coordinator is shutting down; positions in queues are kept."""
 

@@ -52,7 +52,6 @@ local shard = load(SHARD)
 local epoch = shard.epoch
 
 local NAME = 'apps/' .. SHARD:match('{(.*)}')
-local AUDIT_KEPT = 10000 -- entries an app, some 5 MB
 local audited = {} -- what this call added to the trail, for the log
 
 -- Adds an entry to a stream of ours, and returns its id. A key of another type, or a stream of
@@ -70,6 +69,34 @@ local function append(key, ...)
   return id
 end
 
+-- The audit trail of an app has two streams, so that what machines do pushes nothing out that an
+-- operator did. In each, one caller adds so many entries for one token in a span of time; what
+-- follows becomes one entry for each kind, with a count, until the span is over.
+local MACHINES = {key = SHARD .. ':audit', kept = 10000, span = 60 * SECOND, most = 30}
+local OPERATORS = {key = SHARD .. ':security', kept = 10000, span = 3600 * SECOND, most = 60}
+local SECURITY = {
+  LEASE_BREAK_ORDERED = true, LEASE_BROKEN = true, BUDGET_RESET = true, BACK_OFF_CLEARED = true,
+  TOKEN_CREATED = true, TOKEN_UPDATED = true, QUARANTINE_BEGAN = true, QUARANTINE_ENDED = true,
+}
+
+-- Adds an entry to a stream of the trail; `who` is the caller and the token. Returns its id.
+local function append_audit(stream, kind, who, entry)
+  local counts = stream.key .. ':' .. us(math.floor(now / stream.span))
+  local number_of = redis.call('HINCRBY', counts, who, 1)
+  if number_of == 1 then redis.call('PEXPIRE', counts, us(stream.span / 500)) end
+  if number_of > stream.most then
+    local field = kind .. ' ' .. who
+    local before, count, first = (redis.call('HGET', counts, field) or ''):match('^(%S+) (%d+) (%d+)$')
+    count, first = number(count) + 1, first or us(now)
+    if before then redis.call('XDEL', stream.key, before) end
+    for _, text in ipairs({'count', us(count), 'first_us', first}) do entry[#entry + 1] = text end
+    local id = append(stream.key, 'MAXLEN', '~', stream.kept, '*', unpack(entry))
+    redis.call('HSET', counts, field, id .. ' ' .. us(count) .. ' ' .. first)
+    return id
+  end
+  return append(stream.key, 'MAXLEN', '~', stream.kept, '*', unpack(entry))
+end
+
 -- Adds to the audit trail what happened to a thing, by its name below the app. The caller is
 -- named if it was its doing.
 local function audit(kind, thing, facts, by_caller)
@@ -84,7 +111,10 @@ local function audit(kind, thing, facts, by_caller)
       entry[#entry + 1] = type(facts[field]) == 'number' and us(facts[field]) or facts[field]
     end
   end
-  audited[#audited + 1] = {append(SHARD .. ':audit', 'MAXLEN', '~', AUDIT_KEPT, '*', unpack(entry)), entry}
+  local stream = (SECURITY[kind] or facts.cause == 'OPERATOR') and OPERATORS or MACHINES
+  local token = thing:match('^/tokens/([^/]*)') or facts.token or ''
+  local id = append_audit(stream, kind, token .. ' ' .. (facts.identity or ''), entry)
+  audited[#audited + 1] = {id, entry}
 end
 
 -- How long after its last renewal a holder's last refresh may still matter: the longest of

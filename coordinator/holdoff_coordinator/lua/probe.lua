@@ -21,7 +21,7 @@ for _, command in ipairs({
   {'ZADD', key, '1', 'a'}, {'ZINCRBY', key, '1', 'a'}, {'ZCARD', key}, {'ZPOPMIN', key}, {'ZRANGE', key, '0', '0'},
   {'ZRANGEBYLEX', key, '-', '+'}, {'ZRANGEBYSCORE', key, '0', '0'}, {'ZRANK', key, 'a'}, {'ZREM', key, 'a'},
   {'ZREMRANGEBYRANK', key, '0', '0'}, {'ZREMRANGEBYSCORE', key, '0', '0'}, {'ZSCORE', key, 'a'},
-  {'XADD', key, '*', 'a', '1'}, {'XRANGE', key, '-', '+'}, {'XREVRANGE', key, '+', '-'},
+  {'XADD', key, '*', 'a', '1'}, {'XDEL', key, '1-1'}, {'XRANGE', key, '-', '+'}, {'XREVRANGE', key, '+', '-'},
   {'SPUBLISH', key, ''}, {'TIME'}, {'INFO', 'replication'},
 }) do
   if is_forbidden(command) then forbidden[#forbidden + 1] = command[1]:lower() end

@@ -152,6 +152,7 @@ seccompProfile:
 {{- end }}
 {{- if .Values.tls.clientCA.secretName }}
 - --tls-client-ca-file=/etc/holdoff/client-ca/{{ .Values.tls.clientCA.key }}
+- --client-identity={{ .Values.tls.clientIdentity }}
 {{- end }}
 {{- if .Values.access.grants }}
 - --access-file=/etc/holdoff/access/access.toml

@@ -117,6 +117,8 @@ def main(guard: Guard) -> int:
 
 if options.get("unprivileged"):
     ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)  # drops CAP_SYS_ADMIN from the bounding set
+if options.get("no_tracing"):
+    ctypes.CDLL(None).prctl(24, 19, 0, 0, 0)  # the same with CAP_SYS_PTRACE
 with Guard.start(isolate=options["isolate"]) as started:
     status = main(started)
 sys.exit(status)

@@ -9,7 +9,7 @@ from typing import Self
 
 import click
 
-from holdoff._text import printable
+from holdoff._text import printable, printable_lines
 
 
 def say(message: str) -> None:
@@ -21,6 +21,11 @@ def write_line(line: str) -> None:
     """Write a line to stderr. One that cannot be written is no reason to do anything else."""
     with contextlib.suppress(OSError):  # its reader has gone, or the disk is full
         click.echo(printable(line), err=True)
+
+
+def confirm(question: str) -> bool:
+    """Ask on stderr whether to go on."""
+    return click.confirm(printable_lines(question), err=True)
 
 
 class Voice:

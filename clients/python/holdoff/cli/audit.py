@@ -89,7 +89,7 @@ def audit(  # noqa: PLR0913 - one for each option
 def _row(event: audit_pb2.AuditEvent) -> Sequence[str]:
     return (
         time_text(event, "time"),
-        enum_text(event, "kind"),
+        enum_text(event, "kind") + (f", {event.count} times" if event.count > 1 else ""),
         _who(event),
         event.resource or NOTHING,
         event.reason or NOTHING,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from holdoff import Client
-from holdoff._text import printable
 from holdoff.cli import exits
 from holdoff.cli._budgets import BACK_OFF_HEADINGS, back_off_fields, back_off_row
 from holdoff.cli._help import example
+from holdoff.cli._voice import confirm
 from holdoff.cli.output import (
     duration_text,
     emit_json,
@@ -113,7 +113,7 @@ def clear_back_off(endpoint: str, name: str, reason: str, yes: bool, output: str
         if sys.stdin.isatty() and not yes:
             app = str(AppName(BackOffName.parse(name).app))
             found = [one for one in client.list_back_offs(app) if one.name == name]
-            if found and not click.confirm(f"{name}\n{_question(found[0])}", err=True):
+            if found and not confirm(f"{name}\n{_question(found[0])}"):
                 click.echo("not cleared", err=True)
                 raise click.exceptions.Exit(exits.DECLINED)
         _emit(client.clear_back_off(name, reason), output)
@@ -122,7 +122,7 @@ def clear_back_off(endpoint: str, name: str, reason: str, yes: bool, output: str
 def _question(back_off: budget_pb2.BackOff) -> str:
     has_left = back_off.HasField("remaining")
     left = f" for another {duration_text(back_off, 'remaining')}" if has_left else ""
-    return f"is in force{left}: {printable(back_off.reason)}. Clear it?"
+    return f"is in force{left}: {back_off.reason}. Clear it?"
 
 
 def _emit(back_off: budget_pb2.BackOff, output: str) -> None:

@@ -17,7 +17,7 @@ from holdoff.cli._budget_board import BudgetBoard, documents
 from holdoff.cli._budgets import BUDGET_HEADINGS, budget_row
 from holdoff.cli._help import example
 from holdoff.cli._live import live_output_option, show_lines, show_table, wants_lines
-from holdoff.cli._voice import say
+from holdoff.cli._voice import confirm, say
 from holdoff.cli.output import (
     NOTHING,
     duration_text,
@@ -167,7 +167,7 @@ def reset_budget(endpoint: str, name: str, reason: str, yes: bool, output: str) 
         if sys.stdin.isatty() and not yes:
             found = client.get_budget(name)
             used = f"has {found.used} of {found.most} used in {duration_text(found, 'window')}"
-            if not click.confirm(f"{name}\n{used}. Reset it?", err=True):
+            if not confirm(f"{name}\n{used}. Reset it?"):
                 click.echo("not reset", err=True)
                 raise click.exceptions.Exit(exits.DECLINED)
         _emit(client.reset_budget(name, reason), output)

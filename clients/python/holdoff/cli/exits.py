@@ -143,6 +143,8 @@ _REMEDIES: Final = {
     "affected. What to do: deploy/RUNBOOK.md, HoldoffStoreAway",
     "SCHEMA_TOO_NEW": "upgrade the coordinator at {endpoint}, or use a newer one: --endpoint "
     "HOST:PORT",
+    "ACCESS_FILE_MISSING": "restore that file, or its permissions, at the coordinator {endpoint}: "
+    "it is read again by itself",
     "DRAINING": "it stops or restarts, and positions are kept: try again in a moment",
     "WAITER_SILENT": "was this host suspended or offline? Try again: the position is lost",
     "INTERNAL": "a fault of Holdoff: see the coordinator's log at this time, and report it",
@@ -185,6 +187,7 @@ def end(error: Exception) -> NoReturn:
             # Not Python's own 1, which under `run` would read as a warning of the command.
             import traceback  # noqa: PLC0415 - slow to import, and hardly ever needed
 
-            traceback.print_exception(error)
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                write_line(line)
             complain("this is a fault of Holdoff", "report it with all of the lines above")
             sys.exit(INTERNAL)

@@ -8,6 +8,7 @@ import click
 from holdoff import Client
 from holdoff.cli import exits
 from holdoff.cli._help import example
+from holdoff.cli._voice import confirm
 from holdoff.cli.output import (
     NOTHING,
     duration_text,
@@ -89,7 +90,7 @@ def break_lease(endpoint: str, name: str, reason: str, yes: bool, output: str) -
     with Client(endpoint) as client:
         if sys.stdin.isatty() and not yes:
             holder = holder_text(client.get_lease(name).holder)
-            if not click.confirm(f"{name}\nis held by {holder}. Break it?", err=True):
+            if not confirm(f"{name}\nis held by {holder}. Break it?"):
                 click.echo("not broken", err=True)
                 raise click.exceptions.Exit(exits.DECLINED)
         _emit(client.break_lease(name, reason), output)

@@ -103,11 +103,11 @@ def emit_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def emit_record(fields: Iterable[tuple[str, str]]) -> None:
     """Print one resource, a line for each of its fields that has a value."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
-    known = [(heading, value) for heading, value in fields if value != NOTHING]
+    known = [(printable(heading), value) for heading, value in fields if value != NOTHING]
     table.add_column(style="bold", no_wrap=True, min_width=max(len(one) for one, _ in known))
     table.add_column(**_whole_words(*(value for _, value in known)))
     for heading, value in known:
-        table.add_row(heading, cell(value))
+        table.add_row(Text(heading), cell(value))
     _print(table)
 
 

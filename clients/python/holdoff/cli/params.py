@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     _Found = lease_pb2.Lease | token_pb2.Token | budget_pb2.Budget | budget_pb2.BackOff
 
+_NAME = re.compile(r"[A-Za-z0-9._/-]+")
+"""What a shell may complete: harmless on a command line, whoever chose it."""
 _COMPLETION_SECONDS = 1.0
 
 MOST_LABELS = 16
@@ -225,7 +227,7 @@ class Name(click.ParamType[str]):
         return [
             CompletionItem(name, help=help_ or None)
             for name, help_ in sorted(offers.items())
-            if name.startswith(incomplete)
+            if name.startswith(incomplete) and _NAME.fullmatch(name)
         ]
 
 
@@ -252,7 +254,7 @@ class PolicyName(click.ParamType[str]):
         return [
             CompletionItem(name, help=printable(title) or None)
             for name, title in sorted(titles.items())
-            if name.startswith(incomplete)
+            if name.startswith(incomplete) and _NAME.fullmatch(name)
         ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from holdoff import Client
+from holdoff._text import printable
 from holdoff.cli import exits
 from holdoff.cli._help import example
 from holdoff.cli.output import (
@@ -108,7 +109,7 @@ def check_policies(files: tuple[Path, ...]) -> None:
             wrong = True
         else:
             known.add(found.name)
-            click.echo(f"{path}: policy {found.name}, {len(found.limit)} limits")
+            click.echo(printable(f"{path}: policy {found.name}, {len(found.limit)} limits"))
     if wrong:
         raise click.exceptions.Exit(exits.USAGE)
 

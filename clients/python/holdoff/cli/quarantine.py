@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from holdoff import Client
-from holdoff._text import printable
 from holdoff.cli import exits
 from holdoff.cli._help import example
+from holdoff.cli._voice import confirm
 from holdoff.cli.output import (
     NOTHING,
     duration_text,
@@ -75,7 +75,7 @@ def end_quarantine(endpoint: str, app: str, reason: str, yes: bool, output: str)
     with Client(endpoint) as client:
         if sys.stdin.isatty() and not yes:
             found = client.list_quarantines(app)
-            if found and not click.confirm(f"{app}\n{_question(found[0])}", err=True):
+            if found and not confirm(f"{app}\n{_question(found[0])}"):
                 click.echo("not ended", err=True)
                 raise click.exceptions.Exit(exits.DECLINED)
         _emit(client.end_quarantine(app, reason), output)
@@ -83,8 +83,8 @@ def end_quarantine(endpoint: str, app: str, reason: str, yes: bool, output: str)
 
 def _question(one: lease_pb2.Quarantine) -> str:
     return (
-        f"is in quarantine for another {duration_text(one, 'remaining')}: {printable(one.reason)}\n"
-        f"The store may have lost: {printable(one.at_risk)}.\nEnd it?"
+        f"is in quarantine for another {duration_text(one, 'remaining')}: {one.reason}\n"
+        f"The store may have lost: {one.at_risk}.\nEnd it?"
     )
 
 

@@ -330,7 +330,7 @@ class ListAuditEventsRequest(_message.Message):
     """`next_page_token` of the page before."""
     @_builtins.property
     def kinds(self) -> _containers.RepeatedScalarFieldContainer[_audit_pb2.AuditKind.ValueType]:
-        """Only these kinds; all if empty."""
+        """Only these kinds, at most 100; all if empty."""
 
     def __init__(
         self,

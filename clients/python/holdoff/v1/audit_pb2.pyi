@@ -63,6 +63,8 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     """A call was refused: the caller was not authenticated, or not authorised."""
     AUDIT_KIND_QUARANTINE_ENDED: _AuditKind.ValueType  # 17
     """An operator ended a quarantine."""
+    AUDIT_KIND_ACCESS_CHANGED: _AuditKind.ValueType  # 18
+    """A coordinator read its access file again, or could not use it."""
 
 class AuditKind(_AuditKind, metaclass=_AuditKindEnumTypeWrapper):
     """The kinds of entries in the audit trail."""
@@ -105,6 +107,8 @@ AUDIT_KIND_CALL_REFUSED: AuditKind.ValueType  # 16
 """A call was refused: the caller was not authenticated, or not authorised."""
 AUDIT_KIND_QUARANTINE_ENDED: AuditKind.ValueType  # 17
 """An operator ended a quarantine."""
+AUDIT_KIND_ACCESS_CHANGED: AuditKind.ValueType  # 18
+"""A coordinator read its access file again, or could not use it."""
 Global___AuditKind: _TypeAlias = AuditKind  # noqa: Y015
 
 @_typing.final
@@ -120,6 +124,8 @@ class AuditEvent(_message.Message):
     PEER_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_TIME_FIELD_NUMBER: _builtins.int
     kind: Global___AuditKind.ValueType
     """What happened."""
     resource: _builtins.str
@@ -127,13 +133,18 @@ class AuditEvent(_message.Message):
     of a call that was refused, what it was about.
     """
     identity: _builtins.str
-    """Who did it, as the coordinator authenticated them; empty for what no caller
-    did, such as a lease that ran out.
+    """Who did it, as the coordinator authenticated them, with the type of the name
+    (`credential:`, `dns:`, `email:`, `ip:`, `uri:`, `operator:`), or
+    `anonymous`; empty for what no caller did, such as a lease that ran out.
     """
     peer: _builtins.str
     """From where: the address of the caller."""
     reason: _builtins.str
     """Why."""
+    count: _builtins.int
+    """How many events this entry stands for, if more than one: one caller caused
+    many of this kind for one token. All other fields describe the last one.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When, by the store's clock."""
@@ -141,6 +152,10 @@ class AuditEvent(_message.Message):
     @_builtins.property
     def holder(self) -> _lease_pb2.Holder:
         """Whose lease it is, or who caused it, as they said themselves."""
+
+    @_builtins.property
+    def first_time(self) -> _timestamp_pb2.Timestamp:
+        """When the first of them happened; not set for a single one."""
 
     def __init__(
         self,
@@ -152,10 +167,12 @@ class AuditEvent(_message.Message):
         peer: _builtins.str = ...,
         holder: _lease_pb2.Holder | None = ...,
         reason: _builtins.str = ...,
+        count: _builtins.int = ...,
+        first_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_time", b"first_time", "holder", b"holder", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "identity", b"identity", "kind", b"kind", "peer", b"peer", "reason", b"reason", "resource", b"resource", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first_time", b"first_time", "holder", b"holder", "identity", b"identity", "kind", b"kind", "peer", b"peer", "reason", b"reason", "resource", b"resource", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

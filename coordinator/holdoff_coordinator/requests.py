@@ -1,0 +1,173 @@
+"""Reads what callers send: what is no message, or is too large, is refused before it is used.
+
+gRPC reads a message before a handler can authenticate the caller, and logs a traceback for each
+that is damaged. So a damaged one reaches its handler as `Malformed`, and is refused there, after
+the caller is known.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from holdoff_coordinator import validation
+from holdoff_coordinator.budgets import MOST_EVENTS
+from holdoff_coordinator.failures import Failure, invalid
+from holdoff_coordinator.places import MOST_SCOPES
+from holdoff_coordinator.seldom import warn
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from google.protobuf.message import Message
+
+MOST_ENTRIES = {
+    "google.protobuf.FieldMask.paths": 20,
+    "holdoff.v1.AcquireLeaseRequest.scopes": MOST_SCOPES,
+    "holdoff.v1.Holder.labels": validation.MOST_LABELS,
+    "holdoff.v1.ListAuditEventsRequest.kinds": 100,
+    "holdoff.v1.RecordEventsRequest.events": MOST_EVENTS,
+}
+"""How many entries a list or a map of a request may have; one that is not here may have none."""
+MOST_CHARACTERS = 1_000
+"""Characters of a text, unless it has a limit of its own. No name, id or secret is that long."""
+TEXTS = {
+    **{f"holdoff.v1.Holder.{field}": most for field, most in validation.HOLDER_LIMITS.items()},
+    "holdoff.v1.BreakLeaseRequest.reason": validation.MOST_REASON_CHARACTERS,
+    "holdoff.v1.ClearBackOffRequest.reason": validation.MOST_REASON_CHARACTERS,
+    "holdoff.v1.EndQuarantineRequest.reason": validation.MOST_REASON_CHARACTERS,
+    "holdoff.v1.ResetBudgetRequest.reason": validation.MOST_REASON_CHARACTERS,
+    "holdoff.v1.Scope.division": validation.MOST_DIVISION_CHARACTERS,
+    "holdoff.v1.Scope.endpoint": validation.MOST_ENDPOINT_CHARACTERS,
+    "holdoff.v1.SetBackOffRequest.reason": validation.MOST_REASON_CHARACTERS,
+    # It has a part for each app.
+    "holdoff.v1.WatchLeasesRequest.resume_token": 250_000,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Stands for a request that is no message of its type."""
+
+    method: str
+
+    def failure(self) -> Failure:
+        """Say so."""
+        return Failure(
+            "INVALID_FIELD",
+            f"the request of {self.method} is not a message of its type: is the client of another "
+            "release, or not for this service?",
+        )
+
+
+def check_request(request: Message | Malformed) -> Message:
+    """Return a request if it is a message whose lists, maps and texts are not too long.
+
+    Raises:
+        Failure: INVALID_FIELD.
+    """
+    if isinstance(request, Malformed):
+        raise request.failure()
+    _check_size(request)
+    return request
+
+
+def _check_size(message: Message, where: str = "") -> None:
+    for field, value in message.ListFields():
+        path = f"{where}{field.name}"
+        if not field.is_repeated:
+            _check_value(field, path, value)
+            continue
+        most = MOST_ENTRIES.get(field.full_name, 0)
+        if len(value) > most:
+            raise invalid(path, f"must be at most {most}")
+        if field.message_type and field.message_type.GetOptions().map_entry:
+            kinds = field.message_type.fields_by_name
+            for key, one in value.items():
+                _check_value(kinds["key"], path, key)
+                _check_value(kinds["value"], path, one)
+        else:
+            for one in value:
+                _check_value(field, path, one)
+
+
+def _check_value(field: Any, path: str, value: Any) -> None:
+    if field.message_type:
+        _check_size(value, f"{path}.")
+    elif isinstance(value, str | bytes):
+        most = TEXTS.get(field.full_name, MOST_CHARACTERS)
+        if len(value) > most:
+            raise invalid(path, f"must be at most {most} characters")
+
+
+class Reading(grpc.aio.ServerInterceptor):
+    """Turns damaged requests into `Malformed`, and refuses those that need no authentication.
+
+    Args:
+        passed_on: Services whose handlers take `Malformed` themselves.
+    """
+
+    def __init__(self, passed_on: tuple[str, ...]) -> None:
+        self._passed_on = passed_on
+        self.on_malformed: Callable[[], None] = lambda: None
+        """Called for each damaged request."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Let a method that there is read its requests by ours."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method.removeprefix("/")
+        read = self._reader(method, handler.request_deserializer)
+        kind = "_".join(
+            "stream" if streams else "unary"
+            for streams in (handler.request_streaming, handler.response_streaming)
+        )
+        behaviour = getattr(handler, kind)
+        if method.partition("/")[0] not in self._passed_on:
+            behaviour = _refusing(behaviour, streams=handler.request_streaming)
+        wrap = getattr(grpc, f"{kind}_rpc_method_handler")
+        return wrap(behaviour, read, handler.response_serializer)
+
+    def _reader(self, method: str, read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        def message_or_malformed(raw: bytes) -> Any:
+            try:
+                return read(raw)
+            except DecodeError:
+                self.on_malformed()
+                warn("a request is not a message of its type", method)
+                return Malformed(method)
+
+        return message_or_malformed
+
+
+def _refusing(behaviour: Any, *, streams: bool) -> Any:
+    """Refuse damaged requests of a method that needs no authentication: health and reflection."""
+
+    async def check(request: Any, context: Any) -> Any:
+        try:
+            return check_request(request)
+        except Failure as failure:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, failure.message)
+
+    async def checked(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        async for request in requests:
+            yield await check(request, context)
+
+    async def answer(request: Any, context: Any) -> Any:
+        return await behaviour(await check(request, context), context)
+
+    async def answers(request: Any, context: Any) -> AsyncIterator[Any]:
+        asked = checked(request, context) if streams else await check(request, context)
+        async for response in behaviour(asked, context):
+            yield response
+
+    return answers if inspect.isasyncgenfunction(behaviour) else answer
