@@ -42,8 +42,9 @@ TARGETS = {
 
 SHARES = {"requests": 6}
 """Parts of the time for all; of targets that are not named, one."""
-ROUND = 200
-"""Inputs between two preparations of a target."""
+ROUNDS, ROUND = 8, 50
+"""So many rounds between two preparations of a target, of so many inputs. Hypothesis varies within
+a round what it drew, and begins anew with each."""
 _FOUND = 3
 _INPUT = Path("build/fuzz").absolute()
 
@@ -79,7 +80,8 @@ class Hunt:
                 return None
             try:
                 with self._target.opened() as check:
-                    self._round(f"{number}/{turn}", check)
+                    for part in range(ROUNDS):
+                        self._round(f"{number}/{turn}/{part}", check)
             except Exception as error:  # noqa: BLE001 - whatever an input did
                 return error
         return None
