@@ -45,6 +45,7 @@ TOML = [
     *(b"1e999", b"-1", b"0x7f", b"nan", b"inf", b"1979-05-27T07:32:00Z", b"9" * 30, b"true"),
     *(b"[[[[", b"{a={a={a=", b"'1s'", b"(?P<endpoint>", b"(?P<division>.)", b"(", b")", b"{9999}"),
     *(b"name", b"statuses", b"[output.codes]\n", b"[[limit]]\n", b"[a.b.c]\n", b"a.b.c = 1\n"),
+    *(b"seeds = 5\n", b"[seeds]\n", b"grants = 5\n", b"[grants]\n", b"5", b'"x"', b"[]", b"{}"),
 ]
 
 
@@ -112,7 +113,7 @@ def spools() -> Iterator[Check]:
             for spool in Spool(folder).leftovers(said.append):
                 for one in spool.waiting():
                     left[one.event.id] = one
-                    assert one.due(one.written).ByteSize() < len(data) + 1000
+                    assert one.due(Moment.now()).ByteSize() < len(data) + 1000
                     assert one.with_another(one) is None or one.event.count <= MOST_COUNT
                     assert one.likeness()
                     assert one.line()

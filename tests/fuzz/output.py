@@ -46,6 +46,7 @@ WORDS = [
     ),
     *(b"('9')", b"x" * 5000, "\u202e\U0001f600".encode(), b"99999999999999999999", b"-1", b"1e9"),
     *(b"Thu, 01 Jan 1970 00:00:00 GMT", b"user:secret@", b"?token=secret", b"429", b"400", b"503"),
+    *(b"status=999", b"status=099", b"count=0", b"retry_after=99999999", b"999", b"0", b"1e400"),
 ]
 LINES = [
     b"HOLDOFF-ERROR division=535193 endpoint=crm/Accounts status=400 count=2",
