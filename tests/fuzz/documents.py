@@ -6,23 +6,28 @@ An input is the content of a file.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import tempfile
 from importlib.resources import files as resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import strategies as st
 
 from holdoff._spool import MOST_COUNT, Moment, Spool, Waiting
 from holdoff.policies import PolicyError, read_policy
 from holdoff.simulator import seeds
 from holdoff.v1 import budget_pb2
 from holdoff_coordinator.access import AccessError, read_access
-from tests.fuzz.engine import Target, edited, files
+from tests.fuzz.engine import Target, edited, files, spliced
 from tests.fuzz.requests import ACCESS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
+
+    from hypothesis.strategies import SearchStrategy
 
     from tests.fuzz.engine import Check
 
@@ -115,7 +120,7 @@ def spools() -> Iterator[Check]:
                     left[one.event.id] = one
                     assert one.due(Moment.now()).ByteSize() < len(data) + 1000
                     assert one.with_another(one) is None or one.event.count <= MOST_COUNT
-                    assert one.likeness()
+                    assert isinstance(one.likeness(), bytes)
                     assert one.line()
                 if GOOD_ID in left:
                     spool.done(list(left))
@@ -126,17 +131,47 @@ def spools() -> Iterator[Check]:
     yield check
 
 
+INTS = [0, 1, 10**12, -1, -(10**30), 2**63, 10**30, 1.5, "1", None]
+EVENT: dict[str, list[Any]] = {
+    "id": ["a", "b", LAST_ID, "", 5],
+    "kind": ["EVENT_KIND_ERROR", "EVENT_KIND_BLOCK", 99, -1, "x"],
+    "count": [1, 10_000, 0, -1, 2**32],
+    "status": [400, -1, 2**31 - 1, 2**31],
+    "age": ["5s", "-1s", "999999999.999999999s", "315576000000s", "1e3s", 5],
+    "sent_age": ["5s", "-1s", "1000000001s"],
+    "scope": [{"token": "apps/a/tokens/t"}, {"endpoint": "\ud800"}, {}, "x"],
+}
+
+
+def _documents() -> SearchStrategy[bytes]:
+    """Draw lines of a spool with any values in their fields."""
+    event = st.fixed_dictionaries({}, optional={k: st.sampled_from(v) for k, v in EVENT.items()})
+    written = st.fixed_dictionaries(
+        {
+            "event": event | st.sampled_from([None, [], "x"]),
+            "boot": st.sampled_from(["boot", "", None]),
+            "boot_ns": st.sampled_from(INTS),
+            "wall_ns": st.sampled_from(INTS),
+        }
+    )
+    done = st.fixed_dictionaries({"done": st.lists(st.sampled_from(EVENT["id"]), max_size=3)})
+    return st.lists(written | done, max_size=6).map(
+        lambda lines: b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    )
+
+
 TARGETS = {
     "policies": Target(
-        edited(files("policies", *PRESETS), TOML),
+        edited(files("policies", *PRESETS) | spliced(*PRESETS, *TOML), TOML),
         reader(read_policy, PolicyError, r"\Afile\.toml:[1-9]\d*: ."),
     ),
     "access": Target(
-        edited(files("access", ACCESS.encode()), TOML),
+        edited(files("access", ACCESS.encode()) | spliced(ACCESS.encode(), *TOML), TOML),
         reader(read_access, AccessError, r"/file\.toml:[\s\S]+; write \[\[grants\]\]"),
     ),
     "seeds": Target(
-        edited(files("seeds", SEEDS.encode()), TOML), reader(seeds.read, ValueError, ".")
+        edited(files("seeds", SEEDS.encode()) | spliced(SEEDS.encode(), *TOML), TOML),
+        reader(seeds.read, ValueError, "."),
     ),
-    "spool": Target(edited(files("spool", _lines("a", "b")), JSON), spools),
+    "spool": Target(edited(files("spool", _lines("a", "b")) | _documents(), JSON), spools),
 }

@@ -152,3 +152,9 @@ def edited(draw: DrawFn, valid: SearchStrategy[bytes], words: Sequence[bytes]) -
 def files(name: str, *more: bytes) -> SearchStrategy[bytes]:
     """Draw from a target's corpus, and from some more."""
     return st.sampled_from([*more, *(path.read_bytes() for path in kept(name))])
+
+
+def spliced(*texts: bytes) -> SearchStrategy[bytes]:
+    """Draw lines of several texts, in any order."""
+    lines = sorted({line for text in texts for line in text.splitlines()})
+    return st.lists(st.sampled_from(lines), max_size=20).map(b"\n".join)

@@ -65,9 +65,27 @@ ANSWERS = [
 ]
 
 
+FIELDS = {
+    b"division": [b"535193", b"x" * 200, b'"a b"', b"\xff", b"\x1b[2J"],
+    b"endpoint": [b"crm/Accounts", b"https://u:p@h/api/v1/1/x?y", b"/" * 3000, b'"a', b"((("],
+    b"status": [b"400", b"429", b"999", b"099", b"-1", b"4000", "\u0664\u0660\u0660".encode()],
+    b"count": [b"2", b"0", b"-1", b"99999", b"9" * 30, b"1e3"],
+    b"retry_after": [b"60", b"0", b"1e9", b"9" * 15, b"9" * 16, b"-1", b"nan", b"999999999"],
+    b"throttle": [b"too-many-calls", b"none", b'""'],
+}
+
+
+def _markers() -> SearchStrategy[bytes]:
+    """Draw lines that jobs print for us, with any values."""
+    pairs = [name + b"=" + value for name, values in FIELDS.items() for value in values]
+    words = st.lists(st.sampled_from(pairs), max_size=6).map(b" ".join)
+    kinds = st.sampled_from((b"HOLDOFF-ERROR ", b"x: HOLDOFF-BLOCKED ", b"HOLDOFF-ERROR\t"))
+    return st.tuples(kinds, words).map(b"".join)
+
+
 def _printed() -> SearchStrategy[bytes]:
     ends = st.sampled_from((b"\n", b"\n", b"\n", b"\r\n", b"\r", b""))
-    lines = st.lists(st.tuples(st.sampled_from(LINES), ends), max_size=40)
+    lines = st.lists(st.tuples(st.sampled_from(LINES) | _markers(), ends), max_size=40)
     return lines.map(lambda pairs: b"".join(line + end for line, end in pairs))
 
 
