@@ -81,7 +81,8 @@ class Hunt:
             try:
                 with self._target.opened() as check:
                     for part in range(ROUNDS):
-                        self._round(f"{number}/{turn}/{part}", check)
+                        if time.monotonic() < self._end:
+                            self._round(f"{number}/{turn}/{part}", check)
             except Exception as error:  # noqa: BLE001 - whatever an input did
                 return error
         return None
