@@ -21,7 +21,7 @@ SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh deploy/*.sh t
 
 .PHONY: help demo demo-short test test-all lint format types pyright imports unit integration model e2e proto chart pytest \
 	stores every-store models generate man lock dist wheels bench soak soak-short chaos chaos-short mutants \
-	coverage prove-bare clean
+	fuzz fuzz-short coverage prove-bare clean
 
 help: ## Show the targets
 	@sed -nE 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -39,7 +39,7 @@ test: $(READY) ## Every check and all tests in parallel: one line per stage, and
 stage-%:
 	@scripts/stage.sh $*
 
-LONG_STAGES := every-store models pytest-long demo soak bench chaos mutants prove-bare
+LONG_STAGES := every-store models pytest-long demo soak bench chaos fuzz-short mutants prove-bare
 test-all: test ## The long version: every store, many examples, whole fleets, soak, a bare Debian
 	@$(MAKE) --keep-going $(LONG_STAGES:%=stage-%)
 
@@ -111,6 +111,15 @@ chaos-short: $(READY) ## The same for two minutes in all, as CI runs it
 
 mutants: $(READY) ## Take out one safeguard at a time: does a test notice? ONLY=words picks some
 	PYTHONPATH=. python -m tests.mutants.run --only "$(ONLY)"
+
+TARGET := all
+FUZZ = PYTHONPATH=. python -m tests.fuzz.run --target $(TARGET) --seed $(SEED)
+FUZZ_SECONDS = $(if $(filter command line,$(origin SECONDS)),$(SECONDS),300)
+fuzz: $(READY) ## Requests, files, output and HTTP built from a SEED, then mutated; for SECONDS, on a TARGET
+	$(FUZZ) --seconds $(FUZZ_SECONDS)
+
+fuzz-short: $(READY) ## The same for one minute in all, as CI runs it
+	$(FUZZ) --seconds 60
 
 format: $(READY) ## Fix what ruff can fix
 	ruff check --fix

@@ -30,7 +30,7 @@ def find_place(pattern: str, path: str) -> tuple[str, str]:
 def normal_endpoint(text: str) -> str:
     """Give an endpoint its normal form: no keys, no case, no slash at either end."""
     text = re.sub(r"\((?:'(?:[^']|'')*'|[^()'])*\)", "()", text)
-    return text.strip("/").casefold()[:MOST_ENDPOINT_CHARACTERS]
+    return text.strip("/").casefold()[:MOST_ENDPOINT_CHARACTERS].rstrip("/")
 
 
 @lru_cache

@@ -167,6 +167,8 @@ def _parse(line: bytes) -> Waiting | list[str]:
     """
     try:
         document = json.loads(line)
+        # Half a surrogate pair is refused here: in a field's name it would make protobuf fail.
+        json.dumps(document, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
     match document:

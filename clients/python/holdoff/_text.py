@@ -45,6 +45,9 @@ def described(text: str, most: int) -> str:
 
 
 def without_secrets(url: str) -> str:
-    """Cut off what may be a secret in a path or URL: its query, fragment, user and password."""
+    """Cut off what may be a secret in a path or URL: its query, fragment, user and password.
+
+    A password may contain an @ that nothing escapes: the host follows the last one.
+    """
     path = re.split(r"[?#]", url, maxsplit=1)[0]
-    return re.sub(r"//[^/@]*@", "//", path)
+    return re.sub(r"//[^/]*@", "//", path)

@@ -234,8 +234,8 @@ def show_history(endpoint: str, name: str, at: datetime | None, output: str) -> 
         click.echo(f"no leases of {name} yet", err=True)
     else:
         when = f"{at.astimezone():%Y-%m-%d %H:%M:%S%z}"
-        since = f"; the history goes back to {time_text(known[-1], 'accept_time')}"
-        click.echo(f"no lease of {name} at {when}{since if known else ''}", err=True)
+        since = f"; the history goes back to {time_text(known[-1], 'accept_time')}" if known else ""
+        click.echo(f"no lease of {name} at {when}{since}", err=True)
 
 
 def _row(token: token_pb2.Token, lease: lease_pb2.Lease | None) -> tuple[str, ...]:
