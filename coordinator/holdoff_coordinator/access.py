@@ -165,6 +165,10 @@ class Rights:
         """Whether a token may be seen."""
         return self.missing(Need(Role.VIEWER, (Place(app, token),))) is None
 
+    def knows(self, app: str) -> bool:
+        """Whether an app, or a token of it, may be seen."""
+        return self.missing(Need(Role.VIEWER, (Place(app),), part=True)) is None
+
     def _sees(self, message: Any) -> bool:
         """Whether a thing may be seen; what belongs to a whole app concerns each of its tokens."""
         match message:

@@ -9,11 +9,11 @@ import grpc
 import structlog
 
 from holdoff_coordinator.access import AccessError, need_of, read_access, refusal, rights_of
-from holdoff_coordinator.caller import Caller
+from holdoff_coordinator.caller import ANONYMOUS, Caller
 from holdoff_coordinator.failures import STORE_TROUBLES, Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from google.protobuf.message import Message
@@ -26,7 +26,6 @@ log = structlog.get_logger()
 
 MessageT = TypeVar("MessageT", bound="Message")
 Context = grpc.aio.ServicerContext[Any, Any]
-ANONYMOUS = "anonymous"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,15 @@ class Gate:
             raise
         if not need.part:
             return Admitted(Caller(identity, peer))
-        return Admitted(Caller(identity, peer, rights.sees), rights)
+        return Admitted(Caller(identity, peer, rights.sees, self._knower(identity)), rights)
+
+    def _knower(self, identity: str) -> Callable[[str], bool]:
+        """Return what tells whether an identity may know of an app, also later."""
+
+        def knows(app: str) -> bool:
+            return not self._access or rights_of(identity, self._access.grants()).knows(app)
+
+        return knows
 
     async def refused(self, request: Message, caller: Caller, failure: Failure) -> None:
         """Put a refusal into the audit trail."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.followers import Followers
     from holdoff_coordinator.gate import Admitted, Gate
     from holdoff_coordinator.leases import Leases
+    from holdoff_coordinator.limits import Limits
     from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.quarantines import Quarantines
     from holdoff_coordinator.tokens import Tokens
@@ -61,6 +62,8 @@ SERVICES = tuple(
     )
 )
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+FIRST_SECONDS = 10.0
+"""A stream must begin with its request within this time: who has not sent one is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class Handlers:
     """What answers the calls, and what stands before it."""
 
     gate: Gate
+    limits: Limits
     trail: AuditTrail
     leases: Leases
     followers: Followers
@@ -95,6 +99,7 @@ class _Adapter:
 
     def __init__(self, handlers: Handlers) -> None:
         self._gate = handlers.gate
+        self._limits = handlers.limits
         self._handlers = handlers
 
     async def _answer(
@@ -105,7 +110,8 @@ class _Adapter:
     ) -> ResponseT:
         admitted = await self._admit(request, context)
         try:
-            shown = admitted.shown(await handler(request, admitted.caller))
+            async with self._limits.kept(request, admitted.caller):
+                shown = admitted.shown(await handler(request, admitted.caller))
             if shown is None:  # as if there were none: its id alone does not say whose it is
                 raise budget_not_found(getattr(request, "name", ""))
             return shown
@@ -127,7 +133,10 @@ class _Adapter:
         """The same for many answers; who may not hear more of them is told so at the next one."""
         admitted = await self._admit(request, context)
         try:
-            async with contextlib.aclosing(handler(request, admitted.caller)) as responses:
+            async with (
+                self._limits.kept(request, admitted.caller),
+                contextlib.aclosing(handler(request, admitted.caller)) as responses,
+            ):
                 async for response in responses:
                     admitted = await self._admit(request, context)
                     shown = admitted.shown(response)
@@ -152,9 +161,16 @@ class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
     ) -> lease_service_pb2.AcquireLeaseResponse:
         """Answer with the first event of the conversation."""
         admitted = await self._admit(request, context)
-        events = self._handlers.leases.acquire(request, admitted.caller, Waiter())
-        async with contextlib.aclosing(events):
-            event = await anext(events)
+        try:
+            async with (
+                self._limits.kept(request, admitted.caller),
+                contextlib.aclosing(
+                    self._handlers.leases.acquire(request, admitted.caller, Waiter())
+                ) as events,
+            ):
+                event = await anext(events)
+        except Failure as failure:
+            await self._fail(failure, request, admitted.caller, context)
         if event.HasField("error"):
             await _abort(context, event.error)
         return event
@@ -165,9 +181,12 @@ class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
         context: Context,
     ) -> AsyncIterator[lease_service_pb2.StreamAcquireLeaseResponse]:
         """Pass on all events of the conversation."""
-        first = await anext(aiter(requests), lease_service_pb2.StreamAcquireLeaseRequest())
+        first = lease_service_pb2.StreamAcquireLeaseRequest()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_SECONDS):
+                first = await anext(aiter(requests), first)
         if not first.HasField("acquire"):
-            await _abort(context, invalid("acquire", "must be the first message").to_status())
+            await _abort(context, invalid("acquire", "must come first, and soon").to_status())
         waiter = Waiter()
         listening = asyncio.create_task(_listen(requests, waiter))
 

@@ -24,6 +24,7 @@ local RESERVATIONS = SHARD .. ':reservations' -- ids, by when they expire
 local function budget_key(id) return SHARD .. ':budget:' .. id end
 local function log_key(id) return SHARD .. ':log:' .. id end
 local function weights_key(id) return SHARD .. ':weights:' .. id end
+local function account_key(account) return RESERVATIONS .. ':' .. account end -- those of one caller
 local function reserved_key(id) return SHARD .. ':reserved:' .. id end -- `held`, by expiry
 
 -- Lets a budget live so much longer at least. Its keys go together: a sum must

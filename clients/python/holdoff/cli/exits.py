@@ -52,6 +52,7 @@ def code_of(error: Exception) -> int | None:
 
     codes: dict[type[Exception], int] = {
         errors.InvalidRequest: USAGE,
+        errors.LimitReached: NOT_GRANTED,
         errors.Unavailable: UNREACHABLE,
         errors.NotGranted: NOT_GRANTED,
         errors.Refused: REFUSED,
