@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from holdoff.names import LeaseName
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.hub import Hub
+    from holdoff_coordinator.limits import Limits
     from holdoff_coordinator.places import Places
     from holdoff_coordinator.scripts import Scripts
 
@@ -115,15 +116,16 @@ class Follower:
 class Followers:
     """All followers of this replica."""
 
-    def __init__(self, scripts: Scripts, hub: Hub, places: Places) -> None:
+    def __init__(self, scripts: Scripts, hub: Hub, places: Places, limits: Limits) -> None:
         self._scripts = scripts
         self._hub = hub
         self._places = places
+        self._limits = limits
         self._by_app: defaultdict[str, set[Follower]] = defaultdict(set)
         hub.on_announcement(self.look)
 
     async def follow(
-        self, request: lease_service_pb2.FollowLeaseRequest, _: Caller
+        self, request: lease_service_pb2.FollowLeaseRequest, caller: Caller
     ) -> AsyncGenerator[lease_service_pb2.FollowLeaseResponse, None]:
         """Say what the holder of a lease must do, for as long as the lease lives.
 
@@ -136,7 +138,8 @@ class Followers:
         self._by_app[name.app].add(follower)
         try:
             with self._hub.wake_ups.wanted(name.app):
-                await self._ask(name.app, [follower])
+                async with self._limits.calling(caller):
+                    await self._ask(name.app, [follower])
                 async for response in self._told(follower):
                     yield response
         finally:

@@ -166,7 +166,9 @@ class Limits:
         self._used: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._rates: dict[str, tuple[float, float]] = {}
         """By caller: how many calls it may make at once, and when that was."""
-        self._leases, self._calls, self._reads = Turns(16, 8), Turns(16, 8), Turns(2, 1)
+        # Together fewer than the connections to the store. Where replicas are waited for, each may
+        # take as long as `wait_seconds`; renewals of a fleet with one identity must go on then.
+        self._leases, self._calls, self._reads = Turns(64, 64), Turns(32, 16), Turns(2, 1)
 
     def most_used(self, name: str) -> int:
         """Return how much the caller that uses most of something has of it."""
@@ -193,6 +195,10 @@ class Limits:
             turns = self._reads if kind in _LONG else self._calls
             async with self._taken("calls", caller), turns.taken(caller.account):
                 yield
+
+    def calling(self, caller: Caller) -> contextlib.AbstractAsyncContextManager[None]:
+        """Call the store in the block, for a stream, as one of the calls that read little."""
+        return self._calls.taken(caller.account)
 
     def reading(self, caller: Caller) -> contextlib.AbstractAsyncContextManager[None]:
         """Read much in the block, for a stream, as one of the calls that do so."""

@@ -98,7 +98,6 @@ class Metrics(grpc.aio.ServerInterceptor):
         self._scripts = scripts
         self._judge = judge
         self._read_at = self._judged_at = -JUDGE_SECONDS
-        self._bodies: dict[str, bytes] = {}
         self._readings: dict[str, list[_Reading]] = {}
         """What was read last of each app; of the one that was read longest ago first."""
         self._reading = asyncio.Lock()
@@ -286,16 +285,13 @@ class Metrics(grpc.aio.ServerInterceptor):
             await runner.cleanup()
 
     async def _page(self, request: web.Request) -> web.Response:
-        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         async with self._reading:
             if time.monotonic() - self._read_at >= FRESH_SECONDS:
                 await self._look()
                 self._read_at = time.monotonic()
-                self._bodies.clear()
-            if content_type not in self._bodies:
-                # In a thread: with 2,000 apps it takes a second.
-                self._bodies[content_type] = await asyncio.to_thread(encode, self.registry)
-            body = self._bodies[content_type]
+            encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+            # In a thread: with 2,000 apps it takes a second.
+            body = await asyncio.to_thread(encode, self.registry)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _look(self) -> None:

@@ -146,7 +146,7 @@ class Coordinator:
         self._replays = Replays(self.scripts, boot_us)
         places = Places(self.scripts, self.policies)
         self._gate = Gate(Credentials(redis), access, trail)
-        self._followers = Followers(self.scripts, self.hub, places)
+        self._followers = Followers(self.scripts, self.hub, places, self.limits)
         looks = Looks(self.scripts, self.hub)
         handlers = Handlers(
             gate=self._gate,

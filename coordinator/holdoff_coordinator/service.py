@@ -186,7 +186,12 @@ class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
             async with asyncio.timeout(FIRST_SECONDS):
                 first = await anext(aiter(requests), first)
         if not first.HasField("acquire"):
-            await _abort(context, invalid("acquire", "must come first, and soon").to_status())
+            await _abort(
+                context,
+                invalid(
+                    "acquire", f"must be the first message, within {FIRST_SECONDS:.0f} s"
+                ).to_status(),
+            )
         waiter = Waiter()
         listening = asyncio.create_task(_listen(requests, waiter))
 

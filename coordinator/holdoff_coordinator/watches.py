@@ -62,7 +62,8 @@ class Watches:
         if watched:
             yield lease_service_pb2.WatchLeasesResponse(resume_token=request.resume_token)
         if isinstance(parent, TokenName):
-            reply = await self._scripts.run("read", parent.app, parent.token)
+            async with self._limits.reading(caller):
+                reply = await self._scripts.run("read", parent.app, parent.token)
             if not reply.values[0]:
                 raise token_damaged(parent) if reply.damaged else token_not_found(parent)
         watcher = Watcher(parent.app if parent else None, caller.knows)

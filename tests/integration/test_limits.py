@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -30,7 +34,6 @@ from tests.harness import Replica, Waiter, ask, refusal, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from tests.conftest import Server
 
@@ -370,6 +373,35 @@ def test_a_wait_without_limit_outlasts_a_refusal(valkey: Server, replica: Replic
             assert acquired.result(60)
         assert set(told) == {"LIMIT_REACHED"}
         first.close()
+
+
+def test_the_glass_is_not_broken_by_a_limit(
+    valkey: Server, replica: Replica, tmp_path: Path
+) -> None:
+    """--if-unreachable run is for a coordinator that is away: one that refuses is there.
+
+    Fails when a limit makes a command run without a lease.
+    """
+    token = replica.create_token(0.0)
+    replica.hold(token)
+    ran = tmp_path / "ran"
+    program = str(Path(sys.executable).with_name("holdoff"))
+    options = ("--token", token, "--no-wait", "--if-unreachable", "run", "--", "touch", str(ran))
+    with Replica(valkey.url, limits={"waits": 1}) as own:
+        first = Waiter(own, ask(token))
+        first.waiting()
+        refused = subprocess.run(
+            [program, "run", *options],
+            env={**os.environ, "HOLDOFF_ENDPOINT": own.address, "XDG_STATE_HOME": str(tmp_path)},
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert refused.returncode == 75
+        assert "1 waits for a lease at a time" in refused.stderr
+        assert not ran.exists()
+        first.vanish()
 
 
 def test_a_stream_that_asks_nothing_is_ended(

@@ -35,7 +35,7 @@ TABLE: Final = (
     (str(OUTPUT_LOST), "the output cannot be written: the disk is full"),
     (
         str(NOT_GRANTED),
-        "no lease within the wait: held, cooling, backing off, queued, quarantined; a spent budget",
+        "no lease within the wait: held, cooling, backing off, queued, quarantined; budget, limit",
     ),
     (str(REFUSED), "refused, or an unknown token, lease, budget, back-off or policy"),
     (str(LEASE_LOST), "the lease was lost"),
