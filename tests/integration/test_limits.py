@@ -404,6 +404,35 @@ def test_the_glass_is_not_broken_by_a_limit(
         first.vanish()
 
 
+def test_a_watch_says_once_that_a_limit_is_reached(valkey: Server, replica: Replica) -> None:
+    """`holdoff watch` says it in one line, retries, and shows what there is when it may.
+
+    Fails when it ends, or says so at each attempt.
+    """
+    app = replica.create_token(0.0).rpartition("/tokens/")[0]
+    program = str(Path(sys.executable).with_name("holdoff"))
+    with Replica(valkey.url, limits={"watches": 1}) as own:
+        watch = open_watch(own.leases.WatchLeases, WATCH(parent=app))
+        refused = list[str]()
+        own.coordinator.limits.on_refusal = refused.append
+        with subprocess.Popen(
+            [program, "watch", app, "--output", "json"],
+            env={**os.environ, "HOLDOFF_ENDPOINT": own.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as command:
+            wait_until(lambda: len(refused) >= 2)
+            watch.cancel()
+            assert command.stdout
+            assert command.stderr
+            assert f'"{app}/tokens/t"' in command.stdout.readline()
+            command.terminate()
+            [said] = command.stderr.readlines()
+            assert "1 open watches: end one, or share one" in said
+            assert said.endswith("; retrying\n")
+
+
 def test_a_stream_that_asks_nothing_is_ended(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
