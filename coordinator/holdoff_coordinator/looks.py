@@ -42,6 +42,7 @@ class Watcher:
     def __init__(self, app: str | None, knows: Callable[[str], bool]) -> None:
         self.app = app
         self._knows = knows
+        self._known: set[str] = set()
         self._stirred = asyncio.Event()
         self._moved: set[str] = set()
         self._failure: Failure | None = None
@@ -49,8 +50,15 @@ class Watcher:
         """Its apps were looked at since it came, so that it hears of what they are."""
 
     def concerns(self, app: str) -> bool:
-        """Whether it watches an app."""
-        return self.app in (None, app) and self._knows(app)
+        """Whether it watches an app, which it may see, or could once.
+
+        One that it may see no more has to be told so with the next news.
+        """
+        if self.app not in (None, app):
+            return False
+        if app not in self._known and self._knows(app):
+            self._known.add(app)
+        return app in self._known
 
     def stir(self, *apps: str) -> None:
         """Make it look at some apps."""

@@ -83,7 +83,7 @@ MUTANTS = [
     ),
     Mutant(
         "a watcher looks at apps that it may see only",
-        *(f"{COORDINATOR}/looks.py", " and self._knows(app)", ""),
+        *(f"{COORDINATOR}/looks.py", "self._known and self._knows(app):", "self._known:"),
         f"{TESTS}/test_limits.py::test_a_watcher_costs_only_what_it_may_see",
     ),
     Mutant(
