@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import random
 import time
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
 RETRY_SECONDS = 1.0
 """When to ask again after a refusal."""
 PAUSE_SECONDS = 0.5
-"""A refusal comes after this time, so that who asks again at once does not ask all the time."""
+"""A refusal comes after about this time, so that who asks again at once asks less often."""
+LONG_SECONDS = 0.02
+"""Work that takes longer is long."""
 _BURST_SECONDS = 2.0
 """Calls of so many seconds may come at once."""
 _MOST_RATES = 1_000
@@ -103,11 +107,14 @@ class Turns:
     Args:
         most: How many work at once.
         most_each: How many of them are of one caller.
+        rests: After long work a turn rests for as long as the work took, so that callers who take
+            all turns leave half of the time to calls of other kinds.
     """
 
-    def __init__(self, most: int, most_each: int) -> None:
+    def __init__(self, most: int, most_each: int, *, rests: bool = False) -> None:
         self._most = most
         self._most_each = most_each
+        self._rests = rests
         self._working: Counter[Hashable] = Counter()
         self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
         """Those who wait, by caller; the next caller first."""
@@ -115,14 +122,19 @@ class Turns:
     @contextlib.asynccontextmanager
     async def taken(self, caller: Hashable) -> AsyncIterator[None]:
         """Work in the block."""
-        turn = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        turn, began = loop.create_future(), math.inf
         self._waiting.setdefault(caller, deque()).append(turn)
         self._next()
         try:
             await turn
+            began = loop.time()
             yield
         finally:
-            if not turn.cancelled():  # it was given
+            took = loop.time() - began
+            if self._rests and took > LONG_SECONDS:
+                loop.call_later(took, self._leave, caller)
+            elif not turn.cancelled():  # it was given
                 self._leave(caller)
 
     def _leave(self, caller: Hashable) -> None:
@@ -168,7 +180,11 @@ class Limits:
         """By caller: how many calls it may make at once, and when that was."""
         # Together fewer than the connections to the store. Where replicas are waited for, each may
         # take as long as `wait_seconds`; renewals of a fleet with one identity must go on then.
-        self._leases, self._calls, self._reads = Turns(64, 64), Turns(32, 16), Turns(2, 1)
+        self._leases, self._calls, self._reads = (
+            Turns(64, 64),
+            Turns(32, 16),
+            Turns(2, 1, rests=True),
+        )
 
     def most_used(self, name: str) -> int:
         """Return how much the caller that uses most of something has of it."""
@@ -233,7 +249,8 @@ class Limits:
 
     async def _refuse(self, name: str, caller: Caller) -> NoReturn:
         failure = self.refusal(name, caller)
-        await asyncio.sleep(PAUSE_SECONDS)
+        # Not all in the same instant: answering thousands of them takes a while.
+        await asyncio.sleep(PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311
         raise failure
 
     def refusal(self, name: str, caller: Caller, where: str = "") -> Failure:

@@ -92,6 +92,31 @@ async def test_a_turn_that_nobody_wants_any_more_is_passed_on() -> None:
     await last.end()
 
 
+async def test_a_turn_rests_after_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the time is left to others, whatever one caller asks for; short work rests not.
+
+    Fails when a caller's next long call begins as soon as the one before has ended.
+    """
+    loop = asyncio.get_running_loop()
+    rested: list[float] = []
+    monkeypatch.setattr(loop, "call_later", lambda seconds, *_: rested.append(seconds))
+    monkeypatch.setattr(limits, "LONG_SECONDS", 3600.0)
+    turns = Turns(1, 1, rests=True)
+    for _ in range(2):
+        async with turns.taken("alice"):
+            pass
+    assert rested == []
+    monkeypatch.setattr(limits, "LONG_SECONDS", -1.0)
+    async with turns.taken("alice"):
+        pass
+    assert len(rested) == 1
+    started: list[str] = []
+    waiting = Work(started, "bob", turns)
+    await settled()
+    assert started == []
+    waiting.task.cancel()
+
+
 async def test_each_caller_has_its_own_limit() -> None:
     """The refusal says which limit, its value, who met it, and when to try again.
 
