@@ -60,7 +60,7 @@ class BackOffs:
         """List the back-offs that are not over, those that end last first."""
         parent = validation.app_parent(request.parent)
         found: list[budget_pb2.BackOff] = []
-        for app in [parent.app] if parent else await self._scripts.apps():
+        for app in [parent.app] if parent else await self._scripts.apps_with("backoffs"):
             found += await self._read(app, caller)
         return budget_service_pb2.ListBackOffsResponse(back_offs=found)
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from holdoff.policies import Policy
     from holdoff_coordinator.caller import Caller
+    from holdoff_coordinator.limits import Limits
     from holdoff_coordinator.places import Place, Places
     from holdoff_coordinator.replays import Replays
     from holdoff_coordinator.scripts import Reply, Scripts
@@ -63,10 +64,11 @@ _OUTCOMES = {
 class Budgets:
     """Record, reserve, commit, cancel, get, list and reset."""
 
-    def __init__(self, scripts: Scripts, places: Places, replays: Replays) -> None:
+    def __init__(self, scripts: Scripts, places: Places, replays: Replays, limits: Limits) -> None:
         self._scripts = scripts
         self._places = places
         self._replays = replays
+        self._limits = limits
 
     async def record_events(
         self, request: budget_service_pb2.RecordEventsRequest, caller: Caller
@@ -153,13 +155,19 @@ class Budgets:
             place.token.token,
             json.dumps(place.pair),
         )
-        reply = await self._scripts.run_lasting("reserve", place.token.app, *call)
+        account, most = _hash(caller.account), self._limits.values["reservations"]
+        reply = await self._scripts.run_lasting(
+            "reserve", place.token.app, *call, "", account, most
+        )
         if reply.status == "BACKING_OFF":
             raise _backing_off(place.token.app, reply, caller)
         if reply.status == "BUDGET_SPENT":
             raise _spent(place.token.app, reply)
         if reply.status == "COUNTS_UNKNOWN":
             raise _unknown(place.token.app, reply)
+        if reply.status == "TOO_MANY_RESERVATIONS":
+            where = f" in apps/{place.token.app}"
+            raise self._limits.refusal("reservations", caller, where)
         reservation = _reservation(reply, place.token.app, reservation_id)
         if reservation.state == budget_pb2.RESERVATION_STATE_RESERVED:
             self._replays.reserved(place.token.app, call)
@@ -227,7 +235,7 @@ class Budgets:
         size = validation.page_size(request.page_size)
         after = _read_page_token(request.page_token)
         found: list[budget_pb2.Budget] = []
-        for app in [parent.app] if parent else await self._scripts.apps():
+        for app in [parent.app] if parent else await self._scripts.apps_with("budgets"):
             with self._scripts.sparing(app, "budgets"):
                 ids = await self._scripts.budgets(app)
                 for start in range(0, len(ids), READ_BATCH):

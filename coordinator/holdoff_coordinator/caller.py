@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+ANONYMOUS = "anonymous"
+
 
 def _everything(*_: str) -> bool:
     return True
@@ -37,6 +39,11 @@ class Caller:
         if is_whole:
             return self.knows(app)
         return self.sees(app, "") or any(self.sees(app, user) for user in users)
+
+    @property
+    def account(self) -> str:
+        """Whose use of a coordinator is counted together: the identity, or without one the host."""
+        return self.peer.rpartition(":")[0] if self.identity == ANONYMOUS else self.identity
 
 
 def _nothing(*_: str) -> bool:

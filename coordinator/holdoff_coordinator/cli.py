@@ -196,6 +196,15 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     help="Directory of policies (*.toml), in addition to the presets.",
 )
 @click.option(
+    "--limit",
+    metavar="NAME=N",
+    multiple=True,
+    callback=lambda _context, _option, given: ",".join(given) or None,
+    help="Change what one caller may use at once; repeatable. NAME: watches, waits, follows, "
+    "calls, calls-per-second, reservations, scope-bytes, connections or streams. In "
+    "HOLDOFF_LIMIT, separated by commas.",
+)
+@click.option(
     "--drain-seconds", type=float, help="Time for open calls to end at a stop. [default: 5]"
 )
 @click.option(

@@ -8,6 +8,7 @@ import getpass
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -32,6 +33,7 @@ from holdoff_coordinator.exits import EX_CANNOT_SERVE, EX_USAGE, fail
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.gate import AccessFile
 from holdoff_coordinator.journal import with_priority
+from holdoff_coordinator.limits import LIMITS
 from holdoff_coordinator.policies import read_policies
 from holdoff_coordinator.restore import after_restore
 from holdoff_coordinator.seldom import Seldom
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 _MOST_IDENTITY = 200
+_OWN_FILES = 256
+"""Open files that are no connections of callers: most are connections to the store."""
 _CREDENTIAL_FIELDS = ("id", "identity", "issue_time", "expire_time")
 
 
@@ -338,6 +342,7 @@ async def _serve(
             durability=store.durability,
             quarantine_seconds=settings.quarantine_seconds,
             drain_seconds=settings.drain_seconds,
+            limits=_with_open_files(settings.limits()),
         )
         coordinator.scripts.on_outdated = on_outdated
         if embedded:
@@ -349,6 +354,19 @@ async def _serve(
             await stop.wait()
     if outdated:
         raise outdated[0]
+
+
+def _with_open_files(limits: dict[str, int]) -> dict[str, int]:
+    """Allow as many connections as were asked for, or as the system's limit on open files does."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    wanted = limits.get("connections", LIMITS["connections"].default)
+    possible = max(1, most - _OWN_FILES)
+    if most == resource.RLIM_INFINITY or possible >= wanted:
+        return limits
+    if "connections" in limits:
+        log.warning("fewer connections than wanted: raise the limit on open files", most=possible)
+    return {**limits, "connections": possible}
 
 
 async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:

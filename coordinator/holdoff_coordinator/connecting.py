@@ -369,7 +369,7 @@ def _pool(
     try:
         pool = pool_class(
             **{
-                "max_connections": 64,
+                "max_connections": 128,
                 "timeout": 5.0,  # seconds to wait for one of them
                 "socket_timeout": 5.0,
                 "socket_connect_timeout": 3.0,

@@ -38,6 +38,7 @@ CODES: Mapping[str, int] = {
     "BACKING_OFF": code_pb2.RESOURCE_EXHAUSTED,
     "COUNTS_UNKNOWN": code_pb2.RESOURCE_EXHAUSTED,
     "TOO_MANY_EVENTS": code_pb2.RESOURCE_EXHAUSTED,
+    "LIMIT_REACHED": code_pb2.RESOURCE_EXHAUSTED,
     # The lease is not what the caller thinks.
     "LEASE_LOST": code_pb2.FAILED_PRECONDITION,
     "LEASE_BROKEN": code_pb2.FAILED_PRECONDITION,
@@ -105,7 +106,7 @@ class Failure(Exception):  # noqa: N818 - the word of the domain; "Error" would 
                 type=self.reason, subject=self.resource, description=self.message
             )
             details.append(error_details_pb2.PreconditionFailure(violations=[violation]))
-        elif self.reason in ("BUDGET_SPENT", "BACKING_OFF", "COUNTS_UNKNOWN"):
+        elif self.reason in ("BUDGET_SPENT", "BACKING_OFF", "COUNTS_UNKNOWN", "LIMIT_REACHED"):
             quota = error_details_pb2.QuotaFailure.Violation(
                 subject=self.resource, description=self.message
             )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from holdoff.names import LeaseName
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.hub import Hub
+    from holdoff_coordinator.limits import Limits
     from holdoff_coordinator.places import Places
     from holdoff_coordinator.scripts import Scripts
 
@@ -116,10 +117,11 @@ class Follower:
 class Followers:
     """All followers of this replica."""
 
-    def __init__(self, scripts: Scripts, hub: Hub, places: Places) -> None:
+    def __init__(self, scripts: Scripts, hub: Hub, places: Places, limits: Limits) -> None:
         self._scripts = scripts
         self._hub = hub
         self._places = places
+        self._limits = limits
         self._by_app: defaultdict[str, set[Follower]] = defaultdict(set)
         hub.on_announcement(self.look)
 
@@ -137,7 +139,8 @@ class Followers:
         self._by_app[name.app].add(follower)
         try:
             with self._hub.wake_ups.wanted(name.app):
-                await self._ask(name.app, [follower])
+                async with self._limits.calling(caller):
+                    await self._ask(name.app, [follower])
                 async for response in self._told(follower):
                     yield response
         finally:

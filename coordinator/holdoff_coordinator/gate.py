@@ -11,12 +11,12 @@ import grpc
 import structlog
 
 from holdoff_coordinator.access import AccessError, need_of, read_access, refusal, rights_of
-from holdoff_coordinator.caller import Caller
+from holdoff_coordinator.caller import ANONYMOUS, Caller
 from holdoff_coordinator.failures import STORE_TROUBLES, Failure
 from holdoff_coordinator.requests import Malformed, check_request
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
     from google.protobuf.message import Message
@@ -29,7 +29,6 @@ log = structlog.get_logger()
 
 MessageT = TypeVar("MessageT", bound="Message")
 Context = grpc.aio.ServicerContext[Any, Any]
-ANONYMOUS = "anonymous"
 RECHECK_SECONDS = 1.0
 """A stream whose caller may no longer have it ends so much later, at most."""
 
@@ -201,8 +200,16 @@ class Gate:
                 identity = failure.metadata.get("identity", identity)
                 await self.refused(request, Caller(identity, peer), failure)
             raise
-        caller = Caller(identity, peer, rights.sees, rights.knows, rights.reports_for)
+        caller = Caller(identity, peer, rights.sees, self._knower(identity), rights.reports_for)
         return Admitted(caller, rights if need.part else None)
+
+    def _knower(self, identity: str) -> Callable[[str], bool]:
+        """Return what tells whether an identity may know of an app, also later."""
+
+        def knows(app: str) -> bool:
+            return not self._access or rights_of(identity, self._access.grants()).knows(app)
+
+        return knows
 
     @contextlib.contextmanager
     def staying(self, request: Message, context: Context) -> Iterator[Stay]:

@@ -14,7 +14,6 @@ import random
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import structlog
 
@@ -22,6 +21,7 @@ from holdoff.names import LeaseName, TokenName
 from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.failures import Failure, invalid, store_trouble, token_not_found
+from holdoff_coordinator.limits import Turns
 from holdoff_coordinator.places import as_json, job_hash
 from holdoff_coordinator.policies import policy_message
 from holdoff_coordinator.records import (
@@ -35,10 +35,11 @@ from holdoff_coordinator.records import (
 from holdoff_coordinator.scripts import READ_BATCH
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.hub import Hub, Waiter
+    from holdoff_coordinator.limits import Limits
     from holdoff_coordinator.places import Place, Places
     from holdoff_coordinator.scripts import Reply, Scripts
 
@@ -49,7 +50,8 @@ LATE_MOST = 3
 STATUS_SECONDS = 15.0
 """A waiter hears from us at least this often."""
 ASKING_MOST = 8
-"""Requests for a lease in the store at once, half of them of one app: each may walk a queue."""
+"""Requests for a lease in the store at once, half of them of one caller in one app: each may walk
+a queue."""
 SILENT_US = 60_000_000
 """A stream whose client is silent this long is closed; its place is not kept longer either."""
 
@@ -59,6 +61,7 @@ class Ask:
     """A checked request for a lease."""
 
     token: TokenName
+    caller: Caller
     request_hash: str
     fingerprints: str
     """Whose request it is and what it asks for: the hash that we write, then those that earlier
@@ -98,6 +101,7 @@ def check_ask(
     forms = [[*bound, declared.encode()], *([] if declared else [bound])]
     return Ask(
         token=token,
+        caller=caller,
         request_hash=_sha256(request_id.encode()),
         fingerprints="\n".join(_sha256(b"\0".join(form)) for form in forms),
         wait_us=(
@@ -112,29 +116,16 @@ def check_ask(
     )
 
 
-class _Turns:
-    """Lets few ask for leases at once, so that a crowd that comes together delays no other call."""
-
-    def __init__(self) -> None:
-        self._all = asyncio.Semaphore(ASKING_MOST)
-        self._of_app: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
-
-    @contextlib.asynccontextmanager
-    async def taken(self, app: str) -> AsyncIterator[None]:
-        """Ask in the block."""
-        of_app = self._of_app.setdefault(app, asyncio.Semaphore(ASKING_MOST // 2))
-        async with of_app, self._all:
-            yield
-
-
 class Leases:
     """Acquire, renew, release, break, get and list leases."""
 
-    def __init__(self, scripts: Scripts, hub: Hub, places: Places) -> None:
+    def __init__(self, scripts: Scripts, hub: Hub, places: Places, limits: Limits) -> None:
         self._scripts = scripts
         self._hub = hub
         self._places = places
-        self._turns = _Turns()
+        self._limits = limits
+        # So a crowd that comes together delays no call but those of its own caller and app.
+        self._turns = Turns(ASKING_MOST, ASKING_MOST // 2)
         self._renewing = set[asyncio.Task[lease_service_pb2.RenewLeaseResponse]]()
 
     async def acquire(
@@ -244,10 +235,12 @@ class Leases:
                 secret=ask.secret,
                 accept_within=message.remaining if offered else None,
             )
+        if reply.status == "TOO_MANY_SCOPES":
+            raise self._limits.refusal("scope-bytes", ask.caller, f" of {ask.token}")
         raise failure_of(reply, ask.token)
 
     async def _acquire(self, ask: Ask, waiter: Waiter) -> Reply:
-        async with self._turns.taken(ask.token.app):
+        async with self._turns.taken((ask.caller.account, ask.token.app)):
             return await self._scripts.run(
                 "acquire",
                 ask.token.app,
@@ -262,6 +255,7 @@ class Leases:
                 ask.last_fencing_token,
                 ask.places,
                 ask.job,
+                self._limits.values["scope-bytes"],
             )
 
     async def renew(
@@ -374,7 +368,7 @@ class Leases:
         size = validation.page_size(request.page_size)
         after = validation.page_token(request.page_token)
         leases: list[lease_pb2.Lease] = []
-        for app in [parent.app] if parent else await self._scripts.apps():
+        for app in [parent.app] if parent else await self._scripts.apps_with("due"):
             if isinstance(parent, TokenName):
                 tokens = [parent.token]
             else:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import itertools
 import time
 from collections import Counter as Tally
 from functools import partial
@@ -38,8 +39,9 @@ from prometheus_client.exposition import choose_encoder
 from holdoff._version import VERSION
 from holdoff.v1 import audit_pb2, budget_pb2
 from holdoff_coordinator.failures import STORE_TROUBLES, Failure
+from holdoff_coordinator.limits import COUNTED
 from holdoff_coordinator.records import read_back_offs, read_budgets, record
-from holdoff_coordinator.scripts import READ_BATCH
+from holdoff_coordinator.scripts import READ_BATCH, Stand
 from holdoff_coordinator.service import SERVICES
 from holdoff_coordinator.store import StoreError
 
@@ -47,7 +49,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from holdoff_coordinator.gate import AccessFile
+    from holdoff_coordinator.limits import Limits
     from holdoff_coordinator.scripts import Scripts
+
+    _Reading = tuple[Gauge, tuple[str, ...], float]
 
 log = structlog.get_logger()
 
@@ -55,8 +60,10 @@ TOKENS_MOST = 1_000
 """Tokens that are shown one by one; of more, `holdoff_tokens_not_shown` tells how many."""
 FRESH_SECONDS = 5.0
 """Gauges are not read again so soon."""
+ANSWER_SECONDS = 2.0
+"""So soon the store must answer to be up."""
 READ_SECONDS = 2.0
-"""A scrape waits so long for the store."""
+"""A scrape reads apps for so long; those that are left come first in the next one."""
 JUDGE_SECONDS = 60.0
 """How often the store is judged anew."""
 _QUICK = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -81,12 +88,20 @@ class Metrics(grpc.aio.ServerInterceptor):
     Args:
         scripts: Where the state is read.
         judge: Tells what is unsafe about the store, as `store.check` does.
+        limits: What callers may have at once.
     """
 
-    def __init__(self, scripts: Scripts, judge: Callable[[], Awaitable[Sequence[str]]]) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        judge: Callable[[], Awaitable[Sequence[str]]],
+        limits: Limits,
+    ) -> None:
         self._scripts = scripts
         self._judge = judge
         self._read_at = self._judged_at = -JUDGE_SECONDS
+        self._readings: dict[str, list[_Reading]] = {}
+        """What was read last of each app; of the one that was read longest ago first."""
         self._reading = asyncio.Lock()
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
@@ -139,6 +154,11 @@ class Metrics(grpc.aio.ServerInterceptor):
         )
         gauge("build_info", "The release that runs", "version").labels(VERSION).set(1)
         self._store_up = gauge("store_up", "Whether the store answered the last check")
+        self._unread = gauge(
+            "apps_unread",
+            "Apps that could not be read in time: their gauges are older, or missing",
+        )
+        _measure_limits(limits, registry)
         self._store_safe = gauge(
             "store_safe", "Whether the store keeps acknowledged writes, as far as it reports"
         )
@@ -295,18 +315,15 @@ class Metrics(grpc.aio.ServerInterceptor):
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _look(self) -> None:
-        """Read how the apps stand; of a store that is away nothing is told."""
-        found: list[tuple[Gauge, tuple[str, ...], float]] = []
+        """Read how the apps stand; of a store that is away nothing is told.
+
+        Whether the store answers is one thing, and whether all apps could be read in time another:
+        the next look begins with those that were not.
+        """
+        apps: list[str] = []
         try:
-            async with asyncio.timeout(READ_SECONDS):
+            async with asyncio.timeout(ANSWER_SECONDS):
                 apps = await self._scripts.apps()
-                for app in apps:
-                    self._begin(app)
-                    await asyncio.sleep(0)  # the first time they may be many
-                for app in apps:
-                    for read in (self._tokens, self._budgets_of, self._back_offs_of):
-                        with self._scripts.sparing(app, "app"):
-                            found += await read(app)
                 if time.monotonic() - self._judged_at >= JUDGE_SECONDS:
                     self._store_safe.set(await self._is_safe())
                     self._judged_at = time.monotonic()
@@ -314,10 +331,48 @@ class Metrics(grpc.aio.ServerInterceptor):
         except (Failure, TimeoutError) as error:
             log.warning("metrics without the state of apps", reason=type(error).__name__)
             self._store_up.set(0)
+        for app in apps:
+            self._begin(app)
+            await asyncio.sleep(0)  # the first time they may be many
+        before, self._readings = self._readings, {}
+        unread = set(apps)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(READ_SECONDS):
+                await self._read(apps, before, unread)
+        self._unread.set(len(unread))
+        known = {app: before[app] for app in before if app in unread}
+        self._readings = known | self._readings
         for gauge in self._of_apps:
             gauge.clear()
-        for gauge, labels, value in found:
+        for gauge, labels, value in itertools.chain.from_iterable(self._readings.values()):
             gauge.labels(*labels).set(value)
+
+    async def _read(
+        self, apps: Sequence[str], before: dict[str, list[_Reading]], unread: set[str]
+    ) -> None:
+        """Read how apps stand, those that were read longest ago first; note which are left."""
+        at = {app: number for number, app in enumerate(before)}
+        busy = set(await self._scripts.apps_with("due", "budgets", "backoffs"))
+        stands = await self._scripts.stands(apps)
+        for app in sorted(apps, key=lambda one: at.get(one, -1)):
+            stand = stands.get(app)
+            try:
+                if app in busy or not isinstance(stand, Stand):
+                    self._readings[app] = await self._read_busy(app)
+                else:
+                    left_us = max(0, stand.quarantine_until_us - await self._scripts.now_us(app))
+                    self._readings[app] = [(self._quarantine, (app,), left_us / 1e6)]
+            except Failure:  # which is logged, and counted
+                before.pop(app, None)
+            else:
+                unread.discard(app)
+
+    async def _read_busy(self, app: str) -> list[_Reading]:
+        found: list[_Reading] = []
+        for read in (self._tokens, self._budgets_of, self._back_offs_of):
+            with self._scripts.sparing(app, "app"):
+                found += await read(app)
+        return found
 
     async def _is_safe(self) -> bool:
         """Judge a store that answers."""
@@ -327,8 +382,8 @@ class Metrics(grpc.aio.ServerInterceptor):
             log.warning("the store is not safe", reason=str(error))
             return False
 
-    async def _tokens(self, app: str) -> list[tuple[Gauge, tuple[str, ...], float]]:
-        found: list[tuple[Gauge, tuple[str, ...], float]] = []
+    async def _tokens(self, app: str) -> list[_Reading]:
+        found: list[_Reading] = []
         busy = await self._scripts.busy_tokens(app)
         if len(busy) > TOKENS_MOST:
             found.append((self._not_shown, (app,), len(busy) - TOKENS_MOST))
@@ -348,7 +403,7 @@ class Metrics(grpc.aio.ServerInterceptor):
                     ]
         return found
 
-    async def _budgets_of(self, app: str) -> list[tuple[Gauge, tuple[str, ...], float]]:
+    async def _budgets_of(self, app: str) -> list[_Reading]:
         states: Tally[tuple[str, str]] = Tally()
         room: dict[str, int] = {}
         ids = await self._scripts.budgets(app)
@@ -363,19 +418,41 @@ class Metrics(grpc.aio.ServerInterceptor):
             *((self._room, (app, limit), number) for limit, number in room.items()),
         ]
 
-    async def _back_offs_of(self, app: str) -> list[tuple[Gauge, tuple[str, ...], float]]:
+    async def _back_offs_of(self, app: str) -> list[_Reading]:
         reply = await self._scripts.run("read_back_offs", app, "", "", "")
         kinds: Tally[tuple[str, str]] = Tally()
         for one in read_back_offs(self._scripts, app, reply):
             cause = budget_pb2.BackOffCause.Name(one.cause).removeprefix("BACK_OFF_CAUSE_")
             state = budget_pb2.BackOffState.Name(one.state).removeprefix("BACK_OFF_STATE_")
             kinds[cause.lower(), state.lower()] += 1
-        _, quarantine_until_us, _ = await self._scripts.position(app)
-        left_us = max(0, quarantine_until_us - reply.now_us)
+        stand = (await self._scripts.stands([app]))[app]
+        if isinstance(stand, Failure):
+            raise stand
+        left_us = max(0, stand.quarantine_until_us - reply.now_us)
         return [
             (self._quarantine, (app,), left_us / 1e6),
             *((self._back_offs, (app, *key), number) for key, number in kinds.items()),
         ]
+
+
+def _measure_limits(limits: Limits, registry: CollectorRegistry) -> None:
+    """Show the limits of callers, what the caller that uses most has, and how often one is met."""
+    refusals = Counter(
+        "holdoff_limit_refusals",
+        "Calls refused because their caller had reached a limit",
+        ["limit"],
+        registry=registry,
+    )
+    value = Gauge("holdoff_limit", "What one caller may have", ["limit"], registry=registry)
+    used = Gauge(
+        "holdoff_limit_used", "What the caller that uses most has now", ["limit"], registry=registry
+    )
+    for name in limits.values:
+        refusals.labels(name)
+        value.labels(name).set(limits.values[name])
+    for name in COUNTED:
+        used.labels(name).set_function(partial(limits.most_used, name))
+    limits.on_refusal = lambda name: refusals.labels(name).inc()
 
 
 def _kind_label(kind: audit_pb2.AuditKind.ValueType) -> str:

@@ -26,7 +26,7 @@ class Quarantines:
         """List the apps in quarantine, those that end last first."""
         parent = validation.app_parent(request.parent)
         found: list[lease_pb2.Quarantine] = []
-        for app in [parent.app] if parent else await self._scripts.apps():
+        for app in [parent.app] if parent else await self._scripts.held_back():
             with self._scripts.sparing(app, "quarantine"):
                 reply = await self._scripts.run("read_quarantine", app)
                 quarantine = quarantine_message(app, record(reply.values[0]), reply.now_us)

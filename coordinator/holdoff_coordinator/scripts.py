@@ -6,8 +6,10 @@ Every decision is made in a script, with the store's clock. One script a file; b
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
+import re
 import time
 import uuid
 from collections import defaultdict
@@ -38,7 +40,15 @@ from holdoff_coordinator.failures import CODES, Failure, store_trouble
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from redis.asyncio import Redis
     from redis.asyncio.client import Pipeline
@@ -112,6 +122,14 @@ def source(name: str) -> str:
     return "".join([f"#!lua{flags}\n", *parts[:-1], "return (function() ", parts[-1], "end)()\n"])
 
 
+SCHEMA = int(re.findall(r"^local SCHEMA = (\d+)", source("read"), re.MULTILINE)[0])
+"""Of all records, as common.lua says."""
+_KNOWN = ("schema", "epoch", "history", "hold_us", "hold_before_us")
+"""Fields of a shard that tell what a script of it would."""
+EACH_MOST = 16
+"""Scripts that run for many apps at once; the store may write to its disk once for all of them."""
+
+
 def digest(name: str) -> str:
     """Return by what the store knows a script."""
     return hashlib.sha1(source(name).encode(), usedforsecurity=False).hexdigest()
@@ -154,6 +172,29 @@ class Position:
 
     epoch: str
     number: int
+
+
+_STAND = ("epoch", "changes", "quarantine_until_us", "back_off_moves", "moves")
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """Where an app is, for those who watch it."""
+
+    position: Position
+    """After its latest change of a token."""
+    quarantine_until_us: int
+    back_off_moves: int
+    """How often a back-off changed."""
+    moves: int
+    """How often a budget or a back-off changed."""
+
+    @classmethod
+    def read(cls, values: Sequence[bytes | None]) -> Stand:
+        """Read the fields `_STAND` of a shard."""
+        epoch, *numbers = values
+        number, *others = (int(value or 0) for value in numbers)
+        return cls(Position((epoch or b"").decode(), number), *others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,21 +514,60 @@ class Scripts:
         Raises:
             Failure: SCHEMA_TOO_NEW or STORE_UNAVAILABLE.
         """
-        for app in await self.apps():
-            reply = await self.run("upgrade", app)
-            found, now = (int(value) for value in reply.values)
-            if found != now:
-                log.info("upgraded the records of an app", app=app, from_schema=found, schema=now)
+        async for asked, answers, _ in self._asked(
+            await self.apps(), lambda node, app: node.hmget(shard_key(app), *_KNOWN)
+        ):
+            for app, values in zip(asked, answers, strict=True):
+                if isinstance(values, RedisError) or values[0] != b"%d" % SCHEMA:
+                    await self._upgrade(app)
+                    continue
+                # What its scripts would tell, which may be needed after a loss.
+                _, epoch, history, *holds = ((value or b"").decode() for value in values)
+                self._epochs[app] = epoch
+                self._learn_hold(app, max(int(hold or 0) for hold in holds))
+                self._note_life(app, Life(epoch, history))
 
-    async def position(self, app: str) -> tuple[Position, int, int]:
-        """Return the place after an app's latest change, and what concerns all of its tokens.
+    async def _upgrade(self, app: str) -> None:
+        reply = await self.run("upgrade", app)
+        found, now = (int(value) for value in reply.values)
+        if found != now:
+            log.info("upgraded the records of an app", app=app, from_schema=found, schema=now)
 
-        That is when its quarantine ends in µs, and how often a back-off changed.
+    async def run_each(self, apps: Iterable[str], name: str, *args: bytes | str | int) -> list[str]:
+        """Run a script for each of some apps, a few at a time.
+
+        One app's trouble is its own; return those for which it failed.
         """
-        names = ("epoch", "changes", "quarantine_until_us", "back_off_moves")
-        epoch, *numbers = await self._answer(self.redis.hmget(shard_key(app), *names))
-        number, quarantine_until_us, back_off_moves = (int(value or 0) for value in numbers)
-        return Position((epoch or b"").decode(), number), quarantine_until_us, back_off_moves
+        some, failed = asyncio.Semaphore(EACH_MOST), list[str]()
+
+        async def run(app: str) -> None:
+            async with some:
+                try:
+                    await self.run(name, app, *args)
+                except Failure as failure:
+                    warn(f"{name} failed", failure.reason, app=app)
+                    failed.append(app)
+
+        await asyncio.gather(*map(run, apps))
+        return failed
+
+    async def stands(self, apps: Iterable[str]) -> dict[str, Stand | Failure]:
+        """Return how apps stand, or why that is not known; those that are damaged are left out."""
+        found: dict[str, Stand | Failure] = {}
+        async for asked, answers, _ in self._asked(
+            apps, lambda node, app: node.hmget(shard_key(app), *_STAND)
+        ):
+            for app, values in zip(asked, answers, strict=True):
+                try:
+                    with self.sparing(app, "app"):
+                        found[app] = Stand.read(
+                            await self._answer(self.redis.hmget(shard_key(app), *_STAND))
+                            if isinstance(values, RedisError)  # another node may serve it now
+                            else values
+                        )
+                except Failure as failure:
+                    found[app] = failure
+        return found
 
     async def changes(self, app: str, after: int) -> list[tuple[int, dict[str, bytes]]] | None:
         """Return an app's changes after one number, with theirs; None if some are gone."""
@@ -503,18 +583,52 @@ class Scripts:
     async def busy_apps(self) -> list[str]:
         """List the apps with a token that is not idle, a back-off, or a reservation.
 
-        This asks for one number an app; apps are API keys, of which there are few. All apps of a
-        server that is new to us are among them: the next script sees whether it took over.
+        This asks for one number an app; apps are API keys, of which there are few. Of a server
+        that is new to us, apps that last met another one are among them: the next script sees
+        whether it took over.
         """
-        busy: list[str] = []
-        async for apps, counts, history in self._asked(
-            await self.apps(),
-            lambda node, app: node.exists(*(f"{shard_key(app)}:{key}" for key in _BUSY)),
+        busy: set[str] = set()
+        fresh: list[str] = []
+        async for apps, counts, history in self._asked(await self.apps(), _exists(_BUSY)):
+            busy.update(app for app, count in zip(apps, counts, strict=True) if count)
+            if history not in self._histories:
+                self._histories.add(history)
+                fresh += apps
+        async for apps, known, history in self._asked(
+            fresh, lambda node, app: node.hget(shard_key(app), "history")
         ):
-            is_new = history not in self._histories
-            self._histories.add(history)
-            busy += [app for app, count in zip(apps, counts, strict=True) if is_new or count]
+            busy.update(
+                app
+                for app, one in zip(apps, known, strict=True)
+                if isinstance(one, RedisError) or (one or b"").decode() != history
+            )
         return sorted(busy)
+
+    async def apps_with(self, *keys: str) -> list[str]:
+        """List the apps that have one of some keys, such as `budgets`: one number is asked of each.
+
+        An app of which that is not known is among them.
+        """
+        found: list[str] = []
+        async for apps, counts, _ in self._asked(await self.apps(), _exists(keys)):
+            found += [app for app, count in zip(apps, counts, strict=True) if count]
+        return sorted(found)
+
+    async def held_back(self) -> list[str]:
+        """List the apps that may be in quarantine."""
+        stands = await self.stands(await self.apps())
+        return [
+            app
+            for app, stand in stands.items()
+            if isinstance(stand, Failure)
+            or stand.quarantine_until_us > await self.now_us(app) - SLACK_US
+        ]
+
+    async def now_us(self, app: str) -> int:
+        """Estimate the time of an app's store, without asking it."""
+        watched = await self._watched(app)
+        reading = watched.clock.read(self._boot_us(), 0)
+        return reading.estimate_us if reading else 0
 
     async def changed(self, apps: Iterable[str]) -> list[str]:
         """List those of some apps that have another life than we know; this only reads."""
@@ -648,6 +762,10 @@ class Scripts:
         """List the ids of an app's tokens that are leased, offered, or cooling, in order."""
         found = await self._answer(self.redis.zrange(f"{shard_key(app)}:due", 0, -1))
         return sorted(token.decode() for token in found)
+
+
+def _exists(keys: Iterable[str]) -> Callable[[Pipeline, str], object]:
+    return lambda node, app: node.exists(*(f"{shard_key(app)}:{key}" for key in keys))
 
 
 async def _run_alone(node: Redis, *command: bytes | str | int) -> tuple[Any, bool]:

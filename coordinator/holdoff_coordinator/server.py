@@ -21,6 +21,8 @@ from holdoff_coordinator.followers import Followers
 from holdoff_coordinator.gate import Gate
 from holdoff_coordinator.hub import Hub
 from holdoff_coordinator.leases import Leases
+from holdoff_coordinator.limits import Limits
+from holdoff_coordinator.looks import Looks
 from holdoff_coordinator.places import Places
 from holdoff_coordinator.policies import Policies
 from holdoff_coordinator.quarantines import Quarantines
@@ -62,6 +64,9 @@ _OPTIONS = (
     # Clients that wait for hours ping now and then to find out about dead connections.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Who connects has to speak gRPC, and then to call something.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 600_000),
 )
 
 
@@ -107,6 +112,7 @@ class Coordinator:
         drain_seconds: float,
         boot_us: Callable[[], int] = boottime_us,
         durability: Durability = NO_COPIES,
+        limits: Mapping[str, int] | None = None,
     ) -> None:
         self._listen = listen
         self._certificates = certificates
@@ -123,36 +129,44 @@ class Coordinator:
         self.hub = Hub(self.scripts)
         self._sweeper = Sweeper(self.scripts)
         trail = self._trail = AuditTrail(self.scripts)
+        self.limits = Limits(limits)
         self._metrics_listen = metrics_listen
         self._metrics: Metrics | None = None
         if metrics_listen:
             from holdoff_coordinator.metrics import Metrics  # noqa: PLC0415 - slow to load
 
-            self._metrics = Metrics(self.scripts, judge)
+            self._metrics = Metrics(self.scripts, judge, self.limits)
             trail.on_event = self._metrics.count
             self._metrics.watch_access(access)
         reading = Reading(passed_on=SERVICES)
         if self._metrics:
             reading.on_malformed = self._metrics.count_malformed
         self._server = grpc.aio.server(
-            interceptors=[*([self._metrics] if self._metrics else []), reading], options=_OPTIONS
+            interceptors=[*([self._metrics] if self._metrics else []), reading],
+            options=(
+                *_OPTIONS,
+                ("grpc.max_allowed_incoming_connections", self.limits.values["connections"]),
+                ("grpc.max_concurrent_streams", self.limits.values["streams"]),
+            ),
         )
         self._health_server = grpc.aio.server(interceptors=[reading], options=_OPTIONS)
         self.policies = Policies(policies)
         self._replays = Replays(self.scripts, boot_us)
         places = Places(self.scripts, self.policies)
         self._gate = Gate(Credentials(redis), access, trail, client_identity)
-        self._followers = Followers(self.scripts, self.hub, places)
+        self._followers = Followers(self.scripts, self.hub, places, self.limits)
+        looks = Looks(self.scripts, self.hub)
         handlers = Handlers(
             gate=self._gate,
+            limits=self.limits,
             trail=trail,
-            leases=Leases(self.scripts, self.hub, places),
+            leases=Leases(self.scripts, self.hub, places, self.limits),
             followers=self._followers,
-            watches=Watches(self.scripts, self.hub),
+            watches=Watches(self.scripts, self.hub, looks, self.limits),
             tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
-            budgets=Budgets(self.scripts, places, self._replays),
+            budgets=Budgets(self.scripts, places, self._replays, self.limits),
             back_offs=BackOffs(self.scripts, places),
-            budget_watches=BudgetWatches(self.scripts, self.hub),
+            budget_watches=BudgetWatches(self.scripts, self.hub, looks, self.limits),
             quarantines=Quarantines(self.scripts),
             policies=self.policies,
         )

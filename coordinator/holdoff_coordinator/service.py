@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.followers import Followers
     from holdoff_coordinator.gate import Admitted, Gate
     from holdoff_coordinator.leases import Leases
+    from holdoff_coordinator.limits import Limits
     from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.quarantines import Quarantines
     from holdoff_coordinator.tokens import Tokens
@@ -62,6 +63,8 @@ SERVICES = tuple(
     )
 )
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+FIRST_SECONDS = 10.0
+"""A stream must begin with its request within this time: who has not sent one is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class Handlers:
     """What answers the calls, and what stands before it."""
 
     gate: Gate
+    limits: Limits
     trail: AuditTrail
     leases: Leases
     followers: Followers
@@ -96,6 +100,7 @@ class _Adapter:
 
     def __init__(self, handlers: Handlers) -> None:
         self._gate = handlers.gate
+        self._limits = handlers.limits
         self._handlers = handlers
 
     async def _answer(
@@ -106,7 +111,8 @@ class _Adapter:
     ) -> ResponseT:
         admitted = await self._admit(request, context)
         try:
-            shown = admitted.shown(await handler(request, admitted.caller))
+            async with self._limits.kept(request, admitted.caller):
+                shown = admitted.shown(await handler(request, admitted.caller))
             if shown is None:  # as if there were none: its id alone does not say whose it is
                 raise budget_not_found(getattr(request, "name", ""))
             return shown
@@ -128,7 +134,10 @@ class _Adapter:
         """The same for many answers; it ends when the caller may not hear more of them."""
         admitted = await self._admit(request, context)
         try:
-            async with contextlib.aclosing(handler(request, admitted.caller)) as responses:
+            async with (
+                self._limits.kept(request, admitted.caller),
+                contextlib.aclosing(handler(request, admitted.caller)) as responses,
+            ):
                 with self._gate.staying(request, context) as stay:
                     while (response := await stay.next(responses)) is not None:
                         admitted = await self._admit(request, context)
@@ -154,9 +163,16 @@ class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
     ) -> lease_service_pb2.AcquireLeaseResponse:
         """Answer with the first event of the conversation."""
         admitted = await self._admit(request, context)
-        events = self._handlers.leases.acquire(request, admitted.caller, Waiter())
-        async with contextlib.aclosing(events):
-            event = await anext(events)
+        try:
+            async with (
+                self._limits.kept(request, admitted.caller),
+                contextlib.aclosing(
+                    self._handlers.leases.acquire(request, admitted.caller, Waiter())
+                ) as events,
+            ):
+                event = await anext(events)
+        except Failure as failure:
+            await self._fail(failure, request, admitted.caller, context)
         if event.HasField("error"):
             await _abort(context, event.error)
         return event
@@ -167,11 +183,19 @@ class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
         context: Context,
     ) -> AsyncIterator[lease_service_pb2.StreamAcquireLeaseResponse]:
         """Pass on all events of the conversation."""
-        first = await anext(aiter(requests), lease_service_pb2.StreamAcquireLeaseRequest())
+        first = lease_service_pb2.StreamAcquireLeaseRequest()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_SECONDS):
+                first = await anext(aiter(requests), first)
         if isinstance(first, Malformed):
             await self._admit(first, context)
         if not first.HasField("acquire"):
-            await _abort(context, invalid("acquire", "must be the first message").to_status())
+            await _abort(
+                context,
+                invalid(
+                    "acquire", f"must be the first message, within {FIRST_SECONDS:.0f} s"
+                ).to_status(),
+            )
         waiter = Waiter()
         listening = asyncio.create_task(_listen(requests, waiter))
 

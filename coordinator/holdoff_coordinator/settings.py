@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from holdoff_coordinator.access import CERTIFIED_BY, CERTIFIED_TYPES
 from holdoff_coordinator.durability import Durability
+from holdoff_coordinator.limits import LIMITS
 from holdoff_coordinator.store import Access, Assumed
 from holdoff_coordinator.tls import TlsFiles
 
@@ -20,6 +21,7 @@ Seconds = Annotated[float, Field(ge=0, le=366 * 24 * 3600, allow_inf_nan=False)]
 
 _ADDRESS: Final = re.compile(r"(?:\[[^][\s]+\]|[^][:/\s]+):(?P<port>[0-9]{1,5})")
 _MOST_PORT: Final = 65535
+_LIMIT: Final = re.compile(r"([a-z-]+)=([1-9][0-9]{0,8})")
 _ASSUMABLE: Final = re.compile(r"noeviction|fsync=(always|everysec|no)")
 
 
@@ -150,6 +152,9 @@ class Settings(BaseSettings):
     wait_seconds: Annotated[float, Field(gt=0, le=4, allow_inf_nan=False)] = 0.5
     """How long to wait for them; less than the time limit of a connection to the store."""
 
+    limit: str = ""
+    """What one caller may use at once, where that is not the default: `watches=50,calls=200`."""
+
     drain_seconds: Seconds = 5.0
     """How long a stopping coordinator gives open calls to end."""
 
@@ -187,6 +192,17 @@ class Settings(BaseSettings):
                 raise ValueError(
                     "write noeviction, fsync=always, fsync=everysec or fsync=no, with a comma "
                     "between two of them"
+                )
+        return text
+
+    @field_validator("limit")
+    @classmethod
+    def _limits(cls, text: str) -> str:
+        for word in filter(None, text.split(",")):
+            match = _LIMIT.fullmatch(word)
+            if match is None or match[1] not in LIMITS:
+                raise ValueError(
+                    f"write NAME=N with a number from 1; NAME is one of {', '.join(LIMITS)}"
                 )
         return text
 
@@ -260,6 +276,11 @@ class Settings(BaseSettings):
         for path in filter(None, files.values()):
             path.open("rb").close()
         return Access(**files)
+
+    def limits(self) -> dict[str, int]:
+        """Return the limits that are not the default."""
+        words = (word.partition("=") for word in filter(None, self.limit.split(",")))
+        return {name: int(value) for name, _, value in words}
 
     def durability(self) -> Durability:
         """Return how many copies of a change the store must have."""

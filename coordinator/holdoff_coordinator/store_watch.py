@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 _ANSWER_SECONDS: Final = 2.0
+APPS_A_STEP: Final = 64
 
 
 class StoreWatch:
@@ -45,6 +46,8 @@ class StoreWatch:
         self._epoch: bytes | None = None
         self._comparing = asyncio.Lock()
         self._jumps = 0
+        self._due: dict[str, tuple[str, ...]] = {}
+        """What to run for which apps, since something happened to the store."""
 
     async def open(self) -> None:
         """Open the store.
@@ -89,17 +92,30 @@ class StoreWatch:
             log.error("the store lost its data: no new leases at first", epoch=repr(found))
             self._scripts.data_is_lost()
             await self.open()
-            for app in await self._scripts.apps():
-                await self._scripts.run("quarantine", app, "the store lost its data", "DATA")
+            held = "quarantine", "the store lost its data", "DATA"
+            self._due.update(dict.fromkeys(await self._scripts.apps(), held))
+            await self._catch_up()
 
     async def _declare_jumps(self) -> None:
         """Hold back the leases of all apps after a clock jumped, before they are asked for."""
         jumps = self._scripts.jumps
-        if jumps == self._jumps:
-            return
-        for app in await self._scripts.apps():
-            await self._scripts.run("upgrade", app)
-        self._jumps = jumps
+        if jumps != self._jumps:
+            self._due = dict.fromkeys(await self._scripts.apps(), ("upgrade",)) | self._due
+            self._jumps = jumps
+        await self._catch_up()
+
+    async def _catch_up(self) -> None:
+        """Run what is due, some apps at a time: what a look has no time for, the next one does."""
+        while self._due:
+            apps = list(self._due)[:APPS_A_STEP]
+            failed: list[str] = []
+            for name, *args in {self._due[app] for app in apps}:
+                some = [app for app in apps if self._due[app] == (name, *args)]
+                failed += await self._scripts.run_each(some, name, *args)
+            for app in {*apps} - {*failed}:
+                self._due.pop(app, None)
+            if failed:
+                return
 
     async def _look_at_clock(self, node: Redis) -> bool:
         try:

@@ -109,11 +109,7 @@ class Sweeper:
 
     async def sweep(self) -> None:
         """Settle what is due in all apps that are not idle; one app's trouble is its own."""
-        for app in await self._scripts.busy_apps():
-            try:
-                await self._scripts.run("sweep", app, TOKENS_A_CALL)
-            except Failure as failure:
-                warn("sweep failed", failure.reason, app=app)
+        await self._scripts.run_each(await self._scripts.busy_apps(), "sweep", TOKENS_A_CALL)
 
     async def stop(self) -> None:
         """Let another replica sweep at once."""

@@ -6,7 +6,6 @@ them. So a slow one costs no memory here; if it falls behind the list it gets a 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from holdoff.names import BudgetName, TokenName
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2, lease_service_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.failures import Failure, token_damaged, token_not_found
+from holdoff_coordinator.looks import Watcher
 from holdoff_coordinator.places import ScopeFilter
 from holdoff_coordinator.records import (
     change_message,
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from holdoff.names import AppName
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.hub import Hub
+    from holdoff_coordinator.limits import Limits
+    from holdoff_coordinator.looks import Looks
     from holdoff_coordinator.scripts import Scripts
 
-LOOK_SECONDS = 0.25
-"""How often a watcher looks for changes."""
 BUDGET_LOOK_SECONDS = 1.0
 """How soon a budget that is not open is looked at again at the earliest."""
 
@@ -41,9 +41,11 @@ BUDGET_LOOK_SECONDS = 1.0
 class Watches:
     """Watch the tokens of everything, of an app, or one token."""
 
-    def __init__(self, scripts: Scripts, hub: Hub) -> None:
+    def __init__(self, scripts: Scripts, hub: Hub, looks: Looks, limits: Limits) -> None:
         self._scripts = scripts
         self._hub = hub
+        self._looks = looks
+        self._limits = limits
 
     async def watch(
         self, request: lease_service_pb2.WatchLeasesRequest, caller: Caller
@@ -60,25 +62,30 @@ class Watches:
         if watched:
             yield lease_service_pb2.WatchLeasesResponse(resume_token=request.resume_token)
         if isinstance(parent, TokenName):
-            reply = await self._scripts.run("read", parent.app, parent.token)
+            async with self._limits.reading(caller):
+                reply = await self._scripts.run("read", parent.app, parent.token)
             if not reply.values[0]:
                 raise token_damaged(parent) if reply.damaged else token_not_found(parent)
-        while not self._hub.draining:
-            idle = True
-            apps = [parent.app] if parent else await self._scripts.apps()
-            apps = [app for app in apps if caller.knows(app)]
-            watched = {app: watched.get(app) or _App(app, None) for app in apps}
-            for app in watched.values():
-                with self._scripts.sparing(app.name, "app"):
-                    async for response in self._next(app, parent):
-                        idle = False
-                        if not response.HasField("snapshot") or response.snapshot.last:
-                            response.resume_token = tokens.write(
-                                (one.name, one.at) for one in watched.values() if one.at
-                            )
-                        yield response
-            if idle:
-                await asyncio.sleep(LOOK_SECONDS)
+        watcher = Watcher(parent.app if parent else None, caller.knows)
+        watched = {name: app for name, app in watched.items() if watcher.concerns(name)}
+        ends: dict[str, float] = {}
+        """When to look at an app although nothing of it changed."""
+        with self._looks.joined(watcher):
+            while not self._hub.draining:
+                moved = await watcher.moved(min(ends.values(), default=None))
+                over = [name for name, at in ends.items() if at <= time.monotonic()]
+                for name in sorted({*moved, *over}):
+                    app = watched.setdefault(name, _App(name, None))
+                    with self._scripts.sparing(name, "app"):
+                        async for response in self._next(app, parent, watcher, caller):
+                            if not response.HasField("snapshot") or response.snapshot.last:
+                                response.resume_token = tokens.write(
+                                    (one.name, one.at) for one in watched.values() if one.at
+                                )
+                            yield response
+                    ends.pop(name, None)
+                    if app.quarantine_ends is not None:
+                        ends[name] = app.quarantine_ends
         raise Failure(
             "DRAINING",
             "this coordinator is shutting down; continue at another one with the last resume_token",
@@ -86,20 +93,23 @@ class Watches:
         )
 
     async def _next(
-        self, app: _App, parent: AppName | TokenName | None
+        self, app: _App, parent: AppName | TokenName | None, watcher: Watcher, caller: Caller
     ) -> AsyncIterator[lease_service_pb2.WatchLeasesResponse]:
         """Yield what there is about one app now, and move on in it."""
         only = parent.token if isinstance(parent, TokenName) else None
-        latest, quarantine_until_us, back_off_moves = await self._scripts.position(app.name)
-        changes = None
-        moved = app.moved_as_a_whole(quarantine_until_us, back_off_moves)
-        if app.at == latest and not moved:
+        stand = self._looks.stands.get(app.name)
+        if stand is None:
+            return
+        latest, changes = stand.position, None
+        moved = app.moved_as_a_whole(stand.quarantine_until_us, stand.back_off_moves)
+        if not moved and (app.at == latest or self._is_old(app, latest)):
             return
         if app.at and app.at.epoch == latest.epoch and app.at.number < latest.number:
-            changes = await self._scripts.changes(app.name, app.at.number)
+            async with self._limits.reading(caller):
+                changes = await self._looks.changes(app.name, app.at.number)
         if changes is None:
-            app.back_off_moves = back_off_moves
-            async for snapshot in self._snapshot(app, only, quarantine_until_us):
+            app.back_off_moves = stand.back_off_moves
+            async for snapshot in self._snapshot(app, only, stand.quarantine_until_us, caller):
                 yield lease_service_pb2.WatchLeasesResponse(snapshot=snapshot)
             return
         for number, change in changes:
@@ -110,9 +120,17 @@ class Watches:
                     yield lease_service_pb2.WatchLeasesResponse(
                         change=change_message(app.name, change)
                     )
+        if app.at and app.at.number < latest.number:
+            watcher.stir(app.name)
+
+    def _is_old(self, app: _App, latest: Position) -> bool:
+        """Whether the last look at an app was before that to which a watcher has come."""
+        if app.at is None or app.at.epoch != latest.epoch:
+            return False
+        return app.at.number > latest.number and self._looks.began <= app.at_since
 
     async def _snapshot(
-        self, app: _App, only: str | None, quarantine_until_us: int
+        self, app: _App, only: str | None, quarantine_until_us: int, caller: Caller
     ) -> AsyncIterator[lease_pb2.Snapshot]:
         """Yield how the tokens of an app stand; changes go on from the first part's instant.
 
@@ -121,15 +139,18 @@ class Watches:
         app.at, app.shown = None, {}
         last_id, start = "", None
         while True:
-            tokens = [only] if only else await self._scripts.tokens(app.name, last_id, READ_BATCH)
-            reply = await self._scripts.run("read", app.name, *tokens)
+            async with self._limits.reading(caller):
+                tokens = (
+                    [only] if only else await self._scripts.tokens(app.name, last_id, READ_BATCH)
+                )
+                reply = await self._scripts.run("read", app.name, *tokens)
             found, number = reply.values[0], int(reply.values[1])
             start, first = start or Position(reply.epoch, number), start is None
             if number > start.number:
                 app.shown.update(dict.fromkeys(tokens, number))
             last = only is not None or len(tokens) < READ_BATCH
             if last:
-                app.at = start
+                app.at, app.at_since = start, time.monotonic()
                 app.quarantine_until_us = quarantine_until_us
                 left_seconds = (quarantine_until_us - reply.now_us) / 1e6
                 app.quarantine_ends = time.monotonic() + left_seconds if left_seconds > 0 else None
@@ -151,9 +172,11 @@ class Watches:
 class BudgetWatches:
     """Watch the budgets and back-offs of everything, or of an app."""
 
-    def __init__(self, scripts: Scripts, hub: Hub) -> None:
+    def __init__(self, scripts: Scripts, hub: Hub, looks: Looks, limits: Limits) -> None:
         self._scripts = scripts
         self._hub = hub
+        self._looks = looks
+        self._limits = limits
 
     async def watch(
         self, request: budget_service_pb2.WatchBudgetsRequest, caller: Caller
@@ -167,17 +190,24 @@ class BudgetWatches:
         wanted = ScopeFilter(request.scope)
         watched: dict[str, _Budgets] = {}
         told_all = False
-        while not self._hub.draining:
-            apps = [parent.app] if parent else await self._scripts.apps()
-            for app in filter(caller.knows, apps):
-                budgets = watched.setdefault(app, _Budgets(app))
-                with self._scripts.sparing(app, "app"):
-                    async for response in self._next(budgets, wanted, caller):
-                        yield response
-            if not told_all:
-                told_all = True
-                yield budget_service_pb2.WatchBudgetsResponse(snapshot_end=True)
-            await asyncio.sleep(LOOK_SECONDS)
+        watcher = Watcher(parent.app if parent else None, caller.knows)
+        ends: dict[str, float] = {}
+        """When to look at an app although nothing of it changed."""
+        with self._looks.joined(watcher):
+            while not self._hub.draining:
+                moved = await watcher.moved(min(ends.values(), default=None))
+                over = [name for name, at in ends.items() if at <= time.monotonic()]
+                for name in sorted({*moved, *over}):
+                    budgets = watched.setdefault(name, _Budgets(name))
+                    with self._scripts.sparing(name, "app"):
+                        async for response in self._next(budgets, wanted, caller):
+                            yield response
+                    ends.pop(name, None)
+                    if budgets.look_at:
+                        ends[name] = min(budgets.look_at.values())
+                if not told_all and watcher.was_shown:
+                    told_all = True
+                    yield budget_service_pb2.WatchBudgetsResponse(snapshot_end=True)
         raise Failure(
             "DRAINING",
             "this coordinator is shutting down; watch at another one",
@@ -188,16 +218,22 @@ class BudgetWatches:
         self, app: _Budgets, wanted: ScopeFilter, caller: Caller
     ) -> AsyncIterator[budget_service_pb2.WatchBudgetsResponse]:
         """Yield what of an app is not as it was told."""
-        number, ids, moved = await self._scripts.moved(app.name, app.at)
-        now = time.monotonic()
+        stand, now = self._looks.stands.get(app.name), time.monotonic()
+        if stand and not stand.moves:  # of most apps nothing was ever counted
+            app.at, app.back_offs = 0, app.back_offs or {}
+            return
+        async with self._limits.reading(caller):
+            number, ids, moved = await self._scripts.moved(app.name, app.at)
         # What stood at the end of a window, or of a quiet, moves by itself.
         due = [budget for budget, at in app.look_at.items() if at <= now]
         if app.at is None:
-            ids = await self._scripts.budgets(app.name)
+            async with self._limits.reading(caller):
+                ids = await self._scripts.budgets(app.name)
         app.at = number
         for start in range(0, len(found := sorted({*ids, *due})), READ_BATCH):
             batch = found[start : start + READ_BATCH]
-            reply = await self._scripts.run("read_budgets", app.name, *batch)
+            async with self._limits.reading(caller):
+                reply = await self._scripts.run("read_budgets", app.name, *batch)
             budgets = read_budgets(self._scripts, app.name, reply, caller)
             told = [
                 one
@@ -208,7 +244,8 @@ class BudgetWatches:
             if told or gone:
                 yield budget_service_pb2.WatchBudgetsResponse(budgets=[*told, *gone])
         if moved or app.back_offs is None or due:
-            reply = await self._scripts.run("read_back_offs", app.name, "", "", "")
+            async with self._limits.reading(caller):
+                reply = await self._scripts.run("read_back_offs", app.name, "", "", "")
             back_offs = read_back_offs(self._scripts, app.name, reply, caller)
             news = app.back_off_news([one for one in back_offs if wanted.matches(one.scope)])
             if news:
@@ -287,6 +324,7 @@ class _App:
         self.name = name
         self.at = at
         """None before the end of a snapshot."""
+        self.at_since = time.monotonic()
         self.shown: dict[str, int] = {}
         """Up to which change a snapshot showed a token, where that is later than `at`."""
         self.quarantine_until_us: int | None = None
@@ -311,4 +349,4 @@ class _App:
     def move(self, number: int) -> None:
         """Go on to a change."""
         assert self.at is not None  # noqa: S101 - changes follow a snapshot
-        self.at = Position(self.at.epoch, number)
+        self.at, self.at_since = Position(self.at.epoch, number), time.monotonic()

@@ -110,6 +110,7 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"drainSeconds": 60},
         (argument("--drain-seconds="), f"{POD}.terminationGracePeriodSeconds"),
     ),
+    "limits": ({"limits": {"watches": 20}}, (argument("--limit="),)),
     "log": ({"logFormat": "console"}, (argument("--log-format="),)),
     "TLS by secret": (
         {"tls": {"secretName": "t"}},

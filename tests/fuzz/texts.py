@@ -18,7 +18,7 @@ from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
 from holdoff.policies import presets
 from holdoff_coordinator import audit, validation
 from holdoff_coordinator.failures import Failure
-from holdoff_coordinator.watches import read_resume_token
+from holdoff_coordinator.resuming import sealed_of
 from tests.fuzz.engine import Target, edited, files
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def positions(text: str) -> None:
     """Check that positions of listings and of watches are read or refused."""
     _value(validation.page_token, text)
     _value(audit._read_page_token, text)
-    _value(lambda one: list(read_resume_token(one)), text)
+    _value(sealed_of, text)
 
 
 def shown(text: str) -> None:

@@ -338,3 +338,97 @@ async def test_a_store_that_is_not_safe(valkey: Server, monkeypatch: pytest.Monk
             warnings.append(warning)
             found = await samples(replica)
             assert (value(found, "store_safe"), value(found, "store_up")) == (0, 1)
+
+
+async def test_idle_apps_cost_a_scrape_nothing(
+    measured: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scrape runs scripts of busy apps only: 2,000 idle ones are read in a few round trips.
+
+    Fails when each app is read by itself.
+    """
+    idle = measured.create_token(0.0).split("/")[1]
+    token = measured.create_token(0.0)
+    measured.hold(token)
+    scripts = measured.coordinator.scripts
+    ran, run = list[str](), scripts.run
+
+    async def counted(name: str, app: str, *args: Any, **options: Any) -> Any:
+        ran.append(app)
+        return await run(name, app, *args, **options)
+
+    monkeypatch.setattr(scripts, "run", counted)
+    found = await samples(measured)
+    assert value(found, "apps_unread") == 0
+    assert value(found, "quarantine_seconds", app=idle) == 0
+    assert value(found, "lease_held", app=token.split("/")[1], token="t") == 1
+    assert token.split("/")[1] in ran
+    assert idle not in ran
+
+
+async def test_a_scrape_says_what_it_could_not_read(
+    measured: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store is up although there was no time for any app; what was read before stays.
+
+    Fails when health is measured by reading all apps, or a gauge vanishes as its app is not read.
+    """
+    token = measured.create_token(0.0)
+    labels = {"app": token.split("/")[1], "token": "t"}
+    measured.hold(token)
+    assert value(await samples(measured), "lease_held", **labels) == 1
+    monkeypatch.setattr(metrics, "READ_SECONDS", 0.0)
+    found = await samples(measured)
+    assert value(found, "store_up") == 1
+    assert (value(found, "apps_unread") or 0) >= 1
+    assert value(found, "lease_held", **labels) == 1
+    monkeypatch.setattr(metrics, "READ_SECONDS", 30.0)
+    assert value(await samples(measured), "apps_unread") == 0
+
+
+async def test_what_was_not_read_comes_first_next_time(
+    measured: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is too slow for one scrape is read in several.
+
+    Fails when each look begins with the same apps.
+    """
+    apps = {measured.create_token(0.0).split("/")[1] for _ in range(2)}
+    for app in apps:
+        measured.hold(f"apps/{app}/tokens/t")
+    one = measured.coordinator._metrics
+    assert one
+    read, read_busy = list[str](), one._read_busy
+
+    async def slow(app: str) -> Any:
+        if app in apps:
+            if read[-1:] != ["a look begins"]:
+                raise TimeoutError
+            read.append(app)
+        return await read_busy(app)
+
+    monkeypatch.setattr(one, "_read_busy", slow)
+    for _ in range(2):
+        read.append("a look begins")
+        assert (value(await samples(measured), "apps_unread") or 0) >= 1
+    assert apps <= set(read)
+
+
+async def test_limits(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each limit has its value, its use and its refusals, from 0 on."""
+    monkeypatch.setattr(metrics, "FRESH_SECONDS", 0.0)
+    few = {"watches": 1}
+    with Replica(valkey.url, metrics_listen="127.0.0.1:0", limits=few) as one:
+        found = await samples(one)
+        assert value(found, "limit", limit="watches") == 1
+        assert value(found, "limit_used", limit="watches") == 0
+        assert value(found, "limit_refusals_total", limit="watches") == 0
+        assert value(found, "limit_refusals_total", limit="reservations") == 0
+        request = lease_service_pb2.WatchLeasesRequest()
+        stream = one.leases.WatchLeases(request)
+        next(stream)
+        assert refusal(lambda: next(one.leases.WatchLeases(request))) == "LIMIT_REACHED"
+        found = await samples(one)
+        assert value(found, "limit_used", limit="watches") == 1
+        assert value(found, "limit_refusals_total", limit="watches") == 1
+        stream.cancel()

@@ -26,6 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from holdoff.v1 import policy_service_pb2, policy_service_pb2_grpc
 from holdoff.v1 import token_service_pb2_grpc as tokens_grpc
 from holdoff_coordinator import server
+from holdoff_coordinator.scripts import Scripts
 from holdoff_coordinator.store import Epoch, StoreAwayError
 from tests.cable import Cable
 from tests.harness import NO_PROXY, Replica, refusal, token_to_create, wait_until
@@ -288,3 +289,30 @@ def test_the_log_names_the_directory(tmp_path: Path) -> None:
         assert issued.stdout
         program.process.terminate()
         assert program.ended() == 0
+
+
+def test_idle_apps_cost_a_start_nothing(
+    start_valkey: StartValkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator that starts, and sweeps, runs no script of an idle app of this release.
+
+    Fails when each app is upgraded, or touched, by a script of its own, which the store writes to
+    its disk: beside 2,000 apps that took 20 s.
+    """
+    url = start_valkey().url
+    with Replica(url) as first:
+        busy = first.create_token(0.0).split("/")[1]
+        for _ in range(3):
+            first.create_token(0.0)
+        first.hold(f"apps/{busy}/tokens/t")
+        ran, run = set[str](), Scripts.run
+
+        async def counted(self: Scripts, name: str, app: str, *args: Any, **options: Any) -> Any:
+            ran.add(app)
+            return await run(self, name, app, *args, **options)
+
+        monkeypatch.setattr(Scripts, "run", counted)
+        with Replica(url):
+            first.stop()  # the other one sweeps now
+            wait_until(lambda: ran)
+        assert ran == {busy}

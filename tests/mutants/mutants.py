@@ -65,6 +65,54 @@ MUTANTS = [
         f"{TESTS}/test_leases.py::test_an_offer_not_accepted_is_withdrawn_without_a_cooldown",
     ),
     Mutant(
+        "callers take turns",
+        f"{COORDINATOR}/limits.py",
+        "if self._working[caller] < self._most_each:",
+        "if caller:",
+        "tests/unit/test_limits.py::test_callers_take_turns",
+    ),
+    Mutant(
+        "a renewal is no call that is limited",
+        *(f"{COORDINATOR}/limits.py", "if kind in _OF_LEASES:", "if False:"),
+        "tests/unit/test_limits.py::test_renewals_wait_for_no_other_call",
+    ),
+    Mutant(
+        "what a caller has at once is limited",
+        *(f"{COORDINATOR}/limits.py", "if used[account] >= self.values[name]:", "if False:"),
+        f"{TESTS}/test_limits.py::test_watches_of_a_viewer_are_limited",
+    ),
+    Mutant(
+        "a watcher looks at apps that it may see only",
+        *(f"{COORDINATOR}/looks.py", "self._known and self._knows(app):", "self._known:"),
+        f"{TESTS}/test_limits.py::test_a_watcher_costs_only_what_it_may_see",
+    ),
+    Mutant(
+        "scopes of all waiters of a token are limited",
+        *(
+            f"{LUA}/acquire.lua",
+            "if declared > number(ARGV[18])",
+            "if false",
+        ),
+        f"{TESTS}/test_limits.py::test_scopes_of_all_waiters_are_limited",
+    ),
+    Mutant(
+        "reservations of a caller are limited",
+        *(f"{LUA}/reserve.lua", "if redis.call('ZCARD', account) >=", "if false and 0 >="),
+        f"{TESTS}/test_limits.py::test_reservations_of_a_caller_are_limited",
+    ),
+    Mutant(
+        "a connection that says nothing is closed",
+        *(f"{COORDINATOR}/server.py", '    ("grpc.server_handshake_timeout_ms", 10_000),\n', ""),
+        f"{TESTS}/test_limits.py::test_a_connection_that_says_nothing_is_closed",
+    ),
+    Mutant(
+        "a limit is no reason to run without a lease",
+        f"{CLIENT}/cli/_running.py",
+        "if not break_glass or isinstance(error, LimitReached):",
+        "if not break_glass:",
+        f"{TESTS}/test_limits.py::test_the_glass_is_not_broken_by_a_limit",
+    ),
+    Mutant(
         "a request id asked again gives the same lease",
         *(f"{LUA}/acquire.lua", "if request.lease then return", "if false then return"),
         f"{TESTS}/test_leases.py::test_a_lost_reply_gives_the_same_lease",

@@ -622,6 +622,7 @@ def test_what_holders_say_cannot_reach_the_terminal(
         (code_pb2.UNAVAILABLE, "QUARANTINED", 75),
         (code_pb2.RESOURCE_EXHAUSTED, "BUDGET_SPENT", 75),
         (code_pb2.RESOURCE_EXHAUSTED, "TOO_MANY_EVENTS", 75),
+        (code_pb2.RESOURCE_EXHAUSTED, "LIMIT_REACHED", 75),
         (code_pb2.NOT_FOUND, "BUDGET_NOT_FOUND", 77),
         (code_pb2.PERMISSION_DENIED, "", 77),
         (code_pb2.NOT_FOUND, "TOKEN_NOT_FOUND", 77),

@@ -29,6 +29,7 @@ from holdoff.errors import (
     EventTooOld,
     HoldoffError,
     InvalidField,
+    LimitReached,
     TokenNotFound,
     TooManyEvents,
     Unavailable,
@@ -503,7 +504,14 @@ def test_reports_arrive(spool: Spool, folder: Path, coordinator: Coordinator) ->
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    "error", [Unavailable("away"), TooManyEvents("full"), HoldoffError("what?"), ValueError("shut")]
+    "error",
+    [
+        Unavailable("away"),
+        LimitReached("many"),
+        TooManyEvents("full"),
+        HoldoffError("what?"),
+        ValueError("shut"),
+    ],
 )
 def test_reports_outlast_what_passes(
     spool: Spool, coordinator: Coordinator, error: Exception
@@ -719,7 +727,12 @@ def test_a_file_is_not_taken_before_it_is_locked(
 
 @pytest.mark.parametrize(
     ("error", "calls"),
-    [(Unavailable("away"), 1), (TooManyEvents("full"), 2), (TokenNotFound("-"), 2)],
+    [
+        (Unavailable("away"), 1),
+        (LimitReached("many"), 1),
+        (TooManyEvents("full"), 2),
+        (TokenNotFound("-"), 2),
+    ],
 )
 def test_a_flush_that_fails_keeps_them(
     folder: Path, coordinator: Coordinator, error: HoldoffError, calls: int

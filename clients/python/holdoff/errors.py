@@ -294,6 +294,12 @@ class Draining(Unavailable):
     REASON = "DRAINING"
 
 
+class LimitReached(Unavailable):
+    """This caller uses as much of the coordinator as it may at once; `metadata` says of what."""
+
+    REASON = "LIMIT_REACHED"
+
+
 class WaiterSilent(Unavailable):
     """This waiter was not heard from for a minute and lost its position."""
 

@@ -3,7 +3,8 @@
 -- ARGV 7.. token id, request hash, fingerprints of caller and parameters (see leases.lua),
 --         '1' to queue or '0', TTL µs, holder, hash of the lease's secret,
 --         time since the waiter was heard in µs, highest fencing token it knows,
---         places of its calls as JSON, hash of the job's name or ''
+--         places of its calls as JSON, hash of the job's name or '', how many bytes of
+--         places all waiters of the token may declare
 local id, hash, fingerprints = ARGV[7], ARGV[8], ARGV[9]
 local may_queue, ttl, heard_age = ARGV[10] == '1', number(ARGV[11]), number(ARGV[14])
 
@@ -27,6 +28,13 @@ local facts = {
 local subject = back_offs_of(facts)
 if may_queue and not request.state then
   if redis.call('ZCARD', queue_key(id)) >= QUEUE_LIMIT then return reply('QUEUE_FULL') end
+  if ARGV[18] and #facts.places > 0 then -- each poll of the queue reads what all waiters declared
+    local declared = #facts.places
+    for _, other in ipairs(redis.call('ZRANGE', queue_key(id), 0, -1)) do
+      declared = declared + redis.call('HSTRLEN', request_key(other), 'places')
+    end
+    if declared > number(ARGV[18]) then return reply('TOO_MANY_SCOPES') end
+  end
   put(request_key(hash), request, facts)
   redis.call('ZADD', queue_key(id), redis.call('HINCRBY', SHARD, 'sequence', 1), hash)
   redis.call('ZADD', DUE, 'NX', us(now + SECOND), id)

@@ -234,8 +234,10 @@ end
 
 -- Callers -------------------------------------------------------------------
 
-local function scope_key(token, division, endpoint)
-  return token .. '\n' .. division .. '\n' .. endpoint
+-- Returns the table that another one has under a key, made if need be.
+local function within(tables, key)
+  tables[key] = tables[key] or {}
+  return tables[key]
 end
 
 -- The back-offs that calls of a token at these places, {division, endpoint} each, are
@@ -245,23 +247,30 @@ local function subject_to(token, places)
   if not by_scope then
     by_scope = {}
     for _, one in pairs(found) do
-      local key = scope_key(one.token, one.division, one.endpoint)
-      by_scope[key] = by_scope[key] or {}
-      table.insert(by_scope[key], one)
+      table.insert(within(within(within(by_scope, one.token), one.division), one.endpoint), one)
     end
   end
   local list, seen = {}, {}
-  for _, place in ipairs(places) do
-    for _, key in ipairs({
-      scope_key('', '', ''), scope_key('', place[1], ''), scope_key('', '', place[2]), scope_key('', place[1], place[2]),
-      scope_key(token, '', ''), scope_key(token, place[1], ''), scope_key(token, '', place[2]), scope_key(token, place[1], place[2]),
-    }) do
-      if not seen[key] then
-        seen[key] = true
-        for _, one in ipairs(by_scope[key] or {}) do
-          if found[one.id] then list[#list + 1] = one end
-        end
+  local function add(some)
+    for _, one in ipairs(some or {}) do
+      if found[one.id] and not seen[one.id] then
+        seen[one.id] = true
+        list[#list + 1] = one
       end
+    end
+  end
+  -- Without texts that are put together: a queue may have thousands of places.
+  local function match(by_division, division, endpoint)
+    local by_endpoint = by_division[division]
+    if by_endpoint then
+      add(by_endpoint[''])
+      if endpoint ~= '' then add(by_endpoint[endpoint]) end
+    end
+  end
+  for _, by_division in pairs({by_scope[''] or false, token ~= '' and by_scope[token] or false}) do
+    for _, place in ipairs(by_division and places or {}) do
+      match(by_division, '', place[2])
+      if place[1] ~= '' then match(by_division, place[1], place[2]) end
     end
   end
   table.sort(list, function(one, other) return one.id < other.id end)
@@ -278,21 +287,30 @@ local function touched(token, who)
   return spare('touched/' .. token .. ':' .. who, read) or {}
 end
 
+local erred = {} -- by token and job: where it erred, by what a place leaves open
+
+-- Where a job of a token erred within a week, at places that are part of a place that leaves something open.
+local function erred_within(token, job, place)
+  local of_job = within(within(erred, token), job)
+  if not of_job[''] then
+    of_job[''] = {}
+    for _, one in ipairs(touched(token, job)) do
+      for _, key in ipairs({'', '1' .. one[1], '2' .. one[2]}) do table.insert(within(of_job, key), one) end
+    end
+  end
+  local key = place[1] ~= '' and '1' .. place[1] or place[2] ~= '' and '2' .. place[2] or ''
+  return of_job[key] or {}
+end
+
 -- The places of a job's calls: those it declared, and for what it left open those
 -- where jobs of its name erred within a week, with the same token.
 local function places_of(token, declared, job)
   local places = {{'', ''}}
   if not next(back_offs()) then return places end
-  local erred
   for _, place in ipairs(declared and declared ~= '' and cjson.decode(declared) or {{'', ''}}) do
     places[#places + 1] = place
     if job and job ~= '' and (place[1] == '' or place[2] == '') then
-      erred = erred or touched(token, job)
-      for _, one in ipairs(erred) do
-        if (place[1] == '' or place[1] == one[1]) and (place[2] == '' or place[2] == one[2]) then
-          places[#places + 1] = one
-        end
-      end
+      for _, one in ipairs(erred_within(token, job, place)) do places[#places + 1] = one end
     end
   end
   return places

@@ -23,6 +23,7 @@ local RESERVATIONS = SHARD .. ':reservations' -- ids, by when they expire
 local function budget_key(id) return SHARD .. ':budget:' .. id end
 local function log_key(id) return SHARD .. ':log:' .. id end
 local function weights_key(id) return SHARD .. ':weights:' .. id end
+local function account_key(account) return RESERVATIONS .. ':' .. account end -- those of one caller
 local function reserved_key(id) return SHARD .. ':reserved:' .. id end -- `held`, by expiry
 local function scopes_key(token) return SHARD .. ':scopes:' .. token end -- as BUDGETS, of one token
 

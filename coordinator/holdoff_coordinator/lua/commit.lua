@@ -23,6 +23,7 @@ end
 
 if reservation.state == 'reserved' then
   redis.call('ZREM', RESERVATIONS, id)
+  redis.call('ZREM', account_key(reservation.account or ''), id)
   release_room(id, specs, count)
 end
 if not made and reservation.state == 'reserved' then

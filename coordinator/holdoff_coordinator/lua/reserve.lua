@@ -1,13 +1,14 @@
 -- Takes room from budgets before a call; what is refused leaves no trace.
 -- ARGV 7.. reservation id, fingerprint of caller and parameters, TTL µs, how
 --         much, budgets as JSON, hash of the caller, token id, place as JSON; for one that
---         was acknowledged before, and that the store may have lost: its age in µs
+--         was acknowledged before, and that the store may have lost: its age in µs, else '';
+--         whose reservations it is counted with, and how many these may be
 -- The latter is restored also where there is no room now. It lives on for a moment, so that
 -- the commit that is sent again after it finds it. '1' at the end says that it was lost.
 -- A spent budget is no back-off here: the room itself decides. Blocks and operators'
 -- are kept, and the first reservation after them is the probe.
 local RESTORED_FOR = 10 * SECOND
-local id, count, age = ARGV[7], number(ARGV[10]), ARGV[15] and number(ARGV[15])
+local id, count, age = ARGV[7], number(ARGV[10]), ARGV[15] and ARGV[15] ~= '' and number(ARGV[15])
 expire_reservations()
 local reservation = load(reservation_key(id))
 if reservation.fingerprint and reservation.fingerprint ~= ARGV[8] then return reply('RESERVATION_ID_REUSED') end
@@ -20,6 +21,11 @@ end
 local wait = not age and wait_of(caller, quiet, false)
 if wait then return reply('BACKING_OFF', us(wait.start), shown_back_off(wait.back_off)) end
 
+local account = ARGV[16] and account_key(ARGV[16])
+if account then
+  redis.call('ZREMRANGEBYSCORE', account, '-inf', us(sure))
+  if redis.call('ZCARD', account) >= number(ARGV[17]) then return reply('TOO_MANY_RESERVATIONS') end
+end
 local specs, budgets, spent = cjson.decode(ARGV[11]), {}, {}
 if not may_count(ARGV[13]) then return reply('TOO_MANY_EVENTS') end
 for i, spec in ipairs(specs) do
@@ -45,9 +51,14 @@ end
 put(reservation_key(id), reservation, {
   fingerprint = ARGV[8], caller = ARGV[12], state = 'reserved', count = count, budgets = cjson.encode(specs),
   reserved_us = reserved, expires_us = expires, token = ARGV[13], place = ARGV[14],
+  account = ARGV[16] or '',
 })
 if not age then go(caller, quiet) end
 redis.call('ZADD', RESERVATIONS, us(expires), id)
+if account then
+  redis.call('ZADD', account, us(expires), id)
+  keep(account, expires - now + CLOCK_SLACK)
+end
 for _, key in ipairs({reservation_key(id), RESERVATIONS}) do keep(key, expires - now + longest + OLDEST_US) end
 keep_id(ARGV[13], expires - now + longest + OLDEST_US)
 return reply('OK', 'reserved', us(expires), age and '1' or '')

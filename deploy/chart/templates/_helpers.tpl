@@ -144,6 +144,9 @@ seccompProfile:
 {{- end }}
 - --log-format={{ .Values.logFormat }}
 - --drain-seconds={{ int .Values.drainSeconds }}
+{{- range $name, $value := .Values.limits }}
+- --limit={{ $name }}={{ int64 $value }}
+{{- end }}
 - --quarantine-seconds={{ int64 .Values.quarantineSeconds }}
 {{ include "holdoff.storeArgs" . }}
 {{- if include "holdoff.tlsSecret" . }}

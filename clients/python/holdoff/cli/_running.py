@@ -26,6 +26,7 @@ from holdoff.errors import (
     HoldoffError,
     InvalidRequest,
     LeaseLost,
+    LimitReached,
     NotFound,
     Unavailable,
     UnexpectedError,
@@ -217,7 +218,7 @@ class Run:
             self._see_that_it_ends()
             self._acquire_lease(wait)
         except Unavailable as error:
-            if not break_glass:
+            if not break_glass or isinstance(error, LimitReached):  # which is an answer
                 raise
             self._say(f"RUNNING WITHOUT A LEASE, because of --if-unreachable run: {error}")
             self._account.reason = str(error)

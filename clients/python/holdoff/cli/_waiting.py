@@ -69,7 +69,8 @@ class WaitDisplay:
 
     def unreachable(self, error: Unavailable) -> None:
         """Show that no coordinator answers."""
-        self._what, self._start_at = f"no answer from {self._endpoint}, retrying", None
+        what = error if error.reason else f"no answer from {self._endpoint}"
+        self._what, self._start_at = f"{what}, retrying", None
         self._tell((type(error), error.reason), f"{error}; retrying")
 
     def _tell(self, change: object, text: str) -> None:

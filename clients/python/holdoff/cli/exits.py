@@ -35,7 +35,7 @@ TABLE: Final = (
     (str(OUTPUT_LOST), "the output cannot be written: the disk is full"),
     (
         str(NOT_GRANTED),
-        "no lease within the wait: held, cooling, backing off, queued, quarantined; a spent budget",
+        "no lease within the wait: held, cooling, backing off, queued, quarantined; budget, limit",
     ),
     (str(REFUSED), "refused, or an unknown token, lease, budget, back-off or policy"),
     (str(LEASE_LOST), "the lease was lost"),
@@ -52,6 +52,7 @@ def code_of(error: Exception) -> int | None:
 
     codes: dict[type[Exception], int] = {
         errors.InvalidRequest: USAGE,
+        errors.LimitReached: NOT_GRANTED,
         errors.Unavailable: UNREACHABLE,
         errors.NotGranted: NOT_GRANTED,
         errors.Refused: REFUSED,
