@@ -610,7 +610,7 @@ MUTANTS = [
     Mutant(
         "a stream ends with its grant",
         *(f"{COORDINATOR}/gate.py", "if known != changes:", "if False:"),
-        f"{TESTS}/test_gate.py::test_streams_end_with_their_grant",
+        f"{TESTS}/test_gate.py::test_a_stream_ends_with_its_grant",
     ),
     Mutant(
         "what a coordinator says is harmless on a terminal",
