@@ -2,7 +2,8 @@
 
 An input is lines of `WHO SERVICE/METHOD MESSAGE…`, each message in percent-encoded bytes. Each
 input has an app of its own, with a token that is held, one that is free, a budget, a back-off and a
-reservation; `_APP` and `_LEASE` stand for its name and for the id of the lease.
+reservation; `_APP` and `_LEASE` stand for its name and for the id of the lease. The bystander has
+the same in an app of its own, on which no caller but `viewer` has a role.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ resources = ["*"]
 [[grants]]
 identities = ["bystander"]
 role = "holder"
-resources = ["apps/bystander"]
+resources = ["apps/bystander-app"]
 
 [[grants]]
 identities = ["admin"]
@@ -105,7 +106,8 @@ _APP = "fuzz-00000000"
 _LEASE = "1000000000000000"
 """As long as an id: names inside a serialised message can be replaced."""
 HELD, FREE, NONE = (f"apps/{_APP}/tokens/{name}" for name in ("held", "free", "none"))
-BYSTANDER = "apps/bystander/tokens/t"
+_THEIRS = "bystander-app"
+BYSTANDER = HELD.replace(_APP, _THEIRS)
 ENDPOINT = "https://start.exactonline.nl/api/v1/535193/crm/Accounts"
 IDS = [str(uuid.UUID(int=number, version=4)) for number in range(1, 7)]
 HOLD_ID, EVENT_ID, RESERVATION_ID = IDS[:3]
@@ -122,8 +124,8 @@ NAMES = {
 """Values of fields that are called `name`, by what the message's name contains."""
 TEXTS = {
     "token": [HELD, FREE, FREE, NONE, BYSTANDER],
-    "parent": ["", f"apps/{_APP}", HELD, FREE, "apps/bystander"],
-    "app": [f"apps/{_APP}", f"apps/{_APP}", "", "apps/bystander"],
+    "parent": ["", f"apps/{_APP}", HELD, FREE, f"apps/{_THEIRS}"],
+    "app": [f"apps/{_APP}", f"apps/{_APP}", "", f"apps/{_THEIRS}"],
     "division": ["535193", "", "9"],
     "endpoint": [ENDPOINT, "", "crm/Accounts", "crm/Accounts(guid'1')?$filter=x"],
     "secret": [SECRET, SECRET, SECRET[::-1]],
@@ -186,6 +188,8 @@ def _call(draw: DrawFn) -> bytes:
     # In half of the calls nothing is wrong.
     builder = _Builder(draw, hostile=draw(st.sampled_from((0, 0, 0, 8, 20, 40))))
     texts = [builder.message(method.input_type).SerializeToString() for _ in range(count)]
+    if draw(_below(8)) == 0:
+        texts = [text.replace(_APP.encode(), _THEIRS.encode()) for text in texts]
     if draw(st.integers(0, 39)) == 0:
         texts = [draw(edited(st.just(text), WORDS)) for text in texts]
     return b" ".join([who.encode(), name.encode(), *map(_quoted, texts)])
@@ -330,7 +334,7 @@ class World:
         self._metadata["nobody"] = ()
         self._number = 0
         self.log = Log()
-        self._hold(BYSTANDER, "bystander")
+        self._theirs = self._prepare(_THEIRS, "bystander", "setup", "setup")
         self._before = self._seen()
 
     def _send(self, who: str, method: str, *messages: Message) -> Any:
@@ -360,32 +364,37 @@ class World:
         """Return what the bystander sees of its own app."""
         get = token_service_pb2.GetTokenRequest(name=BYSTANDER)
         token = self._send("bystander", "TokenService/GetToken", get).token
-        held = f"{BYSTANDER}/leases/{token.fencing_token}"
-        lease = self._renew(held, "bystander")
-        app = BYSTANDER.partition("/tokens/")[0]
-        listed = [
-            self._send("bystander", f"{method}", request(parent=app)).SerializeToString()
+        lease = self._renew(f"{BYSTANDER}/leases/{self._theirs}", "bystander")
+        app = f"apps/{_THEIRS}"
+        budgets, back_offs, tokens = (
+            self._send("bystander", method, request(parent=app))
             for method, request in (
                 ("BudgetService/ListBudgets", budget_service_pb2.ListBudgetsRequest),
                 ("BudgetService/ListBackOffs", budget_service_pb2.ListBackOffsRequest),
-                ("LeaseService/ListQuarantines", lease_service_pb2.ListQuarantinesRequest),
+                ("TokenService/ListTokens", token_service_pb2.ListTokensRequest),
             )
-        ]
-        facts = (lease.name, lease.state, lease.holder.job, token.policy, token.queue_length)
-        return (*facts, token.refresh_interval.seconds, token.lease, *listed)
+        )
+        return (
+            *(lease.name, lease.state, lease.holder.job, lease.break_reason),
+            *(token.lease, token.queue_length, token.policy, token.refresh_interval.seconds),
+            [(one.name, one.used) for one in budgets.budgets if one.limit == "errors"],
+            [(one.name, one.state, one.reason) for one in back_offs.back_offs],
+            [one.name for one in tokens.tokens],
+        )
 
     def check(self, data: bytes) -> None:
         """Make the calls of an input, and look at all that must hold afterwards."""
         self._number += 1
         app = f"fuzz-{self._number:08x}"
         try:
-            self._check(app, self._prepare(app), data)
+            self._check(app, self._prepare(app, "holder", "reporter", "admin"), data)
         finally:
             self.log.lines.clear()
             self._forget(app)
 
     def _check(self, app: str, lease: str, data: bytes) -> None:
         keys, began = self._keys(app), self._cpu_seconds()
+        own, theirs = lease.encode(), self._theirs.encode()
         for line in data.split(b"\n"):
             who, name, *messages = [*line.split(b" "), b""]
             method = METHODS.get(name.decode(errors="replace"))
@@ -393,7 +402,7 @@ class World:
                 filled = [
                     unquote_to_bytes(one)
                     .replace(_APP.encode(), app.encode())
-                    .replace(_LEASE.encode(), lease.encode())
+                    .replace(_LEASE.encode(), own if _THEIRS.encode() not in one else theirs)
                     for one in messages[:-1] or [b""]
                 ]
                 self._try(who.decode(), method, filled)
@@ -405,30 +414,27 @@ class World:
         assert self._seen() == self._before, "the bystander sees something else"
         assert not self.log.lines, "the log has: " + "\n".join(self.log.lines[:3])
 
-    def _prepare(self, app: str) -> str:
-        """Fill an app; return the id of its lease."""
+    def _prepare(self, app: str, holder: str, reporter: str, admin: str) -> str:
+        """Fill an app, as these callers; return the id of its lease."""
         held, free = (one.replace(_APP, app) for one in (HELD, FREE))
-        lease = self._hold(held, "holder").rpartition("/")[2]
+        lease = self._hold(held, holder).rpartition("/")[2]
         assert len(lease) == len(_LEASE)
         self._send("setup", "TokenService/CreateToken", token_to_create(free, 0))
         scope = budget_pb2.Scope(token=held, endpoint=ENDPOINT)
         event = budget_pb2.Event(
             id=EVENT_ID, kind=budget_pb2.EVENT_KIND_ERROR, scope=scope, count=1, status=400
         )
-        self._send(
-            "reporter",
-            "BudgetService/RecordEvents",
-            budget_service_pb2.RecordEventsRequest(events=[event]),
-        )
+        record = budget_service_pb2.RecordEventsRequest(events=[event])
+        self._send(reporter, "BudgetService/RecordEvents", record)
         reserve = budget_service_pb2.ReserveRequest(
             reservation_id=RESERVATION_ID, scope=scope, kind=budget_pb2.EVENT_KIND_CALL, count=1
         )
         reserve.ttl.seconds = 60
-        self._send("reporter", "BudgetService/Reserve", reserve)
+        self._send(reporter, "BudgetService/Reserve", reserve)
         quiet = admin_service_pb2.SetBackOffRequest(reason="a test")
         quiet.scope.app, quiet.scope.division = f"apps/{app}", DIVISION["division"]
-        quiet.length.seconds = 60
-        self._send("admin", "AdminService/SetBackOff", quiet)
+        quiet.length.seconds = 3600
+        self._send(admin, "AdminService/SetBackOff", quiet)
         return lease
 
     def _try(self, who: str, method: MethodDescriptor, messages: list[bytes]) -> None:
