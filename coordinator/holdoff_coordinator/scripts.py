@@ -666,9 +666,11 @@ class Scripts:
     async def shared_key(self, name: str, new: bytes) -> bytes:
         """Return a key that all replicas share; it is the new one if there was none."""
         key = f"{{holdoff}}:{name}"
-        await self._answer(self.redis.set(key, new, nx=True))
-        found: bytes = await self._answer(self.redis.get(key))
-        return found
+        found: bytes | None = await self._answer(self.redis.get(key))
+        if found is None:  # a store without memory would refuse the rest
+            await self._answer(self.redis.set(key, new, nx=True))
+            found = await self._answer(self.redis.get(key))
+        return found or new
 
     async def register(self, app: str) -> bool:
         """Put an app into the index of apps; tell whether it was new there."""

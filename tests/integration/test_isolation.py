@@ -11,6 +11,10 @@ import pytest
 import holdoff
 from holdoff._core import duration
 from holdoff._proof import lease_proof, secret_hash
+from holdoff._recognise import SeenBlock
+from holdoff._reporting import Reporter
+from holdoff._spool import Spool
+from holdoff.cli._conduct import Conduct
 from holdoff.policies import presets
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_service_pb2
 from holdoff_coordinator.connecting import connect
@@ -392,6 +396,23 @@ def test_a_client_proves_its_lease(app: App, guarded: Replica, tmp_path: Path) -
         client.acquire(app.a) as lease,
     ):
         assert lease.answered("/api/v1/1/crm/x", 403, {}, b"This key is blocked")
+        assert 200 < waits(app.on_b, app.b) <= 300
+
+
+def test_the_wrapper_proves_its_lease(app: App, guarded: Replica, tmp_path: Path) -> None:
+    """So does a block that `holdoff run` sees in the output of its command."""
+    credential = tmp_path / "credential"
+    credential.write_text(app.on_a.credential)
+    credential.chmod(0o600)
+    with (
+        holdoff.Client(guarded.address, credential_file=credential) as client,
+        client.acquire(app.a) as lease,
+    ):
+        reporter = Reporter(client.record_events, Spool(tmp_path / "spool"))
+        conduct = Conduct(reporter, app.a, "nightly", "finish", print)
+        conduct._lease = lease
+        conduct._report([SeenBlock(403)])
+        assert reporter.close(30) == 0
         assert 200 < waits(app.on_b, app.b) <= 300
 
 

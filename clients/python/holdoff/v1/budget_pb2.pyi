@@ -204,7 +204,8 @@ Global___BudgetState: _TypeAlias = BudgetState  # noqa: Y015
 class Scope(_message.Message):
     """What a count or a back-off applies to: a set of field=value pairs. A call is
     subject to every scope whose pairs it contains, so that an empty field means
-    "any".
+    "any". A budget or back-off of a division or endpoint that tokens share is
+    listed for callers with a role on one of the (first ten) tokens that use it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -485,12 +486,15 @@ class BackOff(_message.Message):
     @_builtins.property
     def caused_by(self) -> _lease_pb2.Holder:
         """Who met the block or made the last error; of an operator's back-off
-        `user` says who set it.
+        `user` says who set it. Empty for a caller that may not see the token under
+        which it happened.
         """
 
     @_builtins.property
     def probe(self) -> _lease_pb2.Holder:
-        """Who goes first, while the state is PROBING; absent for a reservation."""
+        """Who goes first, while the state is PROBING; absent for a reservation, and for
+        a caller that may not see its token.
+        """
 
     def __init__(
         self,
