@@ -86,7 +86,9 @@ class Run:
         client._interruptible = self._interruptible  # noqa: SLF001 - where it waits
         self._say = voice.say
         self._faults = _Faults(voice)
-        self._reporter = Reporter(client.record_events, Spool(), warn=self._say)
+        self._reporter = Reporter(
+            client.record_events, Spool(), warn=self._say, probe=client.list_policies
+        )
         self._conduct = Conduct(
             self._reporter, account.token, account.job, order.when_quiet, self._say
         )
@@ -117,7 +119,8 @@ class Run:
 
     def _flush_leftovers(self) -> None:
         """Report what earlier runs on this host could not."""
-        flush_leftovers(Spool(), self._client.record_events, warn=self._say)
+        client = self._client
+        flush_leftovers(Spool(), client.record_events, warn=self._say, probe=client.list_policies)
 
     def run(
         self, path: str, command: Sequence[str], wait: float | None, *, break_glass: bool
