@@ -11,7 +11,6 @@ is refused to everybody.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 
+from holdoff import _toml
 from holdoff.names import AppName, TokenName
 from holdoff.v1 import (
     admin_service_pb2,
@@ -194,10 +194,11 @@ def read_access(path: Path) -> Sequence[Grant]:
         OSError: It cannot be read.
     """
     try:
-        return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File).grants
-    except (msgspec.ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return msgspec.convert(_toml.read(_toml.decode(path.read_bytes())), _File).grants
+    except (msgspec.ValidationError, _toml.TomlError) as error:
+        line = f":{error.line}" if isinstance(error, _toml.TomlError) else ""
         raise AccessError(
-            f'{path}: {error}; write [[grants]] with identities = ["…"], resources = '
+            f'{path}{line}: {error}; write [[grants]] with identities = ["…"], resources = '
             f'["apps/APP/tokens/TOKEN"] and a role: {", ".join(Role)}'
         ) from None
 

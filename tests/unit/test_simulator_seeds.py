@@ -100,7 +100,9 @@ def test_mistakes_are_pointed_at(tmp_path: Path, listed: object, says: str) -> N
     [
         ("a.json", b'{"seeds": [\n}', "line 2 column 1"),
         ("a.toml", b"[[seeds]]\nuser = \n", "line 2"),
-        ("a.json", b"\xff", "not UTF-8: byte 0"),
+        ("a.toml", b"a = 1\nb = " + b"[" * 100_000, "line 2: nested too deeply"),
+        ("a.toml", b"\n\na = " + b"9" * 5000, "line 3: a number is too long"),
+        ("a.json", b"\xff", "line 1: is not UTF-8"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b"[]", "expected a list 'seeds'"),
     ],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
+
+from holdoff import _toml
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,10 +60,10 @@ def read(path: Path) -> tuple[Seed, ...]:
         ValueError: it is wrong; the message says where and how.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        document = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.start}") from error
+        text = _toml.decode(path.read_bytes())
+        document = _toml.read(text) if path.suffix == ".toml" else json.loads(text)
+    except _toml.TomlError as error:
+        raise ValueError(f"line {error.line}: {error}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
