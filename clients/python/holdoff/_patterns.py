@@ -14,8 +14,8 @@ from functools import lru_cache
 from typing import Any
 
 MOST_PATTERN_CHARACTERS = 2_000
-_MOST_PROGRAM = 20_000
-"""Steps that RE2 may take for each character. The largest of the presets needs some 2,000."""
+_MOST_PROGRAM = 10_000
+"""Steps that RE2 may take for each character at worst. The largest of the presets needs 1,900."""
 _MOST_MEMORY_BYTES = 8 << 20
 
 _LOOKAROUND = (
