@@ -428,7 +428,7 @@ MUTANTS = [
     Mutant(
         "a marker begins its line",
         *(f"{CLIENT}/_recognise.py", "_MARKER.match(line)", "_MARKER.search(line)"),
-        "tests/unit/test_recognise.py::test_what_only_looks_like_a_neutral_line",
+        "tests/unit/test_recognise.py::test_what_only_looks_like_a_marker",
     ),
     Mutant(
         "the pattern of a key is linear",

@@ -119,7 +119,7 @@ def test_data_hub(output: str | bytes, found: list[object]) -> None:
         ("HOLDOFF-ERROR division=5\0\u202e endpoint='a/B',", SeenError(0, "5", "a/B")),
     ],
 )
-def test_neutral_lines(line: str, found: object) -> None:
+def test_markers(line: str, found: object) -> None:
     """Any job can print them, whatever the policy; nonsense in them is still an error."""
     keyed = re.sub("^HOLDOFF-[A-Z]+", rf"\g<0> key={KEY}", line)
     for one, trust_output in ((keyed, False), (keyed, True), (line, True)):
@@ -138,7 +138,7 @@ def test_neutral_lines(line: str, found: object) -> None:
         *(f"HOLDOFF-ERROR key={KEY}0", f"HOLDOFF-ERROR key={KEY[:-1]}", "HOLDOFF-ERROR key=0"),
     ],
 )
-def test_what_only_looks_like_a_neutral_line(line: str) -> None:
+def test_what_only_looks_like_a_marker(line: str) -> None:
     """Fails when a part of a word counts, a line that begins with another text, or another key."""
     assert seen(f"{line} status=400\n", trust_output=True) == []
 
@@ -208,7 +208,7 @@ def test_what_is_seen_can_be_reported(text: bytes) -> None:
         assert len(one.endpoint) <= 2000
 
 
-def test_neutral_lines_need_no_policy() -> None:
+def test_markers_need_no_policy() -> None:
     """Fails when only a policy with patterns is looked for anything."""
     line = f"HOLDOFF-ERROR key={KEY} status=500\n"
     assert seen(line, policy_pb2.Policy()) == [SeenError(500)]

@@ -22,6 +22,9 @@ WRONG = [
     ("x = " + "9" * 5_000, "a number is too long"),
     ("x = -1" + "_0" * 5_000, "a number is too long"),
     ("x = ", "Invalid value"),
+    (".".join("a" * 500) + " = 1", "a key is too long"),
+    (" . ".join(['"a"'] * 500) + " = 1", "a key is too long"),
+    (f"[{'a' * 5_000}]", "a key is too long"),
 ]
 
 
@@ -46,6 +49,12 @@ def test_access_files_too(tmp_path: Path, line: str, says: str) -> None:
     path.write_bytes(b"# \n\xff")
     with pytest.raises(AccessError, match=":2: is not UTF-8"):
         read_access(path)
+
+
+def test_long_values_and_comments_are_no_keys() -> None:
+    """Fails when a pattern, or a line of dots, is taken for a key."""
+    text = f"# {'.' * 9_000}\nx = '{'.' * 9_000}'\ny = [\n'{'a.' * 2_000}=',\n]\n"
+    assert _toml.read(text) == {"x": "." * 9_000, "y": [f"{'a.' * 2_000}="]}
 
 
 @given(st.text("[]{}=ax.\"'\n 9_-#", max_size=80))
