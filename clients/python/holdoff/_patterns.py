@@ -46,24 +46,22 @@ class Pattern:
 
     def __init__(self, text: str, compiled: Any) -> None:
         self.text = text
-        self._compiled = compiled
-        self._groups = dict(compiled.groupindex)
+        self._search = compiled.search
+        self._groups = [(name.decode(), number) for name, number in compiled.groupindex.items()]
 
     @property
     def groups(self) -> frozenset[str]:
         """The names of its groups."""
-        return frozenset(self._groups)
+        return frozenset(name for name, _ in self._groups)
 
     def search(self, subject: str) -> dict[str, str] | None:
         """Search a text; return the named groups that took part, None if it is not found."""
-        try:
-            match = self._compiled.search(subject)
-        except UnicodeEncodeError:  # half a character, which RE2 cannot read
-            match = self._compiled.search(subject.encode(errors="replace").decode())
+        # In bytes it is twice as fast. A text from Python may have half a character.
+        match = self._search(subject.encode(errors="replace"))
         if match is None:
             return None
-        found = ((name, match.group(number)) for name, number in self._groups.items())
-        return {name: text for name, text in found if text is not None}
+        found = ((name, match[number]) for name, number in self._groups)
+        return {name: text.decode(errors="replace") for name, text in found if text is not None}
 
 
 @lru_cache(256)
@@ -82,7 +80,7 @@ def compile_pattern(text: str, *, ignore_case: bool = False) -> Pattern:
     options.max_mem = _MOST_MEMORY_BYTES
     options.case_sensitive = not ignore_case
     try:
-        compiled = re2.compile(text, options)
+        compiled = re2.compile(text.encode(), options)
     except re2.error as error:
         raise PatternError(_reason(error.args[0])) from None
     except UnicodeEncodeError:

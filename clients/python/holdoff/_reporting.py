@@ -71,6 +71,8 @@ class _Delivery:
         self._on_progress = on_progress
         self._warned: set[type[HoldoffError]] = set()
         self._probe = probe
+        self._answers = False
+        """Whether the last thing that the coordinator was asked had an answer."""
 
     def deliver(self, spool: Spool) -> HoldoffError | None:
         """Send what waits; return why some of it still waits, if it does."""
@@ -81,6 +83,7 @@ class _Delivery:
             key = (True, one.event.id) if one.failures else (False, one.event.scope.token)
             tokens.setdefault(key, []).append(one.event.id)
         kept: HoldoffError | None = None
+        self._answers = False
         for (alone, _), ids in sorted(tokens.items(), key=lambda item: item[0][0]):
             try:
                 for first in range(0, len(ids), _MOST_EVENTS):
@@ -105,29 +108,33 @@ class _Delivery:
         except TimedOut as error:
             if self._probe is None:
                 raise
+            self._answers = False
             self._failed(spool, ids, error)
             self._ask_whether_it_answers()
             return UnexpectedError(f"the coordinator answers, but not this report: {error}")
         except UnexpectedError as error:
+            self._answers = True
             self._failed(spool, ids, error)
             return error
         return None
 
     def _ask_whether_it_answers(self) -> None:
-        """Ask the coordinator something else.
+        """Ask the coordinator something else, if it did not just answer.
 
         Raises:
             Unavailable: It is away.
         """
+        if self._probe is None or self._answers:
+            return
         try:
-            if self._probe is not None:
-                self._probe()
+            self._probe()
         except ValueError as error:
             raise Unavailable(f"the connection was closed: {error}") from error
         except Unavailable:
             raise
         except HoldoffError:
             pass  # is an answer
+        self._answers = True
 
     def _failed(self, spool: Spool, ids: Sequence[str], error: HoldoffError) -> None:
         """Take in that the coordinator failed with some: the next time each is sent by itself."""
@@ -152,9 +159,11 @@ class _Delivery:
         sent = [one.event.id for one in young]
         try:
             self._send([one.due(now) for one in young])
+            self._answers = True
         except ValueError as error:
             raise Unavailable(f"the connection was closed: {error}") from error
         except (InvalidRequest, NotFound) as error:
+            self._answers = True
             unknown = isinstance(error, NotFound)
             if unknown and self._keep_unknown:
                 raise
