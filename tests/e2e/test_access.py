@@ -580,8 +580,8 @@ def test_a_credential_that_is_revoked_under_a_run_ends_it(service: GuardedServic
         ("[[grants]]\nidentities = []\nrole = 'boss'\nresources = ['*']", "role"),
         ("[[grants]]\nidentities = ['x']\nrole = 'admin'\nresources = ['tokens/x']", "resources"),
         ("[[grants]]\nidentities = ['x']\nrole = 'admin'\nresource = ['*']", "resource"),
-        ("[[grants]\n", "line 1"),
-        ("\udcff", "utf-8"),
+        ("[[grants]\n", "access.toml:1: "),
+        ("\udcff", "access.toml:1: is not UTF-8"),
     ],
 )
 def test_an_access_file_that_is_wrong_is_refused_at_the_start(
