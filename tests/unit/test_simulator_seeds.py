@@ -78,6 +78,7 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
         ([{**GOOD, "client_id": ""}], "seeds[0].client_id: expected a text"),
         ([{**GOOD, "divisons": [1]}], "seeds[0].divisons: unknown; the fields are client_id"),
         ([{**GOOD, "divisions": ["1"]}], "seeds[0].divisions: expected a list of whole numbers"),
+        ([{**GOOD, "divisions": [10**18]}], "seeds[0].divisions: expected a list of whole numbers"),
         ([{**GOOD, "divisions": []}], "seeds[0].divisions: expected a list of whole numbers"),
         ([GOOD, GOOD], "seeds[1].user: seeds[0] is this user's grant to this app"),
         ([GOOD, {**GOOD, "user": "b"}], "seeds[1].refresh_token: the same as that of seeds[0]"),

@@ -26,6 +26,7 @@ class Seed:
     divisions: tuple[int, ...] = (535193, 535194)
 
 
+_MOST_DIVISION = 10**18
 _FIELDS = tuple(field.name for field in fields(Seed))
 # The addresses in what /_simulator/seed tells, so that its answer can be kept as a file.
 _IGNORED = frozenset({"token_url", "api_url"})
@@ -98,7 +99,7 @@ def _seed(where: str, entry: object) -> Seed:
     if (
         not isinstance(divisions, list)
         or not divisions
-        or any(type(division) is not int for division in divisions)
+        or any(type(one) is not int or not 0 <= one < _MOST_DIVISION for one in divisions)
     ):
         raise ValueError(f"{where}.divisions: expected a list of whole numbers")
     return Seed(**values, divisions=tuple(divisions))
