@@ -63,7 +63,8 @@ with_lease apps/exact-nl/tokens/finance --wait 2h -- datahub /file:job.sql'
   exec holdoff run "${_holdoff_options[@]}" -- "$@"
 )
 
-# Report an error of the provider to `holdoff run`, which reads the output: it is counted once.
+# Report an error of the provider to `holdoff run`, which reads the output: it is counted once. The key
+# of the run, HOLDOFF_REPORT_KEY, tells this report from the same text in data.
 holdoff_error() (
   (($# == 3)) ||
     _holdoff_fail 64 'usage: holdoff_error DIVISION ENDPOINT STATUS' 'what is not known is ""'
@@ -85,6 +86,12 @@ holdoff_blocked() (
 # to stderr, so that a captured output of a function does not contain it.
 _holdoff_tell() (
   _holdoff_line=HOLDOFF-$1
+  if [[ ${HOLDOFF_REPORT_KEY-} ]]; then
+    _holdoff_line+=" key=$HOLDOFF_REPORT_KEY"
+  else
+    printf 'holdoff: HOLDOFF_REPORT_KEY is not set, so this report counts only under %s\n' \
+      'holdoff run --trust-output' >&2
+  fi
   for _holdoff_field in "${@:2}"; do
     _holdoff_value=${_holdoff_field#*=}
     if [[ $_holdoff_value ]]; then

@@ -81,7 +81,8 @@ function Invoke-WithLease {
 
 <#
 .SYNOPSIS
-Reports an error of the provider to `holdoff run`, which reads the output: it is counted once.
+Reports an error of the provider to `holdoff run`, which reads the output: it is counted once. The key of
+the run, HOLDOFF_REPORT_KEY, tells this report from the same text in data.
 
 .EXAMPLE
 Write-HoldoffError -Division 535193 -Endpoint crm/Accounts -Status 400
@@ -119,6 +120,10 @@ function Write-HoldoffBlocked {
 # a quote nor an end of line.
 function Write-HoldoffLine([string] $Kind, [object[]] $Fields) {
     $line = "HOLDOFF-$Kind"
+    if ($env:HOLDOFF_REPORT_KEY) { $line += " key=$env:HOLDOFF_REPORT_KEY" }
+    else {
+        [Console]::Error.WriteLine('holdoff: HOLDOFF_REPORT_KEY is not set, so this report counts only under holdoff run --trust-output')
+    }
     foreach ($field in $Fields) {
         $value = $field[1] -replace '["\p{Cc}]', ''
         if ($value) { $line += ' {0}="{1}"' -f $field[0], $value }

@@ -11,7 +11,6 @@ is refused to everybody.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 
+from holdoff import _toml
 from holdoff._text import quoted
 from holdoff.names import AppName, TokenName
 from holdoff.v1 import (
@@ -210,11 +210,12 @@ def read_access(path: Path) -> Sequence[Grant]:
         OSError: It cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        grants = msgspec.convert(tomllib.loads(text), _File).grants
-    except (msgspec.ValidationError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = _toml.decode(path.read_bytes())
+        grants = msgspec.convert(_toml.read(text), _File).grants
+    except (msgspec.ValidationError, _toml.TomlError) as error:
+        place = f":{error.line}" if isinstance(error, _toml.TomlError) else ""
         raise AccessError(
-            f'{path}: {error}; write [[grants]] with identities = ["…"], resources = '
+            f'{path}{place}: {error}; write [[grants]] with identities = ["…"], resources = '
             f'["apps/APP/tokens/TOKEN"] and a role: {", ".join(Role)}'
         ) from None
     for name in (name for grant in grants for name in grant.identities):

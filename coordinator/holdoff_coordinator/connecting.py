@@ -191,10 +191,10 @@ _SCHEMES: Final = {
     "rediss+cluster": "cluster",
 }
 _PATHS: Final = {
-    "server": r"\d*",
-    "socket": r".+",
-    "sentinel": r"[\w.-]+(/\d*)?",
-    "cluster": r"0?",
+    "server": re.compile(r"\d*"),
+    "socket": re.compile(r".+"),
+    "sentinel": re.compile(r"[\w.-]+(/\d*)?"),
+    "cluster": re.compile(r"0?"),
 }
 _FORMS: Final = {
     "server": "redis://user:password@host:6379/0",
@@ -277,9 +277,10 @@ def _read(url: str) -> tuple[str, bool, list[Address], str, dict[str, Any]]:
     path, _, query = path_and_query.partition("?")
     if (
         "@" in path_and_query
-        or re.search(r"[?#].*@|\s", rest)
+        or re.search(r"\s", rest)
+        or "@" in "".join(re.split(r"[?#]", rest, maxsplit=1)[1:])
         or "#" in path
-        or not re.fullmatch(_PATHS[kind], path)
+        or not _PATHS[kind].fullmatch(path)
         or (kind == "socket" and not slash)
     ):
         raise StoreError(

@@ -618,8 +618,8 @@ def test_a_credential_that_is_revoked_under_a_run_ends_it(service: GuardedServic
             "[[grants]]\nidentities = [\n 'dns:x', # not y\n 'y',]\nrole='admin'\nresources=['*']",
             "access.toml:4: the identity 'y' has no type: write \"credential:y\"",
         ),
-        ("[[grants]\n", "line 1"),
-        ("\udcff", "utf-8"),
+        ("[[grants]\n", "access.toml:1: "),
+        ("\udcff", "access.toml:1: is not UTF-8"),
     ],
 )
 def test_an_access_file_that_is_wrong_is_refused_at_the_start(

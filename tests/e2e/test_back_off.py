@@ -112,7 +112,7 @@ class Fleet:
         self._client.create_token(token, policy="hasty")
         puppet = Puppet(self._folder, number)
         wrapper = self._replicas[number % 2].start_holdoff(
-            *("run", "--token", token, "--ttl", f"{TTL_SECONDS}s", *options),
+            *("run", "--token", token, "--ttl", f"{TTL_SECONDS}s", "--trust-output", *options),
             *("--", *puppet.command),
         )
         member = Member(token, puppet, wrapper)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import uuid
@@ -220,6 +221,7 @@ def test_another_shell_is_told_so(shell: list[str], tmp_path: Path) -> None:
 
 
 NASTY = "/api/v1/1/crm/Accounts"
+KEY = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.mark.parametrize(
@@ -257,12 +259,30 @@ def test_what_is_told_is_what_is_recognised(line: str, seen: Seen) -> None:
     """
     before, after = "[[ ab =~ b ]]", "[[ ${BASH_REMATCH[0]} == b ]]"
     text = f"set -euo pipefail; source '{SHIM}'; {before}; {line}; {after}"
-    done = subprocess.run(["bash", "-c", text], check=False, capture_output=True)
+    environment = {"PATH": os.environ["PATH"], "HOLDOFF_REPORT_KEY": KEY}
+    done = subprocess.run(["bash", "-c", text], check=False, capture_output=True, env=environment)
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (0, b"", 1), done.stderr
     assert b"secret" not in done.stderr
     assert b"pw" not in done.stderr
-    recogniser = OutputRecogniser(policy_message(presets()["exact-online"]))
+    recogniser = OutputRecogniser(policy_message(presets()["exact-online"]), KEY)
     assert [*recogniser.feed(done.stderr), *recogniser.finish()] == [seen]
+
+
+def test_a_report_outside_a_run_says_so() -> None:
+    """Without a key it is the plain line, which counts where the output is trusted.
+
+    Fails when it is silent, or ends a script that is run by hand.
+    """
+    text = f"set -euo pipefail; source '{SHIM}'; holdoff_blocked 403; echo done"
+    done = subprocess.run(
+        ["bash", "-c", text], check=False, capture_output=True, env={"PATH": os.environ["PATH"]}
+    )
+    assert (done.returncode, done.stdout) == (0, b"done\n")
+    warning, line = done.stderr.splitlines()
+    assert b"HOLDOFF_REPORT_KEY is not set" in warning
+    assert b"holdoff run --trust-output" in warning
+    recogniser = OutputRecogniser(policy_message(presets()["exact-online"]), trust_output=True)
+    assert [*recogniser.feed(line), *recogniser.finish()] == [SeenBlock(403)]
 
 
 def test_errors_and_blocks_are_counted(scripts: Scripts) -> None:

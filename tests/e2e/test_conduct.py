@@ -8,6 +8,7 @@ import fcntl
 import json
 import re
 import signal
+import sys
 import termios
 import time
 import uuid
@@ -103,7 +104,8 @@ class App:
         result = self._folder / f"{len(self._runs)}.json"
         puppet = Puppet(self._folder, len(self._runs))
         command = () if "--" in arguments else ("--", *puppet.command)
-        options = ("--token", token, "--result-file", str(result))
+        # Its markers have no key.
+        options = ("--token", token, "--result-file", str(result), "--trust-output")
         process = self.service.start_holdoff("run", *options, *arguments, *command)
         self._runs.append(Run(process, puppet, result))
         return self._runs[-1]
@@ -381,6 +383,34 @@ def test_other_places_have_room_of_their_own(app: App) -> None:
 
 
 # What is looked at ---------------------------------------------------------------------------
+
+
+def test_data_is_no_report(app: App) -> None:
+    """A marker counts with the key of the run, and the wrapper warns of one without it.
+
+    Fails when text in the data of a job pauses the jobs of other tokens, when the key is another
+    one than in the command's environment, or when it is shown by the wrapper.
+    """
+    attack = "customer: ACME (HOLDOFF-BLOCKED retry_after=86400)"
+    program = (
+        "import os; key = os.environ['HOLDOFF_REPORT_KEY']; "
+        f"print({attack!r}); print({BLOCKED!r}); print({BLOCKED!r}); "
+        f"print({ERROR!r}.replace('ERROR', 'ERROR key=' + key)); "
+        f"print({ERROR!r}.replace('ERROR', 'ERROR key=' + key[:-1] + 'x'))"
+    )
+    token = app.token()
+    process = app.service.start_holdoff(
+        "run", "--token", token, "--", sys.executable, "-c", program
+    )
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert stdout.startswith(f"{attack}\n{BLOCKED}\n")
+    assert app.used() == 1
+    assert app.client.list_back_offs(app.name) == []
+    key = re.findall(r"key=([0-9a-f]{32}) ", stdout)[0]
+    assert key not in stderr
+    assert stderr.count("did not count, because they have no key") == 1
+    assert "--trust-output" in stderr
 
 
 def test_of_log_and_output_one_is_counted(app: App, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import signal
 import subprocess
 import threading
@@ -245,7 +246,8 @@ def test_a_nested_run_knows_nothing_of_the_outer(
     """
     inner = create_token(client)
     nested = f"{BIN / 'holdoff'} run --token {inner} --no-wait"
-    show = "sh -c 'echo $HOLDOFF_TOKEN,$HOLDOFF_LEASE,$HOLDOFF_FENCING_TOKEN'"
+    names = "$HOLDOFF_TOKEN,$HOLDOFF_LEASE,$HOLDOFF_FENCING_TOKEN,$HOLDOFF_REPORT_KEY"
+    show = f"sh -c 'echo {names}'"
     without = f"HOLDOFF_ENDPOINT=127.0.0.1:1 {nested} --if-unreachable run -- {show}"
     process = run(service, token, "--", "sh", "-c", f"{show}; {nested} -- {show}; {without}")
     stdout, stderr = process.communicate(timeout=30)
@@ -255,7 +257,10 @@ def test_a_nested_run_knows_nothing_of_the_outer(
     assert inner_one[0] == inner
     assert inner_one[1].startswith(f"{inner}/leases/")
     assert outer_one[2] != inner_one[2] != ""
-    assert bare == [inner, "", ""]
+    assert bare[:3] == [inner, "", ""]
+    keys = {outer_one[3], inner_one[3], bare[3]}
+    assert len(keys) == 3
+    assert all(re.fullmatch("[0-9a-f]{32}", key) for key in keys)
 
 
 def test_any_signal_ends_a_wait(service: Service, client: holdoff.Client, token: str) -> None:

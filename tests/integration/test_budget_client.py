@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tests.conftest import Server
 
 ACCOUNTS = "/api/v1/535193/crm/Accounts"
+QUOTES = "('" + "''" * 28 + "("
+"""A key of OData that never ends, and can be read in 2^28 ways."""
 COUNTED, KNOWN, NOT_LIMITED = 1, 2, 3
 
 
@@ -427,3 +429,27 @@ async def test_asyncio_repeats_what_was_lost(
             assert used(client, token)["errors"] == (0, 1)
             guard.status, relay.cut_next = 400, True
         assert used(client, token) == {"errors": (1, 0), "calls-a-minute": (1, 0)}
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda client, token: client.record_error(token, endpoint=QUOTES),
+        lambda client, token: list(client.list_budgets(token=token, endpoint=QUOTES)),
+        lambda client, token: client.explain(token, endpoint=QUOTES),
+        lambda client, token: client.reserve(token, endpoint=QUOTES),
+        lambda client, token: client.acquire(
+            token, wait_seconds=0, scopes=[("1", QUOTES)]
+        ).release(),
+    ],
+    ids=["record", "list", "explain", "reserve", "acquire"],
+)
+def test_no_endpoint_stops_the_coordinator(
+    client: holdoff.Client, token: str, ask: Callable[[holdoff.Client, str], object]
+) -> None:
+    """An endpoint of any form is answered at once, and so is the next call.
+
+    Fails, by the time limit of a call, when its normal form takes time exponential in its length.
+    """
+    ask(client, token)
+    assert client.get_token(token).name == token

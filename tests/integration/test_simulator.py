@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import signal
@@ -45,6 +46,62 @@ async def grant(http: aiohttp.ClientSession, url: str) -> tuple[str, dict[str, s
     [seed] = (await get(http, f"{url}/_simulator/seed"))["seeds"]
     fields = {name: seed[name] for name in ("client_id", "client_secret", "refresh_token")}
     return seed["token_url"], {"grant_type": "refresh_token", **fields}
+
+
+FORM = "application/x-www-form-urlencoded"
+PART = b'--B\r\nContent-Disposition: form-data; name="grant_type"\r\n\r\nrefresh_token\r\n--B--\r\n'
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "encoding"),
+    [
+        (f"{FORM}; charset=nonsense", b"a=b", ""),
+        (f"{FORM}; charset=base64", b"a=b", ""),
+        (FORM, b"grant_type=\xff", ""),
+        (FORM, b"&a=b" * 300_000, ""),
+        (FORM, b"no gzip", "gzip"),
+        ("multipart/form-data", PART, ""),
+        ("multipart/form-data; boundary=C", PART, ""),
+        ("multipart/form-data; boundary=B", PART[:50], ""),
+        ("multipart/form-data; boundary=B", PART.replace(b'; name="grant_type"', b""), ""),
+    ],
+)
+async def test_a_malformed_form_is_answered_with_400(
+    http: aiohttp.ClientSession, kind: str, body: bytes, encoding: str
+) -> None:
+    """In the provider's form, and the next request is answered as ever.
+
+    Fails when one of the parsers' many exceptions becomes a 500.
+    """
+    headers = {"Content-Type": kind} | ({"Content-Encoding": encoding} if encoding else {})
+    async with serving() as url:
+        token_url, form = await grant(http, url)
+        data = io.BytesIO(body)
+        async with http.post(token_url, data=data, headers=headers) as response:
+            assert response.status == 400
+            assert (await response.json())["error"] == "invalid_request"
+        async with http.post(token_url, data=form) as response:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"{", b"\xff", b"[" * 100_000, b"[" + b"1," * 600_000 + b"1]", b"9" * 5000),
+        b'{"fault": "hang", "seconds": 1' + b"0" * 400 + b"}",
+        b'{"fault": "error", "count": 1' + b"0" * 400 + b"}",
+    ],
+)
+async def test_a_malformed_fault_is_answered_with_400(
+    http: aiohttp.ClientSession, body: bytes
+) -> None:
+    """Fails when a document that is too deep, or a number that is too large, becomes a 500."""
+    async with serving() as url:
+        data = io.BytesIO(body)
+        async with http.post(f"{url}/_simulator/faults", data=data) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]
+        assert await get(http, f"{url}/_simulator/faults") == {"pending": []}
 
 
 async def test_a_job_refreshes_calls_and_is_told_off(http: aiohttp.ClientSession) -> None:

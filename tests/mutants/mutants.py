@@ -624,4 +624,43 @@ MUTANTS = [
         *(f"{CLIENT}/_guard.py", "_platform.allow_inspection(allowed=False)", "pass"),
         "tests/e2e/test_guard.py::test_a_command_cannot_look_into_its_guard",
     ),
+    Mutant(
+        "a marker in the output needs the key of the run",
+        *(
+            f"{CLIENT}/_recognise.py",
+            "        return self._trust_output\n",
+            "        return True\n",
+        ),
+        "tests/unit/test_recognise.py::test_data_that_a_job_prints_is_no_marker",
+    ),
+    Mutant(
+        "a marker begins its line",
+        *(f"{CLIENT}/_recognise.py", "_MARKER.match(line)", "_MARKER.search(line)"),
+        "tests/unit/test_recognise.py::test_what_only_looks_like_a_marker",
+    ),
+    Mutant(
+        "the pattern of a key is linear",
+        *(f"{CLIENT}/_places.py", "'[^']*+'|[^()']++)*+", "'(?:[^']|'')*'|[^()'])*"),
+        "tests/unit/test_patterns.py -k _KEY",
+    ),
+    Mutant(
+        "a search for fields begins at a word",
+        *(f"{CLIENT}/_recognise.py", "(?<!\\w)(\\w++)=", "(\\w+)="),
+        "tests/unit/test_patterns.py -k _recognise._FIELD",
+    ),
+    Mutant(
+        "a pattern of a policy is not too large",
+        *(f"{CLIENT}/_patterns.py", "compiled.programsize > _MOST_PROGRAM", "False"),
+        "tests/unit/test_patterns.py::test_what_a_pattern_costs_is_bounded",
+    ),
+    Mutant(
+        "a report that fails again and again is set aside",
+        *(f"{CLIENT}/_reporting.py", "failed[0].failures >= _MOST_FAILURES", "False"),
+        "tests/unit/test_spool.py::test_a_report_that_fails_again_and_again_is_set_aside",
+    ),
+    Mutant(
+        "a coordinator that is away fails no report",
+        *(f"{CLIENT}/_reporting.py", "        if alone:  #", "        if False:  #"),
+        "tests/unit/test_spool.py::test_a_coordinator_that_is_away_fails_no_report",
+    ),
 ]

@@ -122,7 +122,7 @@ def test_a_normal_form_stays(text: str) -> None:
         ("(?P<code>itgen", "((?P<code>itgen", "((?P<code>", "`errors[1]` is not a regular"),
         (
             "  '(?i)[?&]_?",
-            "  'a{99999999999}', '(?i)[?&]_?",
+            "  'a{9999}', '(?i)[?&]_?",
             "a{999",
             "`places[2]` is not a regular",
         ),
@@ -132,6 +132,16 @@ def test_a_normal_form_stays(text: str) -> None:
             "((((",
             "`places[2]` is not a regular",
         ),
+        (
+            "  '(?i)[?&]_?",
+            "  '(?<=q)(?P<url>u)', '(?i)[?&]_?",
+            "(?<=q)",
+            "invalid perl operator: (?<=; it has no lookahead or lookbehind: match the text around",
+        ),
+        ("blocked\\b'", "(a)\\1'", "(a)\\1", "it has no references to earlier groups: write out"),
+        ("blocked\\b'", "blocked\\Z'", "blocked\\Z", "write \\z for the end of the text"),
+        ("blocked\\b'", "(?>a)'", "(?>a)", "so it has no atomic groups"),
+        ("blocked\\b'", "a++b'", "a++b", "so it has no possessive repeats"),
         ("  '(?i)[?&]_?", "  '', '(?i)[?&]_?", "  '', ", "`places[2]` matches everything"),
         ("(?P<url>", "(?P<status>", "(?P<status>https", "`places[0]` needs groups"),
         ("  '(?i)[?&]_?", "  7, '(?i)[?&]_?", "  7, ", "output.places[2]: Expected `str`"),
@@ -178,10 +188,38 @@ def test_what_is_not_given(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("pattern", ["", "(", "(?P<division>a)", "a{99999999999}"])
+@pytest.mark.parametrize("pattern", ["", "(", "(?P<division>a)", "a{9999}", "(?=a)"])
 def test_a_pattern_of_another_release_finds_no_division(pattern: str) -> None:
     """Fails when one that does not compile, or lacks a group, raises."""
     assert find_place(pattern, "/B/A(1)?x")[0] in ("", "a")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("x = " + "[" * 100_000, "nested too deeply"),
+        ("x = " + "{a = " * 100_000, "nested too deeply"),
+        ("x = " + "9" * 5_000, "a number is too long"),
+        ("longest_ttl = 0x" + "f" * 5_000, "write a duration such as"),
+        ("x = 0x" + "f" * 5_000, "unknown field `x`"),
+    ],
+)
+def test_what_the_parser_chokes_on_is_a_mistake(tmp_path: Path, line: str, says: str) -> None:
+    """Deep nesting and long numbers are reported with their line. Fails when one of them raises."""
+    file = tmp_path / "mine.toml"
+    file.write_text(f'name = "mine"\n\n{line}\n[refresh]\ninterval = "0s"\n')
+    with pytest.raises(PolicyError) as caught:
+        read_policy(file)
+    assert str(caught.value).startswith("mine.toml:3: ")
+    assert says in str(caught.value)
+
+
+def test_a_policy_that_is_too_long_is_a_mistake(tmp_path: Path) -> None:
+    """Fails when a file is parsed however long it is."""
+    file = tmp_path / "mine.toml"
+    file.write_text("# " + "x" * 1_000_000)
+    with pytest.raises(PolicyError, match=r"mine\.toml:1: is longer than 1000000 characters"):
+        read_policy(file)
 
 
 def test_hostile_bytes(tmp_path: Path) -> None:

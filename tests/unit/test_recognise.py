@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdoff._patterns import compile_pattern
 from holdoff._recognise import OutputRecogniser, SeenBlock, SeenError, recognise_answer
 from holdoff.policies import presets
 from holdoff.v1 import policy_pb2
@@ -24,11 +24,14 @@ CAPACITY = (
     "Er is geen capaciteit meer beschikbaar voor API-gebruik op partitie 'ACME (NL) (535193)'."
 )
 NOW = 1_800_000_000.0
+KEY = "0123456789abcdef"
 
 
-def seen(text: str | bytes, policy: policy_pb2.Policy = EXACT) -> list[object]:
+def seen(
+    text: str | bytes, policy: policy_pb2.Policy = EXACT, *, trust_output: bool = False
+) -> list[object]:
     """Return what is seen in an output as a whole."""
-    recogniser = OutputRecogniser(policy)
+    recogniser = OutputRecogniser(policy, KEY, trust_output=trust_output)
     data = text.encode() if isinstance(text, str) else text
     return [*recogniser.feed(data), *recogniser.finish()]
 
@@ -98,7 +101,7 @@ def test_data_hub(output: str | bytes, found: list[object]) -> None:
     ("line", "found"),
     [
         (
-            'x HOLDOFF-ERROR division=535193 endpoint="crm/A b" status=400 count=3',
+            'HOLDOFF-ERROR division=535193 endpoint="crm/A b" status=400 count=3',
             SeenError(400, "535193", "crm/A b", 3),
         ),
         ("HOLDOFF-ERROR", SeenError()),
@@ -116,17 +119,64 @@ def test_data_hub(output: str | bytes, found: list[object]) -> None:
         ("HOLDOFF-ERROR division=5\0\u202e endpoint='a/B',", SeenError(0, "5", "a/B")),
     ],
 )
-def test_neutral_lines(line: str, found: object) -> None:
+def test_markers(line: str, found: object) -> None:
     """Any job can print them, whatever the policy; nonsense in them is still an error."""
-    assert seen(line) == [found]
-    assert seen(f"before\n{line}\nafter\n") == [found]
-    assert seen(f"{BAD_REQUEST}\n{line}\n{ACCOUNTS}\n") == [SeenError(400), found]
+    keyed = re.sub("^HOLDOFF-[A-Z]+", rf"\g<0> key={KEY}", line)
+    for one, trust_output in ((keyed, False), (keyed, True), (line, True)):
+        assert seen(one, trust_output=trust_output) == [found]
+        assert seen(f"before\n{one}\nafter\n", trust_output=trust_output) == [found]
+        around = f"{BAD_REQUEST}\n{one}\n{ACCOUNTS}\n"
+        assert seen(around, trust_output=trust_output) == [SeenError(400), found]
+    assert seen(line) == []
 
 
-@pytest.mark.parametrize("line", ["NO-HOLDOFF-ERROR", "HOLDOFF-ERRORS", "HOLDOFF-ERROR_x", "HOLD"])
-def test_what_only_looks_like_a_neutral_line(line: str) -> None:
-    """Fails when a part of a word counts."""
-    assert seen(f"{line} status=400\n") == []
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("NO-HOLDOFF-ERROR", "HOLDOFF-ERRORS", "HOLDOFF-ERROR_x", "HOLD", "x HOLDOFF-ERROR"),
+        *(f"x HOLDOFF-ERROR key={KEY}", f"HOLDOFF-ERROR: key={KEY}"),
+        *(f"HOLDOFF-ERROR key={KEY}0", f"HOLDOFF-ERROR key={KEY[:-1]}", "HOLDOFF-ERROR key=0"),
+    ],
+)
+def test_what_only_looks_like_a_marker(line: str) -> None:
+    """Fails when a part of a word counts, a line that begins with another text, or another key."""
+    assert seen(f"{line} status=400\n", trust_output=True) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "customer: ACME (HOLDOFF-BLOCKED retry_after=86400)",
+        "HOLDOFF-BLOCKED retry_after=86400",
+        "HOLDOFF-BLOCKED key= retry_after=86400",
+        f"HOLDOFF-BLOCKED status=403 key={KEY}",
+        f"HOLDOFF-BLOCKED key={KEY.upper().replace('0', '1')} retry_after=86400",
+        "progress 10 %\rHOLDOFF-BLOCKED retry_after=86400",
+        "\x1b[1mHOLDOFF-BLOCKED\x1b[0m retry_after=86400",
+    ],
+)
+def test_data_that_a_job_prints_is_no_marker(line: str) -> None:
+    """The name of a customer cannot pause all jobs of an app.
+
+    Fails when a marker counts in the middle of a line, or without the key of the run.
+    """
+    assert seen(f"{line}\n") == []
+    assert seen(line) == []
+
+
+def test_a_marker_without_a_key_is_noted() -> None:
+    """The wrapper warns of it. Fails when another text, or a nested run's marker, is noted."""
+    recogniser = OutputRecogniser(EXACT, KEY)
+    recogniser.feed(b"customer HOLDOFF-ERROR\nHOLDOFF-ERROR key=beef status=400\n")
+    assert not recogniser.ignored_markers
+    recogniser.feed(b"HOLDOFF-ERROR status=400\n")
+    assert recogniser.ignored_markers
+
+
+def test_no_key_is_no_key() -> None:
+    """Fails when a recogniser without a key takes an empty one for its own."""
+    recogniser = OutputRecogniser(EXACT)
+    assert recogniser.feed(b"HOLDOFF-ERROR key= status=400\nHOLDOFF-ERROR status=400\n") == []
 
 
 def test_no_secret_of_a_url_is_kept() -> None:
@@ -137,7 +187,7 @@ def test_no_secret_of_a_url_is_kept() -> None:
     secret = "https://me:hush@start.exactonline.nl/api/v1/1/a?access_token=hush#hush"
     expected = SeenError(400, "1", "https://start.exactonline.nl/api/v1/1/a")
     assert seen(f"{BAD_REQUEST}\n{secret}\n") == [expected]
-    assert "hush" not in repr(seen(f"HOLDOFF-ERROR endpoint={secret}"))
+    assert "hush" not in repr(seen(f"HOLDOFF-ERROR key={KEY} endpoint={secret}"))
 
 
 @given(st.binary(max_size=200))
@@ -147,6 +197,7 @@ def test_what_is_seen_can_be_reported(text: bytes) -> None:
     Fails when a control character or a wild status is passed on: the report would be refused.
     """
     line = b"HOLDOFF-ERROR status=%b division=%b endpoint=%b count=%b" % (text, text, text, text)
+    line = line.replace(b"ERROR", b"ERROR key=" + KEY.encode(), 1)
     for one in seen(line + b"\n" + BAD_REQUEST.encode() + b"\n" + ACCOUNTS.encode() + text):
         assert isinstance(one, SeenError)
         assert one.status in {0, *range(100, 600)}
@@ -157,16 +208,24 @@ def test_what_is_seen_can_be_reported(text: bytes) -> None:
         assert len(one.endpoint) <= 2000
 
 
-def test_neutral_lines_need_no_policy() -> None:
+def test_markers_need_no_policy() -> None:
     """Fails when only a policy with patterns is looked for anything."""
-    assert seen("HOLDOFF-ERROR status=500\n", policy_pb2.Policy()) == [SeenError(500)]
+    line = f"HOLDOFF-ERROR key={KEY} status=500\n"
+    assert seen(line, policy_pb2.Policy()) == [SeenError(500)]
 
 
 LINES = st.lists(
     st.sampled_from(
         [
             *(BAD_REQUEST, ACCOUNTS, "itgenexl150", "itgenclr083", "partitie 'ACME (77)'", "text"),
-            *("", "x\r", "HOLDOFF-ERROR status=404", "\0\ufffd", "z" * 70_000, "y" * 3_990),
+            *(
+                "",
+                "x\r",
+                f"HOLDOFF-ERROR key={KEY} status=404",
+                "\0\ufffd",
+                "z" * 70_000,
+                "y" * 3_990,
+            ),
             *("text\n" * 24, "\n" * 70, BAD_REQUEST.rjust(4_000, "é"), BAD_REQUEST.rjust(4_040)),
         ]
     ),
@@ -181,12 +240,12 @@ def test_it_does_not_matter_how_output_is_cut(lines: list[str], cuts: list[int],
     Fails when a rest is forgotten, or the short cut for dull output forgets a division.
     """
     data = "\n".join(lines).encode() + b"\n" * end
-    recogniser, pieces, start = OutputRecogniser(EXACT), [], 0
+    recogniser, pieces, start = OutputRecogniser(EXACT, KEY), [], 0
     for cut in cuts:
         pieces += recogniser.feed(data[start : start + cut])
         start += cut
     pieces += [*recogniser.feed(data[start:]), *recogniser.finish()]
-    whole = OutputRecogniser(EXACT)
+    whole = OutputRecogniser(EXACT, KEY)
     assert pieces == [*whole.feed(data), *whole.finish()]
 
 
@@ -209,17 +268,24 @@ def test_the_short_cut_sees_the_same(data: st.DataObject) -> None:
         r"(?i)x(?:one|two)?y": "XY",
         r"(?P<code>one|t(?:wo|hree))!": "three!",
         r"(?:no){0}z+": "zz",
-        r"(?<=q)u(?=i)": "qui",
         r"\d\d": "42",
         r"(?i)FEHLER é": "fehler É",
-        r"(?x) a  b # c": "ab",
+        r"no{,2}": "no{,2}",  # a text, for RE2
     }
     pattern = data.draw(st.sampled_from(sorted(patterns)))
     policy = policy_pb2.Policy(output=policy_pb2.OutputPolicy(errors=[pattern]))
     assert seen(f"-\n- {patterns[pattern]} -\n-\n", policy) == [SeenError()]
     line = data.draw(st.from_regex(re.compile(pattern, re.ASCII), fullmatch=True))
-    hits = sum(bool(re.search(pattern, part)) for part in re.split(r"[\r\n]", line))
+    compiled = compile_pattern(pattern)
+    hits = sum(compiled.search(part) is not None for part in re.split(r"[\r\n]", line))
     assert seen(line, policy) == [SeenError()] * hits
+
+
+def test_a_class_of_posix_is_no_text() -> None:
+    """Fails when the short cut reads a pattern as Python does, which finds a `]` in this one."""
+    errors = ["[[:alpha:]]{3}-[[:digit:]]"]
+    policy = policy_pb2.Policy(output=policy_pb2.OutputPolicy(errors=errors))
+    assert seen("-\nabc-7\n", policy) == [SeenError()]
 
 
 def test_the_patterns_of_presets_have_letters_in_common() -> None:
@@ -234,29 +300,24 @@ def test_the_patterns_of_presets_have_letters_in_common() -> None:
 
 def test_a_line_of_ten_megabytes_costs_little_and_hides_nothing() -> None:
     """Fails when the rest of a long line is kept, or what follows it is skipped too."""
-    recogniser = OutputRecogniser(EXACT)
+    recogniser = OutputRecogniser(EXACT, KEY)
     tracemalloc.start()
     for _ in range(160):
         assert recogniser.feed(b"\xff" * 65_536) == []
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 100_000
-    assert recogniser.feed(b"\nHOLDOFF-ERROR status=400\n") == [SeenError(400)]
+    line = f"\nHOLDOFF-ERROR key={KEY} status=400\n"
+    assert recogniser.feed(line.encode()) == [SeenError(400)]
 
 
-def test_a_slow_pattern_sees_little() -> None:
-    """It gets 4,000 characters of a line, and lines alone that have its letters.
-
-    The time of this one is the square of a line's length.
-    Fails when whole chunks are searched: that would take half a minute.
-    """
+def test_a_pattern_sees_the_beginning_of_a_long_line() -> None:
+    """It gets 4,000 characters of a line."""
     policy = policy_pb2.Policy(
         output=policy_pb2.OutputPolicy(errors=[r"(?P<endpoint>\S+) failed with (?P<status>\d+)"])
     )
-    started = time.thread_time()
     assert seen(b"x" * 65_000 + b"\n" + b"x" * 65_000 + b" failed with 400\n", policy) == []
     assert seen("crm/A failed with 400\n", policy) == [SeenError(400, "", "crm/A")]
-    assert time.thread_time() - started < 10
 
 
 def test_an_error_that_waits_for_its_place_can_be_flushed() -> None:
@@ -271,7 +332,7 @@ def test_an_error_that_waits_for_its_place_can_be_flushed() -> None:
 
 def test_expressions_of_another_release_are_skipped() -> None:
     """Fails when one that does not compile costs those that do."""
-    errors = ["(", "a{99999999999}", "(" * 5000, "boom"]
+    errors = ["(", "a{9999}", "(" * 5000, "(?=a)", "boom"]
     policy = policy_pb2.Policy(
         output=policy_pb2.OutputPolicy(errors=errors, places=["*", r"(?P<url>/\S+)"]),
         endpoint_path="[",

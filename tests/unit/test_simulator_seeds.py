@@ -78,6 +78,7 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
         ([{**GOOD, "client_id": ""}], "seeds[0].client_id: expected a text"),
         ([{**GOOD, "divisons": [1]}], "seeds[0].divisons: unknown; the fields are client_id"),
         ([{**GOOD, "divisions": ["1"]}], "seeds[0].divisions: expected a list of whole numbers"),
+        ([{**GOOD, "divisions": [10**18]}], "seeds[0].divisions: expected a list of whole numbers"),
         ([{**GOOD, "divisions": []}], "seeds[0].divisions: expected a list of whole numbers"),
         ([GOOD, GOOD], "seeds[1].user: seeds[0] is this user's grant to this app"),
         ([GOOD, {**GOOD, "user": "b"}], "seeds[1].refresh_token: the same as that of seeds[0]"),
@@ -100,7 +101,9 @@ def test_mistakes_are_pointed_at(tmp_path: Path, listed: object, says: str) -> N
     [
         ("a.json", b'{"seeds": [\n}', "line 2 column 1"),
         ("a.toml", b"[[seeds]]\nuser = \n", "line 2"),
-        ("a.json", b"\xff", "not UTF-8: byte 0"),
+        ("a.toml", b"a = 1\nb = " + b"[" * 100_000, "line 2: nested too deeply"),
+        ("a.toml", b"\n\na = " + b"9" * 5000, "line 3: a number is too long"),
+        ("a.json", b"\xff", "line 1: is not UTF-8"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b"[]", "expected a list 'seeds'"),
     ],

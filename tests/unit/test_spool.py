@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdoff import _reporting, _spool
-from holdoff._reporting import Reporter, flush_leftovers
+from holdoff._reporting import Flushed, Reporter, flush_leftovers
 from holdoff._spool import Moment, Spool, SpoolError, Waiting
 from holdoff.cli import main
 from holdoff.errors import (
@@ -30,9 +30,12 @@ from holdoff.errors import (
     HoldoffError,
     InvalidField,
     LimitReached,
+    NotAllowed,
+    TimedOut,
     TokenNotFound,
     TooManyEvents,
     Unavailable,
+    UnexpectedError,
 )
 from holdoff.v1 import budget_pb2
 from tests.harness import wait_until
@@ -529,13 +532,14 @@ def test_reports_outlast_what_passes(
     assert reporter.close(5) == 0
 
 
-@pytest.mark.parametrize("kind", [InvalidField, EventTooOld])
+@pytest.mark.parametrize(("kind", "is_kept"), [(InvalidField, True), (EventTooOld, False)])
 def test_a_bad_report_keeps_no_other(
-    spool: Spool, coordinator: Coordinator, kind: type[HoldoffError]
+    spool: Spool, coordinator: Coordinator, kind: type[HoldoffError], *, is_kept: bool
 ) -> None:
     """What the coordinator refuses for good is taken out of its batch, with one warning.
 
-    Fails when the batch goes with it, or comes again and again.
+    What is wrong is set aside, and what is too old can never count. Fails when the batch goes with
+    it, or comes again and again.
     """
     warnings: list[str] = []
     events = [an_event() for _ in range(100)]
@@ -549,6 +553,120 @@ def test_a_bad_report_keeps_no_other(
     [warning] = warnings
     assert "events.status: no" in warning
     assert TOKEN in warning
+    assert ("holdoff spool retry" in warning) == is_kept
+    aside = {one.event.id for one, _ in spool.survey_aside(pytest.fail)}
+    assert aside == ({events[0].id, events[41].id, events[42].id} if is_kept else set())
+
+
+FAILURES = [UnexpectedError("broken"), TimedOut("no answer")]
+
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_a_report_that_fails_again_and_again_is_set_aside(
+    folder: Path, coordinator: Coordinator, error: HoldoffError
+) -> None:
+    """It blocks nothing, also across runs of `holdoff`, and is reported once with its file.
+
+    Fails when reports behind it wait, when failures are forgotten with the process, or when the
+    report is dropped.
+    """
+    first, bad, last = an_event(), an_event(), an_event(token="apps/other/tokens/t")
+    coordinator.refusals[bad.id] = error
+    left_behind(folder, first, bad, last)
+    left_behind(folder, behind := an_event())
+    warnings: list[str] = []
+
+    def flush() -> Flushed:
+        return flush_leftovers(
+            Spool(folder), coordinator.send, warn=warnings.append, probe=lambda: None
+        )
+
+    assert (flush().sent, set(coordinator.counted)) == (2, {last.id, behind.id})
+    assert (flush().sent, warnings) == (1, [])
+    third = flush()
+    assert (third.sent, third.dropped, third.set_aside) == (0, 0, 1)
+    assert set(coordinator.counted) == {first.id, last.id, behind.id}
+    [path] = folder.iterdir()
+    [warning] = warnings
+    assert f"is set aside in {path}" in warning
+    assert warning.endswith(f"{error}; when the cause is gone, send it with: holdoff spool retry")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert flush() == Flushed(0, 0, 0, None)
+    assert [(one.event, one.reason) for one, _ in Spool(folder).survey_aside(pytest.fail)] == [
+        (bad, str(error))
+    ]
+    coordinator.refusals.clear()
+    Spool(folder).take_back(pytest.fail)
+    assert (flush().sent, list(folder.iterdir())) == (1, [])
+    assert bad.id in coordinator.counted
+
+
+@pytest.mark.parametrize("answers_first", [True, False])
+def test_a_coordinator_that_is_away_fails_no_report(
+    folder: Path, coordinator: Coordinator, *, answers_first: bool
+) -> None:
+    """However often it gives no answer, a report waits until it answers something.
+
+    Fails when a report is blamed without a probe.
+    """
+    left_behind(folder, an_event(), an_event())
+    coordinator.error = TimedOut("no answer")
+
+    def probe() -> None:
+        if not coordinator.calls or not answers_first:
+            raise Unavailable("away")
+        raise coordinator.error or AssertionError
+
+    for _ in range(9):
+        flushed = flush_leftovers(Spool(folder), coordinator.send, warn=pytest.fail, probe=probe)
+        assert (flushed.sent, flushed.set_aside) == (0, 0)
+    assert len(coordinator.calls) == 1
+    coordinator.error = None
+    assert flush_leftovers(Spool(folder), coordinator.send, probe=lambda: None).sent == 2
+
+
+def test_any_answer_to_the_probe_is_one(folder: Path, coordinator: Coordinator) -> None:
+    """Fails when a caller that may not list policies never sets a report aside."""
+    left_behind(folder, bad := an_event())
+    coordinator.refusals[bad.id] = TimedOut("no answer")
+
+    def probe() -> None:
+        raise NotAllowed("no role")
+
+    flushed = [
+        flush_leftovers(Spool(folder), coordinator.send, warn=lambda _: None, probe=probe)
+        for _ in range(3)
+    ]
+    assert [one.set_aside for one in flushed] == [0, 0, 1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_sets_its_own_reports_aside(
+    spool: Spool, folder: Path, coordinator: Coordinator
+) -> None:
+    """Fails when a report that breaks the coordinator is sent for as long as the run lasts."""
+    warnings: list[str] = []
+    bad = an_event()
+    coordinator.refusals[bad.id] = UnexpectedError("broken")
+    reporter = Reporter(coordinator.send, spool, warn=warnings.append)
+    reporter.report(bad, good := an_event())
+    wait_until(lambda: warnings)
+    assert good.id in coordinator.counted
+    assert reporter.close(5) == 0
+    assert [path.suffix for path in folder.iterdir()] == [".aside"]
+
+
+def test_what_is_set_aside_is_bounded(
+    spool: Spool, folder: Path, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when reports that are never right fill the disk."""
+    monkeypatch.setattr(_spool, "MOST_ASIDE_BYTES", 300)
+    events = [an_event() for _ in range(9)]
+    coordinator.refusals |= {event.id: InvalidField("no") for event in events}
+    spool.append(*events)
+    spool.close()
+    flushed = flush_leftovers(Spool(folder), coordinator.send, warn=lambda _: None)
+    assert (flushed.set_aside + flushed.dropped, flushed.set_aside in (1, 2)) == (9, True)
 
 
 def test_an_unknown_token_is_told_once(spool: Spool, coordinator: Coordinator) -> None:
@@ -795,10 +913,28 @@ def test_the_list_reads_well(holdoff: Callable[..., Any], folder: Path, spool: S
     assert rows[2][1:] == ["error", "-", "1", TOKEN, "1", "crm/accounts", "-", "flush"]
     reports = json.loads(holdoff("spool", "list", "-o", "json").stdout)["reports"]
     assert [one["writer_runs"] for one in reports] == [True, False]
+    assert [one["set_aside"] for one in reports] == ["", ""]
     assert reports[0]["id"] == event.id
     assert reports[0]["holder"]["job"] == "nightly"
     assert reports[0]["time"] < reports[1]["time"]
     assert float(reports[0]["age"].rstrip("s")) >= 60
+
+
+def test_the_list_knows_what_was_set_aside(
+    holdoff: Callable[..., Any], folder: Path, spool: Spool
+) -> None:
+    """With the reason, and in JSON the file; `retry` lets it wait again.
+
+    Fails when `list` hides it, or `retry` loses it where no coordinator answers.
+    """
+    spool.append(event := an_event())
+    path = spool.set_aside([event.id], "events.status: no")
+    assert "retry; set aside: events.status: no" in holdoff("spool", "list").stdout
+    [report] = json.loads(holdoff("spool", "list", "-o", "json").stdout)["reports"]
+    assert (report["id"], report["set_aside"]) == (event.id, "events.status: no")
+    assert (report["file"], report["writer_runs"]) == (str(path), False)
+    assert holdoff("spool", "retry").exit_code == 69
+    assert found(folder) == ([event.id], [])
 
 
 def test_a_flush_without_reports_asks_nobody(holdoff: Callable[..., Any]) -> None:

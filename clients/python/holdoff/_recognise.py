@@ -1,12 +1,15 @@
 """Recognises errors and blocks, in what a job prints and in HTTP answers. Pure.
 
-What counts as either is the policy's to say; besides, any job may print lines of its own::
+What counts as either is the policy's to say; besides, any job may print lines of its own, with the
+key of its run (`HOLDOFF_REPORT_KEY` in its environment)::
 
-    HOLDOFF-ERROR division=535193 endpoint=crm/Accounts status=400 count=2
-    HOLDOFF-BLOCKED status=429 retry_after=60
+    HOLDOFF-ERROR key=0123… division=535193 endpoint=crm/Accounts status=400 count=2
+    HOLDOFF-BLOCKED key=0123… status=429 retry_after=60
 
-in which every field may be left out, and values may stand in double quotes. They may follow a
-prefix, such as a logger's. A value that makes no sense is taken as not given.
+The key is the first field; the others may be left out, and values may stand in double quotes. A
+value that makes no sense is taken as not given. Such a marker begins its line, and the key shows
+that the job means it: data that the job prints cannot know the key. Without a key it counts only
+where all of the output is trusted.
 """
 
 from __future__ import annotations
@@ -19,17 +22,19 @@ from email.utils import parsedate_to_datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from holdoff._places import MOST_PATH_CHARACTERS, find_place, try_compile
+from holdoff._patterns import try_compile
+from holdoff._places import MOST_PATH_CHARACTERS, find_place
 from holdoff._text import without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from holdoff._patterns import Pattern
     from holdoff.v1 import policy_pb2
 
 MOST_COUNT = 10_000
 MOST_SEARCHED = 4_000
-"""Characters of a line or a header in which is searched, so that no pattern runs for long."""
+"""Characters of a line or a header in which is searched."""
 MOST_BODY_BYTES = 64 * 1024
 MOST_DIVISION_CHARACTERS = 100
 LINES_AFTER = 5
@@ -45,9 +50,12 @@ _RECENT_LINES = LINES_BEFORE + 1 + LINES_AFTER  # an error's own too, and those 
 _STATUSES = range(100, 600)
 _WHAT = {"code", "status"}
 
-_NEUTRAL = re.compile(r"(?<![\w-])HOLDOFF-(ERROR|BLOCKED)(?![\w-])(.*)")
-_FIELD = re.compile(r"(\w+)=(?:\"([^\"]*)\"|(\S*))")
-_TERMINAL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_MARKER = re.compile(r"HOLDOFF-(ERROR|BLOCKED)(?: key=([0-9a-f]{1,64}))?(?=\s|\Z)(.*+)")
+_FIELD = re.compile(r"(?<!\w)(\w++)=(?:\"([^\"]*+)\"|(\S*+))")
+_TERMINAL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*+[ -/]*+[@-~]")
+_COUNT = re.compile(r"[0-9]{1,18}")
+_NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
+_STATUS = re.compile(r"[0-9]{3}")
 
 
 @runtime_checkable
@@ -98,9 +106,20 @@ class OutputRecogniser:
     and no endpoint stands on a line between them: so Data Hub prints it.
 
     Lines end with ``\n``, ``\r\n`` or, as progress is shown, ``\r``.
+
+    Args:
+        policy: Whose patterns are searched for.
+        key: The key of this run, which its markers have.
+        trust_output: Whether markers without a key count too.
     """
 
-    def __init__(self, policy: policy_pb2.Policy) -> None:
+    def __init__(
+        self, policy: policy_pb2.Policy, key: str = "", *, trust_output: bool = False
+    ) -> None:
+        self._key = key
+        self._trust_output = trust_output
+        self.ignored_markers = False
+        """Whether there were markers without a key, which did not count."""
         output = policy.output
         self._errors = _compiled(output.errors)
         self._places = _compiled(output.places)
@@ -113,7 +132,7 @@ class OutputRecogniser:
             if not throttle.body and not throttle.header
             for status in throttle.statuses
         }
-        literals = {"holdoff-"}.union(*(_literals_of(one.pattern) for one in self._errors))
+        literals = {"holdoff-"}.union(*(_literals_of(one.text) for one in self._errors))
         self._literals = [one.encode() for one in literals]
         self._rest = b""
         self._recent: deque[bytes | str] = deque(maxlen=_RECENT_LINES)
@@ -166,9 +185,9 @@ class OutputRecogniser:
         return any(literal in lower for literal in self._literals)
 
     def _line(self, line: str) -> Iterator[Seen]:
-        if match := _NEUTRAL.search(line):
+        if (match := _MARKER.match(line)) and self._counts(match[2] or ""):
             yield from self._close()
-            yield self._neutral(match[1], match[2])
+            yield self._marked(match[1], match[3])
             return
         error, place = _search(self._errors, line), _search(self._places, line) or {}
         if error is not None:
@@ -217,13 +236,20 @@ class OutputRecogniser:
             return SeenBlock(status, division, endpoint, None, throttle)
         return SeenError(status, division, endpoint, count)
 
-    def _neutral(self, kind: str, text: str) -> Seen:
+    def _counts(self, key: str) -> bool:
+        """Whether a marker with this key counts. One with another key is a nested run's."""
+        if key:
+            return key == self._key
+        self.ignored_markers = self.ignored_markers or not self._trust_output
+        return self._trust_output
+
+    def _marked(self, kind: str, text: str) -> Seen:
         fields = {name: quoted or plain for name, quoted, plain in _FIELD.findall(text)}
         status = _status(fields.get("status", ""))
         division, endpoint = fields.get("division", ""), fields.get("endpoint", "")
         if kind == "ERROR":
             count = fields.get("count", "")
-            number = min(int(count), MOST_COUNT) if re.fullmatch(r"[0-9]{1,18}", count) else 1
+            number = min(int(count), MOST_COUNT) if _COUNT.fullmatch(count) else 1
             return self._seen(status, division, endpoint, number or 1)
         throttle = fields.get("throttle", "")
         return SeenBlock(
@@ -255,7 +281,7 @@ def recognise_answer(
             continue  # of a newer release, which recognises it by something else
         if throttle.statuses and status not in throttle.statuses:
             continue
-        if not _fits(throttle.body, [text]) or not _fits(throttle.header, lines, re.IGNORECASE):
+        if not _fits(throttle.body, [text]) or not _fits(throttle.header, lines, ignore_case=True):
             continue
         values = {name.casefold(): value for name, value in reversed(pairs)}
         now = _http_date(values.get("date", "")) or now_epoch_seconds
@@ -271,7 +297,7 @@ def recognise_answer(
 def _seconds_until(text: str, now: float | None) -> float | None:
     """Read what a header says about the end: None if that makes no sense."""
     text = text.strip()
-    if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?", text):
+    if _NUMBER.fullmatch(text):
         end = float(text)
         if end < EPOCH_SECONDS:
             return end if end <= MOST_RETRY_SECONDS else None
@@ -292,24 +318,25 @@ def _http_date(text: str) -> float | None:
         return None
 
 
-def _fits(pattern: str, texts: Iterable[str], flags: int = 0) -> bool:
+def _fits(pattern: str, texts: Iterable[str], *, ignore_case: bool = False) -> bool:
     """Whether a pattern is found in any of these; none fits, a broken one does not."""
     if not pattern:
         return True
-    compiled = try_compile(pattern, flags)
-    return compiled is not None and any(compiled.search(text) for text in texts)
+    compiled = try_compile(pattern, ignore_case=ignore_case)
+    return compiled is not None and any(compiled.search(text) is not None for text in texts)
 
 
-def _compiled(patterns: Iterable[str]) -> list[re.Pattern[str]]:
+def _compiled(patterns: Iterable[str]) -> list[Pattern]:
     """Compile what compiles: a newer coordinator may know what we do not."""
     return [one for one in map(try_compile, patterns) if one]
 
 
-def _search(patterns: Iterable[re.Pattern[str]], line: str) -> dict[str, str] | None:
+def _search(patterns: Iterable[Pattern], line: str) -> dict[str, str] | None:
     """Return the groups of all patterns that are found, the first one's first; None if none is."""
     found: dict[str, str] | None = None
-    for match in filter(None, (one.search(line) for one in patterns)):
-        found = {name: text for name, text in match.groupdict().items() if text} | (found or {})
+    for groups in (one.search(line) for one in patterns):
+        if groups is not None:
+            found = {name: text for name, text in groups.items() if text} | (found or {})
     return found
 
 
@@ -327,7 +354,7 @@ def _readable(line: bytes) -> str:
 
 def _status(text: str) -> int:
     """Read an HTTP status; 0 for anything else."""
-    return int(text) if re.fullmatch(r"[0-9]{3}", text) and int(text) in _STATUSES else 0
+    return int(text) if _STATUS.fullmatch(text) and int(text) in _STATUSES else 0
 
 
 def _clean_division(text: str) -> str:
@@ -352,6 +379,8 @@ def _literals_of(pattern: str) -> set[str]:
 
     The empty text, which is in everything, where none is known.
     """
+    if "[:" in pattern:  # a class such as [[:alpha:]], which Python reads in another way
+        return {""}
     try:
         # Private to the standard library. Should it change, all lines are searched: that is
         # slower, and finds the same.

@@ -1,7 +1,8 @@
 """Reports events for a run that must not wait for the coordinator, nor fail with it.
 
 What is reported is on disk (`holdoff._spool`) before it is sent, and leaves the disk when the
-coordinator has counted it: exactly once, whatever crashes in between.
+coordinator has counted it: exactly once, whatever crashes in between. A report that is refused, or
+fails again and again while the coordinator answers others, is set aside, so that it blocks none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from holdoff._core import retry_delay_seconds
 from holdoff._forks import Owner
 from holdoff._log import log
 from holdoff._spool import Moment, Spool, SpoolError
-from holdoff.errors import EventTooOld, HoldoffError, InvalidRequest, NotFound, Unavailable
+from holdoff.errors import (
+    EventTooOld,
+    HoldoffError,
+    InvalidRequest,
+    NotFound,
+    TimedOut,
+    Unavailable,
+    UnexpectedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,12 +35,16 @@ if TYPE_CHECKING:
     Send = Callable[[Sequence[budget_pb2.Event]], object]
     """Reports events of one app, at most 100, and raises a `HoldoffError` if that fails:
     `Client.record_events` is one."""
+    Probe = Callable[[], object]
+    """Asks the coordinator something cheap, and raises `Unavailable` if it is away."""
 
 
 _MOST_EVENTS = 100
 """So many may be in one request."""
 _MOST_AGE_NS = 24 * 3600 * 10**9
 """What is older is not counted any more."""
+_MOST_FAILURES = 3
+"""So often may the coordinator fail with a report before it is set aside."""
 _LATER_SECONDS = 30.0
 """When to ask again after an answer that says neither when, nor that it is final."""
 
@@ -45,32 +58,88 @@ class _Delivery:
         warn: Warn,
         *,
         keep_unknown: bool = False,
+        probe: Probe | None = None,
         on_progress: Callable[[int], object] = lambda _: None,
     ) -> None:
         self.sent = 0
         self.dropped = 0
+        self.set_aside = 0
         self._send = send
         self._warn = warn
         self._keep_unknown = keep_unknown
         self._on_progress = on_progress
         self._warned: set[type[HoldoffError]] = set()
+        self._probe = probe
+        self._answers = False
+        """Whether the last thing that the coordinator was asked had an answer."""
 
     def deliver(self, spool: Spool) -> HoldoffError | None:
         """Send what waits; return why some of it still waits, if it does."""
-        # A batch is of one token, so that of an unknown token all of it is wrong.
-        tokens: dict[str, list[str]] = {}
+        # A batch is of one token, so that of an unknown token all of it is wrong. What failed
+        # before goes last, and each by itself, so that it blocks no other.
+        tokens: dict[tuple[bool, str], list[str]] = {}
         for one in spool.waiting():
-            tokens.setdefault(one.event.scope.token, []).append(one.event.id)
+            key = (True, one.event.id) if one.failures else (False, one.event.scope.token)
+            tokens.setdefault(key, []).append(one.event.id)
         kept: HoldoffError | None = None
-        for ids in tokens.values():
+        self._answers = False
+        for (alone, _), ids in sorted(tokens.items(), key=lambda item: item[0][0]):
             try:
                 for first in range(0, len(ids), _MOST_EVENTS):
-                    self._deliver_batch(spool, ids[first : first + _MOST_EVENTS])
+                    some = ids[first : first + _MOST_EVENTS]
+                    kept = self._try_batch(spool, some, alone=alone) or kept
             except Unavailable as error:
                 return error
             except HoldoffError as error:
                 kept = error
         return kept
+
+    def _try_batch(self, spool: Spool, ids: Sequence[str], *, alone: bool) -> HoldoffError | None:
+        """Send some of one token; return why the coordinator failed with them, if it did.
+
+        Raises:
+            HoldoffError: They wait on, and so do the rest of this token.
+        """
+        if alone:  # so that a coordinator that is away is not taken for one that this report ends
+            self._ask_whether_it_answers()
+        try:
+            self._deliver_batch(spool, ids)
+        except TimedOut as error:
+            if self._probe is None:
+                raise
+            self._answers = False
+            self._failed(spool, ids, error)
+            self._ask_whether_it_answers()
+            return UnexpectedError(f"the coordinator answers, but not this report: {error}")
+        except UnexpectedError as error:
+            self._answers = True
+            self._failed(spool, ids, error)
+            return error
+        return None
+
+    def _ask_whether_it_answers(self) -> None:
+        """Ask the coordinator something else, if it did not just answer.
+
+        Raises:
+            Unavailable: It is away.
+        """
+        if self._probe is None or self._answers:
+            return
+        try:
+            self._probe()
+        except ValueError as error:
+            raise Unavailable(f"the connection was closed: {error}") from error
+        except Unavailable:
+            raise
+        except HoldoffError:
+            pass  # is an answer
+        self._answers = True
+
+    def _failed(self, spool: Spool, ids: Sequence[str], error: HoldoffError) -> None:
+        """Take in that the coordinator failed with some: the next time each is sent by itself."""
+        failed = spool.failed(ids)
+        if len(failed) == 1 and failed[0].failures >= _MOST_FAILURES:
+            self._set_aside(spool, failed, error)
 
     def _deliver_batch(self, spool: Spool, ids: Sequence[str]) -> None:
         """Send some of one token.
@@ -89,32 +158,55 @@ class _Delivery:
         sent = [one.event.id for one in young]
         try:
             self._send([one.due(now) for one in young])
+            self._answers = True
         except ValueError as error:
             raise Unavailable(f"the connection was closed: {error}") from error
         except (InvalidRequest, NotFound) as error:
+            self._answers = True
             unknown = isinstance(error, NotFound)
             if unknown and self._keep_unknown:
                 raise
-            if unknown or len(young) == 1:
+            if unknown or (len(young) == 1 and isinstance(error, EventTooOld)):
                 self._drop(spool, young, error)
-                return
-            middle = len(sent) // 2
-            self._deliver_batch(spool, sent[:middle])
-            self._deliver_batch(spool, sent[middle:])
+            elif len(young) == 1:
+                self._set_aside(spool, young, error)
+            else:
+                middle = len(sent) // 2
+                self._deliver_batch(spool, sent[:middle])
+                self._deliver_batch(spool, sent[middle:])
             return
         spool.done(sent)
         self.sent += len(sent)
         self._on_progress(len(sent))
 
+    def _set_aside(self, spool: Spool, bad: Sequence[Waiting], error: HoldoffError) -> None:
+        path = spool.set_aside([one.event.id for one in bad], str(error))
+        if path is None:
+            self._drop(spool, bad, error)
+            return
+        self._say_once(
+            bad,
+            error,
+            f"set aside in {path}",
+            "; when the cause is gone, send it with: holdoff spool retry",
+        )
+        self.set_aside += len(bad)
+        self._on_progress(len(bad))
+
     def _drop(self, spool: Spool, refused: Sequence[Waiting], error: HoldoffError) -> None:
-        if type(error) not in self._warned:
-            self._warned.add(type(error))
-            scope = refused[0].event.scope
-            place = " ".join(filter(None, (scope.token, scope.division, scope.endpoint)))
-            self._warn(f"a report about {place} is dropped, like all similar ones: {error}")
+        self._say_once(refused, error, "dropped")
         spool.done([one.event.id for one in refused])
         self.dropped += len(refused)
         self._on_progress(len(refused))
+
+    def _say_once(
+        self, bad: Sequence[Waiting], error: HoldoffError, what: str, remedy: str = ""
+    ) -> None:
+        if type(error) not in self._warned:
+            self._warned.add(type(error))
+            scope = bad[0].event.scope
+            place = " ".join(filter(None, (scope.token, scope.division, scope.endpoint)))
+            self._warn(f"a report about {place} is {what}, like all similar ones: {error}{remedy}")
 
 
 class Reporter:
@@ -126,12 +218,21 @@ class Reporter:
         send: Reports events of one app, such as `Client.record_events`.
         spool: Where they wait; the reporter is its only user, and closes it.
         warn: Called with one line about what is lost, or may be. Any thread may call it.
+        probe: Tells a report without an answer from a coordinator that is away. Without it no
+            report is set aside for want of an answer.
     """
 
-    def __init__(self, send: Send, spool: Spool, warn: Warn = log.warning) -> None:
+    def __init__(
+        self,
+        send: Send,
+        spool: Spool,
+        warn: Warn = log.warning,
+        *,
+        probe: Probe | None = None,
+    ) -> None:
         self._spool = spool
         self._warn = warn
-        self._delivery = _Delivery(send, warn)
+        self._delivery = _Delivery(send, warn, probe=probe)
         self._owner = Owner()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -226,6 +327,7 @@ class Flushed:
 
     sent: int
     dropped: int
+    set_aside: int
     error: HoldoffError | None
     """Why some still wait; None when none does."""
 
@@ -235,6 +337,7 @@ def flush_leftovers(
     send: Send,
     *,
     warn: Warn = log.warning,
+    probe: Probe | None = None,
     on_progress: Callable[[int], object] = lambda _: None,
 ) -> Flushed:
     """Send what was left behind by writers that are gone.
@@ -246,13 +349,14 @@ def flush_leftovers(
         spool: Its folder is looked through.
         send: Reports events of one app, such as `Client.record_events`.
         warn: Called with one line about what is skipped or dropped.
+        probe: Tells a report without an answer from a coordinator that is away.
         on_progress: Called with how many more are over and done with.
     """
-    delivery = _Delivery(send, warn, keep_unknown=True, on_progress=on_progress)
+    delivery = _Delivery(send, warn, keep_unknown=True, probe=probe, on_progress=on_progress)
     kept: HoldoffError | None = None
     for leftover in spool.leftovers(warn):
         error = delivery.deliver(leftover)
         kept = error or kept
         if isinstance(error, Unavailable):
             break
-    return Flushed(delivery.sent, delivery.dropped, kept)
+    return Flushed(delivery.sent, delivery.dropped, delivery.set_aside, kept)

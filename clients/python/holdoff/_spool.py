@@ -5,6 +5,9 @@ lock is free was left behind, and belongs to whoever locks it next. A line is a 
 event, or the ids of events that are done. So a crash between the coordinator's answer and the mark
 sends an event a second time, with the id that it was counted under; it counts once.
 
+An event that fails again and again is set aside: it moves to a file of its own (`.aside`), where it
+waits for a person (`holdoff spool retry`) and blocks no other event.
+
 An event is remembered with when it was written, by the clock that never steps, and by the wall
 clock for a reader after the next boot: how long ago it happened is worked out when it is sent.
 """
@@ -20,7 +23,7 @@ import sys
 import threading
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Self
 
@@ -44,6 +47,8 @@ MOST_EVENTS = 10_000
 """So many may wait of one writer; more are merged with their like."""
 MOST_BYTES = 10_000_000
 """So much may wait in the whole folder."""
+MOST_ASIDE_BYTES = 1_000_000
+"""When so much is set aside, the next report that should be is dropped."""
 MOST_COUNT = 10_000
 """So often may one event have happened, as the coordinator sees it."""
 _MOST_LINE = 256 * 1024
@@ -52,6 +57,7 @@ _MOST_SECONDS = 10**9
 _SUFFIX = ".jsonl"
 _DRAFT = ".draft"
 _DAMAGED = ".damaged"
+_ASIDE = ".aside"
 _LOOK_SECONDS = 1.0
 """How old what is known of other writers' files may be."""
 
@@ -96,6 +102,10 @@ class Waiting:
     event: budget_pb2.Event
     """With its ages as they were when it was written."""
     written: Moment
+    failures: int = 0
+    """How often the coordinator failed with it, and with it alone."""
+    reason: str = ""
+    """Why it was set aside."""
 
     @classmethod
     def since_now(cls, event: budget_pb2.Event) -> Waiting:
@@ -144,14 +154,14 @@ class Waiting:
 
     def line(self) -> bytes:
         """Return how it is written."""
-        return _line(
-            {
-                "event": json_format.MessageToDict(self.event, preserving_proto_field_name=True),
-                "boot": self.written.boot,
-                "boot_ns": self.written.boot_ns,
-                "wall_ns": self.written.wall_ns,
-            }
-        )
+        document: dict[str, object] = {
+            "event": json_format.MessageToDict(self.event, preserving_proto_field_name=True),
+            "boot": self.written.boot,
+            "boot_ns": self.written.boot_ns,
+            "wall_ns": self.written.wall_ns,
+        }
+        optional = {"failures": self.failures, "reason": self.reason}
+        return _line(document | {name: value for name, value in optional.items() if value})
 
 
 def _line(document: dict[str, object]) -> bytes:
@@ -183,7 +193,13 @@ def _parse(line: bytes) -> Waiting | list[str]:
                 raise ValueError(str(error)) from None
             ages = (event.age.seconds, event.sent_age.seconds)
             if event.id and all(0 <= one <= _MOST_SECONDS for one in ages):
-                return Waiting(event, Moment(boot, _clock(ns), _clock(wall)))
+                failures, reason = document.get("failures", 0), document.get("reason", "")
+                return Waiting(
+                    event,
+                    Moment(boot, _clock(ns), _clock(wall)),
+                    failures if type(failures) is int else 0,
+                    reason if isinstance(reason, str) else "",
+                )
     raise ValueError("no event")
 
 
@@ -295,6 +311,42 @@ class Spool:
                 else:
                     self._file.clear()
 
+    def failed(self, ids: Sequence[str]) -> list[Waiting]:
+        """Note that the coordinator failed with these; return them."""
+        with self._lock:
+            found = [
+                replace(self._waiting[one], failures=self._waiting[one].failures + 1)
+                for one in ids
+                if one in self._waiting
+            ]
+            self._waiting.update((one.event.id, one) for one in found)
+            written = [one.line() for one in found if one.event.id not in self._unwritten]
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # it is noted the next time
+                    self._file.append(b"".join(written))
+            return found
+
+    def set_aside(self, ids: Sequence[str], reason: str) -> Path | None:
+        """Move events to a file where they wait for a person; return it.
+
+        None, where they are dropped, when too much is there already or the disk is full.
+        """
+        with self._lock:
+            moved = [
+                replace(self._waiting[one], failures=0, reason=reason)
+                for one in ids
+                if one in self._waiting
+            ]
+        path: Path | None = None
+        with contextlib.suppress(OSError, SpoolError):
+            if self._size(_ASIDE) < MOST_ASIDE_BYTES:
+                with contextlib.closing(_File.create(self._usable_folder(), _ASIDE)) as file:
+                    file.append(b"".join(one.line() for one in moved))
+                    file.sync()
+                    path = file.path
+        self.done(ids)
+        return path
+
     def close(self) -> tuple[int, int]:
         """Leave the file to whoever sends it. Return how many it holds, and how many are lost."""
         with self._lock:
@@ -339,7 +391,33 @@ class Spool:
                 for one in file.read(None if live else warn).values():
                     yield one, live
 
-    def _files(self, warn: Warn) -> Iterator[_File]:
+    def survey_aside(self, warn: Warn) -> Iterator[tuple[Waiting, Path]]:
+        """Yield all that was set aside on this host, and where.
+
+        Args:
+            warn: Called with what is wrong with a file that is skipped, or not whole.
+        """
+        for file in self._files(warn, _ASIDE):
+            with contextlib.closing(file):
+                for one in file.read(warn).values():
+                    yield one, file.path
+
+    def take_back(self, warn: Warn) -> None:
+        """Let all that was set aside wait to be sent again, as what was left behind does.
+
+        Args:
+            warn: Called with what is wrong with a file that is skipped.
+        """
+        for file in self._files(warn, _ASIDE):
+            with contextlib.closing(file):
+                if not file.lock():
+                    continue  # it is being written
+                try:
+                    file.path.rename(file.path.with_name(f"{uuid.uuid4().hex}{_SUFFIX}"))
+                except OSError as error:
+                    warn(f"{file.path} is skipped: {error.strerror}")
+
+    def _files(self, warn: Warn, *suffixes: str) -> Iterator[_File]:
         try:
             names = sorted(os.listdir(self.folder)) if self.folder else []  # noqa: PTH208 - names
         except FileNotFoundError:
@@ -349,7 +427,7 @@ class Spool:
             return
         for name in names:
             path = Path(str(self.folder), name)
-            if path.suffix not in (_SUFFIX, _DRAFT):
+            if path.suffix not in (suffixes or (_SUFFIX, _DRAFT)):
                 continue
             try:
                 file = _File.open(path)
@@ -385,19 +463,19 @@ class Spool:
     def _has_room(self, count: int, size: int) -> bool:
         others, looked = self._others
         if time.monotonic() >= looked + _LOOK_SECONDS:
-            others = self._size_of_others()
+            others = max(0, self._size(_SUFFIX) - (self._file.size if self._file else 0))
             self._others = (others, time.monotonic())
         own = self._file.size if self._file else 0
         return len(self._waiting) + count <= MOST_EVENTS and own + others + size <= MOST_BYTES
 
-    def _size_of_others(self) -> int:
+    def _size(self, suffix: str) -> int:
         size = 0
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.folder) if self.folder else ():
-                if entry.name.endswith(_SUFFIX):
+                if entry.name.endswith(suffix):
                     with contextlib.suppress(FileNotFoundError):
                         size += entry.stat(follow_symlinks=False).st_size
-        return max(0, size - (self._file.size if self._file else 0))
+        return size
 
     def _merged(self, arrived: Sequence[Waiting]) -> list[Waiting]:
         """Return what waits already, with what arrived counted in.

@@ -101,7 +101,7 @@ def once(client: holdoff.Client, at: Where | None = None) -> tuple[list[Where], 
 
 
 endpoint, is_long = sys.argv[1], sys.argv[2] == "long"
-order = Order(endpoint, Timing.of(30, None), [], None, "never", None, False)
+order = Order(endpoint, Timing.of(30, None), [], None, "never", None, False, False)
 with holdoff.Client(endpoint) as asked:
     seen, first = once(asked)
     places = [one for one in seen if is_long or (one[0] in HANDLING and one[2] == 1)]

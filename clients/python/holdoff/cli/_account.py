@@ -45,6 +45,8 @@ class Order:
     isolate: Isolate
     log_file: Path | None
     read_output: bool
+    trust_output: bool
+    """Whether markers in the output count without the run's key."""
 
 
 @dataclass(slots=True)

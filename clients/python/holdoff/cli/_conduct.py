@@ -80,21 +80,29 @@ class Conduct:
         job: Its name.
         when_quiet: What to do then; None does what the policy says.
         say: Called with a line for people, in threads that others wait for: it must not block.
+        report_key: What the command's own reports in its output have.
+        trust_output: Whether reports without it count too.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all of them differ from run to run
         self,
         reporter: Reporter,
         token: str,
         job: str,
         when_quiet: WhenQuiet | None,
         say: Callable[[str], object],
+        *,
+        report_key: str = "",
+        trust_output: bool = False,
     ) -> None:
         self._reporter = reporter
         self._say = say
         self._token = token
         self._job = job
         self._when_quiet = when_quiet
+        self._report_key = report_key
+        self._trust_output = trust_output
+        self._warned_of_markers = False
         self._guard: Guard | None = None
         self._lease: HeldLease | None = None
         self._lock = threading.RLock()
@@ -136,10 +144,13 @@ class Conduct:
         with self._lock:
             recogniser = self._recognisers.get(source)
             if recogniser is None:
-                recogniser = OutputRecogniser(self._rooms.policy)
+                recogniser = OutputRecogniser(
+                    self._rooms.policy, self._report_key, trust_output=self._trust_output
+                )
                 self._recognisers[source] = recogniser
             self._seen_at[source] = time.monotonic()
             self._report(recogniser.feed(data))
+            self._warn_of_markers(recogniser)
 
     def on_notice(self, notice: lease_service_pb2.FollowLeaseResponse) -> None:
         """Do what the coordinator says."""
@@ -157,6 +168,16 @@ class Conduct:
         with self._lock:
             for recogniser in self._recognisers.values():
                 self._report(recogniser.finish())
+                self._warn_of_markers(recogniser)
+
+    def _warn_of_markers(self, recogniser: OutputRecogniser) -> None:
+        if recogniser.ignored_markers and not self._warned_of_markers:
+            self._warned_of_markers = True
+            self._say(
+                "lines that begin with HOLDOFF-ERROR or HOLDOFF-BLOCKED did not count, because "
+                "they have no key: write key=$HOLDOFF_REPORT_KEY as their first field, or use "
+                "--trust-output if nobody else can write into the command's output"
+            )
 
     def _report(self, seen: Iterable[Seen]) -> None:
         events: list[budget_pb2.Event] = []

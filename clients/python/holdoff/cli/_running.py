@@ -55,7 +55,8 @@ _HARMLESS_SIGNALS = {
     getattr(signal, name, None) for name in ("SIGWINCH", "SIGURG", "SIGCONT", "SIGTSTP")
 }
 
-VARIABLES = ("HOLDOFF_TOKEN", "HOLDOFF_LEASE", "HOLDOFF_FENCING_TOKEN")
+REPORT_KEY = "HOLDOFF_REPORT_KEY"
+VARIABLES = ("HOLDOFF_TOKEN", "HOLDOFF_LEASE", "HOLDOFF_FENCING_TOKEN", REPORT_KEY)
 
 
 class _Faults(logging.Handler):
@@ -87,9 +88,20 @@ class Run:
         client._interruptible = self._interruptible  # noqa: SLF001 - where it waits
         self._say = voice.say
         self._faults = _Faults(voice)
-        self._reporter = Reporter(client.record_events, Spool(), warn=self._say)
+        self._reporter = Reporter(
+            client.record_events, Spool(), warn=self._say, probe=client.list_policies
+        )
+        # It opens nothing, and is over with the run: it only tells the command's own reports from
+        # the same text in data that the command prints.
+        self._report_key = os.urandom(16).hex()
         self._conduct = Conduct(
-            self._reporter, account.token, account.job, order.when_quiet, self._say
+            self._reporter,
+            account.token,
+            account.job,
+            order.when_quiet,
+            self._say,
+            report_key=self._report_key,
+            trust_output=order.trust_output,
         )
         self._passage: Passage | None = None
         self._log: LogTail | None = None
@@ -118,7 +130,8 @@ class Run:
 
     def _flush_leftovers(self) -> None:
         """Report what earlier runs on this host could not."""
-        flush_leftovers(Spool(), self._client.record_events, warn=self._say)
+        client = self._client
+        flush_leftovers(Spool(), client.record_events, warn=self._say, probe=client.list_policies)
 
     def run(
         self, path: str, command: Sequence[str], wait: float | None, *, break_glass: bool
@@ -253,6 +266,7 @@ class Run:
         # One without a name, which no program can ask for, cannot be handed on.
         env = {name: value for name, value in os.environ.items() if name not in ("", *VARIABLES)}
         env["HOLDOFF_TOKEN"] = self._account.token
+        env[REPORT_KEY] = self._report_key
         if self._lease:
             env["HOLDOFF_LEASE"] = self._lease.name
             env["HOLDOFF_FENCING_TOKEN"] = str(self._lease.fencing_token)

@@ -252,7 +252,7 @@ def record_error(  # noqa: PLR0913 - one for each option
                 raise
             outcome = budget_pb2.EVENT_OUTCOME_UNSPECIFIED
         else:
-            flush_leftovers(Spool(), client.record_events, warn=say)
+            flush_leftovers(Spool(), client.record_events, warn=say, probe=client.list_policies)
     kept = outcome == budget_pb2.EVENT_OUTCOME_UNSPECIFIED
     if output == "json":
         name = budget_pb2.EventOutcome.Name(outcome)

@@ -104,6 +104,11 @@ def _labels(
     help="Look for errors in the command's output, which passes through unchanged.",
 )
 @click.option(
+    "--trust-output",
+    is_flag=True,
+    help="Also count HOLDOFF-ERROR and HOLDOFF-BLOCKED lines without HOLDOFF_REPORT_KEY.",
+)
+@click.option(
     "--when-quiet",
     type=click.Choice(["pause", "finish", "terminate"]),
     help="What to do while a scope of the command is backing off. [default: set by the policy]",
@@ -148,6 +153,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     endpoints: Sequence[str],
     log_file: Path | None,
     read_output: bool,
+    trust_output: bool,
     when_quiet: WhenQuiet | None,
     isolate: Isolate,
     if_unreachable: str,
@@ -162,7 +168,8 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
 
     Errors of the provider in its output, or in its log, are counted against the budgets of the
     token. While one of these is spent, or the provider blocks calls, the command is paused, or
-    ended with exit code 75.
+    ended with exit code 75. COMMAND can report errors itself, with lines that begin with
+    HOLDOFF-ERROR or HOLDOFF-BLOCKED and key=$HOLDOFF_REPORT_KEY.
     """
     if no_wait and wait is not None:
         raise click.UsageError("--wait and --no-wait exclude each other")
@@ -181,6 +188,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
         log_file=log_file,
         # Of log file and output one is read: Data Hub writes the same errors to both.
         read_output=read_output and not log_file,
+        trust_output=trust_output,
     )
     job = described(job, MOST_JOB_CHARACTERS)
     account = Account(token=token, job=job, labels=labels, requested_at=now())

@@ -35,7 +35,8 @@ _MANY = 1000
 def spool() -> None:
     """Show and send error reports that are stored on this host because no coordinator answered.
 
-    They are in $XDG_STATE_HOME/holdoff/spool, separate for each user.
+    They are in $XDG_STATE_HOME/holdoff/spool, separate for each user. A report that the coordinator
+    refuses, or that fails three times while others arrive, is set aside there.
     """
 
 
@@ -45,19 +46,40 @@ def list_waiting(output: str) -> None:
     """List the reports that are stored on this host, the oldest first.
 
     A command that still runs sends its own reports. The next `holdoff run` or `holdoff budget
-    record` sends the others, or `holdoff spool flush`.
+    record` sends the others, or `holdoff spool flush`. What was set aside is listed with the
+    reason, and sent again by `holdoff spool retry`.
     """
-    now = Moment.now()
-    found = sorted(Spool().survey(say), key=lambda one: -one[0].age_ns(now))
+    now, spool = Moment.now(), Spool()
+    found = sorted(spool.survey(say), key=lambda one: -one[0].age_ns(now))
+    aside = sorted(spool.survey_aside(say), key=lambda one: -one[0].age_ns(now))
     if output == "json":
-        emit_json({"reports": [_document(waiting, now, live) for waiting, live in found]})
-    elif found:
+        emit_json(
+            {
+                "reports": [
+                    {**_document(one, now), "writer_runs": live, "set_aside": ""}
+                    for one, live in found
+                ]
+                + [
+                    {
+                        **_document(one, now),
+                        "writer_runs": False,
+                        "set_aside": one.reason,
+                        "file": str(path),
+                    }
+                    for one, path in aside
+                ]
+            }
+        )
+    elif found or aside:
         emit_table(
             (
                 *("WHEN", "KIND", "STATUS", "COUNT", "TOKEN", "DIVISION", "ENDPOINT", "JOB"),
                 "SENT BY",
             ),
-            (_row(waiting, now, live) for waiting, live in found),
+            [
+                *(_row(one, now, "its command" if live else "flush") for one, live in found),
+                *(_row(one, now, f"retry; set aside: {one.reason}") for one, _ in aside),
+            ],
         )
     else:
         click.echo("no reports are stored on this host", err=True)
@@ -72,7 +94,23 @@ def flush(endpoint: str) -> None:
     does not know stays stored, since another coordinator may know it. Reports older than a day are
     dropped.
     """
+    _flush(endpoint, Spool())
+
+
+@spool.command("retry", epilog=example("holdoff spool retry"))
+@click.pass_obj
+def retry(endpoint: str) -> None:
+    """Send again the reports that were set aside, with all others that are stored on this host.
+
+    A report that fails once more is set aside again. To give it up, remove its file, which
+    `holdoff spool list --output json` names.
+    """
     spool = Spool()
+    spool.take_back(say)
+    _flush(endpoint, spool)
+
+
+def _flush(endpoint: str, spool: Spool) -> None:
     waiting = _waiting(spool)
     with (
         Client(endpoint) as client,
@@ -84,10 +122,15 @@ def flush(endpoint: str) -> None:
         ) as progress,
     ):
         flushed = flush_leftovers(
-            spool, client.record_events, warn=say, on_progress=progress.update
+            spool,
+            client.record_events,
+            warn=say,
+            probe=client.list_policies,
+            on_progress=progress.update,
         )
     dropped = f", {flushed.dropped} dropped" if flushed.dropped else ""
-    click.echo(f"{flushed.sent} sent{dropped}")
+    aside = f", {flushed.set_aside} set aside" if flushed.set_aside else ""
+    click.echo(f"{flushed.sent} sent{dropped}{aside}")
     if live := sum(runs for _, runs in spool.survey(lambda _: None)):
         say(f"{live} reports belong to commands that still run, which send them")
     if flushed.error:
@@ -106,15 +149,14 @@ def _happened(waiting: Waiting, now: Moment) -> datetime:
     return datetime.fromtimestamp(now.wall_ns / 1e9, UTC) - age
 
 
-def _document(waiting: Waiting, now: Moment, live: bool) -> dict[str, Any]:
+def _document(waiting: Waiting, now: Moment) -> dict[str, Any]:
     return {
         "time": f"{_happened(waiting, now):%Y-%m-%dT%H:%M:%S.%fZ}",
-        "writer_runs": live,
         **resource(waiting.due(now)),
     }
 
 
-def _row(waiting: Waiting, now: Moment, live: bool) -> Sequence[str]:
+def _row(waiting: Waiting, now: Moment, sent_by: str) -> Sequence[str]:
     event = waiting.event
     return (
         f"{_happened(waiting, now).astimezone():%Y-%m-%d %H:%M:%S}",
@@ -125,5 +167,5 @@ def _row(waiting: Waiting, now: Moment, live: bool) -> Sequence[str]:
         event.scope.division or NOTHING,
         event.scope.endpoint or NOTHING,
         event.holder.job or NOTHING,
-        "its command" if live else "flush",
+        sent_by,
     )

@@ -1,17 +1,18 @@
-"""The rules of providers, as files: presets beside this module, and those of operators.
+r"""The rules of providers, as files: presets beside this module, and those of operators.
 
 A policy file is TOML. What each field means stands here; where a preset's value comes from, in
 its file.
 
-Patterns are regular expressions of Python's `re`, which knows no limit of time. One that can fail
-in exponentially many ways, such as `(a+)+b`, may hold up whoever searches with it. So what is
-searched is short: the first 4,000 characters of a line or a header, the first 64 KiB of a body.
+Patterns are regular expressions of RE2 (https://github.com/google/re2/wiki/Syntax), whose search
+takes time in proportion to the text, whatever the pattern. It has no lookahead, lookbehind or
+references to earlier groups (`(?=…)`, `(?<!…)`, `\1`); `\d`, `\w`, `\s` and `\b` know ASCII alone;
+`$` is the end of the text, as `\z` is. A pattern has at most 2,000 characters. What is searched is
+short: the first 2,000 characters of a path, 4,000 of a line or a header, 64 KiB of a body.
 """
 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections import Counter
 from functools import cache
 from importlib.resources import files
@@ -19,7 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from holdoff._places import NO_PATTERN, find_place
+from holdoff import _toml
+from holdoff._patterns import PatternError, compile_pattern
+from holdoff._places import find_place
 from holdoff._text import quoted
 from holdoff.durations import parse_duration
 
@@ -34,6 +37,7 @@ Id = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9-]{1,63}\Z")]
 HeaderName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}\Z")]
 Status = Annotated[int, msgspec.Meta(ge=100, le=599)]
 
+_MOST_BITS = 64
 _PLACE_GROUPS = frozenset({"url", "division", "endpoint"})
 _CODE = re.compile(r"[\w.-]{1,63}")
 
@@ -227,23 +231,18 @@ def read_policy(path: Path | Traversable) -> Policy:
         PolicyError: It is not a policy; the message begins with `FILE:LINE:`.
         OSError: It cannot be read.
     """
-    raw = path.read_bytes()
+    text = ""
     try:
-        text = raw.decode()
-        return msgspec.convert(tomllib.loads(text), Policy, dec_hook=_convert)
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise PolicyError(f"{path.name}:{line}: is not UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        what, _, where = str(error).partition(" (at ")
-        line_number = re.match(r"line (\d+)", where)
-        number = line_number[1] if line_number else text.count("\n") + 1
-        raise PolicyError(f"{path.name}:{number}: {what}") from None
+        text = _toml.decode(path.read_bytes())
+        return msgspec.convert(_toml.read(text), Policy, dec_hook=_convert)
+    except _toml.TomlError as error:
+        raise PolicyError(f"{path.name}:{error.line}: {error}") from None
     except msgspec.ValidationError as error:
-        found = re.fullmatch(r"(.*?)(?: - at `\$\.?(.*)`)?", str(error), re.DOTALL)
-        what, where = (found[1], found[2] or "") if found else (str(error), "")
+        # A field's name in quotes may have anything in it, but what follows it is the last.
+        what, _, where = str(error).rpartition(" - at `$")
+        what, where = (what, where.removesuffix("`").removeprefix(".")) if what else (where, "")
         # Of a whole table the message says which field it is about.
-        if field := re.match(r"(?:Object contains unknown field )?`([\w.\[\]-]+)`", what):
+        if field := _FIELD.match(what):
             where = f"{where}.{field[1]}" if where else field[1]
         place = f"{path.name}:{_line_of(text, where)}: "
         raise PolicyError(place + (f"{where}: " if where else "") + what) from None
@@ -268,21 +267,24 @@ def _check_scope(scope: tuple[ScopeField, ...]) -> None:
 def _groups_of(field: str, pattern: str) -> set[str]:
     """Check a regular expression, and return the names of its groups."""
     try:
-        compiled = re.compile(pattern)
-    except NO_PATTERN as error:
-        raise ValueError(f"`{field}` is not a regular expression: {error}") from None
-    if compiled.search(""):
+        compiled = compile_pattern(pattern)
+    except PatternError as error:
+        raise ValueError(f"`{field}` is not a regular expression of RE2: {error}") from None
+    if compiled.search("") is not None:
         raise ValueError(f"`{field}` matches everything: make it more specific")
-    return set(compiled.groupindex)
+    return set(compiled.groups)
 
 
 def _convert(kind: type, value: Any) -> Any:
     """Read the types of fields that TOML does not have."""
     if kind is Seconds and isinstance(value, str):
         return Seconds(parse_duration(value))
-    raise ValueError(f'write a duration such as "570s" or "1h", not {quoted(str(value))}')
+    # A number in base 16 may have more digits than `str` writes.
+    wrong = hex(value) if isinstance(value, int) and value.bit_length() > _MOST_BITS else str(value)
+    raise ValueError(f'write a duration such as "570s" or "1h", not {quoted(wrong)}')
 
 
+_FIELD = re.compile(r"(?:Object contains unknown field )?`([\w.\[\]-]+)`")
 _ENTRY = re.compile(
     r"""^[ \t]*(?:(?P<brackets>\[\[?)\s*(?P<table>[\w."'-]+)\s*\]|(?P<key>[\w."'-]+)\s*=)""",
     re.MULTILINE,
@@ -303,7 +305,7 @@ def _line_of(text: str, path: str) -> int:
             counts[name] += 1
         else:
             here = f"{table}.{entry['key']}".removeprefix(".")
-        here = re.sub(r"[\"']", "", here)
+        here = here.replace('"', "").replace("'", "")
         fits = path in {here, here.removesuffix("[0]")} or path.startswith((f"{here}.", f"{here}["))
         if fits and len(here) > len(nearest):
             nearest, start, end = here, entry.start(), entry.end()

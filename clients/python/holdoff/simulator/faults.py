@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
@@ -27,6 +26,8 @@ class FaultKind(StrEnum):
 
 _DEFAULT_SECONDS = {FaultKind.HANG: 600.0, FaultKind.SLOW_BODY: 30.0}
 _STATUSES = range(500, 600)
+_MOST = 10**9
+"""No count of requests and no number of seconds is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +65,13 @@ class Fault:
         if not isinstance(path, str) or not path.startswith("/api"):
             raise ValueError(f"path: expected a beginning such as {TOKEN_PATH}")
         count = document.get("count", 1)
-        if type(count) is not int or count < 1:
-            raise ValueError("count: expected a whole number from 1")
+        if type(count) is not int or not 1 <= count <= _MOST:
+            raise ValueError(f"count: expected a whole number from 1 to {_MOST}")
         if "seconds" in document and kind not in _DEFAULT_SECONDS:
             raise ValueError(f"seconds: {kind} takes no time; {', '.join(_DEFAULT_SECONDS)} do")
         seconds = document.get("seconds", _DEFAULT_SECONDS.get(kind))
-        if seconds is not None and not (
-            type(seconds) in (int, float) and seconds > 0 and math.isfinite(seconds)
-        ):
-            raise ValueError("seconds: expected a number above 0")
+        if seconds is not None and not (type(seconds) in (int, float) and 0 < seconds <= _MOST):
+            raise ValueError(f"seconds: expected a number above 0, at most {_MOST}")
         if "status" in document and kind is not FaultKind.ERROR:
             raise ValueError(f"status: only {FaultKind.ERROR} has one")
         status = document.get("status", 500 if kind is FaultKind.ERROR else None)

@@ -71,11 +71,11 @@ ENDPOINTS = frozenset(
 )
 """The endpoints of a company that exist; any other answers 404."""
 
-_LITERAL = r"(?:(?:guid|datetime)?'(?:[^']|'')*'|-?\d+(?:\.\d+)?[mLdf]?|true|false|null)"
-_COMPARISON = rf"[A-Za-z_][\w/]*\s+(?:eq|ne|gt|ge|lt|le)\s+{_LITERAL}"
-_FUNCTION = r"(?:substringof|startswith|endswith)\([^()]+\)(?:\s+eq\s+(?:true|false))?"
+_LITERAL = r"(?:(?:guid|datetime)?'(?:[^']|'')*+'|-?\d++(?:\.\d+)?[mLdf]?|true|false|null)"
+_COMPARISON = rf"[A-Za-z_][\w/]*+\s++(?:eq|ne|gt|ge|lt|le)\s++{_LITERAL}"
+_FUNCTION = r"(?:substringof|startswith|endswith)\([^()]++\)(?:\s+eq\s+(?:true|false))?"
 _TERM = rf"(?:{_COMPARISON}|{_FUNCTION})"
-_FILTER = re.compile(rf"\s*{_TERM}(?:\s+(?:and|or)\s+{_TERM})*\s*")
+_FILTER = re.compile(rf"\s*+{_TERM}(?:\s++(?:and|or)\s++{_TERM})*+\s*+")
 """As much of OData's `$filter` as jobs use; anything else is answered with 400."""
 
 
@@ -416,7 +416,8 @@ class Provider:
             scope = Scope(seed.client_id, seed.user, "", path)
         else:
             division, _, rest = path.partition("/")
-            endpoint = re.sub(r"\(.*\)$", "", rest)  # Accounts(guid'…') is one of Accounts
+            # Accounts(guid'…') is one of Accounts.
+            endpoint = rest.partition("(")[0] if rest.endswith(")") else rest
             scope = Scope(seed.client_id, seed.user, division, endpoint)
 
         if self._blocked(scope.key, agent, now_ms):
@@ -538,6 +539,8 @@ def _oauth_error(
     return Answer(status, {"error": error, "error_description": description}, headers or {})
 
 
+MALFORMED = _oauth_error(400, "invalid_request", "The request cannot be read.")
+"""Of a form that is none, is too long, or is written in an unknown way."""
 _BLOCKED = _oauth_error(403, "access_denied", "The API key is blocked.")
 _BLOCKED_PAGE = Answer(
     503,

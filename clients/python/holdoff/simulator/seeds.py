@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
+
+from holdoff import _toml
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,6 +26,7 @@ class Seed:
     divisions: tuple[int, ...] = (535193, 535194)
 
 
+_MOST_DIVISION = 10**18
 _FIELDS = tuple(field.name for field in fields(Seed))
 # The addresses in what /_simulator/seed tells, so that its answer can be kept as a file.
 _IGNORED = frozenset({"token_url", "api_url"})
@@ -59,10 +61,10 @@ def read(path: Path) -> tuple[Seed, ...]:
         ValueError: it is wrong; the message says where and how.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        document = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte {error.start}") from error
+        text = _toml.decode(path.read_bytes())
+        document = _toml.read(text) if path.suffix == ".toml" else json.loads(text)
+    except _toml.TomlError as error:
+        raise ValueError(f"line {error.line}: {error}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -97,7 +99,7 @@ def _seed(where: str, entry: object) -> Seed:
     if (
         not isinstance(divisions, list)
         or not divisions
-        or any(type(division) is not int for division in divisions)
+        or any(type(one) is not int or not 0 <= one < _MOST_DIVISION for one in divisions)
     ):
         raise ValueError(f"{where}.divisions: expected a list of whole numbers")
     return Seed(**values, divisions=tuple(divisions))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from holdoff.simulator.faults import TOKEN_PATH, Fault, FaultKind
-from holdoff.simulator.rules import Answer, Provider, Rotation, TokenForm
+from holdoff.simulator.rules import MALFORMED, Answer, Provider, Rotation, TokenForm
 from holdoff.simulator.seeds import Seed
 from holdoff.simulator.switches import DEFAULTS, Switches
 
@@ -86,7 +86,10 @@ class Server:
         return _reset(request)
 
     async def _token(self, request: web.Request) -> web.StreamResponse:
-        form = await request.post()
+        try:
+            form = await request.post()
+        except Exception:  # noqa: BLE001 - of many kinds, by the content type and its parameters
+            return await self._send(request, MALFORMED, request.get(_FAULT))
 
         def text(name: str) -> str:
             value = form.get(name, "")
@@ -133,6 +136,8 @@ class Server:
         response = web.StreamResponse(status=answer.status, headers=answer.headers)
         response.content_type, response.charset = content_type, "utf-8"
         response.content_length = len(data)
+        if answer is MALFORMED:  # the rest of the body may be as bad
+            response.force_close()
         with suppress(ConnectionError):  # its client did not wait for it
             await response.prepare(request)
             if fault is not None:
@@ -173,8 +178,12 @@ class Server:
 
     async def _add_fault(self, request: web.Request) -> web.Response:
         try:
-            self._provider.faults.add(Fault.parse(await request.json()))
-        except ValueError as error:  # also of text that is no JSON
+            document = await request.json()
+        except Exception:  # noqa: BLE001 - of many kinds, as too long or nested too deeply
+            return web.json_response({"error": "the body is no JSON"}, status=400)
+        try:
+            self._provider.faults.add(Fault.parse(document))
+        except ValueError as error:
             return web.json_response({"error": str(error)}, status=400)
         return await self._list_faults(request)
 

@@ -1,0 +1,105 @@
+r"""Patterns of policies: RE2, whose search takes time in proportion to what it searches.
+
+Nothing else compiles a pattern that is not written in our own code. RE2 has no lookahead, no
+lookbehind and no references to earlier groups, which is why no pattern can make it slow. `\d`,
+`\w`, `\s` and `\b` know ASCII alone. Its library is imported with the first pattern.
+
+Patterns of our own code use `re`, which is imported anyway. Each of them is linear, which
+`tests/unit/test_patterns.py` checks.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+MOST_PATTERN_CHARACTERS = 2_000
+_MOST_PROGRAM = 10_000
+"""Steps that RE2 may take for each character at worst. The largest of the presets needs 1,900."""
+_MOST_MEMORY_BYTES = 8 << 20
+
+_LOOKAROUND = (
+    "it has no lookahead or lookbehind: match the text around too, and name the part that is "
+    "wanted, as in (?P<code>…)"
+)
+_REFERENCE = "it has no references to earlier groups: write out what may be there"
+_INSTEAD = {
+    **dict.fromkeys(("(?=", "(?!", "(?<=", "(?<!"), _LOOKAROUND),
+    **dict.fromkeys(("(?P=", *(rf"\{digit}" for digit in range(1, 10))), _REFERENCE),
+    "(?>": "it never goes back, so it has no atomic groups: write (?:…)",
+    "++": "it never goes back, so it has no possessive repeats: leave out the second +",
+    "*+": "it never goes back, so it has no possessive repeats: leave out the +",
+    "?+": "it never goes back, so it has no possessive repeats: leave out the +",
+    r"\Z": r"write \z for the end of the text",
+    "(?x": "it has no verbose patterns: leave out spaces and comments",
+    "{": "repeat at most 1000 times, with nested repeats multiplied",
+}
+"""What to write instead of what RE2 refuses, by what the refused part begins with."""
+
+
+class PatternError(ValueError):
+    """A pattern cannot be used; the message says why, and what to write instead."""
+
+
+class Pattern:
+    """A compiled pattern."""
+
+    def __init__(self, text: str, compiled: Any) -> None:
+        self.text = text
+        self._search = compiled.search
+        self._groups = [(name.decode(), number) for name, number in compiled.groupindex.items()]
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The names of its groups."""
+        return frozenset(name for name, _ in self._groups)
+
+    def search(self, subject: str) -> dict[str, str] | None:
+        """Search a text; return the named groups that took part, None if it is not found."""
+        # In bytes it is twice as fast. A text from Python may have half a character.
+        match = self._search(subject.encode(errors="replace"))
+        if match is None:
+            return None
+        found = ((name, match[number]) for name, number in self._groups)
+        return {name: text.decode(errors="replace") for name, text in found if text is not None}
+
+
+@lru_cache(256)
+def compile_pattern(text: str, *, ignore_case: bool = False) -> Pattern:
+    """Compile a pattern of a policy.
+
+    Raises:
+        PatternError: RE2 cannot run it, or not in a short time.
+    """
+    import re2  # noqa: PLC0415 - what needs no patterns is quick to start
+
+    if len(text) > MOST_PATTERN_CHARACTERS:
+        raise PatternError(f"it is longer than {MOST_PATTERN_CHARACTERS} characters")
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = _MOST_MEMORY_BYTES
+    options.case_sensitive = not ignore_case
+    try:
+        compiled = re2.compile(text.encode(), options)
+    except re2.error as error:
+        raise PatternError(_reason(error.args[0])) from None
+    except UnicodeEncodeError:
+        raise PatternError("it has half a character") from None
+    if compiled.programsize > _MOST_PROGRAM:
+        raise PatternError("it is too large: use smaller repeats")
+    return Pattern(text, compiled)
+
+
+def try_compile(text: str, *, ignore_case: bool = False) -> Pattern | None:
+    """Compile a pattern from the API; None if it is none that this release can use."""
+    try:
+        return compile_pattern(text, ignore_case=ignore_case)
+    except PatternError:
+        return None
+
+
+def _reason(error: bytes) -> str:
+    message = error.decode(errors="replace")
+    _, _, refused = message.partition(": ")
+    instead = (text for begin, text in _INSTEAD.items() if refused.startswith(begin))
+    return f"{message[:200]}; {text}" if (text := next(instead, "")) else message[:200]
