@@ -63,7 +63,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 """All commands that a coordinator answers, with what they take."""
 ALONE = ("completion", "policy check", "simulator fault", "simulator report", "simulator serve")
-SPOOL = ("spool flush", "spool list")
+SPOOL = ("spool flush", "spool list", "spool retry")
 ASKING = {"backoff clear", "budget reset", "lease break", "quarantine end"}
 NAMES = {
     "app": "apps/a",

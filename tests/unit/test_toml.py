@@ -14,7 +14,7 @@ from holdoff_coordinator.access import AccessError, read_access
 if TYPE_CHECKING:
     from pathlib import Path
 
-GOOD = '[[grants]]\nidentities = ["a"]\nrole = "viewer"\nresources = ["*"]\n'
+GOOD = '[[grants]]\nidentities = ["dns:a"]\nrole = "viewer"\nresources = ["*"]\n'
 
 WRONG = [
     ("x = " + "[" * 100_000, "nested too deeply"),
