@@ -514,11 +514,12 @@ class Scripts:
         Raises:
             Failure: SCHEMA_TOO_NEW or STORE_UNAVAILABLE.
         """
+        is_lost = self._boot_us() < self._lost_until_us
         async for asked, answers, _ in self._asked(
             await self.apps(), lambda node, app: node.hmget(shard_key(app), *_KNOWN)
         ):
             for app, values in zip(asked, answers, strict=True):
-                if isinstance(values, RedisError) or values[0] != b"%d" % SCHEMA:
+                if is_lost or isinstance(values, RedisError) or values[0] != b"%d" % SCHEMA:
                     await self._upgrade(app)
                     continue
                 # What its scripts would tell, which may be needed after a loss.

@@ -57,15 +57,15 @@ class Watches:
         """
         parent = validation.parent(request.parent)
         sealed = sealed_of(request.resume_token)
-        tokens = await ResumeTokens.of_store(self._scripts)
-        watched = {app: _App(app, at) for app, at in tokens.read(sealed).items()}
-        if watched:
-            yield lease_service_pb2.WatchLeasesResponse(resume_token=request.resume_token)
         if isinstance(parent, TokenName):
             async with self._limits.reading(caller):
                 reply = await self._scripts.run("read", parent.app, parent.token)
             if not reply.values[0]:
                 raise token_damaged(parent) if reply.damaged else token_not_found(parent)
+        tokens = await ResumeTokens.of_store(self._scripts)
+        watched = {app: _App(app, at) for app, at in tokens.read(sealed).items()}
+        if watched:
+            yield lease_service_pb2.WatchLeasesResponse(resume_token=request.resume_token)
         watcher = Watcher(parent.app if parent else None, caller.knows)
         watched = {name: app for name, app in watched.items() if watcher.concerns(name)}
         ends: dict[str, float] = {}

@@ -62,15 +62,15 @@ WATCHES, CALLS_A_SECOND, WAITERS, SCOPES, SILENT = 4_000, 300, 61, 100, 2_000
 TOKEN = "apps/attacked/tokens/t"
 ACCESS = """
 [[grants]]
-identities = ["admin"]
+identities = ["credential:admin"]
 role = "admin"
 resources = ["*"]
 [[grants]]
-identities = ["bystander"]
+identities = ["credential:bystander"]
 role = "holder"
 resources = ["apps/bystander"]
 [[grants]]
-identities = ["attacker"]
+identities = ["credential:attacker"]
 role = "holder"
 resources = ["apps/attacked"]
 """

@@ -68,32 +68,32 @@ METHODS = {
 
 ACCESS = """
 [[grants]]
-identities = ["setup"]
+identities = ["credential:setup"]
 role = "admin"
 resources = ["*"]
 
 [[grants]]
-identities = ["bystander"]
+identities = ["credential:bystander"]
 role = "holder"
 resources = ["apps/bystander-app"]
 
 [[grants]]
-identities = ["admin"]
+identities = ["credential:admin"]
 role = "admin"
 resources = ["apps/fuzz-*"]
 
 [[grants]]
-identities = ["holder"]
+identities = ["credential:holder"]
 role = "holder"
 resources = ["apps/fuzz-*"]
 
 [[grants]]
-identities = ["reporter"]
+identities = ["credential:reporter"]
 role = "reporter"
 resources = ["apps/fuzz-*/tokens/held"]
 
 [[grants]]
-identities = ["viewer"]
+identities = ["credential:viewer"]
 role = "viewer"
 resources = ["*"]
 """

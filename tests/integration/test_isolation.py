@@ -35,22 +35,22 @@ CALL = budget_pb2.EVENT_KIND_CALL
 COUNTED = budget_pb2.EVENT_OUTCOME_COUNTED
 GRANTS = """
 [[grants]]
-identities = ["operator"]
+identities = ["credential:operator"]
 role = "admin"
 resources = ["*"]
 
 [[grants]]
-identities = ["on-a"]
+identities = ["credential:on-a"]
 role = "holder"
 resources = ["apps/*/tokens/a"]
 
 [[grants]]
-identities = ["on-b"]
+identities = ["credential:on-b"]
 role = "holder"
 resources = ["apps/*/tokens/b"]
 
 [[grants]]
-identities = ["on-app"]
+identities = ["credential:on-app"]
 role = "reporter"
 resources = ["apps/*"]
 """

@@ -92,7 +92,7 @@ def guarded(valkey: Server, replica: Replica, tmp_path: Path) -> Iterator[Guarde
     access = tmp_path / "access.toml"
     access.write_text(
         "".join(
-            f'[[grants]]\nidentities = ["{name}"]\nrole = "holder"\nresources = ["apps/{app}"]\n'
+            f'[[grants]]\nidentities = ["credential:{name}"]\nrole = "holder"\nresources = ["apps/{app}"]\n'
             for name, app in zip(names, apps, strict=True)
         ),
         encoding="utf-8",
@@ -134,7 +134,7 @@ def test_watches_of_a_viewer_are_limited(guarded: Guarded) -> None:
     refused = reason(leases.WatchLeases(WATCH(), metadata=guarded.a))
     assert refused.metadata["limit"] == "watches"
     assert refused.metadata["value"] == "3"
-    assert refused.metadata["caller"] == f"{guarded.app_a}-holder"
+    assert refused.metadata["caller"] == f"credential:{guarded.app_a}-holder"
     assert refused.retry_after_seconds
     open_watch(leases.WatchLeases, WATCH(), guarded.b).cancel()
     leases.RenewLease(renewal, metadata=guarded.b)

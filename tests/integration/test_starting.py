@@ -301,9 +301,8 @@ def test_idle_apps_cost_a_start_nothing(
     """
     url = start_valkey().url
     with Replica(url) as first:
-        busy = first.create_token(0.0).split("/")[1]
-        for _ in range(3):
-            first.create_token(0.0)
+        apps = [first.create_token(0.0).split("/")[1] for _ in range(4)]
+        busy = apps[0]
         first.hold(f"apps/{busy}/tokens/t")
         ran, run = set[str](), Scripts.run
 
@@ -314,5 +313,5 @@ def test_idle_apps_cost_a_start_nothing(
         monkeypatch.setattr(Scripts, "run", counted)
         with Replica(url):
             first.stop()  # the other one sweeps now
-            wait_until(lambda: ran)
-        assert ran == {busy}
+            wait_until(lambda: busy in ran)
+        assert ran.intersection(apps) == {busy}  # other coordinators may run beside this one
