@@ -448,5 +448,5 @@ def test_a_stream_that_asks_nothing_is_ended(
 
     with pytest.raises(grpc.RpcError) as error:
         next(replica.leases.StreamAcquireLease(silent()))
-    assert from_rpc_error(error.value, "test").reason == "INVALID_FIELD"
+    assert from_rpc_error(error.value, "test").reason == "WAITER_SILENT"
     never.set()
