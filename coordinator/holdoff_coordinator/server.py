@@ -67,6 +67,9 @@ _OPTIONS = (
     # Who connects has to speak gRPC, and then to call something.
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 600_000),
+    # By default gRPC drops calls at random, renewals too, once 1,000 wait for us to look at them.
+    ("grpc.server.max_pending_requests", 20_000),
+    ("grpc.server.max_pending_requests_hard_limit", 40_000),
 )
 
 

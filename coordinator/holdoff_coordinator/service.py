@@ -63,7 +63,7 @@ SERVICES = tuple(
     )
 )
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
-FIRST_SECONDS = 10.0
+FIRST_SECONDS = 60.0
 """A stream must begin with its request within this time: who has not sent one is not known."""
 
 
@@ -184,17 +184,18 @@ class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
     ) -> AsyncIterator[lease_service_pb2.StreamAcquireLeaseResponse]:
         """Pass on all events of the conversation."""
         first = lease_service_pb2.StreamAcquireLeaseRequest()
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(FIRST_SECONDS):
                 first = await anext(aiter(requests), first)
+        except TimeoutError:
+            silent = Failure("WAITER_SILENT", "no request came on this stream for a minute")
+            await _abort(context, silent.to_status())
         if isinstance(first, Malformed):
             await self._admit(first, context)
         if not first.HasField("acquire"):
             await _abort(
                 context,
-                invalid(
-                    "acquire", f"must be the first message, within {FIRST_SECONDS:.0f} s"
-                ).to_status(),
+                invalid("acquire", "must be the first message").to_status(),
             )
         waiter = Waiter()
         listening = asyncio.create_task(_listen(requests, waiter))

@@ -92,7 +92,8 @@ def guarded(valkey: Server, replica: Replica, tmp_path: Path) -> Iterator[Guarde
     access = tmp_path / "access.toml"
     access.write_text(
         "".join(
-            f'[[grants]]\nidentities = ["credential:{name}"]\nrole = "holder"\nresources = ["apps/{app}"]\n'
+            f'[[grants]]\nidentities = ["credential:{name}"]\nrole = "holder"\n'
+            f'resources = ["apps/{app}"]\n'
             for name, app in zip(names, apps, strict=True)
         ),
         encoding="utf-8",
@@ -448,5 +449,5 @@ def test_a_stream_that_asks_nothing_is_ended(
 
     with pytest.raises(grpc.RpcError) as error:
         next(replica.leases.StreamAcquireLease(silent()))
-    assert from_rpc_error(error.value, "test").reason == "INVALID_FIELD"
+    assert from_rpc_error(error.value, "test").reason == "WAITER_SILENT"
     never.set()

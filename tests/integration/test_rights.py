@@ -354,7 +354,8 @@ class World:
     def grant(self, *grants: tuple[str, str, str]) -> None:
         """Give identities roles on resources; the operator has all."""
         text = "".join(
-            f'[[grants]]\nidentities = ["credential:{identity}"]\nrole = "{role}"\nresources = ["{one}"]\n'
+            f'[[grants]]\nidentities = ["credential:{identity}"]\nrole = "{role}"\n'
+            f'resources = ["{one}"]\n'
             for identity, role, one in (("operator", "admin", "*"), *grants)
         )
         draft = self.path.with_suffix(".new")
