@@ -17,6 +17,7 @@ from holdoff._spool import Spool
 from holdoff.cli._conduct import Conduct
 from holdoff.policies import presets
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_service_pb2
+from holdoff_coordinator import replays
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.gate import AccessFile
@@ -304,6 +305,18 @@ def test_back_offs_of_one_token_leave_room_for_others(app: App, store: redis.Red
     assert not app.on_b.explain(app.b).must_wait
     assert app.on_a.explain(app.a).must_wait
     assert store.zcard(f"{app.shard}:backoffs") < 700
+
+
+def test_what_one_token_reports_displaces_nothing_that_may_be_sent_again(
+    app: App, guarded: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator keeps what it acknowledged of a token, however much another one reports."""
+    monkeypatch.setattr(replays, "MOST_KEPT", 3)
+    app.on_b.report(event(app.b, status=400))
+    app.on_a.report(*(event(app.a, status=400) for _ in range(5)))
+    kept = guarded.coordinator._replays._kept
+    name = app.name.removeprefix("apps/")
+    assert [len(kept[name, token].events) for token in ("a", "b")] == [3, 1]
 
 
 def test_errors_of_one_token_push_out_no_others(app: App) -> None:
