@@ -453,6 +453,17 @@ def test_a_second_token_confirms_a_block_of_the_app(app: App) -> None:
     assert "only one" not in app.on_b.explain(app.b).message
 
 
+def test_a_claim_that_is_over_confirms_nothing(app: App, store: redis.Redis) -> None:
+    """The holder of B alone stops the app no longer because the holder of A did so before."""
+    on_a, on_b = app.on_a.hold(app.a), app.on_b.hold(app.b)
+    app.on_a.report(block_of(app, on_a))
+    [name] = [one.name for one in app.on_b.back_offs(app.name)]
+    store.hset(f"{app.shard}:backoff:{name.rpartition('/')[2]}", "claim_until_us", "1")
+    app.on_b.report(block_of(app, on_b))
+    app.create(f"{app.name}/tokens/c")
+    assert 200 < waits(app.operator, f"{app.name}/tokens/c") <= 300
+
+
 def test_a_confirmation_that_names_no_time_lasts_as_long_as_the_policy_says(app: App) -> None:
     """A second report during the claim makes it a block of the policy's length: an hour."""
     on_a, on_b = app.on_a.hold(app.a), app.on_b.hold(app.b)

@@ -281,6 +281,13 @@ MUTANTS = [
         f"{TESTS}/test_isolation.py::test_a_holder_alone_blocks_the_app_once",
     ),
     Mutant(
+        "a claim that is over confirms nothing",
+        f"{LUA}/budgets.lua",
+        "claim ~= '' and at <= number(one.claim_until_us)",
+        "claim ~= ''",
+        f"{TESTS}/test_isolation.py::test_a_claim_that_is_over_confirms_nothing",
+    ),
+    Mutant(
         "a holder proves its lease",
         f"{COORDINATOR}/budgets.py",
         "is_holder = secret_hash and",

@@ -405,14 +405,22 @@ do -- its own locals: Lua allows 200 in all
 
   -- What a reported block makes quiet: the policy's scope, if it is the token's own, or the reporter
   -- may speak for the whole app. Else it is the token, and with it, where a holder of the token
-  -- reports, the policy's scope: once, as a claim, or for good where another token claimed it.
+  -- reports, the policy's scope: once, as a claim, or for good where another token claims it. A
+  -- claim stands for as long as its token is blocked by it.
   function block(told, at)
     if told.token ~= '' or told.for_app then return block_scope(told, told.id, told, at) end
     block_scope(told, told.own, {token = told.by, division = '', endpoint = ''}, at)
     if not was_held(told.by, told.lease, at) then return end
     local one = back_off_record(told.id)
     local claim = at - number(one.until_us) <= told.forget_us and one.claim or ''
-    if claim ~= told.by then block_scope(told, told.id, told, at, claim == '' and told.by or nil) end
+    if claim ~= told.by then
+      local confirms = claim ~= '' and at <= number(one.claim_until_us)
+      block_scope(told, told.id, told, at, not confirms and told.by or nil)
+    end
+    one = back_off_record(told.id) -- which there may not have been
+    if one.claim == told.by then
+      put(back_off_key(told.id), one, {claim_until_us = number(back_off_record(told.own).until_us)})
+    end
   end
 end
 
