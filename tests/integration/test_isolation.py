@@ -16,7 +16,7 @@ from holdoff._reporting import Reporter
 from holdoff._spool import Spool
 from holdoff.cli._conduct import Conduct
 from holdoff.policies import presets
-from holdoff.v1 import budget_pb2, budget_service_pb2, lease_service_pb2
+from holdoff.v1 import admin_service_pb2, budget_pb2, budget_service_pb2, lease_service_pb2
 from holdoff_coordinator import replays
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.credentials import Credentials
@@ -362,6 +362,22 @@ def test_a_shared_scope_is_shown_to_those_that_use_it(app: App) -> None:
     assert refusal(lambda: app.on_a.GetBudget(request)) == "BUDGET_NOT_FOUND"
     app.on_a.report(event(app.a, CALL, division="payroll"))
     assert [one.used for one in app.on_a.budgets(app.name)] == [2, 2]
+
+
+def test_errors_of_one_token_say_nothing_of_the_probe_of_another(app: App) -> None:
+    """A reporter of A cannot keep B's job from showing that a back-off of the app is over."""
+    offer = app.on_b.hold(app.b)
+    back_off = admin_service_pb2.SetBackOffRequest(length=duration(1), reason="a test")
+    back_off.scope.app = app.name
+    app.operator.SetBackOff(back_off)
+    key = {"name": offer.lease.name, "secret": offer.secret}
+    stream = app.on_b.FollowLease(lease_service_pb2.FollowLeaseRequest(**key))
+    run = lease_service_pb2.HOLDER_INSTRUCTION_RUN
+    assert any(told.instruction == run for told in stream)  # it is the probe
+    app.on_a.report(event(app.a, status=400))
+    app.on_b.ReleaseLease(lease_service_pb2.ReleaseLeaseRequest(**key))
+    stream.cancel()
+    assert not app.on_b.back_offs(app.name)
 
 
 # Blocks of the app ------------------------------------------------------------

@@ -5,7 +5,8 @@
 -- statuses, token, division, endpoint, by, coarser}, which the coordinator works
 -- out from the policy. `by` is the token whose event it is. `coarser` are the
 -- scopes, each {id, token, division, endpoint}, in which it counts instead where
--- that token has opened too many: the last of them is the whole token. Its events are kept in a log of at most the window's length. A
+-- that token has opened too many: the last of them is the whole token. The events
+-- of a budget are kept in a log of at most the window's length. A
 -- log that is exact has an entry an event; where the limit is large (grain_us
 -- above 0), or once it has LOG_MOST entries, events share the entry of a slice
 -- of time and count as if they happened at its end: never too few, and none
@@ -16,7 +17,7 @@ local OLDEST_US = 24 * 3600 * SECOND -- a report may be this old
 local RESERVED_MOST = 3600 * SECOND -- also in budgets.py
 
 local BUDGETS = SHARD .. ':budgets' -- ids, by when nothing is left in the window
-local COARSE = SHARD .. ':coarse' -- the same of those that stand in for narrower ones
+local COARSE = SHARD .. ':coarse' -- the same of those that count what narrower ones have no room for
 local IDS = SHARD .. ':events' -- ids that were counted, by how long they are kept
 local RESERVATIONS = SHARD .. ':reservations' -- ids, by when they expire
 
