@@ -170,7 +170,7 @@ class Budgets:
             raise self._limits.refusal("reservations", caller, where)
         reservation = _reservation(reply, place.token.app, reservation_id)
         if reservation.state == budget_pb2.RESERVATION_STATE_RESERVED:
-            self._replays.reserved(place.token.app, call)
+            self._replays.reserved(place.token.app, place.token.token, call)
         return budget_service_pb2.ReserveResponse(reservation=reservation)
 
     async def commit(

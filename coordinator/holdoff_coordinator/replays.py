@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import deque
+from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -29,14 +29,14 @@ log = structlog.get_logger()
 
 KEPT_US = 5 * 60 * 1_000_000
 MOST_KEPT = 10_000
-"""So much of each kind is kept of an app; of more, the oldest is left out."""
+"""So much of each kind is kept of a token; of more, the oldest is left out."""
 LOOK_SECONDS = 1.0
 _BATCH = 100
 """Events in one script call, so that none holds up the store."""
 
 
 class _Kept:
-    """What was acknowledged of one app, each with when, by the boot clock."""
+    """What was acknowledged of one token, each with when, by the boot clock."""
 
     def __init__(self) -> None:
         self.events: deque[tuple[int, str]] = deque(maxlen=MOST_KEPT)
@@ -59,18 +59,20 @@ class Replays:
     def __init__(self, scripts: Scripts, boot_us: Callable[[], int]) -> None:
         self._scripts = scripts
         self._boot_us = boot_us
-        self._kept: dict[str, _Kept] = {}
+        self._kept: defaultdict[tuple[str, str], _Kept] = defaultdict(_Kept)
+        """By app and token, so that no token's events displace another's."""
         self._due: set[str] = set()
         scripts.on_new_life = self._due.add
 
     def recorded(self, app: str, entries: Iterable[Mapping[str, Any]]) -> None:
         """Keep events, as record_events.lua took them."""
-        at_us, kept = self._boot_us(), self._of(app)
-        kept.events.extend((at_us, json.dumps(entry)) for entry in entries)
+        at_us = self._boot_us()
+        for entry in entries:
+            self._kept[app, entry["token"]].events.append((at_us, json.dumps(entry)))
 
-    def reserved(self, app: str, call: Call) -> None:
+    def reserved(self, app: str, token: str, call: Call) -> None:
         """Keep a reservation, by the arguments of reserve.lua."""
-        self._of(app).reservations.append((self._boot_us(), (*call, 0)))
+        self._kept[app, token].reservations.append((self._boot_us(), (*call, 0)))
 
     def settled(self, app: str, call: Call, reply: Reply) -> None:
         """Keep a commit or a cancel, by the arguments and the answer of commit.lua."""
@@ -83,32 +85,34 @@ class Replays:
             *(found[field] for field in ("count", "budgets", "caller", "token", "place")),
             reply.now_us - reserved_us,
         )
-        self._of(app).settled.append((self._boot_us(), (call, reservation)))
-
-    def _of(self, app: str) -> _Kept:
-        return self._kept.setdefault(app, _Kept())
+        kept = self._kept[app, found["token"].decode()]
+        kept.settled.append((self._boot_us(), (call, reservation)))
 
     async def replay_forever(self) -> None:
         """Look each second at the apps with something kept; replay those with another life."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             before_us = self._boot_us() - KEPT_US
-            self._kept = {app: kept for app, kept in self._kept.items() if kept.forget(before_us)}
+            for key, kept in list(self._kept.items()):
+                if not kept.forget(before_us):
+                    del self._kept[key]
+            apps = {app for app, _ in self._kept}
             try:
-                for app in await self._scripts.changed([*self._kept]):
+                for app in await self._scripts.changed(sorted(apps)):
                     await self._scripts.run("upgrade", app)  # whose answer tells the new life
             except Failure as failure:
                 warn("a store that may have lost events cannot be asked", failure.reason)
-            self._due.intersection_update(self._kept)
+            self._due.intersection_update(apps)
             for app in sorted(self._due):
+                self._due.discard(app)
                 try:
-                    await self._replay(app, self._kept[app])
+                    for key in [key for key in self._kept if key[0] == app]:
+                        await self._replay(app, self._kept[key])
                 except Failure as failure:
                     self._due.add(app)
                     warn("what a store may have lost cannot be sent again", failure.reason, app=app)
 
     async def _replay(self, app: str, kept: _Kept) -> None:
-        self._due.discard(app)
         events, reservations, settled = [*kept.events], [*kept.reservations], [*kept.settled]
         new_events = new_reservations = 0
         for first in range(0, len(events), _BATCH):

@@ -16,7 +16,8 @@ from holdoff._reporting import Reporter
 from holdoff._spool import Spool
 from holdoff.cli._conduct import Conduct
 from holdoff.policies import presets
-from holdoff.v1 import budget_pb2, budget_service_pb2, lease_service_pb2
+from holdoff.v1 import admin_service_pb2, budget_pb2, budget_service_pb2, lease_service_pb2
+from holdoff_coordinator import replays
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.gate import AccessFile
@@ -306,6 +307,18 @@ def test_back_offs_of_one_token_leave_room_for_others(app: App, store: redis.Red
     assert store.zcard(f"{app.shard}:backoffs") < 700
 
 
+def test_what_one_token_reports_displaces_nothing_that_may_be_sent_again(
+    app: App, guarded: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator keeps what it acknowledged of a token, however much another one reports."""
+    monkeypatch.setattr(replays, "MOST_KEPT", 3)
+    app.on_b.report(event(app.b, status=400))
+    app.on_a.report(*(event(app.a, status=400) for _ in range(5)))
+    kept = guarded.coordinator._replays._kept
+    name = app.name.removeprefix("apps/")
+    assert [len(kept[name, token].events) for token in ("a", "b")] == [3, 1]
+
+
 def test_errors_of_one_token_push_out_no_others(app: App) -> None:
     """The list of recent errors is a token's own."""
     app.on_b.report(event(app.b, status=404, endpoint="own"))
@@ -349,6 +362,22 @@ def test_a_shared_scope_is_shown_to_those_that_use_it(app: App) -> None:
     assert refusal(lambda: app.on_a.GetBudget(request)) == "BUDGET_NOT_FOUND"
     app.on_a.report(event(app.a, CALL, division="payroll"))
     assert [one.used for one in app.on_a.budgets(app.name)] == [2, 2]
+
+
+def test_errors_of_one_token_say_nothing_of_the_probe_of_another(app: App) -> None:
+    """A reporter of A cannot keep B's job from showing that a back-off of the app is over."""
+    offer = app.on_b.hold(app.b)
+    back_off = admin_service_pb2.SetBackOffRequest(length=duration(1), reason="a test")
+    back_off.scope.app = app.name
+    app.operator.SetBackOff(back_off)
+    key = {"name": offer.lease.name, "secret": offer.secret}
+    stream = app.on_b.FollowLease(lease_service_pb2.FollowLeaseRequest(**key))
+    run = lease_service_pb2.HOLDER_INSTRUCTION_RUN
+    assert any(told.instruction == run for told in stream)  # it is the probe
+    app.on_a.report(event(app.a, status=400))
+    app.on_b.ReleaseLease(lease_service_pb2.ReleaseLeaseRequest(**key))
+    stream.cancel()
+    assert not app.on_b.back_offs(app.name)
 
 
 # Blocks of the app ------------------------------------------------------------
@@ -438,6 +467,17 @@ def test_a_second_token_confirms_a_block_of_the_app(app: App) -> None:
     app.create(f"{app.name}/tokens/c")
     assert waits(app.operator, f"{app.name}/tokens/c") > 86_000
     assert "only one" not in app.on_b.explain(app.b).message
+
+
+def test_a_claim_that_is_over_confirms_nothing(app: App, store: redis.Redis) -> None:
+    """The holder of B alone stops the app no longer because the holder of A did so before."""
+    on_a, on_b = app.on_a.hold(app.a), app.on_b.hold(app.b)
+    app.on_a.report(block_of(app, on_a))
+    [name] = [one.name for one in app.on_b.back_offs(app.name)]
+    store.hset(f"{app.shard}:backoff:{name.rpartition('/')[2]}", "claim_until_us", "1")
+    app.on_b.report(block_of(app, on_b))
+    app.create(f"{app.name}/tokens/c")
+    assert 200 < waits(app.operator, f"{app.name}/tokens/c") <= 300
 
 
 def test_a_confirmation_that_names_no_time_lasts_as_long_as_the_policy_says(app: App) -> None:

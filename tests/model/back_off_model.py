@@ -263,8 +263,14 @@ class Model(model.Model):
 
     def _probes_err(self, token: str, place: Place, at: int) -> None:
         for one in self.subject_to(token, [place]):
-            if one.probe and at >= one.probe_since:
+            if one.probe and at >= one.probe_since and self._token_of(one.probe) == token:
                 one.erred = max(one.erred, at)
+
+    def _token_of(self, caller: str) -> str:
+        kind, _, reservation = caller.partition(":")
+        if kind == "reservation":
+            return self.places[reservation][0]
+        return self.requests[caller].token
 
     def _end(self, token: Token, state: str, refreshed: int | None) -> None:
         assert token.lease

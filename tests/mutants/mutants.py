@@ -329,6 +329,20 @@ MUTANTS = [
         f"{TESTS}/test_isolation.py::test_a_holder_alone_blocks_the_app_once",
     ),
     Mutant(
+        "errors of one token say nothing of the probe of another",
+        f"{LUA}/backoffs.lua",
+        "at >= number(one.probe_us) and is_ours(one.probe)",
+        "at >= number(one.probe_us)",
+        f"{TESTS}/test_isolation.py::test_errors_of_one_token_say_nothing_of_the_probe_of_another",
+    ),
+    Mutant(
+        "a claim that is over confirms nothing",
+        f"{LUA}/budgets.lua",
+        "claim ~= '' and at <= number(one.claim_until_us)",
+        "claim ~= ''",
+        f"{TESTS}/test_isolation.py::test_a_claim_that_is_over_confirms_nothing",
+    ),
+    Mutant(
         "a holder proves its lease",
         f"{COORDINATOR}/budgets.py",
         "is_holder = secret_hash and",

@@ -403,10 +403,14 @@ local function caller_ended(caller, well)
   give_up_turn(caller)
 end
 
--- An error counts against those who probe its place.
+-- An error counts against those of its token who probe its place.
 local function probes_err(token, place, at)
+  local function is_ours(probe)
+    local reservation = probe:match('^reservation:(.*)')
+    return redis.call('HGET', reservation and reservation_key(reservation) or request_key(probe), 'token') == token
+  end
   for _, one in ipairs(subject_to(token, {place})) do
-    if one.probe and at >= number(one.probe_us) then
+    if one.probe and at >= number(one.probe_us) and is_ours(one.probe) then
       put(back_off_key(one.id), one, {erred_us = math.max(number(one.erred_us), at)})
     end
   end

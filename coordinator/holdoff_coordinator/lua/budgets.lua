@@ -5,7 +5,8 @@
 -- statuses, token, division, endpoint, by, coarser}, which the coordinator works
 -- out from the policy. `by` is the token whose event it is. `coarser` are the
 -- scopes, each {id, token, division, endpoint}, in which it counts instead where
--- that token has opened too many: the last of them is the whole token. Its events are kept in a log of at most the window's length. A
+-- that token has opened too many: the last of them is the whole token. The events
+-- of a budget are kept in a log of at most the window's length. A
 -- log that is exact has an entry an event; where the limit is large (grain_us
 -- above 0), or once it has LOG_MOST entries, events share the entry of a slice
 -- of time and count as if they happened at its end: never too few, and none
@@ -16,7 +17,7 @@ local OLDEST_US = 24 * 3600 * SECOND -- a report may be this old
 local RESERVED_MOST = 3600 * SECOND -- also in budgets.py
 
 local BUDGETS = SHARD .. ':budgets' -- ids, by when nothing is left in the window
-local COARSE = SHARD .. ':coarse' -- the same of those that stand in for narrower ones
+local COARSE = SHARD .. ':coarse' -- the same of those that count what narrower ones have no room for
 local IDS = SHARD .. ':events' -- ids that were counted, by how long they are kept
 local RESERVATIONS = SHARD .. ':reservations' -- ids, by when they expire
 
@@ -406,14 +407,22 @@ do -- its own locals: Lua allows 200 in all
 
   -- What a reported block makes quiet: the policy's scope, if it is the token's own, or the reporter
   -- may speak for the whole app. Else it is the token, and with it, where a holder of the token
-  -- reports, the policy's scope: once, as a claim, or for good where another token claimed it.
+  -- reports, the policy's scope: once, as a claim, or for good where another token claims it. A
+  -- claim stands for as long as its token is blocked by it.
   function block(told, at)
     if told.token ~= '' or told.for_app then return block_scope(told, told.id, told, at) end
     block_scope(told, told.own, {token = told.by, division = '', endpoint = ''}, at)
     if not was_held(told.by, told.lease, at) then return end
     local one = back_off_record(told.id)
     local claim = at - number(one.until_us) <= told.forget_us and one.claim or ''
-    if claim ~= told.by then block_scope(told, told.id, told, at, claim == '' and told.by or nil) end
+    if claim ~= told.by then
+      local confirms = claim ~= '' and at <= number(one.claim_until_us)
+      block_scope(told, told.id, told, at, not confirms and told.by or nil)
+    end
+    one = back_off_record(told.id) -- which there may not have been
+    if one.claim == told.by then
+      put(back_off_key(told.id), one, {claim_until_us = number(back_off_record(told.own).until_us)})
+    end
   end
 end
 
