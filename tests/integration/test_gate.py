@@ -13,9 +13,11 @@ import trustme
 
 from holdoff._status import from_rpc_error
 from holdoff.v1 import audit_pb2, lease_service_pb2, lease_service_pb2_grpc, token_service_pb2
+from holdoff_coordinator import commands
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.gate import AccessFile
+from holdoff_coordinator.settings import Settings
 from holdoff_coordinator.tls import Certificates, TlsFiles
 from tests.harness import NO_PROXY, Replica, ask, wait_until
 from tests.integration.test_audit import trail
@@ -38,9 +40,8 @@ class Guarded:
         self.token = f"apps/{self.app}/tokens/t"
         self.path = folder / "access.toml"
         self.grant(f"credential:{self.who}")
-        self.replica = Replica(
-            store_url, access=AccessFile(self.path), metrics_listen="127.0.0.1:0"
-        )
+        self.access = AccessFile(self.path)
+        self.replica = Replica(store_url, access=self.access, metrics_listen="127.0.0.1:0")
 
     def grant(self, *identities: str) -> None:
         """Write the access file, at once."""
@@ -214,6 +215,17 @@ class Calling:
     def ListAuditEvents(self, request: Any) -> Any:  # noqa: N802
         """List the trail."""
         return self._replica.admin.ListAuditEvents(request, metadata=self._metadata)
+
+
+def test_a_reload_without_an_access_file(guarded: Guarded) -> None:
+    """SIGHUP reads the other files all the same.
+
+    Fails when the missing file ends the reload.
+    """
+    guarded.path.unlink()
+    with structlog.testing.capture_logs() as lines:
+        commands._reload(Settings(), guarded.replica.coordinator, guarded.access)
+    assert lines[-1]["event"] == "reloaded"
 
 
 async def test_an_access_file_that_is_wrong_changes_nothing(guarded: Guarded) -> None:
