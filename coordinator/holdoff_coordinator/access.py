@@ -220,8 +220,15 @@ def read_access(path: Path) -> Sequence[Grant]:
         ) from None
     for name in (name for grant in grants for name in grant.identities):
         if name.partition(":")[0] not in IDENTITY_TYPES:
-            lines = text.splitlines()
-            line = next((n for n, line in enumerate(lines, 1) if name in line.partition("#")[0]), 1)
+            typed = (f'"{name}"', f"'{name}'")
+            line = next(
+                (
+                    number
+                    for number, line in enumerate(text.splitlines(), 1)
+                    if any(one in line for one in typed) and not line.lstrip().startswith("#")
+                ),
+                1,
+            )
             raise AccessError(
                 f"{path}:{line}: the identity {quoted(name)} has no type: write "
                 f'"credential:{quoted(name)[1:-1]}" for a credential, or for a name in a client '

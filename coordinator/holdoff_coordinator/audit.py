@@ -13,7 +13,7 @@ import base64
 import binascii
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -35,6 +35,8 @@ log = structlog.get_logger()
 FIRST_WINDOW_SECONDS = 60.0
 LONGEST_WINDOW_SECONDS = 3600.0
 """Refusals of one caller for one reason are added up for so long, twice as long each time."""
+MOST_DIFFERENT = 10
+"""So many different ones are entries of their own in that time."""
 _FLUSH_SECONDS = 1.0
 _LAST = (1 << 62, 0, "")
 _POWER_OF_TEN = re.compile(rb"10*")
@@ -47,6 +49,8 @@ class _Repeated:
 
     window_seconds: float
     until: float
+    known: set[tuple[str, ...]] = field(default_factory=set)
+    """Those that are: from where, for what, and about what."""
     count: int = 0
     first_us: int = 0
     last: Mapping[str, str] | None = None
@@ -104,7 +108,7 @@ class AuditTrail:
         self.on_event(flat)
 
     async def refused(self, caller: Caller, call: str, where: str, reason: str) -> None:
-        """Add a call that was refused; of what follows in a while only how many there were."""
+        """Add a call that was refused; of many like it only how many there were."""
         entry = {
             "kind": "CALL_REFUSED",
             "resource": where,
@@ -113,16 +117,19 @@ class AuditTrail:
             "reason": f"{call}: {reason}",
         }
         self.on_event({b"kind": b"CALL_REFUSED", b"resource": b""})
-        key = caller.identity, reason
-        if known := self._repeated.get(key):
-            known.count += 1
-            known.first_us = known.first_us or time.time_ns() // 1000
-            known.last = entry
-            return
-        self._repeated[key] = _Repeated(
-            FIRST_WINDOW_SECONDS, time.monotonic() + FIRST_WINDOW_SECONDS
+        host = caller.peer.rpartition(":")[0]
+        repeated = self._repeated.setdefault(
+            (caller.identity, reason),
+            _Repeated(FIRST_WINDOW_SECONDS, time.monotonic() + FIRST_WINDOW_SECONDS),
         )
-        await self._add(REFUSALS, entry)
+        this = host, call, where
+        if this not in repeated.known and len(repeated.known) < MOST_DIFFERENT:
+            repeated.known.add(this)
+            await self._add(REFUSALS, entry)
+            return
+        repeated.count += 1
+        repeated.first_us = repeated.first_us or time.time_ns() // 1000
+        repeated.last = entry
 
     async def access_changed(self, reason: str) -> None:
         """Add that the access file was read again, or is of no use."""
@@ -138,14 +145,14 @@ class AuditTrail:
 
     async def flush(self, now: float) -> None:
         """Add the refusals whose time is over at an instant."""
-        for key, known in list(self._repeated.items()):
-            if now < known.until:
+        for key, one in list(self._repeated.items()):
+            if now < one.until:
                 continue
-            if known.last is None:
+            if one.last is None:
                 del self._repeated[key]
                 continue
-            entry = {**known.last, "count": str(known.count), "first_us": str(known.first_us)}
-            longer = min(2 * known.window_seconds, LONGEST_WINDOW_SECONDS)
+            entry = {**one.last, "count": str(one.count), "first_us": str(one.first_us)}
+            longer = min(2 * one.window_seconds, LONGEST_WINDOW_SECONDS)
             self._repeated[key] = _Repeated(longer, now + longer)
             await self._add(REFUSALS, entry)
 

@@ -392,7 +392,7 @@ def _reload(settings: Settings, coordinator: Coordinator, access: AccessFile | N
             "policies stay as they were", folder=str(settings.policy_dir), reason=str(error)
         )
     if access:
-        access.grants()
+        access.look()
     log.info("reloaded")
 
 

@@ -8,11 +8,13 @@ the caller is known.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from holdoff_coordinator import validation
 from holdoff_coordinator.budgets import MOST_EVENTS
@@ -22,8 +24,6 @@ from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
-
-    from google.protobuf.message import Message
 
 MOST_ENTRIES = {
     "google.protobuf.FieldMask.paths": 20,
@@ -85,23 +85,18 @@ def _check_size(message: Message, where: str = "") -> None:
         most = MOST_ENTRIES.get(field.full_name, 0)
         if len(value) > most:
             raise invalid(path, f"must be at most {most}")
-        if field.message_type and field.message_type.GetOptions().map_entry:
-            kinds = field.message_type.fields_by_name
-            for key, one in value.items():
-                _check_value(kinds["key"], path, key)
-                _check_value(kinds["value"], path, one)
-        else:
-            for one in value:
-                _check_value(field, path, one)
+        ones = chain(*value.items()) if isinstance(value, Mapping) else value
+        for one in ones:
+            _check_value(field, path, one)
 
 
 def _check_value(field: Any, path: str, value: Any) -> None:
-    if field.message_type:
-        _check_size(value, f"{path}.")
-    elif isinstance(value, str | bytes):
+    if isinstance(value, str | bytes):
         most = TEXTS.get(field.full_name, MOST_CHARACTERS)
         if len(value) > most:
             raise invalid(path, f"must be at most {most} characters")
+    elif isinstance(value, Message):
+        _check_size(value, f"{path}.")
 
 
 class Reading(grpc.aio.ServerInterceptor):

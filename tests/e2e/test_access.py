@@ -534,14 +534,16 @@ def test_a_refusal_is_in_the_audit_trail_once_a_minute(service: GuardedService) 
     Fails when a flood of refusals fills the trail, or a refusal is not recorded.
     """
     with service.client(service.issue("nosy")) as nosy:
-        for number in range(20):
+        for number in range(40):
             with pytest.raises(holdoff.errors.NotAllowed):
                 nosy.get_token(f"{THEIRS}{number or ''}")
     operator = {"HOLDOFF_CREDENTIAL_FILE": str(service.issue("operator"))}
     asked = ("audit", "--kind", "call-refused", "--output", "json")
     events = json.loads(service.invoke(*asked, **operator).stdout)["events"]
-    [one] = [event for event in events if event["identity"] == "credential:nosy"]
-    assert (one["resource"], one["reason"]) == (THEIRS, "GetToken: NOT_ALLOWED")
+    found = [event for event in events if event["identity"] == "credential:nosy"]
+    assert len(found) <= 2 * 11  # the minute may end meanwhile
+    [one] = [event for event in found if event["resource"] == THEIRS]
+    assert one["reason"] == "GetToken: NOT_ALLOWED"
     assert one["peer"].startswith("ipv4:127.0.0.1:")
     table = service.invoke("audit", THEIRS, "--since", "1h", **operator)
     assert table.exit_code == 0, table.stderr

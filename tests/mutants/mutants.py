@@ -571,8 +571,13 @@ MUTANTS = [
     ),
     Mutant(
         "refusals of one caller are added up",
-        *(f"{COORDINATOR}/audit.py", "if known := self._repeated.get(key):", "if known := None:"),
+        *(f"{COORDINATOR}/audit.py", "if this not in repeated.known and", "if"),
         f"{TESTS}/test_audit.py::test_a_wrong_secret_is_a_refusal",
+    ),
+    Mutant(
+        "different refusals of one caller are added up too",
+        *(f"{COORDINATOR}/audit.py", " and len(repeated.known) < MOST_DIFFERENT", ""),
+        "tests/e2e/test_access.py::test_a_refusal_is_in_the_audit_trail_once_a_minute",
     ),
     Mutant(
         "lists, maps and texts of requests are bounded",
