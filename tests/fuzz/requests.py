@@ -517,11 +517,11 @@ class World:
         return time.clock_gettime(clock), ticks / os.sysconf("SC_CLK_TCK")
 
     def _keys(self, app: str) -> int:
-        return sum(1 for _ in self._store.scan_iter(f"holdoff:{{{app}}}:*", count=10_000))
+        return sum(1 for _ in self._store.scan_iter(f"*{{{app}}}*", count=10_000))
 
     def _forget(self, app: str) -> None:
         """Take away an app, so that inputs do not see each other's."""
-        keys = list(self._store.scan_iter(f"holdoff:{{{app}}}:*", count=10_000))
+        keys = list(self._store.scan_iter(f"*{{{app}}}*", count=10_000))
         self._store.srem("holdoff:apps", app)
         self._store.delete(*keys, "")
 
