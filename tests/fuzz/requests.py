@@ -443,7 +443,7 @@ class World:
         reserve = budget_service_pb2.ReserveRequest(
             reservation_id=RESERVATION_ID, scope=scope, kind=budget_pb2.EVENT_KIND_CALL, count=1
         )
-        reserve.ttl.seconds = 60
+        reserve.ttl.seconds = 3600  # one that runs out counts as an error
         self._send(reporter, "BudgetService/Reserve", reserve)
         quiet = admin_service_pb2.SetBackOffRequest(reason="a test")
         quiet.scope.app, quiet.scope.division = f"apps/{app}", DIVISION["division"]
