@@ -67,6 +67,11 @@ KNOWN: tuple[Known, ...] = (
         "a malformed form gets 500",
         says=r"await request\.post\(\)",
     ),
+    Known(
+        "simulator/part-without-a-header-name",
+        "a malformed form of several parts gets 500",
+        looks_like=rb"(?i)content-type: *multipart",
+    ),
     *(
         Known(f"{target}/{file}", "such TOML is refused without the line", says=says)
         for target in ("policies", "access", "seeds")
