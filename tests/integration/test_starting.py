@@ -291,10 +291,9 @@ def test_idle_apps_cost_a_start_nothing(
     url = start_valkey().url
     with Replica(url) as first:
         busy = first.create_token(0.0).split("/")[1]
-        for _ in range(3):
-            first.create_token(0.0)
+        idle = {first.create_token(0.0).split("/")[1] for _ in range(3)}
         first.hold(f"apps/{busy}/tokens/t")
-        ran, run = set[str](), Scripts.run
+        ran, run = set[str](), Scripts.run  # also of coordinators that other tests share
 
         async def counted(self: Scripts, name: str, app: str, *args: Any, **options: Any) -> Any:
             ran.add(app)
@@ -303,5 +302,5 @@ def test_idle_apps_cost_a_start_nothing(
         monkeypatch.setattr(Scripts, "run", counted)
         with Replica(url):
             first.stop()  # the other one sweeps now
-            wait_until(lambda: ran)
-        assert ran == {busy}
+            wait_until(lambda: busy in ran)
+        assert not ran & idle
