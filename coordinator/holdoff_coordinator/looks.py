@@ -1,9 +1,8 @@
 """Looks for changes of apps, for all watchers of this replica at once.
 
-Four times a second all apps that somebody watches are looked at, in one round trip a node; without
-watchers nothing is read. A watcher hears of its own apps only, and only when they changed. A look
-at many apps takes a while: the pause after it is longer then, so that watching costs at most a
-tenth of the time.
+Four times a second all watched apps are read, in one round trip per node; without watchers nothing
+is read. A watcher is notified of its own apps only, and only when they changed. After a look at
+many apps, which takes longer, the pause is longer too: watching costs at most a tenth of the time.
 """
 
 from __future__ import annotations
@@ -47,12 +46,12 @@ class Watcher:
         self._moved: set[str] = set()
         self._failure: Failure | None = None
         self.was_shown = False
-        """Its apps were looked at since it came, so that it hears of what they are."""
+        """Its apps were read since it joined."""
 
     def concerns(self, app: str) -> bool:
-        """Whether it watches an app, which it may see, or could once.
+        """Whether it watches an app that it may see, or could see before.
 
-        One that it may see no more has to be told so with the next news.
+        If it lost its rights, the next change of the app ends it.
         """
         if self.app not in (None, app):
             return False
@@ -104,7 +103,7 @@ class Looks:
 
     @contextlib.contextmanager
     def joined(self, watcher: Watcher) -> Iterator[None]:
-        """Look at the apps of a watcher in the block; it hears of all of them at first."""
+        """Look at the apps of a watcher in the block; it is notified of all of them first."""
         self._watchers.add(watcher)
         self._wanted.set()
         if self._looking is None:

@@ -315,10 +315,10 @@ class Metrics(grpc.aio.ServerInterceptor):
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def _look(self) -> None:
-        """Read how the apps stand; of a store that is away nothing is told.
+        """Read the state of the apps; without a store there are no gauges of apps.
 
-        Whether the store answers is one thing, and whether all apps could be read in time another:
-        the next look begins with those that were not.
+        The store is up if it answers, also if not all apps could be read in time. The next look
+        begins with those that were not read.
         """
         apps: list[str] = []
         try:

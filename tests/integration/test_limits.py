@@ -220,7 +220,7 @@ def test_a_watcher_costs_only_what_it_may_see(
         budgets.cancel()
 
 
-def test_slow_lists_hold_up_nobody_else(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_lists_delay_no_other_call(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one caller's lists hang, it renews, others list, and its fifth list is refused.
 
     Fails when lists of one caller take all turns, or a renewal waits behind them.

@@ -250,9 +250,7 @@ def test_losing_the_terminal_drains(start_valkey: StartValkey, *, nohup: bool) -
             assert program.ended() == 0
 
 
-@pytest.mark.parametrize(
-    "command", ["token issue me --output-file -", "token list", "after-restore"]
-)
+@pytest.mark.parametrize("command", ["token issue me", "token list", "after-restore"])
 def test_no_second_store_is_begun(tmp_path: Path, command: str) -> None:
     """A command for operators refuses a directory without a store, names it, and makes nothing."""
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
@@ -275,16 +273,7 @@ def test_the_log_names_the_directory(tmp_path: Path) -> None:
     with Program("--data-dir", str(tmp_path / "data")) as program:
         assert program.said("the store is an embedded one")["data_dir"] == str(tmp_path / "data")
         program.said("serving")
-        issue = [
-            COORDINATOR,
-            "token",
-            "issue",
-            "me",
-            "--output-file",
-            "-",
-            "--data-dir",
-            str(tmp_path / "data"),
-        ]
+        issue = [COORDINATOR, "token", "issue", "me", "--data-dir", str(tmp_path / "data")]
         issued = subprocess.run(issue, capture_output=True, check=True, timeout=30)
         assert issued.stdout
         program.process.terminate()
@@ -301,10 +290,10 @@ def test_idle_apps_cost_a_start_nothing(
     """
     url = start_valkey().url
     with Replica(url) as first:
-        apps = [first.create_token(0.0).split("/")[1] for _ in range(4)]
-        busy = apps[0]
+        busy = first.create_token(0.0).split("/")[1]
+        idle = {first.create_token(0.0).split("/")[1] for _ in range(3)}
         first.hold(f"apps/{busy}/tokens/t")
-        ran, run = set[str](), Scripts.run
+        ran, run = set[str](), Scripts.run  # also of coordinators that other tests share
 
         async def counted(self: Scripts, name: str, app: str, *args: Any, **options: Any) -> Any:
             ran.add(app)
@@ -314,4 +303,4 @@ def test_idle_apps_cost_a_start_nothing(
         with Replica(url):
             first.stop()  # the other one sweeps now
             wait_until(lambda: busy in ran)
-        assert ran.intersection(apps) == {busy}  # other coordinators may run beside this one
+        assert not ran & idle

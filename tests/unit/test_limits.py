@@ -34,7 +34,7 @@ async def settled() -> None:
 
 
 class Work:
-    """Work of a caller that goes on until it is told to end."""
+    """Work of a caller that continues until `end`."""
 
     def __init__(self, started: list[str], caller: str, turns: Turns) -> None:
         self._started, self._caller, self._turns = started, caller, turns
@@ -73,8 +73,8 @@ async def test_callers_take_turns() -> None:
     assert started.count("alice") == 10
 
 
-async def test_a_turn_that_nobody_wants_any_more_is_passed_on() -> None:
-    """A caller that gives up, before its turn or as it comes, costs no turn."""
+async def test_a_turn_of_a_cancelled_caller_is_passed_on() -> None:
+    """A caller that is cancelled before its turn, or in the moment it gets it, costs no turn."""
     started: list[str] = []
     turns = Turns(1, 1)
     first = turns.taken("alice")
@@ -83,7 +83,7 @@ async def test_a_turn_that_nobody_wants_any_more_is_passed_on() -> None:
     await settled()
     second.task.cancel()
     await settled()
-    await first.__aexit__(None, None, None)  # the turn is carol's now, who has not heard of it
+    await first.__aexit__(None, None, None)  # the turn is carol's now, whose task has not run yet
     third.task.cancel()
     await settled()
     last = Work(started, "dave", turns)
