@@ -84,7 +84,9 @@ class As:
         replica = self._replica
         for stub in (replica.leases, replica.tokens, replica.budgets, replica.admin):
             if hasattr(stub, name):
-                return lambda request: getattr(stub, name)(request, metadata=self._metadata)
+                return lambda request: getattr(stub, name)(
+                    request, metadata=self._metadata, timeout=50
+                )
         raise AttributeError(name)
 
     def report(self, *events: budget_pb2.Event) -> list[int]:
@@ -364,20 +366,50 @@ def test_a_shared_scope_is_shown_to_those_that_use_it(app: App) -> None:
     assert [one.used for one in app.on_a.budgets(app.name)] == [2, 2]
 
 
-def test_errors_of_one_token_say_nothing_of_the_probe_of_another(app: App) -> None:
-    """A reporter of A cannot keep B's job from showing that a back-off of the app is over."""
-    offer = app.on_b.hold(app.b)
+def pause(app: App) -> None:
+    """Let the app back off for a second."""
     back_off = admin_service_pb2.SetBackOffRequest(length=duration(1), reason="a test")
     back_off.scope.app = app.name
     app.operator.SetBackOff(back_off)
-    key = {"name": offer.lease.name, "secret": offer.secret}
-    stream = app.on_b.FollowLease(lease_service_pb2.FollowLeaseRequest(**key))
+
+
+def runs(stream: Any) -> bool:
+    """Wait until a holder may go on."""
     run = lease_service_pb2.HOLDER_INSTRUCTION_RUN
-    assert any(told.instruction == run for told in stream)  # it is the probe
+    return any(told.instruction == run for told in stream)
+
+
+def test_errors_of_one_token_say_nothing_of_the_probe_of_another(app: App) -> None:
+    """A reporter of A cannot keep B's job from showing that a back-off of the app is over."""
+    offer = app.on_b.hold(app.b)
+    key: dict[str, Any] = {"name": offer.lease.name, "secret": offer.secret}
+    pause(app)
+    stream = app.on_b.FollowLease(lease_service_pb2.FollowLeaseRequest(**key))
+    assert runs(stream)  # it is the probe
     app.on_a.report(event(app.a, status=400))
     app.on_b.ReleaseLease(lease_service_pb2.ReleaseLeaseRequest(**key))
     stream.cancel()
     assert not app.on_b.back_offs(app.name)
+
+
+def test_a_probe_that_errs_for_three_minutes_gives_way(app: App, store: redis.Redis) -> None:
+    """A job of A that errs and errs cannot keep B's from going first."""
+    offers = app.on_a.hold(app.a), app.on_b.hold(app.b)
+    pause(app)
+    follow = [
+        lease_service_pb2.FollowLeaseRequest(name=one.lease.name, secret=one.secret)
+        for one in offers
+    ]
+    first = app.on_a.FollowLease(follow[0])
+    assert runs(first)
+    second = app.on_b.FollowLease(follow[1])
+    assert next(second).instruction == lease_service_pb2.HOLDER_INSTRUCTION_BE_QUIET
+    [name] = [one.name for one in app.on_b.back_offs(app.name)]
+    app.on_a.report(event(app.a, status=400))
+    store.hincrby(f"{app.shard}:backoff:{name.rpartition('/')[2]}", "probe_us", -200_000_000)
+    assert runs(second)
+    first.cancel()
+    second.cancel()
 
 
 # Blocks of the app ------------------------------------------------------------

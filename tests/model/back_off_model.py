@@ -178,7 +178,11 @@ class Model(model.Model):
         for one in self.live():
             found |= {one.until, one.until + DAY}
             if one.probe:
-                found |= {one.probe_since + MINUTE, one.erred + MINUTE}
+                found |= {
+                    one.probe_since + MINUTE,
+                    one.probe_since + 3 * MINUTE,
+                    one.erred + MINUTE,
+                }
             if one.state == "REOPENING":
                 found |= {one.reopened + n * one.step for n in range(1, len(one.order) + 2)}
         return sorted(instant for instant in found if instant >= now)
@@ -195,12 +199,17 @@ class Model(model.Model):
             if one.probe and not self.alive(one.probe):
                 self._drop_probe(one)
             if one.probe:
-                if self.now - max(one.probe_since, one.erred) >= MINUTE:
-                    self._reopen(one)
+                self._settle_probe(one)
             elif self.now - one.until > DAY:
                 self._end_back_off(one)
         if one.state == "REOPENING" and self.now >= one.start_of(""):
             self._end_back_off(one)
+
+    def _settle_probe(self, one: BackOff) -> None:
+        if self.now - max(one.probe_since, one.erred) >= MINUTE:
+            self._reopen(one)
+        elif self.now - one.probe_since >= 3 * MINUTE:
+            self._drop_probe(one)
 
     def alive(self, caller: str) -> bool:
         """Tell whether a caller that went on may still run."""

@@ -336,6 +336,13 @@ MUTANTS = [
         f"{TESTS}/test_isolation.py::test_errors_of_one_token_say_nothing_of_the_probe_of_another",
     ),
     Mutant(
+        "a probe that errs and errs gives way",
+        f"{LUA}/backoffs.lua",
+        "elseif now - number(one.probe_us) >= 3 * PROBE_FOR then",
+        "elseif false then",
+        f"{TESTS}/test_isolation.py::test_a_probe_that_errs_for_three_minutes_gives_way",
+    ),
+    Mutant(
         "a claim that is over confirms nothing",
         f"{LUA}/budgets.lua",
         "claim ~= '' and at <= number(one.claim_until_us)",

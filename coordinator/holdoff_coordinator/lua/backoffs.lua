@@ -132,7 +132,11 @@ local function settle_back_off(one)
     if one.probe and not probe_lives(one) then drop_probe(one) end
     if one.probe then
       local clean_since = math.max(number(one.probe_us), number(one.erred_us))
-      if now - clean_since >= PROBE_FOR then reopen(one) end
+      if now - clean_since >= PROBE_FOR then
+        reopen(one)
+      elseif now - number(one.probe_us) >= 3 * PROBE_FOR then
+        drop_probe(one) -- it errs and errs: the next one may do better
+      end
     elseif now - number(one.until_us) > FORGET_US then
       end_back_off(one)
     end
