@@ -250,7 +250,9 @@ def test_losing_the_terminal_drains(start_valkey: StartValkey, *, nohup: bool) -
             assert program.ended() == 0
 
 
-@pytest.mark.parametrize("command", ["token issue me", "token list", "after-restore"])
+@pytest.mark.parametrize(
+    "command", ["token issue me --output-file -", "token list", "after-restore"]
+)
 def test_no_second_store_is_begun(tmp_path: Path, command: str) -> None:
     """A command for operators refuses a directory without a store, names it, and makes nothing."""
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
@@ -273,7 +275,16 @@ def test_the_log_names_the_directory(tmp_path: Path) -> None:
     with Program("--data-dir", str(tmp_path / "data")) as program:
         assert program.said("the store is an embedded one")["data_dir"] == str(tmp_path / "data")
         program.said("serving")
-        issue = [COORDINATOR, "token", "issue", "me", "--data-dir", str(tmp_path / "data")]
+        issue = [
+            COORDINATOR,
+            "token",
+            "issue",
+            "me",
+            "--output-file",
+            "-",
+            "--data-dir",
+            str(tmp_path / "data"),
+        ]
         issued = subprocess.run(issue, capture_output=True, check=True, timeout=30)
         assert issued.stdout
         program.process.terminate()

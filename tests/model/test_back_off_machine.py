@@ -288,7 +288,7 @@ class BackOffMachine(RuleBasedStateMachine):
             self._run("sweep", 100)
         left = self.store.wait(self.shard, self.now + 8 * DAY)
         self.store.client.delete(*self.store.client.keys(f"*{{{self.app}}}*"))
-        kept = re.compile(rb":(tokens|changes|audit|(token|history|lease):.*)$")
+        kept = re.compile(rb":(tokens|changes|audit|security|(token|history|lease):.*)$")
         assert not [key for key in left if not kept.search(key)], "something is kept for ever"
 
     # Running a script --------------------------------------------------------

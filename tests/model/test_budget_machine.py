@@ -209,7 +209,8 @@ class BudgetMachine(RuleBasedStateMachine):
         self.now += 2 * DAY + 2 * LONGEST + 3600 * SECOND
         left = self.store.wait(self.shard, self.now)
         self.store.client.delete(*self.store.client.keys(f"{self.shard}:*"))
-        left.pop(f"{self.shard}:audit".encode(), None)
+        for stream in ("audit", "security"):
+            left.pop(f"{self.shard}:{stream}".encode(), None)
         assert not left, "something is kept for ever"
 
     def _run(self, script: str, *args: str | int) -> list[Any]:
