@@ -1,6 +1,6 @@
 """HTTP of the simulated provider, byte by byte.
 
-An input is what a client sends on one connection; `_TOKEN` in it stands for a valid access token.
+An input is what a client sends on one connection. No access token in it is valid.
 """
 
 from __future__ import annotations
