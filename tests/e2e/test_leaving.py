@@ -457,6 +457,7 @@ async def test_no_call_goes_through_a_proxy(
     """
     token = service.create_token(f"proxy-{variable.replace('_', '-')}", "0s")
     (tmp_path / "credential").write_text("0123456789ab.secret\n")
+    (tmp_path / "credential").chmod(0o600)
     with Cable(service.address) as proxy:
         for one in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
             monkeypatch.delenv(one, raising=False)

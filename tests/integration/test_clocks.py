@@ -195,7 +195,7 @@ def test_a_gain_is_noted_once(valkey: Server, plain: redis.Redis) -> None:
 
         first_us = wait_until(noted_until_us)
         wait_until(lambda: noted_until_us() and now_us(plain) > first_us + 500_000)
-        assert noted_until_us() - first_us < 200_000
+        assert noted_until_us() - first_us < 1_000_000  # another hold is 2 s
 
 
 def test_a_replica_that_never_met_an_app_sees_its_clock_jump(three_nodes: Store) -> None:

@@ -114,6 +114,20 @@ def test_the_wait_ends_also_while_nobody_answers() -> None:
     acquisition(None).failed(errors.Unavailable("x"), 10**6 * SECOND)
 
 
+def test_a_limit_is_the_reason_when_the_wait_ends_in_a_call() -> None:
+    """A coordinator that refuses because of a limit is there, though its last answer is too late.
+
+    Fails when the time-out of the last call is raised: a command may then run without a lease.
+    """
+    one = acquisition(0)
+    one.failed(errors.LimitReached("x"), 4 * SECOND)
+    with pytest.raises(errors.LimitReached):
+        one.failed(errors.TimedOut("x"), 5 * SECOND)
+    one.failed(errors.Unavailable("x"), 4 * SECOND)
+    with pytest.raises(errors.TimedOut):
+        one.failed(errors.TimedOut("x"), 5 * SECOND)
+
+
 def renewals() -> Renewals:
     """Give the renewals of a lease of 10 s that was accepted at 0."""
     return Renewals(Timing.of(10), 0)

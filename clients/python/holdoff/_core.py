@@ -26,6 +26,8 @@ from holdoff.errors import (
     HoldoffError,
     InvalidRequest,
     LeaseLost,
+    LimitReached,
+    TimedOut,
     Unavailable,
     UnexpectedError,
 )
@@ -254,6 +256,7 @@ class Acquisition:
     """Where the job will call: pairs of a division and an endpoint."""
     request_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     _failures: int = 0
+    _last: HoldoffError | None = None
 
     def __post_init__(self) -> None:
         if self.wait_seconds is not None and not self.wait_seconds <= MOST_WAIT_SECONDS:
@@ -321,7 +324,9 @@ class Acquisition:
         A lease that was lost before we had it is asked for anew.
 
         Raises:
-            HoldoffError: The error, if it is final or the wait is over.
+            HoldoffError: The error, if it is final or the wait is over. If the wait ended in the
+                middle of a call, and the coordinator had just refused one because of a limit, that
+                limit is the reason.
         """
         if isinstance(error, LeaseLost):
             # It was accepted, of which we heard nothing for as long as it lived.
@@ -330,7 +335,9 @@ class Acquisition:
             raise error
         left = None if self.wait_seconds is None else self._patience_seconds(now_ns)
         if left is not None and left <= 0:
-            raise error
+            is_limit = isinstance(self._last, LimitReached) and isinstance(error, TimedOut)
+            raise self._last if self._last and is_limit else error
+        self._last = error
         delay = error.retry_after_seconds or retry_delay_seconds(self._failures)
         self._failures += 1
         return delay if left is None else min(delay, left)
