@@ -167,7 +167,7 @@ TARGETS = {
     ),
     "access": Target(
         edited(files("access", ACCESS.encode()) | spliced(ACCESS.encode(), *TOML), TOML),
-        reader(read_access, AccessError, r"/file\.toml:[\s\S]+; write \[\[grants\]\]"),
+        reader(read_access, AccessError, r"/file\.toml:[\s\S]+[:;] write "),
     ),
     "seeds": Target(
         edited(files("seeds", SEEDS.encode()) | spliced(SEEDS.encode(), *TOML), TOML),
