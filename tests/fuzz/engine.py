@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import hashlib
-import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -41,53 +40,6 @@ class Target:
     inputs: SearchStrategy[bytes]
     opened: Callable[[], AbstractContextManager[Check]]
     """Prepares what inputs are tried on. It may assert something at its end."""
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """A fault that is known and not fixed yet: the corpus test skips its file."""
-
-    file: str
-    why: str
-    looks_like: bytes = b""
-    """A pattern of inputs that `make fuzz` leaves out."""
-    says: str = ""
-    """A pattern of failures that `make fuzz` takes as this one."""
-
-
-KNOWN: tuple[Known, ...] = (
-    Known("requests/malformed", "a message that is none logs a traceback", says="DecodeError"),
-    Known(
-        "requests/quotes-in-an-endpoint",
-        "normal_endpoint takes exponential time",
-        looks_like=rb"'{12}",
-    ),
-    Known(
-        "simulator/form-in-an-unknown-charset",
-        "a malformed form gets 500",
-        says=r"await request\.post\(\)",
-    ),
-    Known(
-        "simulator/part-without-a-header-name",
-        "a malformed form of several parts gets 500",
-        looks_like=rb"(?i)content-type: *multipart",
-    ),
-    *(
-        Known(f"{target}/{file}", "such TOML is refused without the line", says=says)
-        for target in ("policies", "access", "seeds")
-        for file, says in (("nested", "recursion"), ("huge-integer", "integer string conversion"))
-    ),
-)
-
-
-def known_input(data: bytes) -> bool:
-    """Whether an input would only meet a known fault."""
-    return any(one.looks_like and re.search(one.looks_like, data) for one in KNOWN)
-
-
-def known_failure(error: BaseException) -> bool:
-    """Whether a failure is a known fault."""
-    return any(one.says and re.search(one.says, str(error)) for one in KNOWN)
 
 
 def kept(name: str) -> list[Path]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fuzz.engine import CORPUS, KNOWN, kept, limited
+from tests.fuzz.engine import CORPUS, kept, limited
 from tests.fuzz.run import TARGETS, target
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ def check_of() -> Iterator[Callable[[str], Check]]:
 )
 def test_kept(name: str, path: Path, check_of: Callable[[str], Check]) -> None:
     """An input of the corpus passes the check of its target."""
-    if why := {one.file: one.why for one in KNOWN}.get(f"{name}/{path.name}"):
-        pytest.skip(f"known, and fixed elsewhere: {why}")
     data = path.read_bytes()
     check = check_of(name)
     with limited(data):
@@ -47,7 +45,5 @@ def test_kept(name: str, path: Path, check_of: Callable[[str], Check]) -> None:
 
 
 def test_every_target_has_inputs() -> None:
-    """The corpus has a folder for each target and no other; each known fault has its file."""
+    """The corpus has a folder for each target and no other."""
     assert {path.name for path in CORPUS.iterdir()} == set(TARGETS)
-    files = {f"{name}/{path.name}" for name, path in FILES}
-    assert {one.file for one in KNOWN} <= files

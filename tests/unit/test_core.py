@@ -120,10 +120,10 @@ def test_a_limit_is_the_reason_when_the_wait_ends_in_a_call() -> None:
     Fails when the time-out of the last call is raised: a command may then run without a lease.
     """
     one = acquisition(0)
-    one.failed(errors.LimitReached("x"), 4 * SECOND)
+    one.failed(errors.LimitReached("x"), 1 * SECOND)
     with pytest.raises(errors.LimitReached):
         one.failed(errors.TimedOut("x"), 5 * SECOND)
-    one.failed(errors.Unavailable("x"), 4 * SECOND)
+    one.failed(errors.Unavailable("x"), 1 * SECOND)
     with pytest.raises(errors.TimedOut):
         one.failed(errors.TimedOut("x"), 5 * SECOND)
 

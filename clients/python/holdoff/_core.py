@@ -256,7 +256,8 @@ class Acquisition:
     """Where the job will call: pairs of a division and an endpoint."""
     request_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     _failures: int = 0
-    _last: HoldoffError | None = None
+    _limit: str = ""
+    """What the last error said, if it was a limit; the error itself would keep frames alive."""
 
     def __post_init__(self) -> None:
         if self.wait_seconds is not None and not self.wait_seconds <= MOST_WAIT_SECONDS:
@@ -335,9 +336,10 @@ class Acquisition:
             raise error
         left = None if self.wait_seconds is None else self._patience_seconds(now_ns)
         if left is not None and left <= 0:
-            is_limit = isinstance(self._last, LimitReached) and isinstance(error, TimedOut)
-            raise self._last if self._last and is_limit else error
-        self._last = error
+            if self._limit and isinstance(error, TimedOut):
+                raise LimitReached(self._limit) from error
+            raise error
+        self._limit = str(error) if isinstance(error, LimitReached) else ""
         delay = error.retry_after_seconds or retry_delay_seconds(self._failures)
         self._failures += 1
         return delay if left is None else min(delay, left)
