@@ -433,7 +433,7 @@ def test_a_bad_resume_token(world: World, token: str) -> None:
     """A watch goes on only where we said it was."""
     request = lease_service_pb2.WatchLeasesRequest(resume_token=token)
     found = refusal(world, lambda: next(world.replica.leases.WatchLeases(request, timeout=10)))
-    assert_invalid(found, "resume_token", "leave it out")
+    assert_invalid(found, "resume_token", "omit it")
 
 
 # Things that are not there ---------------------------------------------------------------------
