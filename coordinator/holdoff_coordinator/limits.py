@@ -265,7 +265,7 @@ class Limits:
         limit, value = LIMITS[name], self.values[name]
         return Failure(
             "LIMIT_REACHED",
-            f"{caller.account!r} has reached a limit, {value} {limit.what}{where}: "
+            f"{caller.account!r} has reached the limit of {value} {limit.what}{where}: "
             f"{limit.remedy}, or ask the operator to raise the limit (--limit {name}=N)",
             retry_after_seconds=RETRY_SECONDS,
             resource=caller.account,
