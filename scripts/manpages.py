@@ -46,7 +46,7 @@ ENVIRONMENT: dict[str, Terms] = {
         ("HOLDOFF_TOKEN", "Given to the command: the token that is held."),
         ("HOLDOFF_LEASE", "Given to the command: the name of its lease."),
         ("HOLDOFF_FENCING_TOKEN", "Given to the command: the fencing token of its lease."),
-        ("HOLDOFF_REPORT_KEY", "Given to the command: what its HOLDOFF-ERROR lines must have."),
+        ("HOLDOFF_REPORT_KEY", "Given to the command: the key that its HOLDOFF-ERROR lines need."),
         ("XDG_STATE_HOME", "Where the highest fencing tokens are remembered; see FILES."),
     ),
 }

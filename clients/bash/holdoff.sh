@@ -64,7 +64,7 @@ with_lease apps/exact-nl/tokens/finance --wait 2h -- datahub /file:job.sql'
 )
 
 # Report an error of the provider to `holdoff run`, which reads the output: it is counted once. The key
-# of the run, HOLDOFF_REPORT_KEY, tells this report from the same text in data.
+# of the run, HOLDOFF_REPORT_KEY, distinguishes this report from the same text in data.
 holdoff_error() (
   (($# == 3)) ||
     _holdoff_fail 64 'usage: holdoff_error DIVISION ENDPOINT STATUS' 'what is not known is ""'

@@ -82,7 +82,7 @@ function Invoke-WithLease {
 <#
 .SYNOPSIS
 Reports an error of the provider to `holdoff run`, which reads the output: it is counted once. The key of
-the run, HOLDOFF_REPORT_KEY, tells this report from the same text in data.
+the run, HOLDOFF_REPORT_KEY, distinguishes this report from the same text in data.
 
 .EXAMPLE
 Write-HoldoffError -Division 535193 -Endpoint crm/Accounts -Status 400

@@ -85,8 +85,8 @@ _ANY = "*"
 CERTIFIED_TYPES = ("dns", "email", "ip", "uri")
 """The types of names (SAN) in a certificate."""
 CERTIFIED_BY = ("uri", "dns")
-"""Those that say who calls, unless an operator chooses others: a certificate has one for a service
-or a host. An address says little, and an e-mail address stands in certificates for other uses."""
+"""Those that identify a client, unless an operator chooses others: services and hosts have them. An
+IP address proves little, and certificates contain e-mail addresses for other purposes."""
 IDENTITY_TYPES = ("credential", *CERTIFIED_TYPES)
 """An identity is its type, a colon and its name: names of two types are never the same."""
 
@@ -231,8 +231,8 @@ def read_access(path: Path) -> Sequence[Grant]:
             )
             raise AccessError(
                 f"{path}:{line}: the identity {quoted(name)} has no type: write "
-                f'"credential:{quoted(name)[1:-1]}" for a credential, or for a name in a client '
-                f"certificate its type: {', '.join(f'{one}:' for one in CERTIFIED_TYPES)}"
+                f'"credential:{quoted(name)[1:-1]}" for a credential; a name in a client '
+                f"certificate begins with {', '.join(f'{one}:' for one in CERTIFIED_TYPES)}"
             )
     return grants
 

@@ -1,9 +1,9 @@
 """The audit trail: who did what, from where, when and why, as the store keeps it and as our log.
 
-What happens is added by the script in which it happens; calls that are refused, and changes of the
-access file, by the coordinator. What operators did, what machines did, credentials and refusals
-have streams of their own, each of bounded length, so that none pushes out another. What one caller
-repeats becomes one entry with a count.
+The script that makes a change adds its entry; the coordinator adds refused calls and changes of the
+access file. Operators' actions, automatic events, credentials and refusals have separate streams of
+bounded length, so that none displaces entries of another. Repeated events of one caller become one
+entry with a count.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ log = structlog.get_logger()
 
 FIRST_WINDOW_SECONDS = 60.0
 LONGEST_WINDOW_SECONDS = 3600.0
-"""Refusals of one caller for one reason are added up for so long, twice as long each time."""
+"""Refusals of one caller for one reason are counted for this long, each time twice as long."""
 MOST_DIFFERENT = 10
-"""So many different ones are entries of their own in that time."""
+"""How many different ones get their own entries in that time."""
 _FLUSH_SECONDS = 1.0
 _LAST = (1 << 62, 0, "")
 _POWER_OF_TEN = re.compile(rb"10*")
@@ -45,12 +45,12 @@ _PLACE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})/([a-z0-9{}:-]{1,100})")
 
 @dataclass(slots=True)
 class _Repeated:
-    """Refusals that are not in the trail yet."""
+    """Repeated refusals, which are not in the trail yet."""
 
     window_seconds: float
     until: float
     known: set[tuple[str, ...]] = field(default_factory=set)
-    """Those that are: from where, for what, and about what."""
+    """Those that have their own entry: from where, which call, about what."""
     count: int = 0
     first_us: int = 0
     last: Mapping[str, str] | None = None
@@ -108,7 +108,7 @@ class AuditTrail:
         self.on_event(flat)
 
     async def refused(self, caller: Caller, call: str, where: str, reason: str) -> None:
-        """Add a call that was refused; of many like it only how many there were."""
+        """Add a call that was refused; many similar ones are only counted."""
         entry = {
             "kind": "CALL_REFUSED",
             "resource": where,
@@ -132,13 +132,13 @@ class AuditTrail:
         repeated.last = entry
 
     async def access_changed(self, reason: str) -> None:
-        """Add that the access file was read again, or is of no use."""
+        """Add that the access file was read again, or cannot be used."""
         self.on_event({b"kind": b"ACCESS_CHANGED", b"resource": b""})
         entry = {"kind": "ACCESS_CHANGED", "resource": "", "reason": reason}
         await self._add(CREDENTIAL_CHANGES, entry)
 
     async def flush_forever(self) -> None:
-        """Add how many refusals there were, when their time is over."""
+        """Add the counts of refusals whose time is over."""
         while True:
             await asyncio.sleep(_FLUSH_SECONDS)
             await self.flush(time.monotonic())
@@ -160,7 +160,9 @@ class AuditTrail:
         try:
             entry_id = await self._scripts.add_audit(stream, entry)
         except Failure as failure:
-            log.warning("an event is not in the audit trail", why=failure.reason, entry=entry)
+            log.warning(
+                "an event could not be added to the audit trail", why=failure.reason, entry=entry
+            )
             return
         _log(entry_id, {key.encode(): value.encode() for key, value in entry.items()})
 

@@ -160,7 +160,7 @@ class BackOffs:
     async def _read(
         self, app: str, caller: Caller, asked: tuple[str, str, str] | None = None
     ) -> list[budget_pb2.BackOff]:
-        """Read what a caller may see, or all that concerns a token, its places and a job."""
+        """Read the back-offs that a caller may see, or all that concern what was `asked`."""
         reply = await self._scripts.run("read_back_offs", app, *(asked or ("", "", "")))
         concerned = asked is not None
         found = read_back_offs(self._scripts, app, reply, caller, concerned=concerned)

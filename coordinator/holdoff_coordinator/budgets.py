@@ -110,9 +110,9 @@ class Budgets:
     async def _authority(
         self, event: budget_pb2.Event, place: Place, caller: Caller
     ) -> dict[str, bool | str]:
-        """Say how far a report of a block reaches, as record_events.lua takes it.
+        """Say how far a report of a block reaches, in the form that record_events.lua expects.
 
-        A reporter of a token may stop other tokens only with a lease of it, and not for long.
+        A reporter of one token may stop other tokens only with a lease of it, and only briefly.
         """
         app, token = place.token.app, place.token.token
         lease = _lease_key(event, place.token)
@@ -370,8 +370,8 @@ def _reservation(reply: Reply, app: str, reservation_id: str) -> budget_pb2.Rese
 def _too_many(app: str) -> Failure:
     return Failure(
         "TOO_MANY_EVENTS",
-        f"a token of apps/{app} has more events than it may have remembered: report several at "
-        "once, with a `count`",
+        f"a token of apps/{app} has too many events to remember: report several as one, with a "
+        "`count`",
         retry_after_seconds=60.0,
     )
 

@@ -22,17 +22,17 @@ class Caller:
     identity: str
     peer: str
     sees: Callable[[str, str], bool] = _everything
-    """Whether it may know of a token of an app: what it may not is no part of its lists' pages.
-    Without a token it is about all tokens of the app."""
+    """Whether it may know of a token of an app; its lists omit other tokens. An empty token means
+    all tokens of the app."""
     knows: Callable[[str], bool] = _everything
-    """Whether it may know of an app: something of it may be seen."""
+    """Whether it may see something of an app."""
     speaks_for: Callable[[str], bool] = _everything
-    """Whether its reports are about a whole app, and not only about tokens of it."""
+    """Whether its reports may stop a whole app, and not only one token."""
 
     def sees_scope(self, app: str, token: str, *, is_whole: bool, users: Iterable[str]) -> bool:
         """Whether it may know of a scope: of a token, of a whole app, or one that tokens share.
 
-        The values of a shared scope are known to those that see one of the tokens that use it.
+        A shared scope is visible to callers that may see one of the tokens that use it.
         """
         if token:
             return self.sees(app, token)
@@ -42,7 +42,7 @@ class Caller:
 
     @property
     def account(self) -> str:
-        """Whose use of a coordinator is counted together: the identity, or without one the host."""
+        """The name under which its use is counted: the identity, or without one the host."""
         return self.peer.rpartition(":")[0] if self.identity == ANONYMOUS else self.identity
 
 
@@ -51,6 +51,6 @@ def _nothing(*_: str) -> bool:
 
 
 ANYONE = Caller("", "", _nothing)
-"""For texts that callers share: it sees nothing that is not known to all of them."""
+"""For texts that all callers share: it sees only what every caller may see."""
 NOBODY = Caller(identity="", peer="")
 """Calls for what a coordinator does by itself."""

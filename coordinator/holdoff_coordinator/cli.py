@@ -170,8 +170,8 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--client-identity",
     metavar="TYPES",
-    help="Which type of name (SAN) in a client certificate is the client's identity: some of dns, "
-    "email, ip and uri, the first that it has. [default: uri,dns]",
+    help="Types of names (SAN) in a client certificate that identify the client, separated by "
+    "commas, the preferred one first: dns, email, ip, uri. [default: uri,dns]",
 )
 @click.option(
     "--insecure",
@@ -200,7 +200,7 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     metavar="NAME=N",
     multiple=True,
     callback=lambda _context, _option, given: ",".join(given) or None,
-    help="Change what one caller may use at once; repeatable. NAME: watches, waits, follows, "
+    help="Change a limit on what one caller may use; repeatable. NAME: watches, waits, follows, "
     "calls, calls-per-second, reservations, scope-bytes, connections or streams. In "
     "HOLDOFF_LIMIT, separated by commas.",
 )
@@ -277,12 +277,12 @@ def credentials() -> None:
     "--output-file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="New file for the credential, which only you can read; - is the standard output. "
+    help="Write the credential to a new file that only you can read; - is the standard output. "
     "[default: the standard output, if it is a terminal]",
 )
 @_of_the_store
 def issue(identity: str, expires_in: str, output_file: Path | None, **options: Any) -> None:
-    """Issue a new credential. It is written only once: the store keeps a hash of it.
+    """Issue a new credential. It is shown only once: the store keeps only a hash of it.
 
     In the access file its identity is credential:IDENTITY.
 

@@ -64,7 +64,7 @@ log = structlog.get_logger()
 
 _MOST_IDENTITY = 200
 _OWN_FILES = 256
-"""Open files that are no connections of callers: most are connections to the store."""
+"""Open files other than connections of callers; most are connections to the store."""
 _CREDENTIAL_FIELDS = ("id", "identity", "issue_time", "expire_time")
 
 
@@ -100,11 +100,11 @@ def issue(identity: str, expires_in: str, output_file: Path | None, options: Opt
     if output_file is None and not sys.stdout.isatty():
         fail(
             EX_USAGE,
-            "a credential is secret: name a new file for it with --output-file FILE, which only "
-            "you can read; or - for the standard output",
+            "a credential is secret: write it to a new file that only you can read with "
+            "--output-file FILE, or to the standard output with --output-file -",
         )
     if identity.partition(":")[0] in IDENTITY_TYPES:
-        fail(EX_USAGE, "IDENTITY: leave out its type; an access file adds credential:")
+        fail(EX_USAGE, "IDENTITY: omit the type; only the access file has credential: before it")
     if not 1 <= len(identity) <= _MOST_IDENTITY or not identity.isprintable():
         fail(EX_USAGE, f"IDENTITY: write 1 to {_MOST_IDENTITY} printable characters")
     try:
@@ -357,7 +357,7 @@ async def _serve(
 
 
 def _with_open_files(limits: dict[str, int]) -> dict[str, int]:
-    """Allow as many connections as were asked for, or as the system's limit on open files does."""
+    """Lower the limit on connections to what the system's limit on open files allows."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     wanted = limits.get("connections", LIMITS["connections"].default)
@@ -365,7 +365,9 @@ def _with_open_files(limits: dict[str, int]) -> dict[str, int]:
     if most == resource.RLIM_INFINITY or possible >= wanted:
         return limits
     if "connections" in limits:
-        log.warning("fewer connections than wanted: raise the limit on open files", most=possible)
+        log.warning(
+            "fewer connections than configured: raise the limit on open files", most=possible
+        )
     return {**limits, "connections": possible}
 
 
@@ -424,7 +426,7 @@ def _has_terminal() -> bool:
 
 
 def _harmless(_: Any, __: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
-    """Escape what a terminal would obey: callers, the store and providers chose some of it."""
+    """Escape control characters: some texts come from callers, the store and providers."""
     return {
         printable(key): printable_lines(value) if isinstance(value, str) else value
         for key, value in event.items()
@@ -446,9 +448,9 @@ class _Logger:
 
 
 class _FromLibraries(logging.Handler):
-    """Makes what libraries log a line of ours, once a minute for each line of theirs.
+    """Logs what libraries log, each kind of line at most once a minute.
 
-    A caller can cause some of them with each call: gRPC and asyncio log what goes wrong in one.
+    A caller can cause some of these lines with each call: gRPC and asyncio log what fails in it.
     """
 
     def __init__(self) -> None:

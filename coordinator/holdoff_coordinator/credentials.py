@@ -120,7 +120,7 @@ class Credentials:
         return sorted(known, key=lambda one: (one[1].identity, one[1].issued, one[0]))
 
     async def look_again(self, texts: Iterable[str]) -> None:
-        """Look up credentials that are in use, so that one that was revoked is known at once."""
+        """Look up credentials that are in use, to notice at once when one was revoked."""
         keys = [_key(text) for text in texts]
         for start in range(0, len(keys), READ_BATCH):
             batch = keys[start : start + READ_BATCH]
@@ -129,7 +129,7 @@ class Credentials:
                 self._known[key] = time.monotonic(), credential, now
 
     async def verify(self, text: str) -> str:
-        """Return the identity of whoever has this credential.
+        """Return the identity of the caller with this credential.
 
         Raises:
             Failure: CREDENTIAL_REFUSED, CREDENTIAL_EXPIRED or STORE_UNAVAILABLE.
@@ -173,9 +173,9 @@ class Credentials:
 
 
 def _key(text: str) -> tuple[bytes, str]:
-    """Return by what a credential is remembered here, and its id."""
+    """Return the key of a credential in our cache, and its id."""
     credential_id = text.removeprefix(_PREFIX).partition("_")[0]
-    # No id is that long: it is looked up as one that nothing has.
+    # No id is that long: the lookup of a longer one finds nothing.
     return hashlib.sha256(text.encode(errors="replace")).digest(), credential_id[:80]
 
 

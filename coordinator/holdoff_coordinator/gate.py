@@ -30,7 +30,7 @@ log = structlog.get_logger()
 MessageT = TypeVar("MessageT", bound="Message")
 Context = grpc.aio.ServicerContext[Any, Any]
 RECHECK_SECONDS = 1.0
-"""A stream whose caller may no longer have it ends so much later, at most."""
+"""A stream ends at most this long after its caller lost the right to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class Admitted:
 class AccessFile:
     """The grants of an access file, read again when it changes.
 
-    A file that is gone or cannot be read grants nothing: what it said may have been withdrawn. One
-    that is wrong changes nothing: a typing error must not end every job.
+    A file that is missing or unreadable grants nothing: its grants may have been withdrawn. An
+    invalid one changes nothing: a typing error must not end every job.
 
     Raises:
         AccessError: It is wrong.
@@ -61,7 +61,7 @@ class AccessFile:
         self._looked_at = self._stamp()
         self._grants = read_access(path)
         self.problem: Literal["", "missing", "invalid"] = ""
-        """Why the file is not what counts."""
+        """Why the content of the file is not in effect."""
         self._reason = ""
         self.changes = 0
         """How often the grants changed."""
@@ -69,7 +69,7 @@ class AccessFile:
         """What happened to the file, for the audit trail."""
 
     def grants(self) -> Sequence[Grant]:
-        """Return what the file said when it last made sense.
+        """Return the grants of the file when it was last valid.
 
         Raises:
             Failure: ACCESS_FILE_MISSING.
@@ -98,7 +98,7 @@ class AccessFile:
             if self.problem == "missing":  # it was replaced by one that is wrong
                 self._note("missing", f"{error}: no caller is admitted")
             else:
-                self._note("invalid", f"access stays as it was: {error}")
+                self._note("invalid", f"the previous grants still apply: {error}")
         else:
             self._grants = grants
             self._note("", f"{self._path}: read again")
@@ -111,7 +111,7 @@ class AccessFile:
         self.problem = problem
         self.news.append(what)
         if problem:
-            log.error("the access file is of no use", problem=problem, reason=what)
+            log.error("the access file cannot be used", problem=problem, reason=what)
         else:
             log.info("access file read again", file=str(self._path), grants=len(self._grants))
 
@@ -124,7 +124,7 @@ class AccessFile:
 
 
 class Stay:
-    """A stream that is admitted; it ends when its caller may no longer have it."""
+    """An admitted stream, which ends when its caller loses the right to it."""
 
     def __init__(self, request: Message, context: Context, credential: str) -> None:
         self.request, self.context, self.credential = request, context, credential
@@ -135,7 +135,7 @@ class Stay:
         """Return the next response; None at the end.
 
         Raises:
-            Failure: The caller may not hear it any more.
+            Failure: The caller has lost the right to it.
         """
         if self._failure:
             raise self._failure
@@ -150,7 +150,7 @@ class Stay:
             self._waiting = None
 
     def end(self, failure: Failure) -> None:
-        """End it, also while it waits for something to say."""
+        """End it, even while it waits for its next response."""
         self._failure = failure
         if self._waiting:
             self._waiting.reschedule(0)
@@ -204,7 +204,7 @@ class Gate:
         return Admitted(caller, rights if need.part else None)
 
     def _knower(self, identity: str) -> Callable[[str], bool]:
-        """Return what tells whether an identity may know of an app, also later."""
+        """Return a function that says whether an identity may know of an app, then and later."""
 
         def knows(app: str) -> bool:
             return not self._access or rights_of(identity, self._access.grants()).knows(app)
@@ -213,7 +213,7 @@ class Gate:
 
     @contextlib.contextmanager
     def staying(self, request: Message, context: Context) -> Iterator[Stay]:
-        """Have a stream ended that its caller may no longer have."""
+        """End the stream of the block when its caller loses the right to it."""
         stay = Stay(request, context, _credential(context) if self._access else "")
         self._stays.add(stay)
         try:
@@ -222,7 +222,7 @@ class Gate:
             self._stays.discard(stay)
 
     async def recheck_forever(self) -> None:
-        """Each second look for streams whose credential or role is gone, and end them."""
+        """Each second end the streams whose credential or role was revoked."""
         changes = 0
         while self._access:
             await asyncio.sleep(RECHECK_SECONDS)
@@ -240,7 +240,7 @@ class Gate:
             changes = known
 
     async def _gone(self) -> set[str]:
-        """Return the credentials of open streams that are of no use any more."""
+        """Return the credentials of open streams that are no longer valid."""
         used = {stay.credential for stay in self._stays if stay.credential}
         gone: set[str] = set()
         try:
@@ -296,9 +296,9 @@ class Gate:
             if len(names) > 1:
                 raise Failure(
                     "CREDENTIAL_REFUSED",
-                    f"the client certificate has {len(names)} names (SAN) of type {kind}, so that "
-                    "it does not say who calls: use one with a single name of that type, or "
-                    "another --client-identity for the coordinator",
+                    f"the client certificate has {len(names)} names (SAN) of type {kind}, which is "
+                    "ambiguous: use one with a single name of that type, or another "
+                    "--client-identity for the coordinator",
                 )
             if names:
                 return f"{kind}:{names[0].decode(errors='backslashreplace')}"
@@ -322,8 +322,7 @@ def _credential(context: Context) -> str:
     if len(sent) > 1:
         raise Failure(
             "CREDENTIAL_REFUSED",
-            f"the call has {len(sent)} authorization headers, so that it does not say who calls: "
-            "send one",
+            f"the call has {len(sent)} authorization headers, which is ambiguous: send one",
         )
     scheme, _, credential = str(sent[0] if sent else "").partition(" ")
     return credential.strip() if scheme.lower() == "bearer" else ""

@@ -50,8 +50,8 @@ LATE_MOST = 3
 STATUS_SECONDS = 15.0
 """A waiter hears from us at least this often."""
 ASKING_MOST = 8
-"""Requests for a lease in the store at once, half of them of one caller in one app: each may walk
-a queue."""
+"""How many requests for a lease call the store at once, at most half of them of one caller in one
+app: each may read a whole queue."""
 SILENT_US = 60_000_000
 """A stream whose client is silent this long is closed; its place is not kept longer either."""
 
@@ -124,7 +124,7 @@ class Leases:
         self._hub = hub
         self._places = places
         self._limits = limits
-        # So a crowd that comes together delays no call but those of its own caller and app.
+        # So many requests at once delay only calls of their own caller and app.
         self._turns = Turns(ASKING_MOST, ASKING_MOST // 2)
         self._renewing = set[asyncio.Task[lease_service_pb2.RenewLeaseResponse]]()
 

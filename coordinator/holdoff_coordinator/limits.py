@@ -1,11 +1,11 @@
-"""How much of this replica one caller may use at once, and who is served next.
+"""How much of this replica one caller may use at once, and which call is next.
 
-A caller is counted by its identity, or without one by its host. What it may have at once is
-limited, and what it asks for beyond that is refused. What it may have is done a few at a time, one
-caller after another, so that a crowd of one caller delays its own calls only.
+A caller is an identity, or without one a host. A call beyond its limits is refused. Calls within
+them take turns, a few at a time, one caller after another, so that many calls of one caller delay
+only its own.
 
-Renewals and releases are never refused, and have turns of their own: they wait for no other kind
-of call.
+Renewals and releases are never refused, and have separate turns: they never wait for other kinds of
+call.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from holdoff_coordinator.caller import Caller
 
 RETRY_SECONDS = 1.0
-"""When to ask again after a refusal."""
+"""When to retry after a refusal."""
 PAUSE_SECONDS = 0.5
-"""A refusal comes after about this time, so that who asks again at once asks less often."""
+"""A refusal is sent after about this time, which slows down callers that retry at once."""
 LONG_SECONDS = 0.02
 """Work that takes longer is long."""
 _BURST_SECONDS = 2.0
-"""Calls of so many seconds may come at once."""
+"""A burst may have the calls of this many seconds."""
 _MOST_RATES = 1_000
 
 
@@ -59,7 +59,7 @@ class Limit:
 LIMITS: Mapping[str, Limit] = {
     "watches": Limit(50, "open watches", "end one, or share one"),
     "waits": Limit(10_000, "waits for a lease at a time", "start fewer jobs at a time"),
-    "follows": Limit(10_000, "leases that are followed at a time", "start fewer jobs at a time"),
+    "follows": Limit(10_000, "leases followed at a time", "start fewer jobs at a time"),
     "calls": Limit(200, "calls in progress", "wait for answers before the next call"),
     "calls-per-second": Limit(500, "calls a second", "call less often"),
     "reservations": Limit(
@@ -67,17 +67,17 @@ LIMITS: Mapping[str, Limit] = {
     ),
     "scope-bytes": Limit(
         128 * 1024,
-        "bytes of scopes that all waiters may declare",
+        "bytes of scopes declared by all waiters",
         "declare fewer scopes, or leave out the endpoint",
     ),
     "connections": Limit(20_000, "connections of all callers", "close some"),
     "streams": Limit(2_000, "calls and streams on one connection", "use another connection"),
 }
-"""All limits, by name. The last two are those of gRPC, which does not refuse in words: it closes
-a connection that is one too many, and the client's side holds back a call that is one too many."""
+"""All limits, by name. gRPC enforces the last two without an error: it closes a connection beyond
+the limit, and the client's gRPC delays a call beyond it."""
 
 COUNTED = ("watches", "waits", "follows", "calls")
-"""Limits of what a caller has at once at this replica."""
+"""Limits on what a caller has at once at this replica."""
 
 _STREAMS: Mapping[type[Message], str] = {
     lease_service_pb2.WatchLeasesRequest: "watches",
@@ -102,13 +102,13 @@ _LONG = (
 
 
 class Turns:
-    """Lets few work at once: of each caller at most so many, one caller after another.
+    """Lets only a few calls work at once, and of each caller even fewer, one caller after another.
 
     Args:
         most: How many work at once.
         most_each: How many of them are of one caller.
-        rests: After long work a turn rests for as long as the work took, so that callers who take
-            all turns leave half of the time to calls of other kinds.
+        rests: After long work a turn pauses for as long as the work took, so that callers that take
+            all turns leave half of the time for calls of other kinds.
     """
 
     def __init__(self, most: int, most_each: int, *, rests: bool = False) -> None:
@@ -117,7 +117,7 @@ class Turns:
         self._rests = rests
         self._working: Counter[Hashable] = Counter()
         self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
-        """Those who wait, by caller; the next caller first."""
+        """Calls that wait, by caller; the next caller first."""
 
     @contextlib.asynccontextmanager
     async def taken(self, caller: Hashable) -> AsyncIterator[None]:
@@ -173,13 +173,13 @@ class Limits:
     ) -> None:
         self.values = {**{name: limit.default for name, limit in LIMITS.items()}, **(values or {})}
         self.on_refusal: Callable[[str], None] = lambda _: None
-        """Called with the name of a limit whenever a caller meets it."""
+        """Called with the name of a limit whenever a caller reaches it."""
         self._now = now
         self._used: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._rates: dict[str, tuple[float, float]] = {}
         """By caller: how many calls it may make at once, and when that was."""
-        # Together fewer than the connections to the store. Where replicas are waited for, each may
-        # take as long as `wait_seconds`; renewals of a fleet with one identity must go on then.
+        # Together fewer than the connections to the store. With `wait_replicas` each may take as
+        # long as `wait_seconds`; renewals of many jobs with one identity must continue then.
         self._leases, self._calls, self._reads = (
             Turns(64, 64),
             Turns(32, 16),
@@ -187,7 +187,7 @@ class Limits:
         )
 
     def most_used(self, name: str) -> int:
-        """Return how much the caller that uses most of something has of it."""
+        """Return the highest use of something by any one caller."""
         return max(self._used[name].values(), default=0)
 
     @contextlib.asynccontextmanager
@@ -234,14 +234,14 @@ class Limits:
                 del used[account]
 
     async def _spend(self, caller: Caller) -> None:
-        """Take a call from those that a caller may make."""
+        """Count a call against the rate of its caller."""
         rate, now = self.values["calls-per-second"], self._now()
         most = max(1.0, rate * _BURST_SECONDS)
         left, at = self._rates.get(caller.account, (most, now))
         left = min(most, left + (now - at) * rate)
         if left < 1:
             await self._refuse("calls-per-second", caller)
-        if len(self._rates) >= _MOST_RATES:  # who has not called for a while may make all calls
+        if len(self._rates) >= _MOST_RATES:  # a caller that was idle for a while has its full burst
             self._rates = {
                 one: known for one, known in self._rates.items() if now - known[1] < _BURST_SECONDS
             }
@@ -254,19 +254,19 @@ class Limits:
         raise failure
 
     def refusal(self, name: str, caller: Caller, where: str = "") -> Failure:
-        """Tell a caller, and no other one, which limit it met, and what to do.
+        """Return the error that says which limit a caller has reached, and what to do.
 
         Args:
             name: Of the limit.
-            caller: Who met it.
-            where: Of what, if the limit is not of all that the caller does.
+            caller: The caller, which alone gets this error.
+            where: The app or token, if the limit is not on everything that the caller does.
         """
         self.on_refusal(name)
         limit, value = LIMITS[name], self.values[name]
         return Failure(
             "LIMIT_REACHED",
-            f"{caller.account!r} has reached a limit, {value} {limit.what}{where}: "
-            f"{limit.remedy}, or have the limit raised (--limit {name}=N)",
+            f"{caller.account!r} has reached the limit of {value} {limit.what}{where}: "
+            f"{limit.remedy}, or ask the operator to raise the limit (--limit {name}=N)",
             retry_after_seconds=RETRY_SECONDS,
             resource=caller.account,
             metadata={"limit": name, "value": str(value), "caller": caller.account},

@@ -1,8 +1,8 @@
 """Looks for changes of apps, for all watchers of this replica at once.
 
 Four times a second all watched apps are read, in one round trip per node; without watchers nothing
-is read. A watcher is notified of its own apps only, and only when they changed. After a look at
-many apps, which takes longer, the pause is longer too: watching costs at most a tenth of the time.
+is read. A watcher is notified only when one of its apps changed. After a look that took long the
+pause is long too, so that looks take at most a tenth of the time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PAUSE_FACTOR = 9.0
 
 
 class Watcher:
-    """One watch: which apps it may see, and which of them it has to look at.
+    """One watch: which apps it may see, and which of them it has to read.
 
     Args:
         app: The only app that it watches; None for all.
@@ -46,7 +46,7 @@ class Watcher:
         self._moved: set[str] = set()
         self._failure: Failure | None = None
         self.was_shown = False
-        """Its apps were read since it joined."""
+        """Whether its apps were read since it joined."""
 
     def concerns(self, app: str) -> bool:
         """Whether it watches an app that it may see, or could see before.
@@ -87,7 +87,7 @@ class Watcher:
 
 
 class Looks:
-    """What is watched at this replica, and how it stood at the last look."""
+    """The apps that are watched at this replica, and their state at the last look."""
 
     def __init__(self, scripts: Scripts, hub: Hub) -> None:
         self._scripts = scripts

@@ -61,9 +61,9 @@ TOKENS_MOST = 1_000
 FRESH_SECONDS = 5.0
 """Gauges are not read again so soon."""
 ANSWER_SECONDS = 2.0
-"""So soon the store must answer to be up."""
+"""The store must answer within this time to count as up."""
 READ_SECONDS = 2.0
-"""A scrape reads apps for so long; those that are left come first in the next one."""
+"""A scrape reads apps for this long; the remaining ones come first in the next scrape."""
 JUDGE_SECONDS = 60.0
 """How often the store is judged anew."""
 _QUICK = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -133,16 +133,14 @@ class Metrics(grpc.aio.ServerInterceptor):
             "Times that a damaged record was skipped",
             ["app", "kind"],
         )
-        self._malformed = counter(
-            "malformed_requests", "Requests that are no message of their type"
-        )
+        self._malformed = counter("malformed_requests", "Requests that could not be decoded")
         self._access_problem = gauge(
             "access_file_problem", "Whether the access file is missing, or invalid", "problem"
         )
         self.watch_access(None)
         self._events = counter(
             "audit_events",
-            "Events of the audit trail that this replica saw; one entry may stand for many",
+            "Audit events that this replica saw; one entry can count many",
             ["app", "kind"],
         )
         self._waited = seconds("lease_wait", "Time from the request to the grant", ["app"], _LONG)
@@ -196,7 +194,7 @@ class Metrics(grpc.aio.ServerInterceptor):
         scripts.on_damage = lambda app, kind: self._damaged.labels(app, kind).inc()
 
     def watch_access(self, access: AccessFile | None) -> None:
-        """Tell how the access file is, if there is one."""
+        """Show the state of the access file, if there is one."""
 
         def has(problem: str) -> float:
             return float(access is not None and access.problem == problem)
@@ -205,7 +203,7 @@ class Metrics(grpc.aio.ServerInterceptor):
             self._access_problem.labels(problem).set_function(partial(has, problem))
 
     def count_malformed(self) -> None:
-        """Count a request that is no message."""
+        """Count a request that could not be decoded."""
         self._malformed.inc()
 
     def count(self, event: Mapping[bytes, bytes]) -> None:
@@ -436,16 +434,16 @@ class Metrics(grpc.aio.ServerInterceptor):
 
 
 def _measure_limits(limits: Limits, registry: CollectorRegistry) -> None:
-    """Show the limits of callers, what the caller that uses most has, and how often one is met."""
+    """Show the limits, the highest use by any one caller, and how often they were reached."""
     refusals = Counter(
         "holdoff_limit_refusals",
         "Calls refused because their caller had reached a limit",
         ["limit"],
         registry=registry,
     )
-    value = Gauge("holdoff_limit", "What one caller may have", ["limit"], registry=registry)
+    value = Gauge("holdoff_limit", "What one caller may have at once", ["limit"], registry=registry)
     used = Gauge(
-        "holdoff_limit_used", "What the caller that uses most has now", ["limit"], registry=registry
+        "holdoff_limit_used", "Highest use by any one caller", ["limit"], registry=registry
     )
     for name in limits.values:
         refusals.labels(name)

@@ -232,7 +232,7 @@ class ScopeFilter:
 
 
 def _room(spec: dict[str, Any], budgets: dict[str, dict[str, bytes]]) -> int:
-    """Return the room of a budget, and of those in which its events count while it is not open."""
+    """Return the least room of a budget and of the coarser ones in which its events may count."""
     found = [budgets.get(one["id"], {}) for one in spec["coarser"]]
     used = [budgets.get(spec["id"], {}), *(budget for budget in found if "coarse" in budget)]
     taken = max(int(one.get("used", b"0")) + int(one.get("reserved", b"0")) for one in used)

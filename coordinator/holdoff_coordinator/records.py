@@ -263,7 +263,7 @@ def read_back_offs(
 ) -> list[budget_pb2.BackOff]:
     """The back-offs that `read_back_offs.lua` found and a caller may see, without damaged ones.
 
-    Those that concern a scope of the caller's are all seen.
+    With `concerned` the caller may see all of them: they concern one of its scopes.
     """
 
     def read(flat: Any) -> budget_pb2.BackOff | None:
@@ -287,7 +287,7 @@ def _sees(caller: Caller, app: str, facts: Record) -> bool:
 def back_off_message(app: str, back_off: Record, now_us: int, caller: Caller) -> budget_pb2.BackOff:
     """A back-off as the API shows it, from its record; one that is over has no state.
 
-    Who caused it, and who probes, is shown to those that may see their token.
+    Who caused it, and who probes, is shown only to callers that may see their token.
     """
     cause, budget_id = back_off["cause"].decode(), back_off["id"].decode()
     state, until_us = back_off["state"].decode(), int(back_off["until_us"])

@@ -29,14 +29,14 @@ log = structlog.get_logger()
 
 KEPT_US = 5 * 60 * 1_000_000
 MOST_KEPT = 10_000
-"""So much of each kind is kept of a token; of more, the oldest is left out."""
+"""How much of each kind is kept for a token; beyond it the oldest is dropped."""
 LOOK_SECONDS = 1.0
 _BATCH = 100
 """Events in one script call, so that none holds up the store."""
 
 
 class _Kept:
-    """What was acknowledged of one token, each with when, by the boot clock."""
+    """What was acknowledged for one token, each with its time by the boot clock."""
 
     def __init__(self) -> None:
         self.events: deque[tuple[int, str]] = deque(maxlen=MOST_KEPT)
@@ -60,7 +60,7 @@ class Replays:
         self._scripts = scripts
         self._boot_us = boot_us
         self._kept: defaultdict[tuple[str, str], _Kept] = defaultdict(_Kept)
-        """By app and token, so that no token's events displace another's."""
+        """By app and token, so that events of one token do not displace those of another."""
         self._due: set[str] = set()
         scripts.on_new_life = self._due.add
 

@@ -1,8 +1,8 @@
-"""Reads what callers send: what is no message, or is too large, is refused before it is used.
+"""Decodes requests, and refuses those that cannot be decoded or are too large before they are used.
 
-gRPC reads a message before a handler can authenticate the caller, and logs a traceback for each
-that is damaged. So a damaged one reaches its handler as `Malformed`, and is refused there, after
-the caller is known.
+gRPC decodes a request before a handler can authenticate the caller, and logs a traceback for each
+that it cannot decode. So such a request reaches its handler as `Malformed`, and is refused there,
+after the caller is known.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ MOST_ENTRIES = {
     "holdoff.v1.ListAuditEventsRequest.kinds": 100,
     "holdoff.v1.RecordEventsRequest.events": MOST_EVENTS,
 }
-"""How many entries a list or a map of a request may have; one that is not here may have none."""
+"""How many entries a list or a map of a request may have; any other may have none."""
 MOST_CHARACTERS = 1_000
-"""Characters of a text, unless it has a limit of its own. No name, id or secret is that long."""
+"""Characters of a text without its own limit. No name, id or secret is that long."""
 TEXTS = {
     **{f"holdoff.v1.Holder.{field}": most for field, most in validation.HOLDER_LIMITS.items()},
     "holdoff.v1.BreakLeaseRequest.reason": validation.MOST_REASON_CHARACTERS,
@@ -51,21 +51,21 @@ TEXTS = {
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """Stands for a request that is no message of its type."""
+    """Replaces a request that cannot be decoded."""
 
     method: str
 
     def failure(self) -> Failure:
-        """Say so."""
+        """Return the error for the caller."""
         return Failure(
             "INVALID_FIELD",
-            f"the request of {self.method} is not a message of its type: is the client of another "
-            "release, or not for this service?",
+            f"the request of {self.method} cannot be decoded: the client may be of another "
+            "release, or for another service",
         )
 
 
 def check_request(request: Message | Malformed) -> Message:
-    """Return a request if it is a message whose lists, maps and texts are not too long.
+    """Return a request that was decoded, and whose lists, maps and texts are not too long.
 
     Raises:
         Failure: INVALID_FIELD.
@@ -100,7 +100,7 @@ def _check_value(field: Any, path: str, value: Any) -> None:
 
 
 class Reading(grpc.aio.ServerInterceptor):
-    """Turns damaged requests into `Malformed`, and refuses those that need no authentication.
+    """Replaces requests that cannot be decoded by `Malformed`; refuses those of open services.
 
     Args:
         passed_on: Services whose handlers take `Malformed` themselves.
@@ -109,14 +109,14 @@ class Reading(grpc.aio.ServerInterceptor):
     def __init__(self, passed_on: tuple[str, ...]) -> None:
         self._passed_on = passed_on
         self.on_malformed: Callable[[], None] = lambda: None
-        """Called for each damaged request."""
+        """Called for each request that cannot be decoded."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Let a method that there is read its requests by ours."""
+        """Replace the decoder of a method, if the method exists."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -138,14 +138,14 @@ class Reading(grpc.aio.ServerInterceptor):
                 return read(raw)
             except DecodeError:
                 self.on_malformed()
-                warn("a request is not a message of its type", method)
+                warn("a request cannot be decoded", method)
                 return Malformed(method)
 
         return message_or_malformed
 
 
 def _refusing(behaviour: Any, *, streams: bool) -> Any:
-    """Refuse damaged requests of a method that needs no authentication: health and reflection."""
+    """Refuse requests that cannot be decoded, of health and reflection."""
 
     async def check(request: Any, context: Any) -> Any:
         try:

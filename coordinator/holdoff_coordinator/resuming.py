@@ -1,7 +1,7 @@
-"""Resume tokens: where a watcher is in each app, encrypted.
+"""Resume tokens: the encrypted positions of a watcher in the changes of each app.
 
-They hold names, epochs and counters, which tell more than what the watcher may see. All replicas
-share a key, which is kept in the store. It is AES-SIV, so that no nonce can be used twice.
+They contain names, epochs and counters, which reveal more than the watcher may see. All replicas
+share one key, which is in the store. The cipher is AES-SIV, which needs no nonce.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 _FORMAT = b"holdoff resume token 1"
 _LEAST_BYTES = 17
-"""Of a token: a tag of 16, and something."""
+"""Of a resume token: the tag has 16, and it is not empty."""
 
 
 def sealed_of(text: str) -> bytes:
-    """Return what a caller sent back to us, still encrypted.
+    """Return the resume token that a caller sent, still encrypted.
 
     Raises:
         Failure: INVALID_FIELD.
@@ -37,7 +37,9 @@ def sealed_of(text: str) -> bytes:
     except (binascii.Error, ValueError):
         sealed = b"?"
     if text and len(sealed) < _LEAST_BYTES:
-        raise invalid("resume_token", "is not one of ours; leave it out for a new watch")
+        raise invalid(
+            "resume_token", "is not a resume token of this service; omit it to start a new watch"
+        )
     return sealed
 
 
@@ -57,7 +59,7 @@ class ResumeTokens:
         return cls(await scripts.shared_key("resume-key", AESSIV.generate_key(512)))
 
     def write(self, positions: Iterable[tuple[str, Position]]) -> str:
-        """Write down where a watcher is."""
+        """Encrypt the positions of a watcher."""
         text = ",".join(f"{app}:{at.epoch}:{at.number}" for app, at in positions)
         if not text:
             return ""
@@ -65,7 +67,7 @@ class ResumeTokens:
         return base64.urlsafe_b64encode(sealed).decode().rstrip("=")
 
     def read(self, sealed: bytes) -> dict[str, Position]:
-        """Read where a watcher was: nowhere, if there is no token or it has another key."""
+        """Decrypt the positions of a watcher: none, if there is no token or it has another key."""
         try:
             positions = self._cipher.decrypt(sealed, [_FORMAT]).decode()
         except InvalidTag:  # or nothing was sealed

@@ -66,7 +66,7 @@ READ_BATCH = 100
 APPS = "holdoff:apps"
 """Index of all apps; written before anything of the app, so that it may name too many."""
 CREDENTIAL_CHANGES = "{holdoff}:audit"
-"""The audit trail of credentials and of access files, in the slot of what it tells of."""
+"""The audit trail of credentials and access files, in the slot of the credentials."""
 REFUSALS = "{holdoff}:refusals"
 """That of calls that were refused: apart, so that who is refused pushes nothing else out."""
 AUDIT_KEPT = 10_000
@@ -123,11 +123,11 @@ def source(name: str) -> str:
 
 
 SCHEMA = int(re.findall(r"^local SCHEMA = (\d+)", source("read"), re.MULTILINE)[0])
-"""Of all records, as common.lua says."""
+"""The version of all records, from common.lua."""
 _KNOWN = ("schema", "epoch", "history", "hold_us", "hold_before_us")
-"""Fields of a shard that tell what a script of it would."""
+"""Fields of a shard that every answer of its scripts has."""
 EACH_MOST = 16
-"""Scripts that run for many apps at once; the store may write to its disk once for all of them."""
+"""How many apps a script runs for at once; the store may write to its disk once for all."""
 
 
 def digest(name: str) -> str:
@@ -141,7 +141,7 @@ def shard_key(app: str) -> str:
 
 
 def audit_keys(app: str) -> tuple[str, str]:
-    """Return the keys of an app's audit trail: of what operators did, and of all else."""
+    """Return the keys of an app's audit trail: operators' actions, and everything else."""
     return f"{shard_key(app)}:security", f"{shard_key(app)}:audit"
 
 
@@ -161,7 +161,7 @@ _FIRST_LOOKS = 3
 ERRORS_READ = 1000
 """Errors of an app looked through for an explanation."""
 ERRING_READ = 20
-"""Of so many of its tokens, if none is named."""
+"""How many tokens of an app are read, if none is named."""
 CHANGES_READ = 200
 """Changes of an app read at once."""
 
@@ -179,7 +179,7 @@ _STAND = ("epoch", "changes", "quarantine_until_us", "back_off_moves", "moves")
 
 @dataclass(frozen=True, slots=True)
 class Stand:
-    """Where an app is, for those who watch it."""
+    """The state of an app that its watchers compare."""
 
     position: Position
     """After its latest change of a token."""
@@ -537,7 +537,7 @@ class Scripts:
     async def run_each(self, apps: Iterable[str], name: str, *args: bytes | str | int) -> list[str]:
         """Run a script for each of some apps, a few at a time.
 
-        One app's trouble is its own; return those for which it failed.
+        A failure for one app does not affect others; return the apps for which it failed.
         """
         some, failed = asyncio.Semaphore(EACH_MOST), list[str]()
 
@@ -553,7 +553,7 @@ class Scripts:
         return failed
 
     async def stands(self, apps: Iterable[str]) -> dict[str, Stand | Failure]:
-        """Return how apps stand, or why that is not known; those that are damaged are left out."""
+        """Return the state of apps, or the error; apps with damaged records are omitted."""
         found: dict[str, Stand | Failure] = {}
         async for asked, answers, _ in self._asked(
             apps, lambda node, app: node.hmget(shard_key(app), *_STAND)
@@ -606,9 +606,9 @@ class Scripts:
         return sorted(busy)
 
     async def apps_with(self, *keys: str) -> list[str]:
-        """List the apps that have one of some keys, such as `budgets`: one number is asked of each.
+        """List the apps that have one of some keys, such as `budgets`; one EXISTS for each app.
 
-        An app of which that is not known is among them.
+        Apps for which that is not known are included.
         """
         found: list[str] = []
         async for apps, counts, _ in self._asked(await self.apps(), _exists(keys)):
@@ -665,10 +665,10 @@ class Scripts:
             yield its_apps, answers, history
 
     async def shared_key(self, name: str, new: bytes) -> bytes:
-        """Return a key that all replicas share; it is the new one if there was none."""
+        """Return a key that all replicas share; store the new one if there is none."""
         key = f"{{holdoff}}:{name}"
         found: bytes | None = await self._answer(self.redis.get(key))
-        if found is None:  # a store without memory would refuse the rest
+        if found is None:  # a full store would refuse the rest
             await self._answer(self.redis.set(key, new, nx=True))
             found = await self._answer(self.redis.get(key))
         return found or new
@@ -716,9 +716,9 @@ class Scripts:
         return [budget.decode() for budget in found]
 
     async def errors(self, app: str, token: str) -> list[tuple[bytes, bytes]]:
-        """Return latest errors, the newest first: when in µs, and the event as JSON.
+        """Return the latest errors, the newest first: the time in µs, and the event as JSON.
 
-        That is of a token, or without one of the tokens of the app that erred last.
+        They are those of one token, or else of the tokens of the app with the latest errors.
         """
         key = shard_key(app)
         tokens = [token.encode()] if token else []

@@ -64,7 +64,7 @@ SERVICES = tuple(
 )
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 FIRST_SECONDS = 60.0
-"""A stream must begin with its request within this time: who has not sent one is not known."""
+"""A stream must begin with its request within this time: before, its caller is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class _Adapter:
         request: RequestT,
         context: Context,
     ) -> AsyncGenerator[ResponseT, None]:
-        """The same for many answers; it ends when the caller may not hear more of them."""
+        """The same for many answers; it ends when the caller loses the right to them."""
         admitted = await self._admit(request, context)
         try:
             async with (
@@ -188,7 +188,7 @@ class LeaseService(_Adapter, lease_service_pb2_grpc.LeaseServiceServicer):
             async with asyncio.timeout(FIRST_SECONDS):
                 first = await anext(aiter(requests), first)
         except TimeoutError:
-            silent = Failure("WAITER_SILENT", "no request came on this stream for a minute")
+            silent = Failure("WAITER_SILENT", "this stream had no request for a minute")
             await _abort(context, silent.to_status())
         if isinstance(first, Malformed):
             await self._admit(first, context)

@@ -102,7 +102,7 @@ class Settings(BaseSettings):
     """Who may do what (TOML, see `access`). None: whoever can connect may do everything."""
 
     client_identity: str = ",".join(CERTIFIED_BY)
-    """Which types of names (SAN) in a client's certificate say who it is, the first ones first."""
+    """Types of names (SAN) in a client's certificate that identify it, the preferred one first."""
 
     insecure: bool = False
     """Listen beyond loopback without TLS, or although nobody is asked who they are."""
@@ -153,7 +153,7 @@ class Settings(BaseSettings):
     """How long to wait for them; less than the time limit of a connection to the store."""
 
     limit: str = ""
-    """What one caller may use at once, where that is not the default: `watches=50,calls=200`."""
+    """Limits on what one caller may use that differ from the default: `watches=50,calls=200`."""
 
     drain_seconds: Seconds = 5.0
     """How long a stopping coordinator gives open calls to end."""
@@ -181,7 +181,7 @@ class Settings(BaseSettings):
         types = text.split(",")
         if not set(types) <= set(CERTIFIED_TYPES) or len(set(types)) != len(types):
             known = ", ".join(CERTIFIED_TYPES)
-            raise ValueError(f"write some of {known}, with a comma between two of them")
+            raise ValueError(f"write some of {known}, separated by commas")
         return text
 
     @field_validator("assume")
@@ -201,9 +201,7 @@ class Settings(BaseSettings):
         for word in filter(None, text.split(",")):
             match = _LIMIT.fullmatch(word)
             if match is None or match[1] not in LIMITS:
-                raise ValueError(
-                    f"write NAME=N with a number from 1; NAME is one of {', '.join(LIMITS)}"
-                )
+                raise ValueError(f"write NAME=N, with N from 1; NAME is one of {', '.join(LIMITS)}")
         return text
 
     @model_validator(mode="after")
@@ -278,7 +276,7 @@ class Settings(BaseSettings):
         return Access(**files)
 
     def limits(self) -> dict[str, int]:
-        """Return the limits that are not the default."""
+        """Return the limits that differ from the default."""
         words = (word.partition("=") for word in filter(None, self.limit.split(",")))
         return {name: int(value) for name, _, value in words}
 

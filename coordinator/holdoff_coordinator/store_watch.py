@@ -105,7 +105,7 @@ class StoreWatch:
         await self._catch_up()
 
     async def _catch_up(self) -> None:
-        """Run what is due, some apps at a time: what a look has no time for, the next one does."""
+        """Run what is due, some apps at a time; the next look does the rest."""
         while self._due:
             apps = list(self._due)[:APPS_A_STEP]
             failed: list[str] = []

@@ -124,7 +124,7 @@ class Watches:
             watcher.stir(app.name)
 
     def _is_old(self, app: _App, latest: Position) -> bool:
-        """Whether the last look at an app was before that to which a watcher has come."""
+        """Whether the last look at an app is older than the position of a watcher."""
         if app.at is None or app.at.epoch != latest.epoch:
             return False
         return app.at.number > latest.number and self._looks.began <= app.at_since

@@ -517,7 +517,7 @@ def test_who_may_no_more_hears_no_more(tmp_path: Path) -> None:
         service.access_file.write_text(GRANTS.replace("role", "roll"))
         busy.update_token(OURS, refresh_interval_seconds=0.2)
         assert next(watch).change.status.token == OURS
-        wait_until(lambda: any("access stays as it was" in line for line in service.log))
+        wait_until(lambda: any("the previous grants still apply" in line for line in service.log))
         service.access_file.write_text(
             GRANTS.replace('"credential:viewer"]', '"credential:nobody"]')
         )

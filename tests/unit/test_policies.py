@@ -138,7 +138,7 @@ def test_a_normal_form_stays(text: str) -> None:
             "(?<=q)",
             "invalid perl operator: (?<=; it has no lookahead or lookbehind: match the text around",
         ),
-        ("blocked\\b'", "(a)\\1'", "(a)\\1", "it has no references to earlier groups: write out"),
+        ("blocked\\b'", "(a)\\1'", "(a)\\1", "it has no backreferences: write out"),
         ("blocked\\b'", "blocked\\Z'", "blocked\\Z", "write \\z for the end of the text"),
         ("blocked\\b'", "(?>a)'", "(?>a)", "so it has no atomic groups"),
         ("blocked\\b'", "a++b'", "a++b", "so it has no possessive repeats"),

@@ -589,7 +589,9 @@ def test_a_report_that_fails_again_and_again_is_set_aside(
     [path] = folder.iterdir()
     [warning] = warnings
     assert f"is set aside in {path}" in warning
-    assert warning.endswith(f"{error}; when the cause is gone, send it with: holdoff spool retry")
+    assert warning.endswith(
+        f"{error}; when the cause is fixed, send it again with: holdoff spool retry"
+    )
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert flush() == Flushed(0, 0, 0, None)
     assert [(one.event, one.reason) for one, _ in Spool(folder).survey_aside(pytest.fail)] == [

@@ -42,7 +42,7 @@ def leave_to_parent(thing: object) -> None:
     """Keep forked children from finalizing a channel or stream of gRPC.
 
     The finalizer takes a lock. If a thread of the parent held it during the fork, the child would
-    wait for ever as it ends.
+    wait for ever when it ends.
     """
     _never_finalized.add(thing)
 
@@ -50,9 +50,9 @@ def leave_to_parent(thing: object) -> None:
 def import_grpc_for_asyncio() -> None:
     """Import gRPC so that it starts no threads in forked children.
 
-    It restarts its threads there by default. Those of gRPC for asyncio crash many children.
-    gRPC reads the switch once, as it is imported: an import before this one, or a value that the
-    user has set, decides instead.
+    It restarts its threads there by default, and those of gRPC for asyncio crash many children.
+    gRPC reads the switch only at its import: an earlier import, or a value that the user has set,
+    takes precedence.
     """
     global _grpc_restarts  # noqa: PLW0603 - one for the process
     if "grpc" in sys.modules or _SWITCH in os.environ:
@@ -90,7 +90,7 @@ class Owner:
         return self._generation == _generation
 
     def check(self) -> None:
-        """Raise HoldoffError in a forked child, to which the parent's channels are of no use."""
+        """Raise HoldoffError in a forked child, which cannot use the parent's channels."""
         if not self.is_here:
             raise HoldoffError(
                 f"this client belongs to process {self.pid}, of which this one is a fork: "

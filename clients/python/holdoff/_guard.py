@@ -686,7 +686,7 @@ def main() -> None:
 
     After them come the descriptors that the command is to have beyond the first three.
     """
-    # The command is of the same user: by /proc it could reach our pipes, and move its deadline.
+    # The command has the same user: through /proc it could reach our pipes and move its deadline.
     _platform.allow_inspection(allowed=False)
     launch, control, events, wrapper, isolate, *passed = sys.argv[1:]
     for fd in (launch, control, events):

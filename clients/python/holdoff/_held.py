@@ -162,7 +162,7 @@ class Held:
         return event
 
     def _vouch(self, event: budget_pb2.Event) -> None:
-        """Say in a report, and prove, under which lease it was made."""
+        """Name the lease in a report; for a block, also prove that it is held."""
         event.lease = self.name
         if event.kind == budget_pb2.EVENT_KIND_BLOCK:
             event.lease_proof = lease_proof(secret_hash(self._offer.secret), event.id)

@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 
 class Conversation:
-    """One stream of an acquisition. Leaving it without a lease gives up the place.
+    """One stream of an acquisition. Leaving it without a lease gives up the position.
 
     Args:
         client: Where the coordinator is.
         acquisition: What is asked for.
-        interruptible: Entered while it waits; nothing here minds what is raised then.
+        interruptible: Entered while it waits; an exception that is raised then does no harm.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Conversation:
     def _read(self) -> None:
         """Read the stream in a thread of its own.
 
-        A signal handler that raises inside of gRPC leaves its locks taken, and closing the
+        A signal handler that raises an exception inside gRPC leaves locks taken, and closing the
         channel then waits for ever. A simple queue can be interrupted anywhere.
         """
         try:

@@ -1,4 +1,4 @@
-"""Where the library logs. What is logged may come from others, and be shown on a terminal."""
+"""The logger of the library. It escapes control characters: some texts come from other parties."""
 
 import logging
 

@@ -1,8 +1,8 @@
-r"""Patterns of policies: RE2, whose search takes time in proportion to what it searches.
+r"""Patterns of policies: RE2, whose search takes time in proportion to the text.
 
-Nothing else compiles a pattern that is not written in our own code. RE2 has no lookahead, no
-lookbehind and no references to earlier groups, which is why no pattern can make it slow. `\d`,
-`\w`, `\s` and `\b` know ASCII alone. Its library is imported with the first pattern.
+Only this module compiles patterns that are not written in our own code. RE2 has no lookahead, no
+lookbehind and no backreferences, so that no pattern can make it slow. `\d`, `\w`, `\s` and `\b`
+match only ASCII. Its library is imported with the first pattern.
 
 Patterns of our own code use `re`, which is imported anyway. Each of them is linear, which
 `tests/unit/test_patterns.py` checks.
@@ -15,26 +15,26 @@ from typing import Any
 
 MOST_PATTERN_CHARACTERS = 2_000
 _MOST_PROGRAM = 10_000
-"""Steps that RE2 may take for each character at worst. The largest of the presets needs 1,900."""
+"""Steps that RE2 may take for each character at worst. The largest preset needs 1,900."""
 _MOST_MEMORY_BYTES = 8 << 20
 
 _LOOKAROUND = (
-    "it has no lookahead or lookbehind: match the text around too, and name the part that is "
-    "wanted, as in (?P<code>…)"
+    "it has no lookahead or lookbehind: match the text around it too, and name the group that you "
+    "need, as in (?P<code>…)"
 )
-_REFERENCE = "it has no references to earlier groups: write out what may be there"
+_REFERENCE = "it has no backreferences: write out the alternatives"
 _INSTEAD = {
     **dict.fromkeys(("(?=", "(?!", "(?<=", "(?<!"), _LOOKAROUND),
     **dict.fromkeys(("(?P=", *(rf"\{digit}" for digit in range(1, 10))), _REFERENCE),
-    "(?>": "it never goes back, so it has no atomic groups: write (?:…)",
-    "++": "it never goes back, so it has no possessive repeats: leave out the second +",
-    "*+": "it never goes back, so it has no possessive repeats: leave out the +",
-    "?+": "it never goes back, so it has no possessive repeats: leave out the +",
+    "(?>": "it does not backtrack, so it has no atomic groups: write (?:…)",
+    "++": "it does not backtrack, so it has no possessive repeats: omit the second +",
+    "*+": "it does not backtrack, so it has no possessive repeats: omit the +",
+    "?+": "it does not backtrack, so it has no possessive repeats: omit the +",
     r"\Z": r"write \z for the end of the text",
-    "(?x": "it has no verbose patterns: leave out spaces and comments",
-    "{": "repeat at most 1000 times, with nested repeats multiplied",
+    "(?x": "it has no verbose patterns: omit spaces and comments",
+    "{": "repeat at most 1000 times; nested repeats multiply",
 }
-"""What to write instead of what RE2 refuses, by what the refused part begins with."""
+"""What to write instead, by the beginning of the part that RE2 refuses."""
 
 
 class PatternError(ValueError):
@@ -84,14 +84,14 @@ def compile_pattern(text: str, *, ignore_case: bool = False) -> Pattern:
     except re2.error as error:
         raise PatternError(_reason(error.args[0])) from None
     except UnicodeEncodeError:
-        raise PatternError("it has half a character") from None
+        raise PatternError("it has half of a surrogate pair") from None
     if compiled.programsize > _MOST_PROGRAM:
         raise PatternError("it is too large: use smaller repeats")
     return Pattern(text, compiled)
 
 
 def try_compile(text: str, *, ignore_case: bool = False) -> Pattern | None:
-    """Compile a pattern from the API; None if it is none that this release can use."""
+    """Compile a pattern from the API; None if this release cannot use it."""
     try:
         return compile_pattern(text, ignore_case=ignore_case)
     except PatternError:

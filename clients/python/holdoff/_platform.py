@@ -127,10 +127,10 @@ def become_subreaper() -> None:
 
 
 def allow_inspection(*, allowed: bool) -> None:
-    """Whether other processes of this user may look at our memory and open our descriptors.
+    """Set whether other processes of this user may read our memory and open our descriptors.
 
-    A forked process begins with what its parent has. Where /proc is mounted with ``hidepid``,
-    a process that may not be inspected is not in anybody's process table.
+    A forked process inherits the setting. Where /proc is mounted with ``hidepid``, a process that
+    may not be inspected is hidden from all unprivileged processes.
     """
     if LINUX:
         _call("prctl", _PR_SET_DUMPABLE, int(allowed), 0, 0, 0)

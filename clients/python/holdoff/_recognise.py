@@ -1,15 +1,15 @@
 """Recognises errors and blocks, in what a job prints and in HTTP answers. Pure.
 
-What counts as either is the policy's to say; besides, any job may print lines of its own, with the
-key of its run (`HOLDOFF_REPORT_KEY` in its environment)::
+The policy says what counts as either. Besides, any job may print these lines, with the key of its
+run (`HOLDOFF_REPORT_KEY` in its environment)::
 
     HOLDOFF-ERROR key=0123… division=535193 endpoint=crm/Accounts status=400 count=2
     HOLDOFF-BLOCKED key=0123… status=429 retry_after=60
 
-The key is the first field; the others may be left out, and values may stand in double quotes. A
-value that makes no sense is taken as not given. Such a marker begins its line, and the key shows
-that the job means it: data that the job prints cannot know the key. Without a key it counts only
-where all of the output is trusted.
+The key is the first field; the others are optional, and values may be in double quotes. An invalid
+value is ignored. Such a marker must begin its line. The key shows that it comes from the job,
+because data that the job prints cannot contain the key. Without a key it counts only if all of the
+output is trusted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MOST_COUNT = 10_000
 MOST_SEARCHED = 4_000
-"""Characters of a line or a header in which is searched."""
+"""How many characters of a line or a header are searched."""
 MOST_BODY_BYTES = 64 * 1024
 MOST_DIVISION_CHARACTERS = 100
 LINES_AFTER = 5
@@ -237,7 +237,7 @@ class OutputRecogniser:
         return SeenError(status, division, endpoint, count)
 
     def _counts(self, key: str) -> bool:
-        """Whether a marker with this key counts. One with another key is a nested run's."""
+        """Whether a marker with this key counts. Another key belongs to a nested run."""
         if key:
             return key == self._key
         self.ignored_markers = self.ignored_markers or not self._trust_output

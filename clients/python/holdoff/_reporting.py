@@ -2,7 +2,7 @@
 
 What is reported is on disk (`holdoff._spool`) before it is sent, and leaves the disk when the
 coordinator has counted it: exactly once, whatever crashes in between. A report that is refused, or
-fails again and again while the coordinator answers others, is set aside, so that it blocks none.
+fails three times while others succeed, is set aside, so that it does not block others.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MOST_EVENTS = 100
 _MOST_AGE_NS = 24 * 3600 * 10**9
 """What is older is not counted any more."""
 _MOST_FAILURES = 3
-"""So often may the coordinator fail with a report before it is set aside."""
+"""A report that failed this often is set aside."""
 _LATER_SECONDS = 30.0
 """When to ask again after an answer that says neither when, nor that it is final."""
 
@@ -71,12 +71,12 @@ class _Delivery:
         self._warned: set[type[HoldoffError]] = set()
         self._probe = probe
         self._answers = False
-        """Whether the last thing that the coordinator was asked had an answer."""
+        """Whether the coordinator answered its last call."""
 
     def deliver(self, spool: Spool) -> HoldoffError | None:
         """Send what waits; return why some of it still waits, if it does."""
-        # A batch is of one token, so that of an unknown token all of it is wrong. What failed
-        # before goes last, and each by itself, so that it blocks no other.
+        # A batch is of one token: if that is unknown, all of the batch is refused. Reports that
+        # failed before are sent last, each alone, so that they do not block others.
         tokens: dict[tuple[bool, str], list[str]] = {}
         for one in spool.waiting():
             key = (True, one.event.id) if one.failures else (False, one.event.scope.token)
@@ -95,12 +95,12 @@ class _Delivery:
         return kept
 
     def _try_batch(self, spool: Spool, ids: Sequence[str], *, alone: bool) -> HoldoffError | None:
-        """Send some of one token; return why the coordinator failed with them, if it did.
+        """Send some of one token; return the error if the coordinator failed with them.
 
         Raises:
-            HoldoffError: They wait on, and so do the rest of this token.
+            HoldoffError: They remain stored, and so do the others of this token.
         """
-        if alone:  # so that a coordinator that is away is not taken for one that this report ends
+        if alone:  # so that an outage does not count as a failure of this report
             self._ask_whether_it_answers()
         try:
             self._deliver_batch(spool, ids)
@@ -110,7 +110,9 @@ class _Delivery:
             self._answers = False
             self._failed(spool, ids, error)
             self._ask_whether_it_answers()
-            return UnexpectedError(f"the coordinator answers, but not this report: {error}")
+            return UnexpectedError(
+                f"the coordinator does not answer this report, but others: {error}"
+            )
         except UnexpectedError as error:
             self._answers = True
             self._failed(spool, ids, error)
@@ -118,10 +120,10 @@ class _Delivery:
         return None
 
     def _ask_whether_it_answers(self) -> None:
-        """Ask the coordinator something else, if it did not just answer.
+        """Make another call to the coordinator, unless it has just answered one.
 
         Raises:
-            Unavailable: It is away.
+            Unavailable: It does not answer.
         """
         if self._probe is None or self._answers:
             return
@@ -136,7 +138,7 @@ class _Delivery:
         self._answers = True
 
     def _failed(self, spool: Spool, ids: Sequence[str], error: HoldoffError) -> None:
-        """Take in that the coordinator failed with some: the next time each is sent by itself."""
+        """Note that the coordinator failed with some: the next time each is sent alone."""
         failed = spool.failed(ids)
         if len(failed) == 1 and failed[0].failures >= _MOST_FAILURES:
             self._set_aside(spool, failed, error)
@@ -188,7 +190,7 @@ class _Delivery:
             bad,
             error,
             f"set aside in {path}",
-            "; when the cause is gone, send it with: holdoff spool retry",
+            "; when the cause is fixed, send it again with: holdoff spool retry",
         )
         self.set_aside += len(bad)
         self._on_progress(len(bad))
@@ -218,8 +220,8 @@ class Reporter:
         send: Reports events of one app, such as `Client.record_events`.
         spool: Where they wait; the reporter is its only user, and closes it.
         warn: Called with one line about what is lost, or may be. Any thread may call it.
-        probe: Tells a report without an answer from a coordinator that is away. Without it no
-            report is set aside for want of an answer.
+        probe: Shows whether the coordinator answers other calls when a report gets no answer.
+            Without it, such a report is never set aside.
     """
 
     def __init__(
@@ -349,7 +351,7 @@ def flush_leftovers(
         spool: Its folder is looked through.
         send: Reports events of one app, such as `Client.record_events`.
         warn: Called with one line about what is skipped or dropped.
-        probe: Tells a report without an answer from a coordinator that is away.
+        probe: Shows whether the coordinator answers other calls when a report gets no answer.
         on_progress: Called with how many more are over and done with.
     """
     delivery = _Delivery(send, warn, keep_unknown=True, probe=probe, on_progress=on_progress)

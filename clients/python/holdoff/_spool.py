@@ -5,8 +5,8 @@ lock is free was left behind, and belongs to whoever locks it next. A line is a 
 event, or the ids of events that are done. So a crash between the coordinator's answer and the mark
 sends an event a second time, with the id that it was counted under; it counts once.
 
-An event that fails again and again is set aside: it moves to a file of its own (`.aside`), where it
-waits for a person (`holdoff spool retry`) and blocks no other event.
+An event that fails repeatedly is set aside: it moves to its own file (`.aside`), where it waits for
+a person (`holdoff spool retry`) and does not block other events.
 
 An event is remembered with when it was written, by the clock that never steps, and by the wall
 clock for a reader after the next boot: how long ago it happened is worked out when it is sent.
@@ -48,7 +48,7 @@ MOST_EVENTS = 10_000
 MOST_BYTES = 10_000_000
 """So much may wait in the whole folder."""
 MOST_ASIDE_BYTES = 1_000_000
-"""When so much is set aside, the next report that should be is dropped."""
+"""Once this much is set aside, further reports are dropped instead."""
 MOST_COUNT = 10_000
 """So often may one event have happened, as the coordinator sees it."""
 _MOST_LINE = 256 * 1024
@@ -103,7 +103,7 @@ class Waiting:
     """With its ages as they were when it was written."""
     written: Moment
     failures: int = 0
-    """How often the coordinator failed with it, and with it alone."""
+    """How often the coordinator failed with it, or with its batch."""
     reason: str = ""
     """Why it was set aside."""
 
@@ -329,7 +329,7 @@ class Spool:
     def set_aside(self, ids: Sequence[str], reason: str) -> Path | None:
         """Move events to a file where they wait for a person; return it.
 
-        None, where they are dropped, when too much is there already or the disk is full.
+        They are dropped, and None is returned, if too much is there already or the disk is full.
         """
         with self._lock:
             moved = [
@@ -403,7 +403,7 @@ class Spool:
                     yield one, file.path
 
     def take_back(self, warn: Warn) -> None:
-        """Let all that was set aside wait to be sent again, as what was left behind does.
+        """Make everything that was set aside wait to be sent again.
 
         Args:
             warn: Called with what is wrong with a file that is skipped.

@@ -1,4 +1,4 @@
-"""TOML files of operators: whatever is wrong with one, the error has the line."""
+"""TOML files of operators: every error names the line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLACE = re.compile(r"line (\d+)")
 
 
 class TomlError(ValueError):
-    """A file is no TOML."""
+    """A file is not valid TOML."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ def read(text: str) -> dict[str, Any]:
     """Parse a document.
 
     Raises:
-        TomlError: It is none, is too long or nested too deeply, or has a number that is too long.
+        TomlError: It is invalid, too long or nested too deeply, or has a number that is too long.
     """
     if len(text) > MOST_CHARACTERS:
         raise TomlError(f"is longer than {MOST_CHARACTERS} characters", 1)
@@ -62,7 +62,7 @@ def read(text: str) -> dict[str, Any]:
 
 
 def _is_too_long(key: str) -> bool:
-    """Whether a key, or what stands at its place, is too long. In quotes it may be a value."""
+    """Whether a key, or the text in its place, is too long. In quotes it may be a value."""
     if key.startswith("#"):
         return False
     if key.startswith(("'", '"')):
@@ -71,7 +71,7 @@ def _is_too_long(key: str) -> bool:
 
 
 def _line(text: str, traceback: TracebackType | None) -> int:
-    """Find how far the parser had come: its innermost function with a position knows it."""
+    """Find how far the parser got: its innermost function with a position knows it."""
     position = 0
     while traceback:
         found = traceback.tb_frame.f_locals.get("pos")

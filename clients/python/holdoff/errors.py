@@ -87,7 +87,7 @@ class CountsUnknown(BudgetSpent):
 
 
 class TooManyEvents(NotGranted):
-    """The token has more events than it may have remembered."""
+    """The token has too many events to remember."""
 
     REASON = "TOO_MANY_EVENTS"
 
@@ -283,7 +283,7 @@ class SchemaTooNew(Unavailable):
 
 
 class AccessFileMissing(Unavailable):
-    """The coordinator's access file cannot be read, so that it admits no caller."""
+    """The coordinator cannot read its access file, and admits no caller."""
 
     REASON = "ACCESS_FILE_MISSING"
 
@@ -295,7 +295,7 @@ class Draining(Unavailable):
 
 
 class LimitReached(Unavailable):
-    """This caller uses as much of the coordinator as it may at once; `metadata` says of what."""
+    """This caller has reached a limit of the coordinator; `metadata` says which."""
 
     REASON = "LIMIT_REACHED"
 

@@ -9,7 +9,7 @@
 --
 -- Callers are requests for a lease, by their hash, and reservations.
 
-local SHARE = 2 -- of what is free: so much of a store of the app one token may fill
+local SHARE = 2 -- a token may use so many times what is free in its app
 local PROBE_FOR = 60 * SECOND -- a probe that went on so long without an error succeeded
 local STEP_MOST, STEP_LEAST, SPREAD = SECOND / 5, SECOND * 0.06, 5 * SECOND
 local FORGET_US = 24 * 3600 * SECOND -- a back-off that nobody probed is over then
@@ -135,7 +135,7 @@ local function settle_back_off(one)
       if now - clean_since >= PROBE_FOR then
         reopen(one)
       elseif now - number(one.probe_us) >= 3 * PROBE_FOR then
-        drop_probe(one) -- it errs and errs: the next one may do better
+        drop_probe(one) -- it keeps causing errors: the next one may succeed
       end
     elseif now - number(one.until_us) > FORGET_US then
       end_back_off(one)
@@ -192,14 +192,14 @@ local function audit_back_off(kind, one, facts)
   }, true)
 end
 
--- Whether a token that has so many of `most` things of its app may have another one: no more than
--- a share of what all others leave free. So whatever one token does, there is room for the next.
+-- Whether a token that has `mine` of at most `most` things of its app may have another one: up to a
+-- multiple of what is free. So whatever one token does, there is room for others.
 local function in_share(mine, all, most, share) return mine < share * (most - all) end
 
 local be_quiet
 
 do -- its own locals: Lua allows 200 in all
-  local BACK_OFFS_MOST = 1000 -- of an app; beyond a token's share of them, all of the token backs off
+  local BACK_OFFS_MOST = 1000 -- of an app; beyond a token's share of them, the whole token backs off
 
   local function may_back_off(by)
     local mine, all = 0, 0
@@ -210,8 +210,8 @@ do -- its own locals: Lua allows 200 in all
     return in_share(mine, all, BACK_OFFS_MOST, SHARE)
   end
 
-  -- Makes a scope quiet until an instant. `facts` has token, division, endpoint, cause, `from`, the
-  -- token whose job caused it, and what else is worth knowing.
+  -- Makes a scope quiet until an instant. `facts` has token, division, endpoint, cause, `from` (the
+  -- token whose job caused it), and more for people.
   function be_quiet(id, facts)
     local by = facts.from or facts.token
     if not redis.call('ZSCORE', BACK_OFFS, id) and not may_back_off(by) then
@@ -263,7 +263,7 @@ local function subject_to(token, places)
       end
     end
   end
-  -- Without texts that are put together: a queue may have thousands of places.
+  -- Without joining texts: a queue may have thousands of places.
   local function match(by_division, division, endpoint)
     local by_endpoint = by_division[division]
     if by_endpoint then
@@ -291,9 +291,9 @@ local function touched(token, who)
   return spare('touched/' .. token .. ':' .. who, read) or {}
 end
 
-local erred = {} -- by token and job: where it erred, by what a place leaves open
+local erred = {} -- by token and job: where it erred, by the part of the place that is given
 
--- Where a job of a token erred within a week, at places that are part of a place that leaves something open.
+-- Where a job of a token erred within a week, at places that a less specific place includes.
 local function erred_within(token, job, place)
   local of_job = within(within(erred, token), job)
   if not of_job[''] then
@@ -407,7 +407,7 @@ local function caller_ended(caller, well)
   give_up_turn(caller)
 end
 
--- An error counts against those of its token who probe its place.
+-- An error counts against the probes of its own token at its place.
 local function probes_err(token, place, at)
   local function is_ours(probe)
     local reservation = probe:match('^reservation:(.*)')

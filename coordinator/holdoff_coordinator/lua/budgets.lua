@@ -4,20 +4,19 @@
 -- A budget is given as {id, limit, kind, most, margin, window_us, grain_us,
 -- statuses, token, division, endpoint, by, coarser}, which the coordinator works
 -- out from the policy. `by` is the token whose event it is. `coarser` are the
--- scopes, each {id, token, division, endpoint}, in which it counts instead where
--- that token has opened too many: the last of them is the whole token. The events
--- of a budget are kept in a log of at most the window's length. A
--- log that is exact has an entry an event; where the limit is large (grain_us
--- above 0), or once it has LOG_MOST entries, events share the entry of a slice
--- of time and count as if they happened at its end: never too few, and none
--- longer than the window and one slice.
+-- scopes, each {id, token, division, endpoint}, in which it counts instead if that
+-- token has opened too many; the last of them is the whole token. The events of a
+-- budget are kept in a log of at most the window's length. A log that is exact has
+-- an entry an event; where the limit is large (grain_us above 0), or once it has
+-- LOG_MOST entries, events share the entry of a slice of time and count as if they
+-- happened at its end: never too few, and none longer than the window and one slice.
 
 local LOG_MOST = 2000 -- entries of their own a budget
 local OLDEST_US = 24 * 3600 * SECOND -- a report may be this old
 local RESERVED_MOST = 3600 * SECOND -- also in budgets.py
 
 local BUDGETS = SHARD .. ':budgets' -- ids, by when nothing is left in the window
-local COARSE = SHARD .. ':coarse' -- the same of those that count what narrower ones have no room for
+local COARSE = SHARD .. ':coarse' -- the same, for those that count for narrower ones
 local IDS = SHARD .. ':events' -- ids that were counted, by how long they are kept
 local RESERVATIONS = SHARD .. ':reservations' -- ids, by when they expire
 
@@ -74,7 +73,7 @@ end
 
 local SPEC = {'limit', 'kind', 'most', 'margin', 'window_us', 'grain_us', 'token', 'division', 'endpoint'}
 
--- Adds a token to the ten that are known to share a scope: to them its values are no secret.
+-- Adds a token to the first ten that use a shared scope: callers with a role on one of them may see it.
 local function with_user(users, token)
   if not users or users == '' then return token end
   if (' ' .. users .. ' '):find(' ' .. token .. ' ', 1, true) then return users end
@@ -133,7 +132,7 @@ local function room_at(id, budget, count)
   return now + number(budget.window_us) -- more than the budget ever allows
 end
 
-local cause -- who made the event that is counted now: {from, job, host, user, status}
+local cause -- who caused the event that is counted now: {from, job, host, user, status}
 
 -- Makes the scope of a budget quiet once no room is left short of the margin,
 -- whatever is reserved: until so many events have left that there is room for one.
@@ -141,7 +140,7 @@ local function check_spent(id, budget)
   local allowed, until_us = number(budget.most) - number(budget.margin), now
   if number(budget.used) < allowed then return end
   local entries = redis.call('ZRANGE', log_key(id), -allowed, -1, 'WITHSCORES')
-  for i = #entries - 1, 1, -2 do -- from the newest on: what came before the last one allowed must leave
+  for i = #entries - 1, 1, -2 do -- from the newest: whatever is older than the last one allowed must leave
     allowed = allowed - number(redis.call('HGET', weights_key(id), entries[i]) or '1')
     until_us = number(entries[i + 1]) + number(budget.window_us) + 1
     if allowed <= 0 then break end
@@ -199,16 +198,16 @@ end
 local counted_in
 
 do -- its own locals: Lua allows 200 in all
-  local BUDGETS_MOST = 10000 -- of an app: scopes with an event in their window, beside whole tokens
+  local BUDGETS_MOST = 10000 -- of an app: scopes with an event in their window, except whole tokens
 
   local function size(key)
     redis.call('ZREMRANGEBYSCORE', key, '-inf', us(sure))
     return redis.call('ZCARD', key)
   end
 
-  -- The budget in which an event of `spec` counts: its own, or where its token has opened too many,
-  -- or counts coarser already, a coarser one. So all of a scope that is in its window is in one
-  -- budget: once a coarser one is used, no narrower one is opened before it is empty.
+  -- The budget in which an event of `spec` counts: its own, or a coarser one if its token has opened
+  -- too many, or already uses a coarser one. So all events in the window of a scope are in one
+  -- budget: while a coarser one is in use, no narrower one is opened.
   function counted_in(spec)
     local all = size(BUDGETS)
     if not (spec.coarser and spec.coarser[1]) or redis.call('ZSCORE', BUDGETS, spec.id) then return spec end
@@ -238,7 +237,7 @@ local may_count, keep_id
 
 do -- its own locals: Lua allows 200 in all
   local IDS_MOST = 500000 -- of an app, some 50 MB
-  local IDS_SLICE = 3 * 3600 * SECOND -- how exactly it is known until when they are kept
+  local IDS_SLICE = 3 * 3600 * SECOND -- precision of the time until which they are kept
 
   local kept_ids = {} -- how many ids of each token are kept
 
@@ -285,7 +284,7 @@ local function count_once(event, at, count, specs, token)
   return entries
 end
 
--- Counts a reported event if its token has room for it. Returns how that went.
+-- Counts a reported event if its token has room for it. Returns the outcome.
 local function count_event(event, at, count, specs, token)
   if redis.call('ZSCORE', IDS, event) then return 'KNOWN' end
   if not may_count(token) then return 'TOO_MANY_EVENTS' end
@@ -363,10 +362,10 @@ local block
 do -- its own locals: Lua allows 200 in all
   local UNCONFIRMED = 300 * SECOND -- also in docs/operating.md
 
-  -- The provider blocks or throttles a scope. What is met during a block, or by a call that was
-  -- sent before it ended, prolongs it at most to the instant that is named; what is met
-  -- after it is another one, and longer. `claim` is the token that alone says so of a scope which
-  -- others share: it stops them for UNCONFIRMED at most, until a report without a claim confirms it.
+  -- The provider blocks or throttles a scope. A report during a block, or about a call that was sent
+  -- before it ended, prolongs it at most to the instant that it names; a report after it begins
+  -- another, longer one. `claim` is the token that alone reports a block of a scope that tokens
+  -- share: it stops the others for UNCONFIRMED at most, unless a report without a claim confirms it.
   local function block_scope(told, id, scope, at, claim)
     local one = back_off_record(id)
     local ended, most = number(one.until_us), claim and math.min(told.most_us, UNCONFIRMED) or told.most_us
@@ -405,10 +404,10 @@ do -- its own locals: Lua allows 200 in all
     return lease.accepted_us and number(lease.accepted_us) <= at and at <= number(lease.ended_us or lease.expires_us)
   end
 
-  -- What a reported block makes quiet: the policy's scope, if it is the token's own, or the reporter
-  -- may speak for the whole app. Else it is the token, and with it, where a holder of the token
-  -- reports, the policy's scope: once, as a claim, or for good where another token claims it. A
-  -- claim stands for as long as its token is blocked by it.
+  -- Applies a reported block: to the policy's scope, if that is the token's own, or if the reporter
+  -- may report for the whole app. Otherwise to the token; and if the reporter holds a lease of the
+  -- token, also to the policy's scope: once, as a claim, or in full if it confirms the claim of
+  -- another token. A claim can be confirmed while its token is blocked by it.
   function block(told, at)
     if told.token ~= '' or told.for_app then return block_scope(told, told.id, told, at) end
     block_scope(told, told.own, {token = told.by, division = '', endpoint = ''}, at)
@@ -419,7 +418,7 @@ do -- its own locals: Lua allows 200 in all
       local confirms = claim ~= '' and at <= number(one.claim_until_us)
       block_scope(told, told.id, told, at, not confirms and told.by or nil)
     end
-    one = back_off_record(told.id) -- which there may not have been
+    one = back_off_record(told.id) -- it may not have existed before
     if one.claim == told.by then
       put(back_off_key(told.id), one, {claim_until_us = number(back_off_record(told.own).until_us)})
     end

@@ -69,9 +69,9 @@ local function append(key, ...)
   return id
 end
 
--- The audit trail of an app has two streams, so that what machines do pushes nothing out that an
--- operator did. In each, one caller adds so many entries for one token in a span of time; what
--- follows becomes one entry for each kind, with a count, until the span is over.
+-- The audit trail of an app has two streams, so that automatic events displace no operators' actions.
+-- In each, one caller adds at most `most` entries for one token in a span of time; further events
+-- become one entry for each kind, with a count, until the span is over.
 local MACHINES = {key = SHARD .. ':audit', kept = 10000, span = 60 * SECOND, most = 30}
 local OPERATORS = {key = SHARD .. ':security', kept = 10000, span = 3600 * SECOND, most = 60}
 local SECURITY = {

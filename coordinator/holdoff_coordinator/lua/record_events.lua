@@ -3,11 +3,12 @@
 --         `shown` is kept for people. `error` is {place, touched}: where an
 --         error or a block was met, and for whom that is remembered. `block` is {id, token, division,
 --         endpoint, reason, retry_after_us, sent_age_us, first_us, factor, most_us,
---         forget_us, by, own, for_app, lease}, -1 for what was not told: `own` is the id where it holds
---         the token `by` alone, `for_app` says that the reporter may speak for the app, and `lease` is
---         that of the token which the reporter proved to have. `cause` is {job, host, user, status}.
--- Answers one word an event: COUNTED, KNOWN, or TOO_MANY_EVENTS of its token.
-local ERRORS_MOST = 200 -- that a token is remembered by
+--         forget_us, by, own, for_app, lease}, -1 for what is not known: `own` is the id of the
+--         back-off of the token `by` alone, `for_app` says that the reporter may report for the
+--         whole app, and `lease` is the lease of the token that the reporter has proved to hold.
+--         `cause` is {job, host, user, status}.
+-- Answers one word an event: COUNTED, KNOWN, or TOO_MANY_EVENTS if its token has too many.
+local ERRORS_MOST = 200 -- of a token that are kept
 expire_reservations()
 
 -- What else follows from an event that was counted.

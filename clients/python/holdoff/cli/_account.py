@@ -46,7 +46,7 @@ class Order:
     log_file: Path | None
     read_output: bool
     trust_output: bool
-    """Whether markers in the output count without the run's key."""
+    """Whether markers in the output count without the key of the run."""
 
 
 @dataclass(slots=True)

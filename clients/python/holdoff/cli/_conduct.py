@@ -80,8 +80,8 @@ class Conduct:
         job: Its name.
         when_quiet: What to do then; None does what the policy says.
         say: Called with a line for people, in threads that others wait for: it must not block.
-        report_key: What the command's own reports in its output have.
-        trust_output: Whether reports without it count too.
+        report_key: The key of the command's own reports in its output.
+        trust_output: Whether reports without a key count too.
     """
 
     def __init__(  # noqa: PLR0913 - all of them differ from run to run
@@ -176,7 +176,7 @@ class Conduct:
             self._say(
                 "lines that begin with HOLDOFF-ERROR or HOLDOFF-BLOCKED did not count, because "
                 "they have no key: write key=$HOLDOFF_REPORT_KEY as their first field, or use "
-                "--trust-output if nobody else can write into the command's output"
+                "--trust-output if the command prints no data from others"
             )
 
     def _report(self, seen: Iterable[Seen]) -> None:

@@ -91,8 +91,8 @@ class Run:
         self._reporter = Reporter(
             client.record_events, Spool(), warn=self._say, probe=client.list_policies
         )
-        # It opens nothing, and is over with the run: it only tells the command's own reports from
-        # the same text in data that the command prints.
+        # It grants no access, and is valid only for this run: it distinguishes the command's own
+        # reports from the same text in data that the command prints.
         self._report_key = os.urandom(16).hex()
         self._conduct = Conduct(
             self._reporter,

@@ -24,7 +24,7 @@ def write_line(line: str) -> None:
 
 
 def confirm(question: str) -> bool:
-    """Ask on stderr whether to go on."""
+    """Ask on stderr whether to continue."""
     return click.confirm(printable_lines(question), err=True)
 
 

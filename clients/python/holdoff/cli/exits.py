@@ -35,7 +35,7 @@ TABLE: Final = (
     (str(OUTPUT_LOST), "the output cannot be written: the disk is full"),
     (
         str(NOT_GRANTED),
-        "no lease within the wait: held, cooling, backing off, queued, quarantined; budget, limit",
+        "no lease within the wait: held, cooling, backing off, queued, quarantined, budget, limit",
     ),
     (str(REFUSED), "refused, or an unknown token, lease, budget, back-off or policy"),
     (str(LEASE_LOST), "the lease was lost"),
@@ -114,7 +114,7 @@ _REMEDIES: Final = {
     "apps/{app} --reason WHY",
     "BUDGET_SPENT": "until when: holdoff budget list apps/{app} --state spent",
     "BACKING_OFF": "why, and until when: holdoff explain {about}; to wait for it: --wait 2h",
-    "COUNTS_UNKNOWN": "why: holdoff quarantine show {app}; it is over by itself",
+    "COUNTS_UNKNOWN": "why: holdoff quarantine show {app}; it ends by itself",
     "TOO_MANY_EVENTS": "what is counted: holdoff budget list apps/{app}; the oldest events expire",
     "LEASE_LOST": "what happened: holdoff token history {token}",
     "LEASE_BROKEN": "who has it now: holdoff watch {token}",
@@ -145,7 +145,7 @@ _REMEDIES: Final = {
     "SCHEMA_TOO_NEW": "upgrade the coordinator at {endpoint}, or use a newer one: --endpoint "
     "HOST:PORT",
     "ACCESS_FILE_MISSING": "restore that file, or its permissions, at the coordinator {endpoint}: "
-    "it is read again by itself",
+    "it is reread automatically",
     "DRAINING": "it stops or restarts, and positions are kept: try again in a moment",
     "WAITER_SILENT": "was this host suspended or offline? Try again: the position is lost",
     "INTERNAL": "a fault of Holdoff: see the coordinator's log at this time, and report it",

@@ -91,8 +91,8 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
 def check_policies(files: tuple[Path, ...]) -> None:
     """Check policy files, without a coordinator.
 
-    Put them into the directory that the coordinator reads with --policy-dir. Patterns are regular
-    expressions of RE2, without lookaround and backreferences.
+    Put them into the directory that the coordinator reads with --policy-dir. Patterns are RE2
+    regular expressions, without lookaround and backreferences.
     """
     wrong, known = False, set(presets())
     for path in files:

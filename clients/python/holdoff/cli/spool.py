@@ -36,7 +36,7 @@ def spool() -> None:
     """Show and send error reports that are stored on this host because no coordinator answered.
 
     They are in $XDG_STATE_HOME/holdoff/spool, separate for each user. A report that the coordinator
-    refuses, or that fails three times while others arrive, is set aside there.
+    refuses, or that fails three times while others succeed, is set aside there.
     """
 
 
@@ -45,9 +45,9 @@ def spool() -> None:
 def list_waiting(output: str) -> None:
     """List the reports that are stored on this host, the oldest first.
 
-    A command that still runs sends its own reports. The next `holdoff run` or `holdoff budget
-    record` sends the others, or `holdoff spool flush`. What was set aside is listed with the
-    reason, and sent again by `holdoff spool retry`.
+    A command that still runs sends its own reports. The next `holdoff run`, `holdoff budget record`
+    or `holdoff spool flush` sends the others. Reports that were set aside are listed with the
+    reason; `holdoff spool retry` sends them again.
     """
     now, spool = Moment.now(), Spool()
     found = sorted(spool.survey(say), key=lambda one: -one[0].age_ns(now))
@@ -102,8 +102,8 @@ def flush(endpoint: str) -> None:
 def retry(endpoint: str) -> None:
     """Send again the reports that were set aside, with all others that are stored on this host.
 
-    A report that fails once more is set aside again. To give it up, remove its file, which
-    `holdoff spool list --output json` names.
+    A report that fails again is set aside again. To discard it, remove its file, which `holdoff
+    spool list --output json` names.
     """
     spool = Spool()
     spool.take_back(say)

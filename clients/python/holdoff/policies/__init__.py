@@ -3,11 +3,11 @@ r"""The rules of providers, as files: presets beside this module, and those of o
 A policy file is TOML. What each field means stands here; where a preset's value comes from, in
 its file.
 
-Patterns are regular expressions of RE2 (https://github.com/google/re2/wiki/Syntax), whose search
-takes time in proportion to the text, whatever the pattern. It has no lookahead, lookbehind or
-references to earlier groups (`(?=…)`, `(?<!…)`, `\1`); `\d`, `\w`, `\s` and `\b` know ASCII alone;
-`$` is the end of the text, as `\z` is. A pattern has at most 2,000 characters. What is searched is
-short: the first 2,000 characters of a path, 4,000 of a line or a header, 64 KiB of a body.
+Patterns are RE2 regular expressions (https://github.com/google/re2/wiki/Syntax): a search takes
+time in proportion to the text, whatever the pattern. RE2 has no lookahead, lookbehind or
+backreferences (`(?=…)`, `(?<!…)`, `\1`); `\d`, `\w`, `\s` and `\b` match only ASCII; `$` matches
+the end of the text, as `\z` does. A pattern has at most 2,000 characters. Only the first 2,000
+characters of a path, 4,000 of a line or a header, and 64 KiB of a body are searched.
 """
 
 from __future__ import annotations

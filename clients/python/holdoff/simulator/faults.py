@@ -27,7 +27,7 @@ class FaultKind(StrEnum):
 _DEFAULT_SECONDS = {FaultKind.HANG: 600.0, FaultKind.SLOW_BODY: 30.0}
 _STATUSES = range(500, 600)
 _MOST = 10**9
-"""No count of requests and no number of seconds is larger."""
+"""The largest count of requests and the largest number of seconds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -540,7 +540,7 @@ def _oauth_error(
 
 
 MALFORMED = _oauth_error(400, "invalid_request", "The request cannot be read.")
-"""Of a form that is none, is too long, or is written in an unknown way."""
+"""For a form that is invalid, too long, or in an unknown encoding."""
 _BLOCKED = _oauth_error(403, "access_denied", "The API key is blocked.")
 _BLOCKED_PAGE = Answer(
     503,

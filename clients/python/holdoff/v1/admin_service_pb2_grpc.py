@@ -113,9 +113,9 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAuditEvents(self, request, context):
-        """Lists the audit trail, the newest first. Of each app some 10,000 entries are
-        kept about operators' actions, and as many about leases and back-offs; the
-        same about credentials, and about refused calls.
+        """Lists the audit trail, the newest first. About 10,000 entries are kept of
+        each kind: for each app operators' actions, and leases with back-offs; for
+        all apps credentials with access files, and refused calls.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -55,9 +55,9 @@ class AdminServiceStub:
     store may have lost is then at risk, as `Quarantine.at_risk` says.
     """
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEventsRequest, _admin_service_pb2.ListAuditEventsResponse]
-    """Lists the audit trail, the newest first. Of each app some 10,000 entries are
-    kept about operators' actions, and as many about leases and back-offs; the
-    same about credentials, and about refused calls.
+    """Lists the audit trail, the newest first. About 10,000 entries are kept of
+    each kind: for each app operators' actions, and leases with back-offs; for
+    all apps credentials with access files, and refused calls.
     """
 
 @_typing.type_check_only
@@ -87,9 +87,9 @@ class AdminServiceAsyncStub(AdminServiceStub):
     store may have lost is then at risk, as `Quarantine.at_risk` says.
     """
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAuditEventsRequest, _admin_service_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
-    """Lists the audit trail, the newest first. Of each app some 10,000 entries are
-    kept about operators' actions, and as many about leases and back-offs; the
-    same about credentials, and about refused calls.
+    """Lists the audit trail, the newest first. About 10,000 entries are kept of
+    each kind: for each app operators' actions, and leases with back-offs; for
+    all apps credentials with access files, and refused calls.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -152,9 +152,9 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ListAuditEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ListAuditEventsResponse, _abc.Awaitable[_admin_service_pb2.ListAuditEventsResponse]]:
-        """Lists the audit trail, the newest first. Of each app some 10,000 entries are
-        kept about operators' actions, and as many about leases and back-offs; the
-        same about credentials, and about refused calls.
+        """Lists the audit trail, the newest first. About 10,000 entries are kept of
+        each kind: for each app operators' actions, and leases with back-offs; for
+        all apps credentials with access files, and refused calls.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

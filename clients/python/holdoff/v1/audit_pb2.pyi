@@ -64,7 +64,7 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     AUDIT_KIND_QUARANTINE_ENDED: _AuditKind.ValueType  # 17
     """An operator ended a quarantine."""
     AUDIT_KIND_ACCESS_CHANGED: _AuditKind.ValueType  # 18
-    """A coordinator read its access file again, or could not use it."""
+    """A coordinator reread its access file, or could not use it."""
 
 class AuditKind(_AuditKind, metaclass=_AuditKindEnumTypeWrapper):
     """The kinds of entries in the audit trail."""
@@ -108,7 +108,7 @@ AUDIT_KIND_CALL_REFUSED: AuditKind.ValueType  # 16
 AUDIT_KIND_QUARANTINE_ENDED: AuditKind.ValueType  # 17
 """An operator ended a quarantine."""
 AUDIT_KIND_ACCESS_CHANGED: AuditKind.ValueType  # 18
-"""A coordinator read its access file again, or could not use it."""
+"""A coordinator reread its access file, or could not use it."""
 Global___AuditKind: _TypeAlias = AuditKind  # noqa: Y015
 
 @_typing.final
@@ -133,17 +133,17 @@ class AuditEvent(_message.Message):
     of a call that was refused, what it was about.
     """
     identity: _builtins.str
-    """Who did it, as the coordinator authenticated them, with the type of the name
-    (`credential:`, `dns:`, `email:`, `ip:`, `uri:`, `operator:`), or
-    `anonymous`; empty for what no caller did, such as a lease that ran out.
+    """Who did it, as the coordinator authenticated them: a type (`credential:`,
+    `dns:`, `email:`, `ip:`, `uri:`, `operator:`) and a name, or `anonymous`.
+    Empty if no caller did it, as when a lease expires.
     """
     peer: _builtins.str
     """From where: the address of the caller."""
     reason: _builtins.str
     """Why."""
     count: _builtins.int
-    """How many events this entry stands for, if more than one: one caller caused
-    many of this kind for one token. All other fields describe the last one.
+    """How many events this entry summarises, if one caller caused many of this
+    kind for one token; else 0. All other fields describe the last of them.
     """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
@@ -155,7 +155,7 @@ class AuditEvent(_message.Message):
 
     @_builtins.property
     def first_time(self) -> _timestamp_pb2.Timestamp:
-        """When the first of them happened; not set for a single one."""
+        """When the first of them happened; not set for a single event."""
 
     def __init__(
         self,

@@ -204,8 +204,8 @@ Global___BudgetState: _TypeAlias = BudgetState  # noqa: Y015
 class Scope(_message.Message):
     """What a count or a back-off applies to: a set of field=value pairs. A call is
     subject to every scope whose pairs it contains, so that an empty field means
-    "any". A budget or back-off of a division or endpoint that tokens share is
-    listed for callers with a role on one of the (first ten) tokens that use it.
+    "any". If tokens share the budget or back-off of a division or endpoint, it is
+    listed only for callers with a role on one of the first ten tokens that use it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -378,9 +378,10 @@ class Event(_message.Message):
     """
     lease_proof: _builtins.str
     """Of a block: proof that the reporter holds that lease. It is the HMAC-SHA-256
-    of the event's `id`, whose key is the SHA-256 of the lease's secret; both in
-    lower-case hexadecimal. Without it, or the role `reporter` on the whole app,
-    a block holds only the token, also where the policy's block is app-wide.
+    of the event's `id` in lower-case hexadecimal; the key is the SHA-256 of the
+    lease's secret, as a text in lower-case hexadecimal. Without it, and without
+    the role `reporter` on the whole app, a block stops only the token, even if
+    the policy's block is app-wide.
     """
     @_builtins.property
     def scope(self) -> Global___Scope:
@@ -486,14 +487,14 @@ class BackOff(_message.Message):
     @_builtins.property
     def caused_by(self) -> _lease_pb2.Holder:
         """Who met the block or made the last error; of an operator's back-off
-        `user` says who set it. Empty for a caller that may not see the token under
+        `user` says who set it. Empty if the caller may not see the token under
         which it happened.
         """
 
     @_builtins.property
     def probe(self) -> _lease_pb2.Holder:
-        """Who goes first, while the state is PROBING; absent for a reservation, and for
-        a caller that may not see its token.
+        """Who goes first, while the state is PROBING; absent for a reservation, and if
+        the caller may not see the token of the probe.
         """
 
     def __init__(

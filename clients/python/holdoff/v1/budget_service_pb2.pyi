@@ -496,8 +496,8 @@ class ExplainRequest(_message.Message):
     SCOPE_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     job: _builtins.str
-    """The name of the job. Where the scope has a token and no endpoint, the scopes
-    where jobs of this name and token caused errors in the last week are
+    """The name of the job. If the scope has a token and no endpoint, the scopes in
+    which jobs of this name and token caused errors in the last week are
     considered too.
     """
     @_builtins.property

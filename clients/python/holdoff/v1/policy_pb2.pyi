@@ -106,7 +106,7 @@ class Policy(_message.Message):
     preset: _builtins.bool
     """It ships with Holdoff; else an operator wrote it."""
     endpoint_path: _builtins.str
-    """A regular expression (RE2's) with the group `endpoint` and, if there
+    """An RE2 regular expression with the group `endpoint` and, if there
     are any, `division`, that finds both in the path or URL of a call.
     """
     when_quiet: Global___WhenQuiet.ValueType
@@ -178,7 +178,7 @@ class Throttle(_message.Message):
     name: _builtins.str
     """Its name in the policy."""
     body: _builtins.str
-    """A regular expression (RE2's) that is found in the body."""
+    """An RE2 regular expression that is found in the body."""
     header: _builtins.str
     """A regular expression that is found in a line `Name: value` of the headers,
     without case.
@@ -225,7 +225,7 @@ Global___Throttle: _TypeAlias = Throttle  # noqa: Y015
 @_typing.final
 class OutputPolicy(_message.Message):
     """How errors are recognised in what a job prints, line by line. All are
-    regular expressions (RE2's), searched in each line.
+    RE2 regular expressions, searched in each line.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
