@@ -366,6 +366,27 @@ def test_a_shared_scope_is_shown_to_those_that_use_it(app: App) -> None:
     assert [one.used for one in app.on_a.budgets(app.name)] == [2, 2]
 
 
+def test_a_watch_shows_nothing_shared_of_a_token_whose_role_is_gone(
+    valkey: Server, tmp_path: Path
+) -> None:
+    """Only the role on A is left: the divisions that B calls are hidden from the open stream."""
+    path = tmp_path / "access.toml"
+    path.write_text(GRANTS.replace("tokens/a", "tokens/*"))
+    with Replica(valkey.url, access=AccessFile(path), policies=presets()) as replica:
+        app = App(replica, valkey.url)
+        request = budget_service_pb2.WatchBudgetsRequest(parent=app.name)
+        stream = app.on_a.WatchBudgets(request)
+        assert next(stream).snapshot_end
+        path.write_text(GRANTS)
+        app.on_b.report(event(app.b, CALL, division="payroll"))
+        app.on_a.report(event(app.a, CALL, division="sales"))
+        divisions: set[str] = set()
+        while "sales" not in divisions:
+            divisions |= {one.scope.division for one in next(stream).budgets}
+        stream.cancel()
+    assert divisions == {"sales"}
+
+
 def pause(app: App) -> None:
     """Let the app back off for a second."""
     back_off = admin_service_pb2.SetBackOffRequest(length=duration(1), reason="a test")
