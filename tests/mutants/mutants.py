@@ -501,6 +501,18 @@ MUTANTS = [
         f"{TESTS}/test_clocks.py::test_a_lost_epoch_quarantines_apps_that_are_there",
     ),
     Mutant(
+        "a loss is remembered until all apps are held back",
+        f"{COORDINATOR}/store_watch.py",
+        "data_is_lost()\n            held =",
+        "data_is_lost()\n            await self.open()\n            held =",
+        f"{TESTS}/test_clocks.py::test_a_loss_is_remembered_until_all_apps_are_held_back",
+    ),
+    Mutant(
+        "apps that fail keep no other from being held back",
+        *(f"{COORDINATOR}/store_watch.py", "self._due[app] = self._due.pop(app)", "pass"),
+        f"{TESTS}/test_clocks.py::test_apps_that_fail_keep_no_other_from_being_held_back",
+    ),
+    Mutant(
         "an append-only file that is cut off is noticed",
         f"{COORDINATOR}/embedded.py",
         '"--appendfsync", "always", "--aof-load-truncated", "no"',
