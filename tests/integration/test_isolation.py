@@ -21,7 +21,7 @@ from holdoff_coordinator import replays
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.gate import AccessFile
-from tests.harness import Replica, ask, let_pass, refusal, token_to_create
+from tests.harness import Replica, ask, attempt, let_pass, refusal, token_to_create, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -431,6 +431,20 @@ def test_a_probe_that_errs_for_three_minutes_gives_way(app: App, store: redis.Re
     assert runs(second)
     first.cancel()
     second.cancel()
+
+
+def test_a_call_that_erred_lets_those_of_others_go_first(app: App) -> None:
+    """A caller of A that reserves again at once cannot keep B's calls from showing that it is over.
+
+    Fails when A may send the next probe as soon as it gave up one that erred.
+    """
+    pause(app)
+    mine = wait_until(lambda: attempt(lambda: app.on_a.reserve(app.a)))
+    app.on_a.report(event(app.a, status=400))
+    app.on_a.commit(app.a, mine, 400)
+    assert refusal(lambda: app.on_a.reserve(app.a)) == "BACKING_OFF"
+    app.on_b.commit(app.b, app.on_b.reserve(app.b), 200)
+    assert not app.on_b.back_offs(app.name)
 
 
 # Blocks of the app ------------------------------------------------------------
