@@ -543,6 +543,24 @@ def test_a_loss_is_remembered_until_all_apps_are_held_back(start_valkey: StartVa
         wait_until(lambda: store.hget(shard_of(token), "data_lost_us"))
 
 
+def test_a_new_server_is_met_by_an_app_that_failed_at_first(start_valkey: StartValkey) -> None:
+    """The first script of an idle app on another server fails: the sweeper runs one later.
+
+    Fails when the sweeper takes an app for met although no script ran for it.
+    """
+    valkey = start_valkey("--enable-debug-command", "yes")
+    with Replica(valkey.url) as replica, redis.Redis.from_url(valkey.url) as store:
+        key = shard_of(replica.create_token(0))
+        wait_until(lambda: store.get("lock:{holdoff:sweeper}"))
+        store.rename(key, "set-aside")
+        store.set(key, "not a hash")
+        store.execute_command("DEBUG", "CHANGE-REPL-ID")
+        wait_until(lambda: wrong_types(store) > 0)
+        store.rename("set-aside", key)
+        history = store.info("replication")["master_replid"].encode()
+        wait_until(lambda: store.hget(key, "history") == history)
+
+
 def test_apps_that_fail_keep_no_other_from_being_held_back(start_valkey: StartValkey) -> None:
     """More apps than one step has are damaged: those after them are held back all the same.
 

@@ -513,6 +513,13 @@ MUTANTS = [
         f"{TESTS}/test_clocks.py::test_apps_that_fail_keep_no_other_from_being_held_back",
     ),
     Mutant(
+        "an app has met a new server when a script ran",
+        f"{COORDINATOR}/scripts.py",
+        "                else:\n                    self._unmet.discard(app)",
+        "                self._unmet.discard(app)",
+        f"{TESTS}/test_clocks.py::test_a_new_server_is_met_by_an_app_that_failed_at_first",
+    ),
+    Mutant(
         "a token whose call erred lets others go first",
         *(f"{LUA}/reserve.lua", "one.went_in_vain == ARGV[13]", "false"),
         f"{TESTS}/test_isolation.py::test_a_call_that_erred_lets_those_of_others_go_first",
