@@ -231,6 +231,14 @@ def refusal(call: Callable[..., object], *arguments: object) -> str:
     raise AssertionError("the call was not refused")
 
 
+def attempt(call: Callable[[], Any]) -> Any:
+    """Return what a call answers; None if it is refused."""
+    try:
+        return call()
+    except grpc.RpcError:
+        return None
+
+
 class Waiter:
     """A stream that waits for a lease, with heartbeats that a test can stop."""
 

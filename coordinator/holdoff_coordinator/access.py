@@ -241,8 +241,12 @@ def rights_of(identity: str, grants: Sequence[Grant]) -> Rights:
     """Find what an identity was granted."""
     return Rights(
         identity,
-        [one for one in grants if any(fnmatchcase(identity, name) for name in one.identities)],
+        [one for one in grants if any(_fits(identity, name) for name in one.identities)],
     )
+
+
+def _fits(identity: str, pattern: str) -> bool:
+    return fnmatchcase(identity, pattern.replace("[", "[[]"))  # only * and ? have a meaning
 
 
 @dataclass(frozen=True, slots=True)

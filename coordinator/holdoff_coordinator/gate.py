@@ -84,6 +84,20 @@ class AccessFile:
             )
         return self._grants
 
+    def latest_rights(self, identity: str) -> Callable[[], Rights]:
+        """Return a function that returns what an identity was granted, also after a change."""
+        read = self._grants
+        rights = rights_of(identity, read)
+
+        def latest() -> Rights:
+            nonlocal read, rights
+            if self._grants is not read:
+                read = self._grants
+                rights = rights_of(identity, read)
+            return rights
+
+        return latest
+
     def look(self) -> None:
         """Read the file again if it changed, or could not be read."""
         stamp = self._stamp()
@@ -200,16 +214,15 @@ class Gate:
                 identity = failure.metadata.get("identity", identity)
                 await self.refused(request, Caller(identity, peer), failure)
             raise
-        caller = Caller(identity, peer, rights.sees, self._knower(identity), rights.reports_for)
+        latest = self._access.latest_rights(identity)
+        caller = Caller(
+            identity,
+            peer,
+            lambda app, token: latest().sees(app, token),
+            lambda app: latest().knows(app),
+            rights.reports_for,
+        )
         return Admitted(caller, rights if need.part else None)
-
-    def _knower(self, identity: str) -> Callable[[str], bool]:
-        """Return a function that says whether an identity may know of an app, then and later."""
-
-        def knows(app: str) -> bool:
-            return not self._access or rights_of(identity, self._access.grants()).knows(app)
-
-        return knows
 
     @contextlib.contextmanager
     def staying(self, request: Message, context: Context) -> Iterator[Stay]:

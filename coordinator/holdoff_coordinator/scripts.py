@@ -300,6 +300,8 @@ class Scripts:
         self._keep_us = quarantine_us
         self._cleared: dict[str, int] = {}
         self._histories: set[str] = set()
+        self._unmet: set[str] = set()
+        """Apps for which no script ran since their server is another one, as far as we know."""
         self._sources = {name: source(name) for name in SCRIPTS}
         self._digests = {name: digest(name) for name in SCRIPTS}
 
@@ -589,20 +591,19 @@ class Scripts:
         whether it took over.
         """
         busy: set[str] = set()
-        fresh: list[str] = []
         async for apps, counts, history in self._asked(await self.apps(), _exists(_BUSY)):
             busy.update(app for app, count in zip(apps, counts, strict=True) if count)
             if history not in self._histories:
                 self._histories.add(history)
-                fresh += apps
+                self._unmet.update(apps)
         async for apps, known, history in self._asked(
-            fresh, lambda node, app: node.hget(shard_key(app), "history")
+            sorted(self._unmet), lambda node, app: node.hget(shard_key(app), "history")
         ):
-            busy.update(
-                app
-                for app, one in zip(apps, known, strict=True)
-                if isinstance(one, RedisError) or (one or b"").decode() != history
-            )
+            for app, one in zip(apps, known, strict=True):
+                if isinstance(one, RedisError) or (one and history and one.decode() != history):
+                    busy.add(app)
+                else:
+                    self._unmet.discard(app)
         return sorted(busy)
 
     async def apps_with(self, *keys: str) -> list[str]:

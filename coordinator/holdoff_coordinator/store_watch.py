@@ -91,9 +91,10 @@ class StoreWatch:
                 return
             log.error("the store lost its data: no new leases at first", epoch=repr(found))
             self._scripts.data_is_lost()
-            await self.open()
             held = "quarantine", "the store lost its data", "DATA"
+            # Before the new epoch is known: a look that ends here is repeated.
             self._due.update(dict.fromkeys(await self._scripts.apps(), held))
+            await self.open()
             await self._catch_up()
 
     async def _declare_jumps(self) -> None:
@@ -107,13 +108,16 @@ class StoreWatch:
     async def _catch_up(self) -> None:
         """Run what is due, some apps at a time; the next look does the rest."""
         while self._due:
-            apps = list(self._due)[:APPS_A_STEP]
+            due = dict(list(self._due.items())[:APPS_A_STEP])
+            for app in due:  # behind all others, should it fail
+                self._due[app] = self._due.pop(app)
             failed: list[str] = []
-            for name, *args in {self._due[app] for app in apps}:
-                some = [app for app in apps if self._due[app] == (name, *args)]
+            for name, *args in {*due.values()}:
+                some = [app for app in due if due[app] == (name, *args)]
                 failed += await self._scripts.run_each(some, name, *args)
-            for app in {*apps} - {*failed}:
-                self._due.pop(app, None)
+            for app in due.keys() - failed:
+                if self._due.get(app) == due[app]:  # else something else happened meanwhile
+                    del self._due[app]
             if failed:
                 return
 

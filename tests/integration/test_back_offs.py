@@ -22,7 +22,7 @@ from holdoff.v1 import (
     lease_service_pb2,
 )
 from holdoff_coordinator import followers as followers_
-from tests.harness import Follower, Replica, Waiter, ask, refusal, run_out, wait_until
+from tests.harness import Follower, Replica, Waiter, ask, attempt, refusal, run_out, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -351,7 +351,7 @@ def test_reservations_keep_blocks_and_the_first_is_the_probe(app: App) -> None:
     first = reserve()
     assert refusal(reserve) == "BACKING_OFF"
     commit(first, 404)
-    second = reserve()
+    second = wait_until(lambda: attempt(reserve))
     assert refusal(reserve) == "BACKING_OFF"
     commit(second, 200)
     assert not app.back_offs()

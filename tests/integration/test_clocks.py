@@ -23,6 +23,7 @@ from holdoff.v1 import (
     token_service_pb2,
 )
 from holdoff_coordinator.scripts import shard_key
+from holdoff_coordinator.store_watch import APPS_A_STEP
 from tests import stores
 from tests.harness import Replica, Waiter, ask, let_pass, refusal, wait_until
 from tests.integration.test_quarantine import SteppedClock
@@ -515,6 +516,67 @@ def test_a_lost_epoch_quarantines_apps_that_are_there(start_valkey: StartValkey)
         store.delete("holdoff:epoch")
         wait_until(lambda: store.hget(shard_of(token), "data_lost_us"))
         assert refusal(lambda: replica.acquire(token)) == "QUARANTINED"
+
+
+def wrong_types(store: redis.Redis) -> int:
+    """How often a store was asked for something that is damaged."""
+    errors: dict[str, dict[str, int]] = store.info("errorstats")
+    return errors.get("errorstat_WRONGTYPE", {"count": 0})["count"]
+
+
+def test_a_loss_is_remembered_until_all_apps_are_held_back(start_valkey: StartValkey) -> None:
+    """The index of apps cannot be read just after a loss: idle apps are held back afterwards.
+
+    Fails when the new epoch is known before it is known what is to be held back.
+    """
+    valkey = start_valkey()
+    with (
+        Replica(valkey.url, quarantine_seconds=60.0) as replica,
+        redis.Redis.from_url(valkey.url) as store,
+    ):
+        token = replica.create_token(0)
+        store.rename("holdoff:apps", "set-aside")
+        store.set("holdoff:apps", "not a set")
+        store.delete("holdoff:epoch")
+        wait_until(lambda: wrong_types(store) > 10)
+        store.rename("set-aside", "holdoff:apps")
+        wait_until(lambda: store.hget(shard_of(token), "data_lost_us"))
+
+
+def test_a_new_server_is_met_by_an_app_that_failed_at_first(start_valkey: StartValkey) -> None:
+    """The first script of an idle app on another server fails: the sweeper runs one later.
+
+    Fails when the sweeper takes an app for met although no script ran for it.
+    """
+    valkey = start_valkey("--enable-debug-command", "yes")
+    with Replica(valkey.url) as replica, redis.Redis.from_url(valkey.url) as store:
+        key = shard_of(replica.create_token(0))
+        wait_until(lambda: store.get("lock:{holdoff:sweeper}"))
+        store.rename(key, "set-aside")
+        store.set(key, "not a hash")
+        store.execute_command("DEBUG", "CHANGE-REPL-ID")
+        wait_until(lambda: wrong_types(store) > 0)
+        store.rename("set-aside", key)
+        history = store.info("replication")["master_replid"].encode()
+        wait_until(lambda: store.hget(key, "history") == history)
+
+
+def test_apps_that_fail_keep_no_other_from_being_held_back(start_valkey: StartValkey) -> None:
+    """More apps than one step has are damaged: those after them are held back all the same.
+
+    Fails when each look begins with the apps that failed at the last one.
+    """
+    valkey = start_valkey()
+    with (
+        Replica(valkey.url, quarantine_seconds=60.0) as replica,
+        redis.Redis.from_url(valkey.url) as store,
+    ):
+        token = replica.create_token(0, name="apps/z/tokens/t")
+        damaged = [f"a{number}" for number in range(APPS_A_STEP)]
+        store.sadd("holdoff:apps", *damaged)
+        store.mset({shard_key(app): "not a hash" for app in damaged})
+        store.delete("holdoff:epoch")
+        wait_until(lambda: store.hget(shard_of(token), "data_lost_us"))
 
 
 def test_two_failovers_between_two_looks(start_valkey: StartValkey) -> None:

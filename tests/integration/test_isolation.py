@@ -21,7 +21,7 @@ from holdoff_coordinator import replays
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.gate import AccessFile
-from tests.harness import Replica, ask, let_pass, refusal, token_to_create
+from tests.harness import Replica, ask, attempt, let_pass, refusal, token_to_create, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -366,6 +366,27 @@ def test_a_shared_scope_is_shown_to_those_that_use_it(app: App) -> None:
     assert [one.used for one in app.on_a.budgets(app.name)] == [2, 2]
 
 
+def test_a_watch_shows_nothing_shared_of_a_token_whose_role_is_gone(
+    valkey: Server, tmp_path: Path
+) -> None:
+    """Only the role on A is left: the divisions that B calls are hidden from the open stream."""
+    path = tmp_path / "access.toml"
+    path.write_text(GRANTS.replace("tokens/a", "tokens/*"))
+    with Replica(valkey.url, access=AccessFile(path), policies=presets()) as replica:
+        app = App(replica, valkey.url)
+        request = budget_service_pb2.WatchBudgetsRequest(parent=app.name)
+        stream = app.on_a.WatchBudgets(request)
+        assert next(stream).snapshot_end
+        path.write_text(GRANTS)
+        app.on_b.report(event(app.b, CALL, division="payroll"))
+        app.on_a.report(event(app.a, CALL, division="sales"))
+        divisions: set[str] = set()
+        while "sales" not in divisions:
+            divisions |= {one.scope.division for one in next(stream).budgets}
+        stream.cancel()
+    assert divisions == {"sales"}
+
+
 def pause(app: App) -> None:
     """Let the app back off for a second."""
     back_off = admin_service_pb2.SetBackOffRequest(length=duration(1), reason="a test")
@@ -410,6 +431,20 @@ def test_a_probe_that_errs_for_three_minutes_gives_way(app: App, store: redis.Re
     assert runs(second)
     first.cancel()
     second.cancel()
+
+
+def test_a_call_that_erred_lets_those_of_others_go_first(app: App) -> None:
+    """A caller of A that reserves again at once cannot keep B's calls from showing that it is over.
+
+    Fails when A may send the next probe as soon as it gave up one that erred.
+    """
+    pause(app)
+    mine = wait_until(lambda: attempt(lambda: app.on_a.reserve(app.a)))
+    app.on_a.report(event(app.a, status=400))
+    app.on_a.commit(app.a, mine, 400)
+    assert refusal(lambda: app.on_a.reserve(app.a)) == "BACKING_OFF"
+    app.on_b.commit(app.b, app.on_b.reserve(app.b), 200)
+    assert not app.on_b.back_offs(app.name)
 
 
 # Blocks of the app ------------------------------------------------------------

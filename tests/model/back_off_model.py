@@ -77,6 +77,10 @@ class BackOff:
     probe_since: int = 0
     erred: int = -1
     went_first: str = ""
+    in_vain: str = ""
+    """The token whose probe of a shared scope erred last."""
+    dropped: int = 0
+    """When the last probe was given up."""
     order: dict[str, int] = field(default_factory=dict)
     """Numbers of those who keep it; the lowest came first."""
     asked: dict[str, int] = field(default_factory=dict)
@@ -183,6 +187,7 @@ class Model(model.Model):
                     one.probe_since + 3 * MINUTE,
                     one.erred + MINUTE,
                 }
+            found.add(one.dropped + LIVE)
             if one.state == "REOPENING":
                 found |= {one.reopened + n * one.step for n in range(1, len(one.order) + 2)}
         return sorted(instant for instant in found if instant >= now)
@@ -241,6 +246,10 @@ class Model(model.Model):
 
     def _drop_probe(self, one: BackOff) -> None:
         self._forget_turn(one.probe)
+        is_shared = "token" not in dict(one.scope)
+        erred = one.erred >= one.probe_since
+        one.in_vain = self._token_of(one.probe) if is_shared and erred else ""
+        one.dropped = self.now
         one.probe = ""
 
     def _end_back_off(self, one: BackOff) -> None:
@@ -562,6 +571,12 @@ class Model(model.Model):
         subject = [one for one in self.subject_to(token, [place]) if one.cause != "SPENT"]
         caller = f"reservation:{name}"
         if wait := self.wait_of(caller, subject, asks=False):
+            return "BACKING_OFF", wait
+        for one in sorted(subject, key=lambda one: one.id):
+            start = one.dropped + LIVE
+            if (one.state, one.in_vain) == ("PROBING", token) and self.now < start:
+                wait = Wait(start, timed=False, back_off=one.id)
+        if wait:
             return "BACKING_OFF", wait
         for limit in reservation.limits:
             taken = self.budgets.used(limit, self.now) + self.budgets.reserved(limit)

@@ -331,7 +331,7 @@ MUTANTS = [
     Mutant(
         "errors of one token say nothing of the probe of another",
         f"{LUA}/backoffs.lua",
-        "at >= number(one.probe_us) and is_ours(one.probe)",
+        "at >= number(one.probe_us) and token_of(one.probe) == token",
         "at >= number(one.probe_us)",
         f"{TESTS}/test_isolation.py::test_errors_of_one_token_say_nothing_of_the_probe_of_another",
     ),
@@ -499,6 +499,30 @@ MUTANTS = [
         "the epoch is compared each second",
         *(f"{COORDINATOR}/store_watch.py", "                    await self.compare_epoch()\n", ""),
         f"{TESTS}/test_clocks.py::test_a_lost_epoch_quarantines_apps_that_are_there",
+    ),
+    Mutant(
+        "a loss is remembered until all apps are held back",
+        f"{COORDINATOR}/store_watch.py",
+        "data_is_lost()\n            held =",
+        "data_is_lost()\n            await self.open()\n            held =",
+        f"{TESTS}/test_clocks.py::test_a_loss_is_remembered_until_all_apps_are_held_back",
+    ),
+    Mutant(
+        "apps that fail keep no other from being held back",
+        *(f"{COORDINATOR}/store_watch.py", "self._due[app] = self._due.pop(app)", "pass"),
+        f"{TESTS}/test_clocks.py::test_apps_that_fail_keep_no_other_from_being_held_back",
+    ),
+    Mutant(
+        "an app has met a new server when a script ran",
+        f"{COORDINATOR}/scripts.py",
+        "                else:\n                    self._unmet.discard(app)",
+        "                self._unmet.discard(app)",
+        f"{TESTS}/test_clocks.py::test_a_new_server_is_met_by_an_app_that_failed_at_first",
+    ),
+    Mutant(
+        "a token whose call erred lets others go first",
+        *(f"{LUA}/reserve.lua", "one.went_in_vain == ARGV[13]", "false"),
+        f"{TESTS}/test_isolation.py::test_a_call_that_erred_lets_those_of_others_go_first",
     ),
     Mutant(
         "an append-only file that is cut off is noticed",

@@ -44,10 +44,15 @@ def test_what_a_resource_covers(resource: str, covered: set[Place]) -> None:
         ("dns:web?.corp", "dns:web1.corp", True),
         ("dns:web?.corp", "uri:web1.corp", False),
         ("uri:spiffe://corp/*", "uri:spiffe://corp/payroll/jobs", True),
+        ("uri:urn:team[ab]:*", "uri:urn:team[ab]:x", True),
+        ("uri:urn:team[ab]:*", "uri:urn:teama:x", False),
     ],
 )
 def test_an_identity_has_a_type(pattern: str, identity: str, *, granted: bool) -> None:
-    """Fails when a name of one type gains what was granted to the same name of another."""
+    """Fails when a name of one type gains what was granted to the same name of another.
+
+    Only `*` and `?` stand for other characters; brackets do not.
+    """
     grant = Grant((pattern,), Role.VIEWER, ("*",))
     assert bool(rights_of(identity, [grant]).grants) is granted
 

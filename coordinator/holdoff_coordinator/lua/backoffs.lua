@@ -89,15 +89,22 @@ local function give_up_turn(caller)
   end
 end
 
-local function drop_probe(one)
-  redis.call('HDEL', back_off_key(one.id), 'probe')
-  give_up_turn(one.probe)
-  one.probe = nil
-  back_off_changed(one, {probe_dropped_us = now})
+-- The token for which a caller asks.
+local function token_of(caller)
+  local reservation = caller:match('^reservation:(.*)')
+  return redis.call('HGET', reservation and reservation_key(reservation) or request_key(caller), 'token')
 end
 
 -- Whether an error was met since the probe began.
 local function probe_erred(one) return number(one.erred_us) >= number(one.probe_us) end
+
+local function drop_probe(one)
+  redis.call('HDEL', back_off_key(one.id), 'probe')
+  give_up_turn(one.probe)
+  local token = one.token == '' and probe_erred(one) and token_of(one.probe)
+  back_off_changed(one, {probe_dropped_us = now, went_in_vain = token or ''})
+  one.probe = nil
+end
 
 local function probe_lives(one)
   local reservation = one.probe:match('^reservation:(.*)')
@@ -118,7 +125,7 @@ local function settle_back_off(one)
   if by > 0 then
     put(back_off_key(one.id), one, {until_us = number(one.until_us) + by, gained_us = shard.gained_us})
   end
-  for _, field in ipairs({'since_us', 'reopened_us', 'probe_us', 'erred_us'}) do
+  for _, field in ipairs({'since_us', 'reopened_us', 'probe_us', 'erred_us', 'probe_dropped_us'}) do
     local ahead = number(one[field]) - now
     if ahead > 0 then -- the clock of the store went back since
       put(back_off_key(one.id), one, {[field] = now})
@@ -222,7 +229,7 @@ do -- its own locals: Lua allows 200 in all
     local one = back_off_record(id)
     if one.state == 'QUIET' and us(facts.until_us) == one.until_us then return end
     if one.probe then give_up_turn(one.probe) end
-    for _, field in ipairs({'probe', 'went_first', 'reopened_us', 'erred_us', 'cleared_by', 'clear_reason'}) do
+    for _, field in ipairs({'probe', 'went_first', 'went_in_vain', 'reopened_us', 'erred_us', 'cleared_by', 'clear_reason'}) do
       redis.call('HDEL', back_off_key(id), field)
       one[field] = nil
     end
@@ -409,12 +416,8 @@ end
 
 -- An error counts against the probes of its own token at its place.
 local function probes_err(token, place, at)
-  local function is_ours(probe)
-    local reservation = probe:match('^reservation:(.*)')
-    return redis.call('HGET', reservation and reservation_key(reservation) or request_key(probe), 'token') == token
-  end
   for _, one in ipairs(subject_to(token, {place})) do
-    if one.probe and at >= number(one.probe_us) and is_ours(one.probe) then
+    if one.probe and at >= number(one.probe_us) and token_of(one.probe) == token then
       put(back_off_key(one.id), one, {erred_us = math.max(number(one.erred_us), at)})
     end
   end

@@ -19,6 +19,13 @@ for _, one in ipairs(subject_to(ARGV[13], {place})) do
   if one.cause ~= 'SPENT' then quiet[#quiet + 1] = one end
 end
 local wait = not age and wait_of(caller, quiet, false)
+-- Reservations have no turns: a token whose probe erred lets others go first for a moment.
+for _, one in ipairs(wait == nil and quiet or {}) do
+  local start = number(one.probe_dropped_us) + LIVE_FOR
+  if one.state == 'PROBING' and one.went_in_vain == ARGV[13] and now < start then
+    wait = {start = start, back_off = one}
+  end
+end
 if wait then return reply('BACKING_OFF', us(wait.start), shown_back_off(wait.back_off)) end
 
 local account = ARGV[16] and account_key(ARGV[16])
