@@ -120,7 +120,7 @@ class Watches:
                     yield lease_service_pb2.WatchLeasesResponse(
                         change=change_message(app.name, change)
                     )
-        if app.at and app.at.number < latest.number:
+        if moved or (app.at and app.at.number < latest.number):
             watcher.stir(app.name)
 
     def _is_old(self, app: _App, latest: Position) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import threading
 import uuid
@@ -12,11 +13,11 @@ import pytest
 
 from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2, token_service_pb2
 from holdoff_coordinator.resuming import ResumeTokens
-from holdoff_coordinator.scripts import Position
+from holdoff_coordinator.scripts import Position, Scripts
 from tests.harness import Replica, Waiter, ask, lease_key, refusal, run_out, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import redis
 
@@ -185,6 +186,32 @@ def test_quarantine(watcher: Watcher, store: redis.Redis) -> None:
     until_told(60, lease_pb2.WAIT_REASON_QUARANTINED)
     until_told(2, lease_pb2.WAIT_REASON_UNSPECIFIED)
     assert not watcher.changes
+
+
+def test_a_change_of_a_token_hides_none_of_its_app(
+    replica: Replica, watcher: Watcher, store: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of one token and a quarantine that one look finds are both told.
+
+    Fails when a watcher that goes on to the change does not look at the whole app again.
+    """
+    token, told = token_of(watcher), len(watcher.snapshots)
+    looks, both_happened = threading.Event(), threading.Event()
+    stands = Scripts.stands
+
+    async def stands_after_both(self: Scripts, apps: Iterable[str]) -> Any:
+        looks.set()
+        await asyncio.to_thread(both_happened.wait, 30)
+        return await stands(self, apps)
+
+    monkeypatch.setattr(Scripts, "stands", stands_after_both)
+    assert looks.wait(30)
+    replica.hold(token)
+    end_us = (store.time()[0] + 60) * 1_000_000
+    store.hset(f"holdoff:{{{token.split('/')[1]}}}", "quarantine_until_us", str(end_us))
+    both_happened.set()
+    watcher.until("GRANTED")
+    wait_until(lambda: len(watcher.snapshots) > told)
 
 
 def test_foreign_locks(replica: Replica, watcher: Watcher, store: redis.Redis) -> None:

@@ -589,6 +589,11 @@ MUTANTS = [
     ),
     # Callers ------------------------------------------------------------------------------
     Mutant(
+        "a watcher that goes on to a change looks at the whole app again",
+        *(f"{COORDINATOR}/watches.py", "if moved or (app.at and", "if (app.at and"),
+        f"{TESTS}/test_watch.py::test_a_change_of_a_token_hides_none_of_its_app",
+    ),
+    Mutant(
         "machines push nothing out of the audit trail that an operator did",
         f"{LUA}/common.lua",
         "local stream = (SECURITY[kind] or facts.cause == 'OPERATOR') and OPERATORS or MACHINES",
