@@ -520,6 +520,11 @@ MUTANTS = [
         f"{TESTS}/test_clocks.py::test_a_new_server_is_met_by_an_app_that_failed_at_first",
     ),
     Mutant(
+        "a script settles only some reservations",
+        *(f"{LUA}/budgets.lua", "due[1], due[2], 'LIMIT', 0, 100", "due[1], due[2]"),
+        f"{TESTS}/test_budgets.py::test_reservations_that_expire_together_hold_up_no_call",
+    ),
+    Mutant(
         "a token whose call erred lets others go first",
         *(f"{LUA}/reserve.lua", "one.went_in_vain == ARGV[13]", "false"),
         f"{TESTS}/test_isolation.py::test_a_call_that_erred_lets_those_of_others_go_first",
