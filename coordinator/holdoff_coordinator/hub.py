@@ -14,6 +14,8 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
+import structlog
+
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.records import Standing, lease_message, record
 from holdoff_coordinator.seldom import warn
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     from holdoff.names import TokenName
     from holdoff_coordinator.scripts import Scripts
+
+log = structlog.get_logger()
 
 TICK_SECONDS = 1.0
 LIVE_US = 5_000_000
@@ -106,6 +110,9 @@ class Hub:
         self.wake_ups = WakeUps(scripts.redis)
         self._waiters: defaultdict[str, list[Waiter]] = defaultdict(list)
         self._on_announcement: list[Callable[[str], Awaitable[None]]] = [self.tick]
+        self._announced: set[str] = set()
+        self._looking: dict[str, asyncio.Task[None]] = {}
+        """What follows the announcements of an app, so that they hold up no other wake-up."""
         self.draining = False
         self.store_is_away = False
 
@@ -208,13 +215,22 @@ class Hub:
 
     async def _woken(self, app: str, woken: str) -> None:
         if woken == ANNOUNCEMENT:
-            await self._announced(app)
+            self._announced.add(app)
+            if app not in self._looking:
+                self._looking[app] = asyncio.create_task(self._look(app))
         for waiter in self._waiters.get(woken, ()):
             waiter.ask()
 
-    async def _announced(self, app: str) -> None:
-        for look in self._on_announcement:
-            try:
-                await look(app)
-            except Failure as failure:  # the next tick makes up for it
-                warn("announcement not followed", failure.reason, app=app)
+    async def _look(self, app: str) -> None:
+        """Follow the announcements of an app; those that come during a look are one."""
+        try:
+            while app in self._announced:
+                self._announced.discard(app)
+                for look in self._on_announcement:
+                    await look(app)
+        except Failure as failure:  # the next tick makes up for it
+            warn("announcement not followed", failure.reason, app=app)
+        except Exception:
+            log.exception("an announcement was not followed", app=app)
+        finally:
+            del self._looking[app]

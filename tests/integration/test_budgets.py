@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import pytest
+import redis
 from google.rpc import code_pb2, error_details_pb2
 from grpc_status import rpc_status
 
@@ -21,14 +22,14 @@ from holdoff.v1 import (
     budget_service_pb2_grpc,
     token_service_pb2,
 )
+from holdoff_coordinator.connecting import connect
+from holdoff_coordinator.scripts import Scripts, shard_key
 from tests.harness import Replica, let_pass, refusal, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import redis
-
-    from tests.conftest import Server
+    from tests.conftest import Server, StartValkey
 
 COUNTED, KNOWN, NOT_LIMITED = 1, 2, 3
 ACCOUNTS = "/api/v1/535193/crm/Accounts"
@@ -244,6 +245,30 @@ def test_what_became_of_a_reservation(budgets: Budgets) -> None:
         assert budgets.commit(failed, 404) == budget_pb2.RESERVATION_STATE_COMMITTED
     assert budgets.cancel(failed) == budget_pb2.RESERVATION_STATE_COMMITTED
     assert (budgets.errors().used, budgets.errors().reserved) == (1, 0)
+
+
+async def test_reservations_that_expire_together_hold_up_no_call(start_valkey: StartValkey) -> None:
+    """Each script settles some of them: thousands at once would stop the store for seconds.
+
+    Fails when one script settles all.
+    """
+    url = start_valkey().url
+    with Replica(url, policies=presets()) as replica:
+        token = replica.create_token(0)
+        budgets = Budgets(replica, token)
+        for division in range(30):
+            for _ in range(4):
+                budgets.reserve(scope=budgets.scope(f"e{division}", str(division)))
+    app = token.split("/")[1]
+    client = connect(url)
+    with redis.Redis.from_url(url) as store:
+        left = [store.zcard(f"{shard_key(app)}:reservations")]
+        let_pass(store, token, 60)
+        while left[-1]:
+            await Scripts(client, quarantine_us=0).run("read_budgets", app)
+            left.append(store.zcard(f"{shard_key(app)}:reservations"))
+    await client.aclose()
+    assert left == [120, 20, 0]
 
 
 def test_an_expired_reservation_counts(budgets: Budgets, store: redis.Redis) -> None:

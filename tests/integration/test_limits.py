@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+import redis
 
 import holdoff
 from holdoff._core import duration
@@ -29,13 +31,14 @@ from holdoff.v1 import (
 from holdoff_coordinator import limits, looks, server
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.gate import AccessFile
+from holdoff_coordinator.scripts import shard_key
 from holdoff_coordinator.store import connect
 from tests.harness import Replica, Waiter, ask, refusal, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from tests.conftest import Server
+    from tests.conftest import Server, StartValkey
 
 Metadata = tuple[tuple[str, str], ...]
 WATCH = lease_service_pb2.WatchLeasesRequest
@@ -218,6 +221,40 @@ def test_a_watcher_costs_only_what_it_may_see(
         assert read == {app}
         stream.cancel()
         budgets.cancel()
+
+
+def test_announcements_that_come_together_are_followed_together(start_valkey: StartValkey) -> None:
+    """A thousand of one app, as a reporter can cause, cost a few looks at its waiters.
+
+    Fails when each of them is followed for itself: other wake-ups come after all of that.
+    """
+    valkey = start_valkey()
+    with Replica(valkey.url) as replica, redis.Redis.from_url(valkey.url) as store:
+        token = replica.create_token(0)
+        replica.hold(token)
+        waiter = Waiter(replica, ask(token))
+        waiter.waiting()
+        before = scripts_run(store)
+        with store.pipeline(transaction=False) as pipeline:
+            for _ in range(1000):
+                pipeline.execute_command("SPUBLISH", f"{shard_key(token.split('/')[1])}:wake", "*")
+            pipeline.execute()
+        wait_until(lambda: is_calm(store))
+        assert scripts_run(store) - before < 300
+        waiter.vanish()
+
+
+def is_calm(store: redis.Redis) -> bool:
+    """Whether a store runs no more scripts than while nothing happens, some three a second."""
+    before = scripts_run(store)
+    time.sleep(0.3)
+    return scripts_run(store) - before < 10
+
+
+def scripts_run(store: redis.Redis) -> int:
+    """How many scripts a store has run."""
+    calls: int = store.info("commandstats")["cmdstat_evalsha"]["calls"]
+    return calls
 
 
 def test_slow_lists_delay_no_other_call(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:

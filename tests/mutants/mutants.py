@@ -520,6 +520,19 @@ MUTANTS = [
         f"{TESTS}/test_clocks.py::test_a_new_server_is_met_by_an_app_that_failed_at_first",
     ),
     Mutant(
+        "a script settles only some reservations",
+        *(f"{LUA}/budgets.lua", "due[1], due[2], 'LIMIT', 0, 100", "due[1], due[2]"),
+        f"{TESTS}/test_budgets.py::test_reservations_that_expire_together_hold_up_no_call",
+    ),
+    Mutant(
+        "announcements that come together are followed together",
+        f"{COORDINATOR}/hub.py",
+        "            if app not in self._looking:\n"
+        "                self._looking[app] = asyncio.create_task(self._look(app))",
+        "            for look in self._on_announcement:\n                await look(app)",
+        f"{TESTS}/test_limits.py -k announcements_that_come_together",
+    ),
+    Mutant(
         "a token whose call erred lets others go first",
         *(f"{LUA}/reserve.lua", "one.went_in_vain == ARGV[13]", "false"),
         f"{TESTS}/test_isolation.py::test_a_call_that_erred_lets_those_of_others_go_first",

@@ -41,8 +41,13 @@ local function moved(what)
   keep(MOVED, 2 * FORGET_US)
 end
 
--- Makes replicas ask for all who hold or wait: what they may do has changed.
-local function announce() redis.call('SPUBLISH', SHARD .. ':wake', '*') end
+local announced = false
+
+-- Makes replicas ask for all who hold or wait: what they may do has changed. Once is enough.
+local function announce()
+  if not announced then redis.call('SPUBLISH', SHARD .. ':wake', '*') end
+  announced = true
+end
 
 local function back_off_changed(one, changes)
   put(back_off_key(one.id), one, changes)

@@ -307,7 +307,7 @@ local function release_room(reservation, specs, count)
 end
 
 -- A reservation that was not committed in time is taken to have happened, at
--- the last moment it could.
+-- the last moment it could. Of many some at a time: the others keep their room until then.
 local function expire_reservations()
   redis.call('ZREMRANGEBYSCORE', IDS, '-inf', us(sure))
   local function expire(id)
@@ -331,12 +331,10 @@ local function expire_reservations()
       })
     end
   end
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', RESERVATIONS, '-inf', us(sure))) do
-    spare('reservations/' .. id, expire, id)
-  end
-  local late = {'(' .. us(now + RESERVED_MOST), '+inf', 'LIMIT', 0, 100}
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', RESERVATIONS, unpack(late))) do
-    spare('reservations/' .. id, expire, id)
+  for _, due in ipairs({{'-inf', us(sure)}, {'(' .. us(now + RESERVED_MOST), '+inf'}}) do
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', RESERVATIONS, due[1], due[2], 'LIMIT', 0, 100)) do
+      spare('reservations/' .. id, expire, id)
+    end
   end
 end
 
