@@ -240,7 +240,8 @@ do -- its own locals: Lua allows 200 in all
     end
     local began = one.state ~= 'QUIET' or facts.cause == 'OPERATOR'
     facts.state, facts.gained_us = 'QUIET', shard.gained_us or '0'
-    found[id], by_scope = one, nil
+    if not found[id] then by_scope = nil end
+    found[id] = one
     redis.call('ZADD', BACK_OFFS, us(facts.until_us), id)
     back_off_changed(one, facts)
     keep_back_off(one)
