@@ -70,7 +70,7 @@ unit integration model e2e proto chart: $(READY) ## The tests of one kind
 
 STORE_TESTS := $(addprefix tests/integration/test_,leases.py queue.py budgets.py back_offs.py audit.py)
 stores: $(READY) ## Leases and budgets on an embedded store, a Cluster, and Sentinel
-	for kind in embedded cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) $(STORE_TESTS); done
+	for kind in embedded cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) --numprocesses 3 $(STORE_TESTS); done
 
 every-store: $(READY) ## All tests that use a store, on each kind of store
 	for kind in embedded server cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) tests/integration; done
