@@ -157,7 +157,7 @@ class Budgets:
         )
         account, most = _hash(caller.account), self._limits.values["reservations"]
         reply = await self._scripts.run_lasting(
-            "reserve", place.token.app, *call, "", account, most
+            "reserve", place.token.app, *call, "", account, most, caller=caller
         )
         if reply.status == "BACKING_OFF":
             raise _backing_off(place.token.app, reply, caller)

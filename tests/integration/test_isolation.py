@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -187,11 +188,16 @@ def used_of(budgets: list[budget_pb2.Budget], limit: str = "errors") -> dict[tup
     }
 
 
-def open_scopes(store: redis.Redis, app: App, token: str, count: int) -> None:
-    """Let a token have so many scopes with an event in their window."""
+def share_of(identity: str) -> str:
+    """Return under what name a caller's shares are kept."""
+    return "@" + hashlib.sha1(f"credential:{identity}".encode()).hexdigest()  # noqa: S324 - no secret
+
+
+def open_scopes(store: redis.Redis, app: App, who: str, count: int) -> None:
+    """Let a token or a caller have so many scopes with an event in their window."""
     seconds, _ = store.time()
-    many = {f"errors-{token}-{number}": (seconds + 600) * 1_000_000 for number in range(count)}
-    for key in ("budgets", f"scopes:{token}"):
+    many = {f"errors-{who}-{number}": (seconds + 600) * 1_000_000 for number in range(count)}
+    for key in ("budgets", f"scopes:{who}"):
         store.zadd(f"{app.shard}:{key}", many)
 
 
@@ -280,6 +286,25 @@ def test_a_token_with_too_many_events_is_refused_alone(app: App, store: redis.Re
     assert refusal(lambda: app.on_a.report(event(app.a, status=400))) == "TOO_MANY_EVENTS"
     assert refusal(lambda: app.on_a.reserve(app.a)) == "TOO_MANY_EVENTS"
     assert app.on_b.report(event(app.b, status=400)) == [COUNTED]
+    assert app.on_b.reserve(app.b).state == budget_pb2.RESERVATION_STATE_RESERVED
+
+
+def test_a_caller_fills_no_app_with_several_tokens(app: App, store: redis.Redis) -> None:
+    """What one caller does with all of its tokens takes no more than one share.
+
+    Fails when only tokens have shares: with three tokens a caller leaves a ninth to the others.
+    """
+    open_scopes(store, app, share_of("on-app"), 7_000)
+    app.on_b.report(event(app.b, status=400, endpoint="x"))
+    app.on_app.report(event(app.b, status=400, endpoint="y"))
+    assert used_of(app.on_b.budgets(app.name)) == {("", "x"): 1, ("", ""): 1}
+    assert store.zcard(f"{app.shard}:scopes:{share_of('on-b')}") == 1
+    seconds, _ = store.time()
+    ids = f"{app.shard}:ids:{share_of('on-app')}"
+    assert sum(map(int, store.hvals(ids))) == 1
+    store.hset(ids, str((seconds + 3_600) * 1_000_000), 2_000_000)
+    assert refusal(lambda: app.on_app.report(event(app.b, status=400))) == "TOO_MANY_EVENTS"
+    assert refusal(lambda: app.on_app.reserve(app.b)) == "TOO_MANY_EVENTS"
     assert app.on_b.reserve(app.b).state == budget_pb2.RESERVATION_STATE_RESERVED
 
 

@@ -296,7 +296,7 @@ MUTANTS = [
     Mutant(
         "a token leaves ids of its app to others",
         f"{LUA}/budgets.lua",
-        "in_share(ids_of(token), all, IDS_MOST, 2 * SHARE)",
+        "in_share(ids_of(who), all, IDS_MOST, 2 * SHARE)",
         "all < IDS_MOST",
         f"{TESTS}/test_isolation.py::test_a_token_with_too_many_events_is_refused_alone",
     ),
@@ -601,6 +601,11 @@ MUTANTS = [
         f"{TESTS}/test_durability.py::test_a_grant_is_withheld_and_undone",
     ),
     # Callers ------------------------------------------------------------------------------
+    Mutant(
+        "a caller has one share of an app, with all of its tokens",
+        *(f"{LUA}/budgets.lua", "CALLER and size(scopes_key(CALLER)) or 0", "0"),
+        f"{TESTS}/test_isolation.py::test_a_caller_fills_no_app_with_several_tokens",
+    ),
     Mutant(
         "a watcher that goes on to a change looks at the whole app again",
         *(f"{COORDINATOR}/watches.py", "if moved or (app.at and", "if (app.at and"),

@@ -25,7 +25,9 @@ local function log_key(id) return SHARD .. ':log:' .. id end
 local function weights_key(id) return SHARD .. ':weights:' .. id end
 local function account_key(account) return RESERVATIONS .. ':' .. account end -- those of one caller
 local function reserved_key(id) return SHARD .. ':reserved:' .. id end -- `held`, by expiry
-local function scopes_key(token) return SHARD .. ':scopes:' .. token end -- as BUDGETS, of one token
+local function scopes_key(who) return SHARD .. ':scopes:' .. who end -- as BUDGETS, of one token or caller
+-- Who uses the shares of an app, besides the token: the caller, unless it has no name.
+local CALLER = ARGV[5] ~= '' and ARGV[5] ~= 'anonymous' and '@' .. redis.sha1hex(ARGV[5]) or nil
 
 -- Lets a budget live so much longer at least. Its keys go together: a sum must
 -- not outlive what it is the sum of.
@@ -37,7 +39,9 @@ end
 
 -- Notes the first instant at which nothing of a budget is left.
 local function use_budget(id, until_us, by, coarse)
-  for key, wanted in pairs({[BUDGETS] = true, [COARSE] = coarse, [scopes_key(by or '')] = by}) do
+  for key, wanted in pairs({
+    [BUDGETS] = true, [COARSE] = coarse, [scopes_key(by or '')] = by, [scopes_key(CALLER or '@')] = by and CALLER,
+  }) do
     if wanted then
       redis.call('ZADD', key, 'GT', us(until_us), id)
       keep(key, until_us - now + CLOCK_SLACK)
@@ -205,8 +209,8 @@ do -- its own locals: Lua allows 200 in all
     return redis.call('ZCARD', key)
   end
 
-  -- The budget in which an event of `spec` counts: its own, or a coarser one if its token has opened
-  -- too many, or already uses a coarser one. So all events in the window of a scope are in one
+  -- The budget in which an event of `spec` counts: its own, or a coarser one if its token or the caller
+  -- has opened too many, or already uses a coarser one. So all events in the window of a scope are in one
   -- budget: while a coarser one is in use, no narrower one is opened.
   function counted_in(spec)
     local all = size(BUDGETS)
@@ -217,7 +221,7 @@ do -- its own locals: Lua allows 200 in all
       if not wanted and redis.call('ZSCORE', COARSE, one.id) then wanted = one end
     end
     if not wanted then
-      local mine = size(scopes_key(spec.by))
+      local mine = math.max(size(scopes_key(spec.by)), CALLER and size(scopes_key(CALLER)) or 0)
       if in_share(mine, all, BUDGETS_MOST, SHARE) then return spec end
       for i, one in ipairs(spec.coarser) do
         local fits = i == #spec.coarser or in_share(mine, all, BUDGETS_MOST, 2 * SHARE)
@@ -239,32 +243,35 @@ do -- its own locals: Lua allows 200 in all
   local IDS_MOST = 500000 -- of an app, some 50 MB
   local IDS_SLICE = 3 * 3600 * SECOND -- precision of the time until which they are kept
 
-  local kept_ids = {} -- how many ids of each token are kept
+  local kept_ids = {} -- how many ids of each token and caller are kept
 
-  local function ids_of(token)
-    local key = SHARD .. ':ids:' .. token
-    if not kept_ids[token] then
+  local function ids_of(who)
+    local key = SHARD .. ':ids:' .. who
+    if not kept_ids[who] then
       local sum = 0
       for slice, count in pairs(load(key)) do
         if number(slice) > sure then sum = sum + number(count) else redis.call('HDEL', key, slice) end
       end
-      kept_ids[token] = sum
+      kept_ids[who] = sum
     end
-    return kept_ids[token], key
+    return kept_ids[who], key
   end
 
-  -- Whether the app has room for another event of a token.
+  -- Whether the app has room for another event of a token, from this caller.
   function may_count(token)
     local all = redis.call('ZCARD', IDS) + redis.call('ZCARD', RESERVATIONS)
-    return in_share(ids_of(token), all, IDS_MOST, 2 * SHARE)
+    local function has_room(who) return in_share(ids_of(who), all, IDS_MOST, 2 * SHARE) end
+    return has_room(token) and (not CALLER or has_room(CALLER))
   end
 
-  -- Notes that an id of a token is kept for so long.
+  -- Notes that an id of a token, from this caller, is kept for so long.
   function keep_id(token, kept)
-    local sum, key = ids_of(token)
-    redis.call('HINCRBY', key, us((math.floor((now + kept) / IDS_SLICE) + 1) * IDS_SLICE), 1)
-    keep(key, kept + 2 * IDS_SLICE)
-    kept_ids[token] = sum + 1
+    for _, who in ipairs({token, CALLER}) do
+      local sum, key = ids_of(who)
+      redis.call('HINCRBY', key, us((math.floor((now + kept) / IDS_SLICE) + 1) * IDS_SLICE), 1)
+      keep(key, kept + 2 * IDS_SLICE)
+      kept_ids[who] = sum + 1
+    end
   end
 end
 
