@@ -16,7 +16,7 @@ from holdoff_coordinator.failures import STORE_TROUBLES, Failure
 from holdoff_coordinator.requests import Malformed, check_request
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from google.protobuf.message import Message
@@ -137,11 +137,43 @@ class AccessFile:
         return stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a call comes from. Read at its start: gRPC crashes if it is asked after its end."""
+
+    peer: str
+    authorizations: tuple[str, ...]
+    names: Mapping[str, Iterable[bytes]]
+    """Of the client certificate, by type."""
+
+    @classmethod
+    def of(cls, context: Context) -> Origin:
+        """Read it."""
+        metadata = context.invocation_metadata() or ()
+        sent = tuple(str(value) for key, value in metadata if key == "authorization")
+        return cls(context.peer(), sent, context.auth_context())
+
+    def credential(self) -> str:
+        """Return the credential that came with the call; '' if there is none.
+
+        Raises:
+            Failure: CREDENTIAL_REFUSED, if there are several.
+        """
+        if len(self.authorizations) > 1:
+            raise Failure(
+                "CREDENTIAL_REFUSED",
+                f"the call has {len(self.authorizations)} authorization headers, which is "
+                "ambiguous: send one",
+            )
+        scheme, _, credential = next(iter(self.authorizations), "").partition(" ")
+        return credential.strip() if scheme.lower() == "bearer" else ""
+
+
 class Stay:
     """An admitted stream, which ends when its caller loses the right to it."""
 
-    def __init__(self, request: Message, context: Context, credential: str) -> None:
-        self.request, self.context, self.credential = request, context, credential
+    def __init__(self, request: Message, origin: Origin, credential: str) -> None:
+        self.request, self.origin, self.credential = request, origin, credential
         self._failure: Failure | None = None
         self._waiting: asyncio.Timeout | None = None
 
@@ -188,7 +220,7 @@ class Gate:
         self.refusal: Failure | None = None
         """What every caller hears while this replica cannot serve; None while it can."""
 
-    async def admit(self, request: Message | Malformed, context: Context) -> Admitted:
+    async def admit(self, request: Message | Malformed, origin: Origin) -> Admitted:
         """Find out who calls, and whether it may.
 
         Raises:
@@ -197,14 +229,13 @@ class Gate:
         """
         if self.refusal:
             raise self.refusal
-        peer = context.peer()
-        identity = ANONYMOUS
+        peer, identity = origin.peer, ANONYMOUS
         try:
             if self._access is None:
-                identity = self._certified(context) or ANONYMOUS
+                identity = self._certified(origin) or ANONYMOUS
                 check_request(request)
                 return Admitted(Caller(identity, peer))
-            identity = await self._identity(context)
+            identity = await self._identity(origin)
             need = need_of(check_request(request))
             rights = rights_of(identity, self._access.grants())
             if place := rights.missing(need):
@@ -225,9 +256,9 @@ class Gate:
         return Admitted(caller, rights if need.part else None)
 
     @contextlib.contextmanager
-    def staying(self, request: Message, context: Context) -> Iterator[Stay]:
+    def staying(self, request: Message, origin: Origin) -> Iterator[Stay]:
         """End the stream of the block when its caller loses the right to it."""
-        stay = Stay(request, context, _credential(context) if self._access else "")
+        stay = Stay(request, origin, origin.credential() if self._access else "")
         self._stays.add(stay)
         try:
             yield stay
@@ -270,7 +301,7 @@ class Gate:
 
     async def _recheck(self, stay: Stay) -> None:
         try:
-            await self.admit(stay.request, stay.context)
+            await self.admit(stay.request, stay.origin)
         except Failure as failure:
             if failure.reason not in STORE_TROUBLES:
                 stay.end(failure)
@@ -284,11 +315,11 @@ class Gate:
             failure.reason,
         )
 
-    async def _identity(self, context: Context) -> str:
+    async def _identity(self, origin: Origin) -> str:
         """Say who calls: by the credential that came with the call, or else its certificate."""
-        if credential := _credential(context):
+        if credential := origin.credential():
             return await self._credentials.verify(credential)
-        if identity := self._certified(context):
+        if identity := self._certified(origin):
             return identity
         raise Failure(
             "CREDENTIAL_MISSING",
@@ -297,15 +328,14 @@ class Gate:
             f"type {' or '.join(self._certified_by)}",
         )
 
-    def _certified(self, context: Context) -> str | None:
+    def _certified(self, origin: Origin) -> str | None:
         """Return the name in the caller's certificate, of the first type that it has.
 
         Raises:
             Failure: CREDENTIAL_REFUSED, if it has several of that type.
         """
-        shown = context.auth_context()
         for kind in self._certified_by:
-            names = tuple(shown.get(f"peer_{kind}", ()))
+            names = tuple(origin.names.get(f"peer_{kind}", ()))
             if len(names) > 1:
                 raise Failure(
                     "CREDENTIAL_REFUSED",
@@ -322,20 +352,3 @@ def _call(request: Message | Malformed) -> str:
     if isinstance(request, Malformed):
         return request.method.rpartition("/")[2]
     return type(request).__name__.removesuffix("Request")
-
-
-def _credential(context: Context) -> str:
-    """Return the credential that came with a call; '' if there is none.
-
-    Raises:
-        Failure: CREDENTIAL_REFUSED, if there are several.
-    """
-    metadata = context.invocation_metadata() or ()
-    sent = [value for key, value in metadata if key == "authorization"]
-    if len(sent) > 1:
-        raise Failure(
-            "CREDENTIAL_REFUSED",
-            f"the call has {len(sent)} authorization headers, which is ambiguous: send one",
-        )
-    scheme, _, credential = str(sent[0] if sent else "").partition(" ")
-    return credential.strip() if scheme.lower() == "bearer" else ""

@@ -28,6 +28,7 @@ from holdoff.v1 import (
     token_service_pb2_grpc,
 )
 from holdoff_coordinator.failures import Failure, budget_not_found, invalid
+from holdoff_coordinator.gate import Origin
 from holdoff_coordinator.hub import Waiter
 from holdoff_coordinator.requests import Malformed
 
@@ -119,9 +120,11 @@ class _Adapter:
         except Failure as failure:
             await self._fail(failure, request, admitted.caller, context)
 
-    async def _admit(self, request: Message | Malformed, context: Context) -> Admitted:
+    async def _admit(
+        self, request: Message | Malformed, context: Context, origin: Origin | None = None
+    ) -> Admitted:
         try:
-            return await self._gate.admit(request, context)
+            return await self._gate.admit(request, origin or Origin.of(context))
         except Failure as failure:
             await _abort(context, failure.to_status())
 
@@ -132,15 +135,16 @@ class _Adapter:
         context: Context,
     ) -> AsyncGenerator[ResponseT, None]:
         """The same for many answers; it ends when the caller loses the right to them."""
-        admitted = await self._admit(request, context)
+        origin = Origin.of(context)
+        admitted = await self._admit(request, context, origin)
         try:
             async with (
                 self._limits.kept(request, admitted.caller),
                 contextlib.aclosing(handler(request, admitted.caller)) as responses,
             ):
-                with self._gate.staying(request, context) as stay:
+                with self._gate.staying(request, origin) as stay:
                     while (response := await stay.next(responses)) is not None:
-                        admitted = await self._admit(request, context)
+                        admitted = await self._admit(request, context, origin)
                         shown = admitted.shown(response)
                         if shown is not None:
                             yield shown

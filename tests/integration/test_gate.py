@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import trustme
 
 from holdoff._status import from_rpc_error
 from holdoff.v1 import audit_pb2, lease_service_pb2, lease_service_pb2_grpc, token_service_pb2
-from holdoff_coordinator import commands
+from holdoff_coordinator import commands, gate
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.gate import AccessFile
@@ -170,6 +171,39 @@ def test_a_stream_ends_with_its_grant(guarded: Guarded) -> None:
     guarded.grant("credential:somebody-else")
     assert ends({"watch": ours}) == {"watch": "NOT_ALLOWED"}
     assert other.cancel()  # it was open
+
+
+def test_a_stream_is_asked_once_where_it_comes_from(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers, and changes of the access file, are judged by what was read at its start.
+
+    Fails when the context of gRPC is asked again: of a stream that has ended that is a crash.
+    """
+    asked: list[str] = []
+    read = gate.Origin.of
+
+    def counted(context: Any) -> gate.Origin:
+        asked.append("")
+        return read(context)
+
+    _, metadata = guarded.issue()
+    monkeypatch.setattr(gate.Origin, "of", counted)
+    watch = lease_service_pb2.WatchLeasesRequest(parent=guarded.token)
+    stream = guarded.replica.leases.WatchLeases(watch, metadata=metadata, timeout=60)
+    next(stream)
+    judged = threading.Event()
+    judge = gate.Gate._recheck
+
+    async def judging(self: gate.Gate, stay: gate.Stay) -> None:
+        await judge(self, stay)
+        judged.set()
+
+    monkeypatch.setattr(gate.Gate, "_recheck", judging)
+    guarded.grant(f"credential:{guarded.who}", "credential:another")
+    assert judged.wait(30)
+    assert len(asked) == 1
+    assert stream.cancel()
 
 
 async def test_an_access_file_that_is_gone_admits_nobody(guarded: Guarded) -> None:

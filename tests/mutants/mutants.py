@@ -607,6 +607,15 @@ MUTANTS = [
         f"{TESTS}/test_isolation.py::test_a_caller_fills_no_app_with_several_tokens",
     ),
     Mutant(
+        "a stream is judged by what was read at its start",
+        *(
+            f"{COORDINATOR}/service.py",
+            "self._admit(request, context, origin)\n                        shown",
+            "self._admit(request, context)\n                        shown",
+        ),
+        f"{TESTS}/test_gate.py::test_a_stream_is_asked_once_where_it_comes_from",
+    ),
+    Mutant(
         "a watcher that goes on to a change looks at the whole app again",
         *(f"{COORDINATOR}/watches.py", "if moved or (app.at and", "if (app.at and"),
         f"{TESTS}/test_watch.py::test_a_change_of_a_token_hides_none_of_its_app",
@@ -643,8 +652,8 @@ MUTANTS = [
     Mutant(
         "a damaged request is judged after its caller is known",
         f"{COORDINATOR}/gate.py",
-        "identity = await self._identity(context)\n",
-        "identity = check_request(request) and await self._identity(context)\n",
+        "identity = await self._identity(origin)\n",
+        "identity = check_request(request) and await self._identity(origin)\n",
         f"{TESTS}/test_gate.py::test_damaged_requests_are_refused_after_authentication",
     ),
     Mutant(
@@ -659,7 +668,7 @@ MUTANTS = [
     ),
     Mutant(
         "a call has one credential",
-        *(f"{COORDINATOR}/gate.py", "if len(sent) > 1:", "if False:"),
+        *(f"{COORDINATOR}/gate.py", "if len(self.authorizations) > 1:", "if False:"),
         f"{TESTS}/test_gate.py::test_two_credentials_in_one_call",
     ),
     Mutant(
