@@ -86,7 +86,7 @@ def coordinator(store_url: str, access: Path) -> Iterator[str]:
     assert process.stderr
     try:
         line = next(line for line in process.stderr if '"serving"' in line)
-        # Its log has a line for each grant, and would block when nobody reads it.
+        # It logs each grant: without a reader the pipe would fill, and it would block.
         threading.Thread(target=process.stderr.read, daemon=True).start()
         yield json.loads(line)["address"]
     finally:

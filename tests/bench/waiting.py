@@ -54,7 +54,7 @@ def coordinator(store_url: str) -> Iterator[tuple[str, int]]:
     assert process.stderr
     try:
         line = next(line for line in process.stderr if '"serving"' in line)
-        # Its log has a line for each grant, and would block when nobody reads it.
+        # It logs each grant: without a reader the pipe would fill, and it would block.
         threading.Thread(target=process.stderr.read, daemon=True).start()
         yield json.loads(line)["address"], process.pid
     finally:

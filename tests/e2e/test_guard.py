@@ -842,7 +842,7 @@ def test_a_command_cannot_look_into_its_guard(run: Run) -> None:
 
 
 def test_a_tree_ends_where_proc_hides_processes(run: Run) -> None:
-    """With `hidepid` nobody sees a process that forbids inspection; the guard ends the tree anyway.
+    """The guard ends all processes although `hidepid` hides those that forbid inspection.
 
     Fails when the init between guard and command forbids inspection too.
     """

@@ -2,7 +2,7 @@
 
 An input is lines of `WHO SERVICE/METHOD MESSAGE…`, each message in percent-encoded bytes. Each
 input has an app of its own, with a token that is held, one that is free, a budget, a back-off and a
-reservation; `_APP` and `_LEASE` stand for its name and for the id of the lease. The bystander has
+reservation; `_APP` and `_LEASE` are replaced by its name and the id of the lease. The bystander has
 the same in an app of its own, on which no caller but `viewer` has a role.
 """
 

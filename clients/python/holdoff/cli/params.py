@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     _Found = lease_pb2.Lease | token_pb2.Token | budget_pb2.Budget | budget_pb2.BackOff
 
 _NAME = re.compile(r"[A-Za-z0-9._/-]+")
-"""Names that a shell may complete: harmless on a command line, whoever chose them."""
+"""Names that a shell may complete: no character in them has a meaning for the shell."""
 _COMPLETION_SECONDS = 1.0
 
 MOST_LABELS = 16
