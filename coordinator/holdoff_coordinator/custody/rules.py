@@ -1,0 +1,202 @@
+"""What follows from a request for an access token, under each rule of rotation. Pure.
+
+This is the protocol's table of cases: one function for each of its events. Instants are µs of the
+store's clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from holdoff_coordinator.custody.answers import Issued, NotSent, Refusal, Refused, Unproven, Verdict
+
+SECOND: Final = 1_000_000
+FIRST_PAUSE_US: Final = 1 * SECOND
+LONGEST_PAUSE_US: Final = 60 * SECOND
+"""After a request that was not sent: a pause, twice as long with each."""
+PROBE_US: Final = 3600 * SECOND
+"""At most one request an hour with a refresh token that the provider called dead."""
+
+
+class Rotation(StrEnum):
+    """What becomes of a used refresh token."""
+
+    NONE = "none"
+    REUSABLE = "reusable"
+    UNTIL_USED = "until-used"
+    GRACE = "grace"
+    SINGLE_USE = "single-use"
+    SINGLE_USE_REVOKES = "single-use-revokes"
+
+
+_REPEATABLE: Final = (Rotation.NONE, Rotation.REUSABLE, Rotation.UNTIL_USED)
+"""Here the same refresh token may be sent as often as the interval allows."""
+_NEVER_PROBED: Final = (Rotation.SINGLE_USE, Rotation.SINGLE_USE_REVOKES)
+
+
+class Condition(StrEnum):
+    """What is stored of a grant's state; the rest follows from the time and the last attempt."""
+
+    READY = "READY"
+    REAUTHORIZE = "REAUTHORIZE"
+    CONFIGURATION = "CONFIGURATION"
+    STALE = "STALE"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a policy says of a token's refreshes."""
+
+    rotation: Rotation
+    interval_us: int
+    """With its margin."""
+    life_us: int
+    """Of an access token, where an answer does not say it."""
+    grace_us: int = 0
+    """For how long a repeat of a used refresh token is proved to be answered."""
+    idle_life_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A grant before or after a request."""
+
+    condition: Condition
+    generation: int
+    not_before_us: int
+    """The earliest next request."""
+    expires_us: int = 0
+    """When the current access token expires; 0 for none."""
+    unproven: int = 0
+    """How many requests with the current refresh token ended without proof."""
+    first_unproven_us: int = 0
+    """When the first of them was sent."""
+    not_sent: int = 0
+    """How many in a row were not sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Instants of a request."""
+
+    now_us: int
+    sent_us: int
+    """When it was sent: an access token lives from then on. `now_us` if it was not."""
+    last_us: int
+    """When the last byte of its answer came, or the last instant at which it may have been
+    answered: the interval begins then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What to store after a request."""
+
+    standing: Standing
+    alert: str = ""
+    """What an operator should know; empty for nothing."""
+
+
+def after(standing: Standing, rules: Rules, verdict: Verdict, times: Times) -> Outcome:
+    """Return what a verdict on a request makes of a grant, as it was when the request was sent."""
+    match verdict:
+        case Issued():
+            return _issued(standing, rules, verdict, times)
+        case NotSent():
+            return _not_sent(standing, times)
+        case Unproven():
+            return _unproven(standing, rules, times)
+        case Refused(refresh_token=rotated) if rotated:
+            # Whatever else it says, the chain continues with this one.
+            renewed = replace(standing, generation=standing.generation + 1, unproven=0)
+            return _refused(renewed, rules, replace(verdict, refresh_token=""), times)
+        case Refused():
+            return _refused(standing, rules, verdict, times)
+
+
+def _issued(standing: Standing, rules: Rules, verdict: Issued, times: Times) -> Outcome:
+    life_us = rules.life_us
+    if verdict.life_seconds is not None:
+        life_us = round(verdict.life_seconds * SECOND)
+    issued = Standing(
+        Condition.READY,
+        standing.generation + 1,
+        not_before_us=max(standing.not_before_us, times.last_us + rules.interval_us),
+        expires_us=times.sent_us + life_us,
+    )
+    return Outcome(issued)
+
+
+def _not_sent(standing: Standing, times: Times) -> Outcome:
+    pause_us = min(FIRST_PAUSE_US << min(standing.not_sent, 16), LONGEST_PAUSE_US)
+    until_us = max(standing.not_before_us, times.now_us + pause_us)
+    return Outcome(replace(standing, not_before_us=until_us, not_sent=standing.not_sent + 1))
+
+
+def _unproven(standing: Standing, rules: Rules, times: Times) -> Outcome:
+    first_us = standing.first_unproven_us if standing.unproven else times.sent_us
+    waited = times.last_us + rules.interval_us
+    alert, condition = "", standing.condition
+    if rules.rotation is Rotation.GRACE and not standing.unproven:
+        if times.now_us < first_us + rules.grace_us:
+            waited = times.now_us
+    elif rules.rotation is Rotation.SINGLE_USE_REVOKES:
+        waited = max(waited, standing.expires_us, times.sent_us + rules.life_us)
+    if standing.unproven and rules.rotation not in _REPEATABLE:
+        condition = Condition.REAUTHORIZE  # it was repeated once
+        alert = "two requests for an access token ended without an answer that says what happened"
+    return Outcome(
+        replace(
+            standing,
+            condition=condition,
+            not_before_us=max(standing.not_before_us, waited),
+            unproven=standing.unproven + 1,
+            first_unproven_us=first_us,
+            not_sent=0,
+        ),
+        alert,
+    )
+
+
+def _refused(standing: Standing, rules: Rules, verdict: Refused, times: Times) -> Outcome:
+    settled = replace(standing, not_sent=0)
+    match verdict.why:
+        case Refusal.TOO_EARLY:
+            # Somebody had a token issued, at the latest now.
+            waited = times.last_us + rules.interval_us
+            alert = "the provider calls the request too early: another program refreshes this token"
+            return Outcome(_no_sooner(settled, waited), alert)
+        case Refusal.DEAD:
+            return _dead(settled, rules, times)
+        case Refusal.CLIENT:
+            alert = "the provider refuses the client id or its secret"
+            return Outcome(replace(settled, condition=Condition.CONFIGURATION), alert)
+        case Refusal.BUSY | Refusal.OTHER:
+            paused = _not_sent(standing, times).standing
+            return Outcome(paused)
+
+
+def _dead(standing: Standing, rules: Rules, times: Times) -> Outcome:
+    alert = "the provider calls the refresh token dead: a person must authorize again"
+    dead = replace(standing, condition=Condition.REAUTHORIZE)
+    return Outcome(_no_sooner(dead, times.now_us + max(PROBE_US, rules.interval_us)), alert)
+
+
+def _no_sooner(standing: Standing, until_us: int) -> Standing:
+    return replace(standing, not_before_us=max(standing.not_before_us, until_us))
+
+
+def may_request(standing: Standing, rules: Rules, now_us: int) -> bool:
+    """Tell whether an access token may be requested now, as far as the grant itself says."""
+    if now_us < standing.not_before_us:
+        return False
+    if standing.condition is Condition.REAUTHORIZE:
+        # A probe: the provider may have been wrong.
+        return rules.rotation not in _NEVER_PROBED
+    return standing.condition is Condition.READY
+
+
+def adopts(known: Standing, generation: int) -> bool:
+    """Tell whether a late answer to a request of a generation is still to be stored."""
+    return known.generation == generation
