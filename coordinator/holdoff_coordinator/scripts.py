@@ -76,9 +76,19 @@ LOST = "lost"
 _BUSY = ("due", "backoffs", "reservations")
 """The keys of an app of which one exists while the sweeper has something to do."""
 
+CUSTODY_SCRIPTS = (
+    "begin_refresh",
+    "delete_grant",
+    "end_refresh",
+    "intend_refresh",
+    "put_grant",
+    "read_grants",
+)
+"""Scripts in `lua/custody/`, each with one MessagePack map in and one out."""
 BUDGET_SCRIPTS = ("commit", "read_budgets", "record_events", "reserve", "reset_budget", "sweep")
 SCRIPTS = (
     *BUDGET_SCRIPTS,
+    *CUSTODY_SCRIPTS,
     "acquire",
     "break",
     "clear_back_off",
@@ -101,22 +111,43 @@ SCRIPTS = (
     "withdraw",
     "withhold",
 )
-NEEDS_MEMORY = ("acquire", "create_token", "record_events", "reserve", "set_back_off")
+NEEDS_MEMORY = (
+    "acquire",
+    "create_token",
+    "put_grant",
+    "record_events",
+    "reserve",
+    "set_back_off",
+)
 """Scripts that a store refuses when its memory is full, because they add records. All others read,
 free, or change what exists: they run, so that a full store ends no lease."""
 
-LASTING = ("commit", "record_events", "release", "renew", "reserve")
+LASTING = (
+    "begin_refresh",
+    "commit",
+    "delete_grant",
+    "end_refresh",
+    "intend_refresh",
+    "put_grant",
+    "record_events",
+    "release",
+    "renew",
+    "reserve",
+)
 """Scripts whose effect the store must have as many copies of as the operator asks for."""
 
 
 def source(name: str) -> str:
     """Return the text of a script, with what stands before it."""
-    before = ["common", "backoffs", "leases"]
-    if name in BUDGET_SCRIPTS:
+    before, own = ["common", "backoffs", "leases"], [name]
+    if name in (*BUDGET_SCRIPTS, "begin_refresh"):
         before.append("budgets")
+    if name in CUSTODY_SCRIPTS:
+        own = ["custody/grants", f"custody/{name}"]
     folder = files("holdoff_coordinator") / "lua"
     flags = "" if name in NEEDS_MEMORY else " flags=allow-oom"
-    parts = [(folder / f"{part}.lua").read_text() for part in [*before, name]]
+    parts = [(folder / f"{part}.lua").read_text() for part in before]
+    parts.append("".join((folder / f"{part}.lua").read_text() for part in own))
     # With the first line, a server refuses a script before it begins, or never because of memory.
     # The last part is in a function, since Lua allows 200 local variables in each.
     return "".join([f"#!lua{flags}\n", *parts[:-1], "return (function() ", parts[-1], "end)()\n"])

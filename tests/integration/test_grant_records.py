@@ -1,0 +1,252 @@
+"""Grant records in the store: who may request an access token, and what is stored of it."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from redis.asyncio import Redis
+
+from holdoff._core import duration
+from holdoff.names import TokenName
+from holdoff.v1 import admin_service_pb2, budget_pb2
+from holdoff_coordinator.custody.records import (
+    NEVER,
+    Answer,
+    BeginRefresh,
+    DeleteGrant,
+    EndRefresh,
+    IntendRefresh,
+    PutGrant,
+    Record,
+    Request,
+    ask,
+    read,
+)
+from holdoff_coordinator.custody.rules import SECOND, Condition
+from holdoff_coordinator.scripts import Scripts
+
+if TYPE_CHECKING:
+    from tests.conftest import Server
+    from tests.harness import Replica
+
+INTERVAL = 572 * SECOND
+TAKEOVER = 100 * SECOND
+
+
+class Grant:
+    """The scripts of custody for one token, as a replica runs them."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.name = TokenName.parse(token)
+        self._url = url
+        self.chain = uuid.uuid4().hex
+
+    def _run(self, request: Request | None) -> Any:
+        async def run() -> Any:
+            async with Redis.from_url(self._url) as client:
+                scripts = Scripts(client, quarantine_us=0)
+                if request is None:
+                    return await read(scripts, self.name, sealed=True)
+                return await ask(scripts, self.name.app, request)
+
+        return asyncio.run(run())
+
+    def do(self, request: Request) -> Answer:
+        """Run the script of a request."""
+        answer = self._run(request)
+        assert isinstance(answer, Answer)
+        return answer
+
+    def record(self) -> Record:
+        """Read the record."""
+        return self._run(None).record  # type: ignore[no-any-return]
+
+    def held(self) -> str:
+        """Return what holds the next request besides the grant."""
+        return self._run(None).reason  # type: ignore[no-any-return]
+
+    def put(self, **fields: Any) -> Answer:
+        """Put the grant, never refreshed by default."""
+        defaults = {
+            "token": self.name.token,
+            "chain": self.chain,
+            "sealed": "c2VhbGVk",
+            "facts": "{}",
+            "fingerprint": uuid.uuid4().hex,
+            "age_us": NEVER,
+            "interval_us": INTERVAL,
+            "idle_us": 0,
+        }
+        return self.do(PutGrant(**{**defaults, **fields}))
+
+    def begin(self, attempt: str = "one", generation: int = 1, **fields: Any) -> Answer:
+        """Take the right to a request."""
+        defaults = {
+            "token": self.name.token,
+            "chain": self.chain,
+            "generation": generation,
+            "attempt": attempt,
+            "replica": "r",
+            "takeover_us": TAKEOVER,
+            "has_evidence": False,
+            "event": uuid.uuid4().hex,
+            "budgets": [],
+        }
+        return self.do(BeginRefresh(**{**defaults, **fields}))
+
+    def intend(self, attempt: str = "one", generation: int = 1) -> str:
+        """Confirm the intent."""
+        return self.do(
+            IntendRefresh(
+                token=self.name.token, chain=self.chain, generation=generation, attempt=attempt
+            )
+        ).status
+
+    def end(self, attempt: str = "one", from_generation: int = 1, **fields: Any) -> Answer:
+        """Store an answer with an access token."""
+        defaults = {
+            "token": self.name.token,
+            "chain": self.chain,
+            "from_generation": from_generation,
+            "attempt": attempt,
+            "step": "STORED",
+            "outcome": "an access token",
+            "condition": Condition.READY,
+            "message": "",
+            "generation": from_generation + 1,
+            "unproven": 0,
+            "first_unproven_us": 0,
+            "not_sent": 0,
+            "refreshed_age_us": 1 * SECOND,
+            "not_before_in_us": INTERVAL - 1 * SECOND,
+            "expires_in_us": 598 * SECOND,
+            "idle_us": 30 * 24 * 3600 * SECOND,
+            "sealed": "bmV3",
+            "fingerprint": uuid.uuid4().hex,
+        }
+        return self.do(EndRefresh(**{**defaults, **fields}))
+
+
+@pytest.fixture
+def grant(replica: Replica, valkey: Server) -> Grant:
+    """Give a grant that was put, of a token that was never refreshed."""
+    grant = Grant(valkey.url, replica.create_token(interval_seconds=572))
+    assert grant.put().status == "OK"
+    return grant
+
+
+def test_one_replica_has_the_right(grant: Grant) -> None:
+    """Of two, one may send; the other learns until when it waits."""
+    assert grant.begin("one").status == "BEGUN"
+    other = grant.begin("two")
+    assert (other.status, other.reason) == ("WAIT", "REFRESHING")
+    assert 0 < other.until_us - other.now_us <= TAKEOVER
+    assert grant.intend("one") == "OK"
+    assert grant.intend("two") == "LOST"
+
+
+def test_a_right_that_was_not_used_passes(grant: Grant) -> None:
+    """Nothing was sent without an intent, so that another replica takes over."""
+    assert grant.begin("one").status == "BEGUN"
+    assert grant.begin("two", takeover_us=0).status == "BEGUN"
+    assert grant.intend("one") == "LOST"
+    assert grant.intend("two") == "OK"
+
+
+def test_a_request_that_may_have_been_sent_is_not_repeated_at_once(grant: Grant) -> None:
+    """Promise 2: an intent without an answer counts as a request at its last possible moment."""
+    grant.begin("one")
+    grant.intend("one")
+    lost = grant.begin("two", takeover_us=0)
+    assert lost.status == "LOST"
+    assert lost.grant is not None
+    assert lost.over_us == lost.grant.attempt_begun_us
+
+
+def test_an_answer_is_stored_once(grant: Grant, replica: Replica) -> None:
+    """It is stored whole, begins the cooldown, and an answer to the same generation is dropped."""
+    grant.begin()
+    grant.intend()
+    stored = grant.end()
+    assert stored.status == "OK"
+    record = grant.record()
+    assert (record.generation, record.sealed) == (2, "bmV3")
+    assert record.attempt_step == "STORED"
+    assert record.not_before_us - record.refreshed_us == INTERVAL
+    assert record.expires_us > record.not_before_us
+    assert grant.end("late").status == "MOVED"
+    waiting = grant.begin("two", 2)
+    assert (waiting.status, waiting.reason) == ("WAIT", "COOLING")
+    token = replica.show_token(str(grant.name))
+    assert token.not_before_time.ToMicroseconds() == record.not_before_us
+
+
+def test_a_late_answer_is_adopted(grant: Grant) -> None:
+    """One whose right has passed counts while no other was stored."""
+    grant.begin("one")
+    grant.intend("one")
+    assert grant.begin("two", takeover_us=0).status == "LOST"
+    assert grant.end("one").status == "OK"
+    assert grant.record().generation == 2
+
+
+def test_put_takes_the_etag(grant: Grant) -> None:
+    """A grant is replaced only by who names it, or says so."""
+    assert grant.put().status == "EXISTS"
+    assert grant.put(etag_chain="another", etag_generation=1).status == "CHANGED"
+    assert grant.put(etag_chain=grant.chain, etag_generation=1).status == "OK"
+    assert grant.put(etag_chain=grant.chain, etag_generation=1).status == "CHANGED"
+    assert grant.put(replace=True).status == "OK"
+    assert grant.record().generation == 3
+
+
+def test_a_grant_that_is_put_again_still_waits(grant: Grant) -> None:
+    """Promise 2: the tombstone keeps generation and not-before."""
+    grant.begin()
+    grant.intend()
+    grant.end()
+    before = grant.record()
+    etag = {"etag_chain": grant.chain, "etag_generation": 2}
+    token = grant.name.token
+    changed = {**etag, "etag_generation": 1}
+    assert grant.do(DeleteGrant(token=token, **changed)).status == "CHANGED"  # type: ignore[arg-type]
+    assert grant.do(DeleteGrant(token=token, **etag)).status == "OK"  # type: ignore[arg-type]
+    assert grant.do(DeleteGrant(token=token)).status == "GONE"
+    assert grant.begin("two", 2).status == "GONE"
+    assert grant.put().status == "OK"
+    after = grant.record()
+    assert after.generation == before.generation + 1
+    assert after.not_before_us == before.not_before_us
+
+
+def test_two_names_of_one_grant_are_refused(
+    grant: Grant, replica: Replica, valkey: Server
+) -> None:
+    """They would refresh it in turns, each within the interval of the other."""
+    other = replica.create_token(572, name=f"apps/{grant.name.app}/tokens/other")
+    again = Grant(valkey.url, other).put(fingerprint=grant.record().fingerprint)
+    assert (again.status, again.of) == ("DUPLICATE", grant.name.token)
+
+
+def test_a_token_in_use_is_not_taken_into_custody(replica: Replica, valkey: Server) -> None:
+    """Its holder may refresh unseen."""
+    token = replica.create_token()
+    replica.hold(token)
+    assert Grant(valkey.url, token).put().status == "IN_USE"
+
+
+def test_a_back_off_of_the_app_holds_the_request(grant: Grant, replica: Replica) -> None:
+    """One of an endpoint does not."""
+    assert grant.held() == ""
+    scope = budget_pb2.Scope(token=str(grant.name))
+    replica.admin.SetBackOff(
+        admin_service_pb2.SetBackOffRequest(
+            scope=scope, reason="the provider asked", length=duration(60)
+        )
+    )
+    assert grant.held() == "BACKING_OFF"
+    waiting = grant.begin()
+    assert (waiting.status, waiting.reason) == ("WAIT", "BACKING_OFF")
