@@ -68,7 +68,7 @@ def _commands() -> ModuleType:
 @click.group(cls=_Group)
 @click.version_option(VERSION, prog_name="holdoff-coordinator")
 def main() -> None:
-    """Serve leases on OAuth refresh tokens, and manage credentials. State is in Valkey or Redis.
+    """Serve leases on OAuth refresh tokens; manage credentials and keys. State: Valkey or Redis.
 
     Example: holdoff-coordinator serve --data-dir ./holdoff-data
     """

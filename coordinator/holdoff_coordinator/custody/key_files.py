@@ -235,10 +235,12 @@ class KeyDirectory:
         self._keys = keys
         return ""
 
-    def _stamp(self) -> tuple[tuple[str, int, int, int], ...] | None:
+    def _stamp(self) -> tuple[tuple[str | int, ...], ...] | None:
         try:
             paths = (self._folder, *key_paths(self._folder))
             found = [(path.name, path.stat()) for path in paths]
         except (OSError, KeyFileError):
             return None
-        return tuple((name, one.st_ino, one.st_mtime_ns, one.st_ctime_ns) for name, one in found)
+        return tuple(
+            (name, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for name, one in found
+        )
