@@ -68,7 +68,7 @@ def _commands() -> ModuleType:
 @click.group(cls=_Group)
 @click.version_option(VERSION, prog_name="holdoff-coordinator")
 def main() -> None:
-    """Serve leases on OAuth refresh tokens, and manage credentials. State is in Valkey or Redis.
+    """Serve leases on OAuth refresh tokens; manage credentials and keys. State: Valkey or Redis.
 
     Example: holdoff-coordinator serve --data-dir ./holdoff-data
     """
@@ -196,6 +196,12 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     help="Directory of policies (*.toml), in addition to the presets.",
 )
 @click.option(
+    "--custody-key-dir",
+    type=click.Path(path_type=Path),
+    help="Directory of the master keys that encrypt what is in custody (ID.key, made with `key "
+    "generate`); reread when it changes. [default: no custody]",
+)
+@click.option(
     "--limit",
     metavar="NAME=N",
     multiple=True,
@@ -313,3 +319,68 @@ def list_credentials(output: str, **options: Any) -> None:
     Example: holdoff-coordinator token list --output json
     """
     _commands().list_credentials(output, options)
+
+
+@main.group("key", cls=_Group)
+def keys() -> None:
+    """Generate and list master keys, which encrypt what is in custody.
+
+    A key is a file ID.key, which only its owner can read, in the directory that `serve
+    --custody-key-dir` names. Every replica needs the same keys. Keep a copy of them, apart from the
+    backups of the store: without its key a token must be authorized again.
+
+    Example: holdoff-coordinator key generate --key-dir /etc/holdoff/keys
+    """
+
+
+_KEY_ID = click.argument("key_id", metavar="[ID]", required=False)
+_KEY_DIR = click.option(
+    "--key-dir",
+    type=click.Path(path_type=Path),
+    envvar="HOLDOFF_CUSTODY_KEY_DIR",
+    required=True,
+    help="Directory of the keys. [or in HOLDOFF_CUSTODY_KEY_DIR]",
+)
+
+
+@keys.command("generate")
+@_KEY_ID
+@_KEY_DIR
+def generate_key(key_id: str | None, key_dir: Path) -> None:
+    """Write a new random key to a new file, and print its id.
+
+    By default the id is the time. The directory is created if needed. A key is never overwritten.
+
+    Example: holdoff-coordinator key generate --key-dir /etc/holdoff/keys
+    """
+    _key_commands().generate(key_dir, key_id)
+
+
+@keys.command("list")
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@_KEY_DIR
+def list_keys(output: str, key_dir: Path) -> None:
+    """List keys, and why one cannot be used.
+
+    CHECK is derived from the key, and does not reveal it: equal keys have an equal CHECK.
+
+    Example: holdoff-coordinator key list --key-dir /etc/holdoff/keys
+    """
+    _key_commands().list_keys(key_dir, output)
+
+
+@keys.command("rotate")
+@_KEY_ID
+@_KEY_DIR
+def rotate_key(key_id: str | None, key_dir: Path) -> None:
+    """Write a new key like `generate`, and explain what to do next.
+
+    Example: holdoff-coordinator key rotate --key-dir /etc/holdoff/keys
+    """
+    _key_commands().rotate(key_dir, key_id)
+
+
+def _key_commands() -> ModuleType:
+    from holdoff_coordinator.custody import key_commands  # noqa: PLC0415 - only if needed
+
+    return key_commands

@@ -28,6 +28,7 @@ from holdoff.policies import PolicyError
 from holdoff_coordinator import tracing
 from holdoff_coordinator.access import IDENTITY_TYPES, AccessError
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.custody.key_files import KeyDirectory, KeyFileError
 from holdoff_coordinator.embedded import EmbeddedStore
 from holdoff_coordinator.exits import EX_CANNOT_SERVE, EX_USAGE, fail
 from holdoff_coordinator.failures import Failure
@@ -81,12 +82,13 @@ def serve(options: Options) -> None:
         files = settings.tls()
         certificates = Certificates(files) if files else None
         access = AccessFile(settings.access_file) if settings.access_file else None
-    except (TlsError, AccessError) as error:
+        keys = KeyDirectory(settings.custody_key_dir) if settings.custody_key_dir else None
+    except (TlsError, AccessError, KeyFileError) as error:
         fail(EX_USAGE, str(error))
     except OSError as error:
         fail(EX_USAGE, _explain(error))
     tracing.start()
-    _run(_serve(settings, store, policies, certificates, access))
+    _run(_serve(settings, store, policies, _Files(certificates, access, keys)))
 
 
 def hold_back(options: Options) -> None:
@@ -297,6 +299,15 @@ class _Store:
         return epoch
 
 
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Files that are read again when they change; None for those that were not named."""
+
+    certificates: Certificates | None = None
+    access: AccessFile | None = None
+    custody_keys: KeyDirectory | None = None
+
+
 async def _hold_back(settings: Settings, store: _Store) -> None:
     async with store.connected(settings, new=False) as (client, embedded):
         await store.judged(client, embedded)
@@ -313,8 +324,7 @@ async def _serve(
     settings: Settings,
     store: _Store,
     policies: Mapping[str, Policy],
-    certificates: Certificates | None,
-    access: AccessFile | None,
+    files: _Files,
 ) -> None:
     stop, outdated = asyncio.Event(), list[Failure]()
     loop = asyncio.get_running_loop()
@@ -333,9 +343,9 @@ async def _serve(
             policies=policies,
             open_store=partial(store.opened, client, embedded, settings.quarantine_seconds),
             listen=settings.listen,
-            certificates=certificates,
+            certificates=files.certificates,
             health_listen=settings.health_listen,
-            access=access,
+            access=files.access,
             client_identity=settings.client_identity.split(","),
             metrics_listen=settings.metrics_listen,
             judge=partial(check, client, store.assumed, store.durability),
@@ -347,7 +357,7 @@ async def _serve(
         coordinator.scripts.on_outdated = on_outdated
         if embedded:
             embedded.on_loss = coordinator.scripts.data_is_lost
-        _follow_hangups(stop, partial(_reload, settings, coordinator, access))
+        _follow_hangups(stop, partial(_reload, settings, coordinator, files))
         if await _before(stop, stack.enter_async_context(coordinator)):
             if dangers := settings.dangers():
                 log.warning("insecure: the port can be reached from other hosts", dangers=dangers)
@@ -385,16 +395,18 @@ async def _before(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> boo
     return True
 
 
-def _reload(settings: Settings, coordinator: Coordinator, access: AccessFile | None) -> None:
-    """Read policies and the access file again; certificates are read for each new connection."""
+def _reload(settings: Settings, coordinator: Coordinator, files: _Files) -> None:
+    """Read policies and files again; certificates are read for each new connection."""
     try:
         coordinator.policies.use(read_policies(settings.policy_dir))
     except (PolicyError, OSError) as error:
         log.warning(
             "policies stay as they were", folder=str(settings.policy_dir), reason=str(error)
         )
-    if access:
-        access.look()
+    if files.access:
+        files.access.look()
+    if files.custody_keys:
+        files.custody_keys.look()
     log.info("reloaded")
 
 

@@ -137,6 +137,9 @@ class Settings(BaseSettings):
     policy_dir: Path | None = None
     """Directory of `*.toml` files with policies beside the presets."""
 
+    custody_key_dir: Path | None = None
+    """Directory of custody's master keys, `ID.key`. None: nothing is taken into custody."""
+
     log_format: LogFormat = "auto"
     """`auto` is `console` on a terminal and `json` elsewhere."""
 

@@ -181,6 +181,10 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "Pod/holdoff-test spec.*env?HOLDOFF_*_FILE?*",
         ),
     ),
+    "custody": (
+        {"custody": {"keysSecret": "k"}},
+        (argument("--custody-key-dir="), *mounted("custody-keys")),
+    ),
     "policies": (
         {"policies": {"ours": 'name = "ours"\n'}},
         (

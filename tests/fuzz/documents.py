@@ -1,4 +1,4 @@
-"""Files that the code reads: policies, access files, seeds of the simulator, and spool files.
+"""Files that the code reads: policies, access files, keys, seeds of the simulator, spool files.
 
 An input is the content of a file.
 """
@@ -20,6 +20,7 @@ from holdoff.policies import PolicyError, read_policy
 from holdoff.simulator import seeds
 from holdoff.v1 import budget_pb2
 from holdoff_coordinator.access import AccessError, read_access
+from holdoff_coordinator.custody.key_files import KeyFileError, read_key
 from tests.fuzz.engine import Target, edited, files, spliced
 from tests.fuzz.requests import ACCESS
 
@@ -44,6 +45,7 @@ user = "u"
 refresh_token = "r"
 divisions = [1, 2]
 """
+KEY = b"# created: 2026-11-30T12:00:00Z\na2tra2tra2tra2tra2tra2tra2tra2tra2tra2tra2s=\n"
 TOML = [
     *(b"'", b'"', b"'''", b'"""', b"[", b"]", b"[[", b"]]", b"{", b"}", b"=", b"#", b"\n", b"\r"),
     *(b"\0", b"\xff", b"\xc3", b"\xef\xbb\xbf", b"\\", b"\\u0000", b"\\ud800", b"\\q", b".", b","),
@@ -52,6 +54,13 @@ TOML = [
     *(b"name", b"statuses", b"[output.codes]\n", b"[[limit]]\n", b"[a.b.c]\n", b"a.b.c = 1\n"),
     *(b"seeds = 5\n", b"[seeds]\n", b"grants = 5\n", b"[grants]\n", b"5", b'"x"', b"[]", b"{}"),
 ]
+
+
+def _read_key(path: Path) -> None:
+    path.chmod(0o600)
+    key = read_key(path)
+    assert (key.id, len(key.secret)) == ("file", 32)
+    assert key.created.isprintable()
 
 
 def reader(
@@ -168,6 +177,12 @@ TARGETS = {
     "access": Target(
         edited(files("access", ACCESS.encode()) | spliced(ACCESS.encode(), *TOML), TOML),
         reader(read_access, AccessError, r"/file\.toml:[\s\S]+[:;] write "),
+    ),
+    "keys": Target(
+        edited(
+            files("keys", KEY) | spliced(KEY, *TOML), [b"a2tr", b"=", b"# ", b"\n", b"\r", b"\0"]
+        ),
+        reader(_read_key, KeyFileError, r"\Acannot read /|/file\.toml is not a key, "),
     ),
     "seeds": Target(
         edited(files("seeds", SEEDS.encode()) | spliced(SEEDS.encode(), *TOML), TOML),

@@ -30,6 +30,7 @@ TARGETS = {
     "requests": "tests.fuzz.requests",
     "policies": "tests.fuzz.documents",
     "access": "tests.fuzz.documents",
+    "keys": "tests.fuzz.documents",
     "seeds": "tests.fuzz.documents",
     "spool": "tests.fuzz.documents",
     "output": "tests.fuzz.output",

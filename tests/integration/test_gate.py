@@ -258,7 +258,8 @@ def test_a_reload_without_an_access_file(guarded: Guarded) -> None:
     """
     guarded.path.unlink()
     with structlog.testing.capture_logs() as lines:
-        commands._reload(Settings(), guarded.replica.coordinator, guarded.access)
+        files = commands._Files(access=guarded.access)
+        commands._reload(Settings(), guarded.replica.coordinator, files)
     assert lines[-1]["event"] == "reloaded"
 
 

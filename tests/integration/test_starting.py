@@ -26,6 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from holdoff.v1 import policy_service_pb2, policy_service_pb2_grpc
 from holdoff.v1 import token_service_pb2_grpc as tokens_grpc
 from holdoff_coordinator import server
+from holdoff_coordinator.custody.key_files import create_key
 from holdoff_coordinator.scripts import Scripts
 from holdoff_coordinator.store import Epoch, StoreAwayError
 from tests.cable import Cable
@@ -190,14 +191,17 @@ POLICY = 'name = "ours"\ntitle = "Ours"\n[refresh]\ninterval = "{}s"\nrotation =
 
 
 def test_sighup_reloads(start_valkey: StartValkey, tmp_path: Path) -> None:
-    """Policies are read again, a file that is wrong changes nothing, and nothing ends.
+    """Policies and keys are read again, a file that is wrong changes nothing, and nothing ends.
 
     Fails with the system's own way of SIGHUP, which ends the process.
     """
     path = tmp_path / "ours.toml"
     path.write_text(POLICY.format(10))
-    options = ("--redis-url", start_valkey().url, "--policy-dir", str(tmp_path))
-    with Program(*options, start_new_session=True) as program:
+    keys = tmp_path / "keys"
+    create_key(keys, "first")
+    store = ("--redis-url", start_valkey().url)
+    options = ("--policy-dir", str(tmp_path), "--custody-key-dir", str(keys))
+    with Program(*store, *options, start_new_session=True) as program:
         program.said("serving")
 
         def interval() -> int:
@@ -207,8 +211,10 @@ def test_sighup_reloads(start_valkey: StartValkey, tmp_path: Path) -> None:
 
         assert interval() == 10
         path.write_text(POLICY.format(20))
+        create_key(keys, "second")
         program.process.send_signal(signal.SIGHUP)
         wait_until(lambda: interval() == 20)
+        assert program.said("custody keys read again")["keys"] == ["first", "second"]
         path.write_text("name = ")
         program.process.send_signal(signal.SIGHUP)
         assert "ours.toml" in program.said("policies stay as they were")["reason"]

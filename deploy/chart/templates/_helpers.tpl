@@ -166,13 +166,16 @@ seccompProfile:
 {{- if .Values.policies }}
 - --policy-dir=/etc/holdoff/policies
 {{- end }}
+{{- if .Values.custody.keysSecret }}
+- --custody-key-dir=/etc/holdoff/custody-keys
+{{- end }}
 {{- end }}
 
 {{- /* What is mounted below /etc/holdoff: folder to the Secret or ConfigMap behind it, as JSON. */}}
 {{- define "holdoff.mounts" -}}
 {{- $store := .Values.store }}
 {{- $full := include "holdoff.fullname" . }}
-{{- $secrets := dict "tls" (include "holdoff.tlsSecret" .) "client-ca" .Values.tls.clientCA.secretName }}
+{{- $secrets := dict "tls" (include "holdoff.tlsSecret" .) "client-ca" .Values.tls.clientCA.secretName "custody-keys" .Values.custody.keysSecret }}
 {{- if ne $store.mode "embedded" }}
 {{- $_ := set $secrets "store-url" $store.urlSecret.name }}
 {{- $_ := set $secrets "store-password" $store.passwordSecret.name }}
