@@ -297,7 +297,7 @@ def test_a_policy_like_a_preset(tmp_path: Path) -> None:
     )
     exact, mine = presets()["exact-online"], read_policy(file)
     assert (mine.name, mine.title, mine.output) == ("mine", exact.title, exact.output)
-    assert (mine.refresh.margin, mine.refresh.interval) == (5, 570)
+    assert [float(mine.refresh.margin), float(mine.refresh.interval)] == [5, 570]
     assert {limit.name: limit.most for limit in mine.limit} == {
         "errors": 10,
         "token-requests": 200,

@@ -383,11 +383,12 @@ def presets() -> dict[str, Policy]:
 
 def _expand_statuses(table: Limit | Throttle) -> None:
     """Replace "4xx" and the like by the statuses of that class."""
-    expanded: list[int] = []
-    for one in table.statuses:
-        classes = isinstance(one, str)  # which only the type of a file may be
-        expanded += range(int(one[0]) * 100, int(one[0]) * 100 + 100) if classes else [one]
-    msgspec.structs.force_setattr(table, "statuses", tuple(sorted({*expanded})))
+    expanded = set[int]()
+    given: tuple[int | str, ...] = table.statuses
+    for one in given:
+        start = int(one[0]) * 100 if isinstance(one, str) else one
+        expanded.update(range(start, start + 100) if isinstance(one, str) else [start])
+    msgspec.structs.force_setattr(table, "statuses", tuple(sorted(expanded)))
 
 
 def _is_token_url(text: str) -> bool:

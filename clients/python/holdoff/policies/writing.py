@@ -13,7 +13,6 @@ from holdoff.durations import format_duration, parse_duration
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
     from google.protobuf.message import Message
 
     from holdoff.v1 import policy_pb2
@@ -160,23 +159,20 @@ def _values(message: Message) -> Iterator[tuple[str, Any]]:
         if field.name in _NOT_IN_FILES:
             continue
         if field.is_repeated:
-            yield name, _repeated(field, value)
+            yield name, _repeated(field.name, field.message_type, value)
         elif not field.message_type:
             yield name, _word(field.enum_type, value) if field.enum_type else value
         elif message.HasField(field.name):
             yield name, _duration(value) if isinstance(value, Duration) else dict(_values(value))
 
 
-def _repeated(field: FieldDescriptor, value: Any) -> Any:
-    if field.name == "statuses":
-        return status_words(value)
-    if not field.message_type:
-        return list(value)
-    is_map = field.message_type.GetOptions().map_entry
-    return dict(value) if is_map else [dict(_values(one)) for one in value]
+def _repeated(name: str, kind: Any, value: Any) -> Any:
+    if not kind:
+        return status_words(value) if name == "statuses" else list(value)
+    return dict(value) if kind.GetOptions().map_entry else [dict(_values(one)) for one in value]
 
 
-def _word(kind: EnumDescriptor, value: int) -> str:
+def _word(kind: Any, value: int) -> str:
     """Return how a file names a value of an enum; a newer coordinator may send any number."""
     found = kind.values_by_number.get(value)
     prefix = kind.values[0].name.removesuffix("UNSPECIFIED")
@@ -203,7 +199,7 @@ def _lines(table: str, content: dict[str, Any], *, comments: bool = True) -> Ite
             within.append((field, value))
         elif value == []:
             yield f"{field} = []" + (f"  # such as {example}" if comments and example else "")
-        elif value or value == 0:
+        elif value:
             yield f"{field} = {_toml(value)}"
         elif comments and example:
             yield f"# {field} = {example}"
