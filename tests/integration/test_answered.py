@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.harness import Replica
 
 URL = "https://ann:secret@start.exactonline.nl/api/v1/535193/crm/Accounts(guid'1')?token=secret"
+ZOHO = b'{"error_description":"You have made too many requests.","error":"Access Denied"}'
 
 
 def token_of(replica: Replica, policy: str = "exact-online") -> str:
@@ -48,7 +49,7 @@ def test_errors_count_and_quiet_the_holder(replica: Replica) -> None:
 
 
 def test_a_block_is_recognised_by_status_headers_and_body(replica: Replica) -> None:
-    """Exact Online's 429 with its headers, Zoho's 200 with its words (`domain.md`).
+    """Exact Online's 429 with its headers, Zoho's 200 with its body.
 
     Fails when only statuses are looked at, or no header says how long.
     """
@@ -68,7 +69,7 @@ def test_a_block_is_recognised_by_status_headers_and_body(replica: Replica) -> N
                 await other.acquire(zoho) as held,
             ):
                 assert not await held.answered("https://z/crm/v2/Leads", 200, body=b"{}")
-                assert await held.answered("https://z/crm/v2/Leads", 200, body=b"Access Denied")
+                assert await held.answered("https://z/crm/v2/Leads", 200, body=ZOHO)
 
         asyncio.run(asynchronously())
         [back_off] = client.list_back_offs(zoho.partition("/tokens/")[0])
