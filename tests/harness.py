@@ -24,6 +24,7 @@ from holdoff.v1 import (
     admin_service_pb2_grpc,
     budget_pb2,
     budget_service_pb2_grpc,
+    custody_service_pb2_grpc,
     lease_pb2,
     lease_service_pb2,
     lease_service_pb2_grpc,
@@ -69,6 +70,7 @@ class Replica(CoordinatorThread):
         self.leases = lease_service_pb2_grpc.LeaseServiceStub(self.channel)
         self.tokens = token_service_pb2_grpc.TokenServiceStub(self.channel)
         self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)
+        self.custody = custody_service_pb2_grpc.CustodyServiceStub(self.channel)
         self.budgets = budget_service_pb2_grpc.BudgetServiceStub(self.channel)
         return self
 

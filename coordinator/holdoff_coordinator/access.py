@@ -25,6 +25,8 @@ from holdoff.v1 import (
     admin_service_pb2,
     budget_pb2,
     budget_service_pb2,
+    custody_service_pb2,
+    grant_pb2,
     lease_pb2,
     lease_service_pb2,
     policy_service_pb2,
@@ -53,7 +55,7 @@ class Role(StrEnum):
     HOLDER = "holder"
     """Also take leases."""
     CUSTODIAN = "custodian"
-    """See everything, and create and change tokens."""
+    """See everything, create and change tokens, and put grants into custody and delete them."""
     ADMIN = "admin"
     """Everything: also break leases, reset budgets, set and end back-offs, end quarantines, read
     the audit trail."""
@@ -184,7 +186,7 @@ class Rights:
     def _sees(self, message: Any) -> bool:
         """Whether a thing may be seen; what belongs to a whole app concerns each of its tokens."""
         match message:
-            case lease_pb2.Lease() | token_pb2.Token():
+            case lease_pb2.Lease() | token_pb2.Token() | grant_pb2.Grant():
                 name = message.name.split("/")
                 place = Place(name[1], name[3])
             case lease_pb2.TokenStatus():
@@ -303,6 +305,16 @@ def _name_of_token(request: Any) -> tuple[Place, ...]:
     return (place_of_token("name", request.name),)
 
 
+def _new_grant(request: Any) -> tuple[Place, ...]:
+    grant = validation.grant_name("grant.name", request.grant.name)
+    return (Place(grant.app, grant.token),)
+
+
+def _name_of_grant(request: Any) -> tuple[Place, ...]:
+    grant = validation.grant_name("name", request.name)
+    return (Place(grant.app, grant.token),)
+
+
 def _name_of_lease(request: Any) -> tuple[Place, ...]:
     lease = validation.lease_name("name", request.name)
     return (Place(lease.app, lease.token),)
@@ -358,6 +370,10 @@ NEEDS: Mapping[type[Message], tuple[Role, bool, Callable[[Any], tuple[Place, ...
     token_service_pb2.UpdateTokenRequest: (Role.CUSTODIAN, _WHOLE, _new_token),
     token_service_pb2.GetTokenRequest: (Role.VIEWER, _WHOLE, _name_of_token),
     token_service_pb2.ListTokensRequest: (Role.VIEWER, _PART, _parent),
+    custody_service_pb2.PutGrantRequest: (Role.CUSTODIAN, _WHOLE, _new_grant),
+    custody_service_pb2.GetGrantRequest: (Role.VIEWER, _WHOLE, _name_of_grant),
+    custody_service_pb2.ListGrantsRequest: (Role.VIEWER, _PART, _parent),
+    custody_service_pb2.DeleteGrantRequest: (Role.CUSTODIAN, _WHOLE, _name_of_grant),
     budget_service_pb2.RecordEventsRequest: (Role.REPORTER, _WHOLE, _events),
     budget_service_pb2.ReserveRequest: (Role.REPORTER, _WHOLE, _scope),
     # Their ids are secrets of the caller who reserved; the store compares its identity.

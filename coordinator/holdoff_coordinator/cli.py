@@ -202,6 +202,13 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     "generate`); reread when it changes. [default: no custody]",
 )
 @click.option(
+    "--custody-loopback-http",
+    is_flag=True,
+    default=None,
+    help="Allow token URLs in custody that begin with http:// and are on this host, such as a "
+    "simulator's.",
+)
+@click.option(
     "--limit",
     metavar="NAME=N",
     multiple=True,

@@ -28,6 +28,7 @@ from holdoff.policies import PolicyError
 from holdoff_coordinator import tracing
 from holdoff_coordinator.access import IDENTITY_TYPES, AccessError
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.custody.grants import Terms
 from holdoff_coordinator.custody.key_files import KeyDirectory, KeyFileError
 from holdoff_coordinator.embedded import EmbeddedStore
 from holdoff_coordinator.exits import EX_CANNOT_SERVE, EX_USAGE, fail
@@ -39,7 +40,7 @@ from holdoff_coordinator.policies import read_policies
 from holdoff_coordinator.restore import after_restore
 from holdoff_coordinator.seldom import Seldom
 from holdoff_coordinator.server import CannotListenError, Coordinator
-from holdoff_coordinator.settings import LogFormat, Settings
+from holdoff_coordinator.settings import LogFormat, Settings, is_loopback
 from holdoff_coordinator.store import Access, Assumed, StoreError, check, connect, ensure_epoch
 from holdoff_coordinator.tls import Certificates, TlsError
 
@@ -353,6 +354,7 @@ async def _serve(
             quarantine_seconds=settings.quarantine_seconds,
             drain_seconds=settings.drain_seconds,
             limits=_with_open_files(settings.limits()),
+            custody=_terms(settings, files),
         )
         coordinator.scripts.on_outdated = on_outdated
         if embedded:
@@ -364,6 +366,21 @@ async def _serve(
             await stop.wait()
     if outdated:
         raise outdated[0]
+
+
+def _terms(settings: Settings, files: _Files) -> Terms:
+    """Say on what terms grants are taken into custody."""
+    keys = files.custody_keys
+    if keys and not files.access:
+        log.warning(
+            "custody without an access file: every user of this host can use the tokens in custody",
+            remedy="--access-file",
+        )
+    return Terms(
+        keys.keys if keys else dict,
+        is_closed=bool(files.access) or is_loopback(settings.listen),
+        loopback_http=settings.custody_loopback_http,
+    )
 
 
 def _with_open_files(limits: dict[str, int]) -> dict[str, int]:

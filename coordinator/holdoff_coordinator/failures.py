@@ -24,6 +24,7 @@ CODES: Mapping[str, int] = {
     "LEASE_HELD": code_pb2.ABORTED,
     "TOKEN_COOLING": code_pb2.ABORTED,
     "TOKEN_QUEUED": code_pb2.ABORTED,
+    "TOKEN_BUSY": code_pb2.ABORTED,
     "QUEUE_FULL": code_pb2.RESOURCE_EXHAUSTED,
     "QUARANTINED": code_pb2.UNAVAILABLE,
     "STORE_UNAVAILABLE": code_pb2.UNAVAILABLE,
@@ -59,7 +60,14 @@ CODES: Mapping[str, int] = {
     "BACK_OFF_NOT_FOUND": code_pb2.NOT_FOUND,
     "QUARANTINE_NOT_FOUND": code_pb2.NOT_FOUND,
     "RESERVATION_NOT_FOUND": code_pb2.NOT_FOUND,
+    "GRANT_NOT_FOUND": code_pb2.NOT_FOUND,
     "TOKEN_EXISTS": code_pb2.ALREADY_EXISTS,
+    "GRANT_EXISTS": code_pb2.ALREADY_EXISTS,
+    "GRANT_DUPLICATE": code_pb2.ALREADY_EXISTS,
+    "GRANT_CHANGED": code_pb2.ABORTED,
+    # This coordinator cannot do it.
+    "CUSTODY_OFF": code_pb2.FAILED_PRECONDITION,
+    "CUSTODY_KEY_MISSING": code_pb2.FAILED_PRECONDITION,
     # The request is wrong.
     "INVALID_FIELD": code_pb2.INVALID_ARGUMENT,
     "REQUEST_ID_REUSED": code_pb2.INVALID_ARGUMENT,
@@ -132,8 +140,8 @@ class Failure(Exception):  # noqa: N818 - the word of the domain; "Error" would 
 
 def _resource_type(name: str) -> str:
     """Say what a resource is by its name: `apps/{app}/budgets/{budget}` is a budget."""
-    collection = name.split("/")[-2] if "/" in name else ""
-    return f"holdoff/{collection.removesuffix('s')}"
+    collections = name.split("/")[::2] if "/" in name else [""]
+    return f"holdoff/{collections[-1].removesuffix('s')}"
 
 
 STORE_TROUBLES: Mapping[str, str] = {

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from holdoff.v1 import (
     admin_service_pb2,
     budget_service_pb2,
+    custody_service_pb2,
     lease_service_pb2,
     policy_service_pb2,
     token_service_pb2,
@@ -92,6 +93,7 @@ _LONG = (
     lease_service_pb2.ListWaitersRequest,
     lease_service_pb2.ListQuarantinesRequest,
     token_service_pb2.ListTokensRequest,
+    custody_service_pb2.ListGrantsRequest,
     budget_service_pb2.ListBudgetsRequest,
     budget_service_pb2.ListBackOffsRequest,
     budget_service_pb2.ExplainRequest,

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 
 from holdoff_coordinator import validation
 from holdoff_coordinator.budgets import MOST_EVENTS
+from holdoff_coordinator.custody import grants
 from holdoff_coordinator.failures import Failure, invalid
 from holdoff_coordinator.places import MOST_SCOPES
 from holdoff_coordinator.seldom import warn
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 MOST_ENTRIES = {
     "google.protobuf.FieldMask.paths": 20,
     "holdoff.v1.AcquireLeaseRequest.scopes": MOST_SCOPES,
+    "holdoff.v1.Grant.api_hosts": grants.MOST_HOSTS,
     "holdoff.v1.Holder.labels": validation.MOST_LABELS,
     "holdoff.v1.ListAuditEventsRequest.kinds": 100,
     "holdoff.v1.RecordEventsRequest.events": MOST_EVENTS,
@@ -40,6 +42,11 @@ TEXTS = {
     "holdoff.v1.BreakLeaseRequest.reason": validation.MOST_REASON_CHARACTERS,
     "holdoff.v1.ClearBackOffRequest.reason": validation.MOST_REASON_CHARACTERS,
     "holdoff.v1.EndQuarantineRequest.reason": validation.MOST_REASON_CHARACTERS,
+    "holdoff.v1.Grant.api_hosts": grants.MOST_HOST_CHARACTERS,
+    "holdoff.v1.Grant.client_id": grants.MOST_CLIENT_ID_CHARACTERS,
+    "holdoff.v1.Grant.token_url": grants.MOST_URL_CHARACTERS,
+    "holdoff.v1.PutGrantRequest.client_secret": grants.MOST_SECRET_CHARACTERS,
+    "holdoff.v1.PutGrantRequest.refresh_token": grants.MOST_SECRET_CHARACTERS,
     "holdoff.v1.ResetBudgetRequest.reason": validation.MOST_REASON_CHARACTERS,
     "holdoff.v1.Scope.division": validation.MOST_DIVISION_CHARACTERS,
     "holdoff.v1.Scope.endpoint": validation.MOST_ENDPOINT_CHARACTERS,

@@ -717,10 +717,10 @@ class Scripts:
         """List all apps, in order."""
         return sorted(app.decode() for app in await self._answer(self.redis.smembers(APPS)))
 
-    async def tokens(self, app: str, after: str, limit: int) -> list[str]:
-        """List up to `limit` token ids of an app after the id `after`, in order."""
+    async def tokens(self, app: str, after: str, limit: int, index: str = "tokens") -> list[str]:
+        """List up to `limit` token ids of an index of an app after the id `after`, in order."""
         first = f"({after}" if after else "-"
-        key = f"{shard_key(app)}:tokens"
+        key = f"{shard_key(app)}:{index}"
         found = await self._answer(self.redis.zrangebylex(key, first, "+", start=0, num=limit))
         return [token.decode() for token in found]
 

@@ -15,6 +15,7 @@ from holdoff_coordinator.audit import AuditTrail
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.custody.grants import Grants, Terms
 from holdoff_coordinator.durability import NO_COPIES
 from holdoff_coordinator.failures import Failure, store_trouble
 from holdoff_coordinator.followers import Followers
@@ -116,6 +117,7 @@ class Coordinator:
         boot_us: Callable[[], int] = boottime_us,
         durability: Durability = NO_COPIES,
         limits: Mapping[str, int] | None = None,
+        custody: Terms | None = None,
     ) -> None:
         self._listen = listen
         self._certificates = certificates
@@ -167,6 +169,7 @@ class Coordinator:
             followers=self._followers,
             watches=Watches(self.scripts, self.hub, looks, self.limits),
             tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
+            grants=Grants(self.scripts, self.policies, custody or Terms()),
             budgets=Budgets(self.scripts, places, self._replays, self.limits),
             back_offs=BackOffs(self.scripts, places),
             budget_watches=BudgetWatches(self.scripts, self.hub, looks, self.limits),

@@ -20,6 +20,8 @@ from holdoff.v1 import (
     admin_service_pb2_grpc,
     budget_service_pb2,
     budget_service_pb2_grpc,
+    custody_service_pb2,
+    custody_service_pb2_grpc,
     lease_service_pb2,
     lease_service_pb2_grpc,
     policy_service_pb2,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.backoffs import BackOffs
     from holdoff_coordinator.budgets import Budgets
     from holdoff_coordinator.caller import Caller
+    from holdoff_coordinator.custody.grants import Grants
     from holdoff_coordinator.followers import Followers
     from holdoff_coordinator.gate import Admitted, Gate
     from holdoff_coordinator.leases import Leases
@@ -59,6 +62,7 @@ SERVICES = tuple(
         (lease_service_pb2, "LeaseService"),
         (token_service_pb2, "TokenService"),
         (budget_service_pb2, "BudgetService"),
+        (custody_service_pb2, "CustodyService"),
         (policy_service_pb2, "PolicyService"),
         (admin_service_pb2, "AdminService"),
     )
@@ -79,6 +83,7 @@ class Handlers:
     followers: Followers
     watches: Watches
     tokens: Tokens
+    grants: Grants
     budgets: Budgets
     back_offs: BackOffs
     budget_watches: BudgetWatches
@@ -317,6 +322,34 @@ class TokenService(_Adapter, token_service_pb2_grpc.TokenServiceServicer):
         return await self._answer(self._handlers.tokens.list, request, context)
 
 
+class CustodyService(_Adapter, custody_service_pb2_grpc.CustodyServiceServicer):
+    """`holdoff.v1.CustodyService`."""
+
+    async def PutGrant(  # noqa: N802
+        self, request: custody_service_pb2.PutGrantRequest, context: Context
+    ) -> custody_service_pb2.PutGrantResponse:
+        """Take into custody."""
+        return await self._answer(self._handlers.grants.put, request, context)
+
+    async def GetGrant(  # noqa: N802
+        self, request: custody_service_pb2.GetGrantRequest, context: Context
+    ) -> custody_service_pb2.GetGrantResponse:
+        """Show one."""
+        return await self._answer(self._handlers.grants.get, request, context)
+
+    async def ListGrants(  # noqa: N802
+        self, request: custody_service_pb2.ListGrantsRequest, context: Context
+    ) -> custody_service_pb2.ListGrantsResponse:
+        """Show many."""
+        return await self._answer(self._handlers.grants.list, request, context)
+
+    async def DeleteGrant(  # noqa: N802
+        self, request: custody_service_pb2.DeleteGrantRequest, context: Context
+    ) -> custody_service_pb2.DeleteGrantResponse:
+        """End custody."""
+        return await self._answer(self._handlers.grants.delete, request, context)
+
+
 class BudgetService(_Adapter, budget_service_pb2_grpc.BudgetServiceServicer):
     """`holdoff.v1.BudgetService`."""
 
@@ -437,6 +470,7 @@ def add_services(server: grpc.aio.Server, handlers: Handlers) -> health.aio.Heal
     lease_service_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(handlers), server)
     token_service_pb2_grpc.add_TokenServiceServicer_to_server(TokenService(handlers), server)
     budget_service_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetService(handlers), server)
+    custody_service_pb2_grpc.add_CustodyServiceServicer_to_server(CustodyService(handlers), server)
     policy_service_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(handlers), server)
     admin_service_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(handlers), server)
     health_servicer = health.aio.HealthServicer()

@@ -25,7 +25,8 @@ _LIMIT: Final = re.compile(r"([a-z-]+)=([1-9][0-9]{0,8})")
 _ASSUMABLE: Final = re.compile(r"noeviction|fsync=(always|everysec|no)")
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Tell whether only processes of this host can reach an address to listen on."""
     host = address.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -140,6 +141,9 @@ class Settings(BaseSettings):
     custody_key_dir: Path | None = None
     """Directory of custody's master keys, `ID.key`. None: nothing is taken into custody."""
 
+    custody_loopback_http: bool = False
+    """Grants in custody may have token URLs with http:// on this host, such as a simulator's."""
+
     log_format: LogFormat = "auto"
     """`auto` is `console` on a terminal and `json` elsewhere."""
 
@@ -241,7 +245,7 @@ class Settings(BaseSettings):
 
     def dangers(self) -> str:
         """Say what other hosts could do that they should not."""
-        if _is_loopback(self.listen):
+        if is_loopback(self.listen):
             return ""
         known = self.tls_client_ca_file or self.access_file
         found = [

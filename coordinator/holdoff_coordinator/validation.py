@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from holdoff._text import quoted
 from holdoff.durations import format_duration
-from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
+from holdoff.names import AppName, BackOffName, BudgetName, GrantName, LeaseName, TokenName
 from holdoff_coordinator.failures import Failure, invalid
 
 if TYPE_CHECKING:
@@ -59,6 +59,14 @@ def token_name(field: str, text: str) -> TokenName:
     """Parse a token's name."""
     try:
         return TokenName.parse(text)
+    except ValueError as error:
+        raise invalid(field, str(error)) from None
+
+
+def grant_name(field: str, text: str) -> GrantName:
+    """Parse a grant's name."""
+    try:
+        return GrantName.parse(text)
     except ValueError as error:
         raise invalid(field, str(error)) from None
 
@@ -176,6 +184,13 @@ def printable(field: str, text: str, most: int) -> str:
         raise invalid(
             field, "must be one line of printable characters: no control or format characters"
         )
+    return text
+
+
+def oauth(field: str, text: str, most: int) -> str:
+    """Check a client id or a secret of OAuth (RFC 6749, appendix A), and never repeat it."""
+    if not 1 <= len(text) <= most or not (text.isascii() and text.isprintable()):
+        raise invalid(field, f"must be 1 to {most} printable ASCII characters")
     return text
 
 

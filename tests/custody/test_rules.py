@@ -159,7 +159,7 @@ def test_no_two_requests_within_an_interval(
     """Promise 2: after anything that may have issued a token, the next request waits an interval.
 
     The proved grace period is the exception. Generations never fall, and a request after a second
-    one without proof is made only where old refresh tokens work.
+    one without proof is made only where old refresh tokens work, or as a probe an hour later.
     """
     rule, now = rules(rotation), SENT
     standing = Standing(Condition.READY, 0, now)
@@ -171,7 +171,10 @@ def test_no_two_requests_within_an_interval(
             break
         if issued_at is not None and not (rotation is Rotation.GRACE and repeats):
             assert now >= issued_at + INTERVAL
-        assert rotation in REPEATABLE or repeats <= 1
+        probes = standing.condition is Condition.REAUTHORIZE
+        assert rotation in REPEATABLE or repeats <= 1 or probes
+        if probes and issued_at is not None and repeats:
+            assert now >= issued_at + PROBE_US
         last = now + seconds * SECOND
         following = after(standing, rule, verdict, Times(last, now, last)).standing
         assert following.generation >= standing.generation

@@ -20,7 +20,15 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 import holdoff
-from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2, token_pb2, token_service_pb2
+from holdoff.v1 import (
+    admin_service_pb2,
+    custody_service_pb2,
+    grant_pb2,
+    lease_pb2,
+    lease_service_pb2,
+    token_pb2,
+    token_service_pb2,
+)
 from holdoff_coordinator.requests import MOST_CHARACTERS, MOST_ENTRIES, TEXTS
 from holdoff_coordinator.service import SERVICES
 from tests.harness import Replica, Waiter, ask, run_out, wait_until
@@ -218,6 +226,7 @@ def string_fields(message: Descriptor, path: str = "") -> Iterator[str]:
             yield path + field.name
         elif field.message_type in (
             token_pb2.Token.DESCRIPTOR,
+            grant_pb2.Grant.DESCRIPTOR,
             lease_service_pb2.AcquireLeaseRequest.DESCRIPTOR,
         ):
             yield from string_fields(field.message_type, f"{path}{field.name}.")
@@ -286,7 +295,8 @@ def test_a_parent_that_must_not_be_empty(world: World, method: str) -> None:
 def test_all_fields_of_a_name_are_found() -> None:
     """The test above would be empty if the search for fields were broken."""
     fields = {path for method in METHODS.values() for path in string_fields(method.input_type)}
-    assert fields == {"acquire.token", "name", "page_token", "parent", "token", "token.name"}
+    nested = {"acquire.token", "grant.name", "token.name"}
+    assert fields == {"name", "page_token", "parent", "token", *nested}
 
 
 @pytest.mark.parametrize("parent", ["apps/a/tokens/b", "tokens/b", "apps/a/leases/b"])
@@ -344,6 +354,14 @@ def updating(world: World, field: str, value: Duration) -> object:
     return world.replica.tokens.UpdateToken(request)
 
 
+def putting(world: World, field: str, value: Duration) -> object:
+    """Put a grant with a wrong duration."""
+    request = custody_service_pb2.PutGrantRequest()
+    request.grant.name = f"{world.token}/grant"
+    getattr(request, field).CopyFrom(value)
+    return world.replica.custody.PutGrant(request)
+
+
 def renewing(world: World, field: str, value: Duration) -> object:
     """Renew with a wrong report."""
     report = lease_service_pb2.RefreshReport()
@@ -366,6 +384,7 @@ DURATIONS: list[tuple[Callable[[World, str, Duration], object], str, str]] = [
     (creating, "refresh_interval", "token."),
     (creating, "last_refresh_age", ""),
     (updating, "refresh_interval", "token."),
+    (putting, "last_refresh_age", ""),
     (renewing, "last_refresh_age", "refresh."),
     (releasing, "last_refresh_age", "refresh."),
 ]
@@ -419,12 +438,15 @@ def test_a_bad_time(world: World, time: Timestamp) -> None:
 
 @pytest.mark.parametrize("size", [-1, -(2**31)])
 def test_a_negative_page_size(world: World, size: int) -> None:
-    """A negative page size is refused by both listings."""
+    """A negative page size is refused by all listings of resources."""
     leases = lease_service_pb2.ListLeasesRequest(page_size=size)
     found = refusal(world, lambda: world.replica.leases.ListLeases(leases))
     assert_invalid(found, "page_size", "write 0 for the default")
     tokens = token_service_pb2.ListTokensRequest(page_size=size)
     found = refusal(world, lambda: world.replica.tokens.ListTokens(tokens))
+    assert_invalid(found, "page_size", "write 0 for the default")
+    grants = custody_service_pb2.ListGrantsRequest(page_size=size)
+    found = refusal(world, lambda: world.replica.custody.ListGrants(grants))
     assert_invalid(found, "page_size", "write 0 for the default")
 
 
@@ -527,7 +549,7 @@ def test_an_unknown_policy(world: World, policy: str) -> None:
         found = refusal(world, call)
         assert (found.code, found.reason) == (code_pb2.NOT_FOUND, "POLICY_NOT_FOUND")
         assert found.field == "token.policy"
-        assert "there is: bullhorn, eve-esi, exact-online" in found.message
+        assert "there is: breezeway, bullhorn, " in found.message
 
 
 def test_a_token_that_exists(world: World) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
@@ -13,11 +14,12 @@ from holdoff._core import duration
 from holdoff.names import TokenName
 from holdoff.v1 import admin_service_pb2, budget_pb2
 from holdoff_coordinator.custody.records import (
-    NEVER,
+    TAKEOVER_US,
     Answer,
     BeginRefresh,
     DeleteGrant,
     EndRefresh,
+    Facts,
     IntendRefresh,
     PutGrant,
     Record,
@@ -27,13 +29,24 @@ from holdoff_coordinator.custody.records import (
 )
 from holdoff_coordinator.custody.rules import SECOND, Condition
 from holdoff_coordinator.scripts import Scripts
+from tests.harness import end_cooldown
 
 if TYPE_CHECKING:
+    import redis
+
     from tests.conftest import Server
     from tests.harness import Replica
 
 INTERVAL = 572 * SECOND
-TAKEOVER = 100 * SECOND
+FACTS = msgspec.json.encode(
+    Facts(
+        client_id="c",
+        token_url="https://login.example/token",
+        api_hosts=("api.example",),
+        client_authentication="basic",
+        key_id="k",
+    )
+).decode()
 
 
 class Grant:
@@ -69,18 +82,28 @@ class Grant:
         return self._run(None).reason  # type: ignore[no-any-return]
 
     def put(self, **fields: Any) -> Answer:
-        """Put the grant, never refreshed by default."""
+        """Put the grant, whose last refresh is an interval ago by default."""
         defaults = {
             "token": self.name.token,
             "chain": self.chain,
-            "sealed": "c2VhbGVk",
-            "facts": "{}",
+            "generation": 1,
+            "sealed_grant": "c2VhbGVk",
+            "facts": FACTS,
             "fingerprint": uuid.uuid4().hex,
-            "age_us": NEVER,
-            "interval_us": INTERVAL,
+            "age_us": INTERVAL,
             "idle_us": 0,
+            "takeover_us": TAKEOVER_US,
         }
-        return self.do(PutGrant(**{**defaults, **fields}))
+        answer = self.do(PutGrant(**{**defaults, **fields}))
+        if answer.status == "MOVED":
+            return self.put(**{**fields, "generation": answer.generation})
+        return answer
+
+    def delete(self, **fields: Any) -> Answer:
+        """End custody."""
+        return self.do(
+            DeleteGrant(**{"token": self.name.token, "takeover_us": TAKEOVER_US, **fields})
+        )
 
     def begin(self, attempt: str = "one", generation: int = 1, **fields: Any) -> Answer:
         """Take the right to a request."""
@@ -90,7 +113,7 @@ class Grant:
             "generation": generation,
             "attempt": attempt,
             "replica": "r",
-            "takeover_us": TAKEOVER,
+            "takeover_us": TAKEOVER_US,
             "has_evidence": False,
             "event": uuid.uuid4().hex,
             "budgets": [],
@@ -124,7 +147,8 @@ class Grant:
             "not_before_in_us": INTERVAL - 1 * SECOND,
             "expires_in_us": 598 * SECOND,
             "idle_us": 30 * 24 * 3600 * SECOND,
-            "sealed": "bmV3",
+            "sealed_grant": "bmV3",
+            "sealed_access": "YWNjZXNz",
             "fingerprint": uuid.uuid4().hex,
         }
         return self.do(EndRefresh(**{**defaults, **fields}))
@@ -143,7 +167,7 @@ def test_one_replica_has_the_right(grant: Grant) -> None:
     assert grant.begin("one").status == "BEGUN"
     other = grant.begin("two")
     assert (other.status, other.reason) == ("WAIT", "REFRESHING")
-    assert 0 < other.until_us - other.now_us <= TAKEOVER
+    assert 0 < other.until_us - other.now_us <= TAKEOVER_US
     assert grant.intend("one") == "OK"
     assert grant.intend("two") == "LOST"
 
@@ -173,7 +197,8 @@ def test_an_answer_is_stored_once(grant: Grant, replica: Replica) -> None:
     stored = grant.end()
     assert stored.status == "OK"
     record = grant.record()
-    assert (record.generation, record.sealed) == (2, "bmV3")
+    assert record.generation == 2
+    assert (record.sealed_grant, record.sealed_access) == ("bmV3", "YWNjZXNz")
     assert record.attempt_step == "STORED"
     assert record.not_before_us - record.refreshed_us == INTERVAL
     assert record.expires_us > record.not_before_us
@@ -203,28 +228,28 @@ def test_put_takes_the_etag(grant: Grant) -> None:
     assert grant.record().generation == 3
 
 
-def test_a_grant_that_is_put_again_still_waits(grant: Grant) -> None:
-    """Promise 2: the tombstone keeps generation and not-before."""
+def test_a_grant_that_is_put_again_still_waits(grant: Grant, store: redis.Redis) -> None:
+    """Promise 2: the tombstone keeps the generation, and the token its cooldown."""
     grant.begin()
     grant.intend()
     grant.end()
     before = grant.record()
     etag = {"etag_chain": grant.chain, "etag_generation": 2}
-    token = grant.name.token
-    changed = {**etag, "etag_generation": 1}
-    assert grant.do(DeleteGrant(token=token, **changed)).status == "CHANGED"  # type: ignore[arg-type]
-    assert grant.do(DeleteGrant(token=token, **etag)).status == "OK"  # type: ignore[arg-type]
-    assert grant.do(DeleteGrant(token=token)).status == "GONE"
+    assert grant.delete(**{**etag, "etag_generation": 1}).status == "CHANGED"
+    assert grant.delete(**etag).status == "OK"
+    assert grant.delete().status == "GONE"
     assert grant.begin("two", 2).status == "GONE"
+    waiting = grant.put()
+    assert (waiting.status, waiting.reason) == ("WAIT", "COOLING")
+    assert waiting.until_us == before.not_before_us
+    end_cooldown(store, str(grant.name))
     assert grant.put().status == "OK"
     after = grant.record()
     assert after.generation == before.generation + 1
-    assert after.not_before_us == before.not_before_us
+    assert after.refreshed_us == before.refreshed_us
 
 
-def test_two_names_of_one_grant_are_refused(
-    grant: Grant, replica: Replica, valkey: Server
-) -> None:
+def test_two_names_of_one_grant_are_refused(grant: Grant, replica: Replica, valkey: Server) -> None:
     """They would refresh it in turns, each within the interval of the other."""
     other = replica.create_token(572, name=f"apps/{grant.name.app}/tokens/other")
     again = Grant(valkey.url, other).put(fingerprint=grant.record().fingerprint)
@@ -235,7 +260,8 @@ def test_a_token_in_use_is_not_taken_into_custody(replica: Replica, valkey: Serv
     """Its holder may refresh unseen."""
     token = replica.create_token()
     replica.hold(token)
-    assert Grant(valkey.url, token).put().status == "IN_USE"
+    waiting = Grant(valkey.url, token).put()
+    assert (waiting.status, waiting.reason) == ("WAIT", "LEASED")
 
 
 def test_a_back_off_of_the_app_holds_the_request(grant: Grant, replica: Replica) -> None:
@@ -250,3 +276,54 @@ def test_a_back_off_of_the_app_holds_the_request(grant: Grant, replica: Replica)
     assert grant.held() == "BACKING_OFF"
     waiting = grant.begin()
     assert (waiting.status, waiting.reason) == ("WAIT", "BACKING_OFF")
+
+
+def test_a_request_whose_result_is_unknown_counts_at_its_last_possible_moment(
+    grant: Grant, replica: Replica, store: redis.Redis
+) -> None:
+    """Promise 2: neither a new grant nor a deletion shortens the cooldown after it.
+
+    Fails when `lost_at` is left out of one of the two.
+    """
+    for change in (lambda **fields: grant.put(replace=True, **fields), grant.delete):
+        record = grant.record()
+        grant.chain = record.chain
+        grant.begin("one", record.generation)
+        grant.intend("one", record.generation)
+        waiting = change()
+        assert (waiting.status, waiting.reason) == ("WAIT", "REFRESHING")
+        begun_us = grant.record().attempt_begun_us
+        assert change(takeover_us=1).status == "OK"
+        token = replica.show_token(str(grant.name))
+        assert token.last_refresh_time.ToMicroseconds() == begun_us + 1
+        assert token.cooldown.ToMicroseconds() > 0
+        end_cooldown(store, str(grant.name))
+        store.hset(f"holdoff:{{{grant.name.app}}}:grant:t", "not_before_us", 0)
+
+
+def test_a_lease_holds_the_request(grant: Grant, replica: Replica) -> None:
+    """The holder of an exclusive lease may refresh by itself."""
+    replica.hold(str(grant.name))
+    waiting = grant.begin()
+    assert (waiting.status, waiting.reason) == ("WAIT", "LEASED")
+
+
+def test_secrets_are_sealed_for_the_generation_that_they_get(grant: Grant) -> None:
+    """Fails when a put stores secrets that were sealed for another generation: they never open."""
+    generation = grant.record().generation
+    request = {"replace": True, "generation": generation}
+    fields = {**request, "sealed_grant": "b3RoZXI="}
+    answer = grant.do(
+        PutGrant(
+            token=grant.name.token,
+            chain=uuid.uuid4().hex,
+            facts=FACTS,
+            fingerprint="f",
+            age_us=0,
+            idle_us=0,
+            takeover_us=TAKEOVER_US,
+            **fields,
+        )
+    )
+    assert (answer.status, answer.generation) == ("MOVED", generation + 1)
+    assert grant.record().generation == generation

@@ -9,11 +9,14 @@ import pytest
 
 import holdoff
 from holdoff._client import BudgetGuard
+from holdoff.custody import aio_grants
+from holdoff.custody.grants import Grants
 
 PAIRS = [
     (holdoff.Client, holdoff.aio.Client),
     (holdoff.HeldLease, holdoff.aio.HeldLease),
     (BudgetGuard, holdoff.aio.BudgetGuard),
+    (Grants, aio_grants.Grants),
 ]
 CONTEXT = {"__enter__": "__aenter__", "__exit__": "__aexit__"}
 PLAIN = {

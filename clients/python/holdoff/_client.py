@@ -30,6 +30,7 @@ from holdoff._held import Callbacks
 from holdoff._lease import Conversation, HeldLease
 from holdoff._platform import boottime_ns
 from holdoff._timing import DEFAULT_TTL_SECONDS, Timing
+from holdoff.custody.grants import Grants
 from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, OfferExpired, Unavailable
 from holdoff.v1 import (
     audit_pb2,
@@ -92,6 +93,11 @@ class Client(Connection):
         self._fencing_tokens: dict[str, int] = {}
         self._interruptible: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
         """Entered where `acquire` waits: a signal handler of ours raises there, and only there."""
+
+    @property
+    def grants(self) -> Grants:
+        """The OAuth grants that the coordinator keeps in custody."""
+        return Grants(self)
 
     def acquire(  # noqa: PLR0913 - each is part of the question
         self,

@@ -42,6 +42,7 @@ from holdoff._guarding import Guarding
 from holdoff._held import Callbacks
 from holdoff._platform import boottime_ns
 from holdoff._timing import DEFAULT_TTL_SECONDS, Timing
+from holdoff.custody.aio_grants import Grants
 from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, OfferExpired, Unavailable
 from holdoff.v1 import (
     audit_pb2,
@@ -114,6 +115,11 @@ class Client(Connection):
             credential_file=credential_file,
         )
         self._fencing_tokens: dict[str, int] = {}
+
+    @property
+    def grants(self) -> Grants:
+        """The OAuth grants that the coordinator keeps in custody."""
+        return Grants(self)
 
     async def acquire(  # noqa: PLR0913 - each is part of the question
         self,

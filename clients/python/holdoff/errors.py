@@ -86,6 +86,12 @@ class CountsUnknown(BudgetSpent):
     REASON = "COUNTS_UNKNOWN"
 
 
+class TokenBusy(NotGranted):
+    """A lease on the token lives, or it cools down: its grant in custody cannot be changed yet."""
+
+    REASON = "TOKEN_BUSY"
+
+
 class TooManyEvents(NotGranted):
     """The token has too many events to remember."""
 
@@ -194,6 +200,12 @@ class QuarantineNotFound(NotFound):
     REASON = "QUARANTINE_NOT_FOUND"
 
 
+class GrantNotFound(NotFound):
+    """The token has no grant in custody."""
+
+    REASON = "GRANT_NOT_FOUND"
+
+
 class ReservationNotFound(NotFound):
     """There is no such reservation of this caller, or it is long over."""
 
@@ -208,6 +220,36 @@ class TokenExists(AlreadyExists):
     """There is such a token already."""
 
     REASON = "TOKEN_EXISTS"
+
+
+class GrantExists(AlreadyExists):
+    """The token has a grant in custody already."""
+
+    REASON = "GRANT_EXISTS"
+
+
+class GrantChanged(AlreadyExists):
+    """The token's grant in custody is not the one that the etag names."""
+
+    REASON = "GRANT_CHANGED"
+
+
+class GrantDuplicate(AlreadyExists):
+    """Another token of the app has this refresh token in custody already."""
+
+    REASON = "GRANT_DUPLICATE"
+
+
+class CustodyOff(Refused):
+    """The coordinator takes nothing into custody; the message says why."""
+
+    REASON = "CUSTODY_OFF"
+
+
+class CustodyKeyMissing(Refused):
+    """The coordinator does not have the master key that encrypts what is in custody."""
+
+    REASON = "CUSTODY_KEY_MISSING"
 
 
 class InvalidRequest(HoldoffError):  # noqa: N818 - an answer, not a fault

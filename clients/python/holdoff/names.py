@@ -69,6 +69,41 @@ class TokenName:
 
 
 @dataclass(frozen=True, slots=True)
+class GrantName:
+    """The name of the grant of a token in custody: `apps/{app}/tokens/{token}/grant`.
+
+    Raises:
+        ValueError: If an id is not `[a-z0-9-]{1,63}`.
+    """
+
+    PATTERN: ClassVar[str] = "apps/{app}/tokens/{token}/grant"
+
+    app: str
+    token: str
+
+    def __post_init__(self) -> None:
+        _check_id("app", self.app)
+        _check_id("token", self.token)
+
+    def __str__(self) -> str:
+        return f"apps/{self.app}/tokens/{self.token}/grant"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a name.
+
+        Raises:
+            ValueError: If the text is not the name of a grant; the message says what to write.
+        """
+        return cls(*_split(text, cls.PATTERN, "a grant", "apps/exact-nl/tokens/finance/grant"))
+
+    @property
+    def token_name(self) -> TokenName:
+        """The token whose grant it is."""
+        return TokenName(self.app, self.token)
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseName:
     """The name of a lease: `apps/{app}/tokens/{token}/leases/{lease}`.
 
@@ -169,8 +204,8 @@ class BackOffName:
 
 def _split(text: str, pattern: str, what: str, example: str) -> list[str]:
     """Take the ids out of a name; whether they are well-formed is for the name to check."""
-    parts, collections = text.split("/"), pattern.split("/")[::2]
-    if parts[::2] != collections or len(parts) != 2 * len(collections):
+    parts, segments = text.split("/"), pattern.split("/")
+    if parts[::2] != segments[::2] or len(parts) != len(segments):
         raise ValueError(
             f"{quoted(text)} is not the name of {what}: write {pattern}, such as {example}"
         )

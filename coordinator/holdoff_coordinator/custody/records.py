@@ -6,22 +6,25 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
+from holdoff.names import TokenName
 from holdoff_coordinator.caller import NOBODY
-from holdoff_coordinator.custody.rules import Condition, Standing
+from holdoff_coordinator.custody.rules import SECOND, Condition, Standing
+from holdoff_coordinator.failures import token_damaged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from holdoff.names import TokenName
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.scripts import Scripts
 
 NEVER: Final = -1
 """An age or a time that there is not."""
+TAKEOVER_US: Final = 100 * SECOND
+"""How long the right to a request lasts: until its answer would have come, and a margin."""
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What may be read of a grant besides its state; all of it is bound to the sealed secrets."""
+    """What may be read of a grant besides its state."""
 
     client_id: str
     token_url: str
@@ -35,8 +38,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     chain: str
     generation: int
-    sealed: str = ""
-    """Base64; empty where it was not asked for."""
+    sealed_grant: str = ""
+    """`GrantSecrets`, in base64; empty if the secrets were not asked for."""
+    sealed_access: str = ""
+    """`AccessSecrets`, in base64; empty also if there is no access token."""
     facts: str
     fingerprint: str
     condition: Condition
@@ -74,18 +79,29 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         """What was written with the secrets."""
         return msgspec.json.decode(self.facts, type=Facts)
 
+    @property
+    def etag(self) -> str:
+        """Names this state of the secrets, for those who replace or delete them."""
+        return f"{self.chain}.{self.generation}"
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a replica has the right to a request, or had it, and no result is known."""
+        return self.attempt_step in {"BEGUN", "INTENDED"}
+
 
 class PutGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Asks for `put_grant.lua`."""
 
     token: str
     chain: str
-    sealed: str
+    generation: int
+    sealed_grant: str
     facts: str
     fingerprint: str
     age_us: int
-    interval_us: int
     idle_us: int
+    takeover_us: int
     replace: bool = False
     etag_chain: str | None = None
     etag_generation: int | None = None
@@ -140,7 +156,8 @@ class EndRefresh(msgspec.Struct, frozen=True, kw_only=True):
     not_before_in_us: int
     expires_in_us: int
     idle_us: int
-    sealed: str = ""
+    sealed_grant: str = ""
+    sealed_access: str = ""
     fingerprint: str = ""
 
 
@@ -148,17 +165,19 @@ class DeleteGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Asks for `delete_grant.lua`."""
 
     token: str
+    takeover_us: int
     etag_chain: str | None = None
     etag_generation: int | None = None
 
 
 class Held(msgspec.Struct, frozen=True, array_like=True):
-    """A grant, and what holds its next request besides itself."""
+    """A grant, and what prevents its next request besides itself."""
 
     token: str
     record: Record
     reason: str
     until_us: int
+    now_us: int
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,7 +190,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     until_us: int = 0
     over_us: int = 0
     of: str = ""
-    grants: tuple[Held, ...] = ()
+    generation: int = 0
+    grants: tuple[msgspec.Raw, ...] = ()
+    """For `held_of`: a record that is damaged affects no other one."""
+    is_damaged: bool = False
+    """Something was left out because its record is damaged."""
 
 
 Request = PutGrant | ReadGrants | BeginRefresh | IntendRefresh | EndRefresh | DeleteGrant
@@ -196,11 +219,36 @@ async def ask(scripts: Scripts, app: str, request: Request, caller: Caller = NOB
     payload = msgspec.msgpack.encode(request)
     run = scripts.run if isinstance(request, ReadGrants) else scripts.run_lasting
     reply = await run(_SCRIPTS[type(request)], app, payload, caller=caller)
-    answer = msgspec.msgpack.decode(reply.values[0], type=Answer, strict=False)
-    return msgspec.structs.replace(answer, now_us=reply.now_us)
+    try:
+        answer = msgspec.msgpack.decode(reply.values[0], type=Answer, strict=False)
+    except msgspec.ValidationError as error:
+        raise token_damaged(TokenName(app, getattr(request, "token", ""))) from error
+    return msgspec.structs.replace(answer, now_us=reply.now_us, is_damaged=bool(reply.damaged))
+
+
+def held_of(raw: msgspec.Raw) -> Held:
+    """Read one of the grants of an answer.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        held = msgspec.msgpack.decode(raw, type=Held, strict=False)
+        held.record.public  # noqa: B018 - whether it can be read
+    except msgspec.MsgspecError as error:
+        raise ValueError(str(error)) from None
+    return held
 
 
 async def read(scripts: Scripts, name: TokenName, *, sealed: bool = False) -> Held | None:
-    """Read the grant of a token; None if it has none."""
-    answer = await ask(scripts, name.app, ReadGrants(tokens=(name.token,), sealed=sealed))
-    return answer.grants[0] if answer.grants else None
+    """Read the grant of a token; None if it has none.
+
+    Raises:
+        Failure: STORE_UNAVAILABLE or STORE_DAMAGED.
+    """
+    request = ReadGrants(tokens=(name.token,), sealed=sealed)
+    answer = await ask(scripts, name.app, request)
+    found = scripts.readable(name.app, "tokens", answer.grants, held_of)
+    if len(found) < len(answer.grants) or answer.is_damaged:
+        raise token_damaged(name)
+    return found[0] if found else None

@@ -17,7 +17,7 @@ FIRST_PAUSE_US: Final = 1 * SECOND
 LONGEST_PAUSE_US: Final = 60 * SECOND
 """After a request that was not sent: a pause, twice as long with each."""
 PROBE_US: Final = 3600 * SECOND
-"""At most one request an hour with a refresh token that the provider called dead."""
+"""At most one request an hour with a refresh token that is taken for dead."""
 
 
 class Rotation(StrEnum):
@@ -146,6 +146,8 @@ def _unproven(standing: Standing, rules: Rules, times: Times) -> Outcome:
     if standing.unproven and rules.rotation not in _REPEATABLE:
         condition = Condition.REAUTHORIZE  # it was repeated once
         alert = "two requests for an access token ended without an answer that says what happened"
+    if condition is Condition.REAUTHORIZE:
+        waited = max(waited, times.now_us + PROBE_US)
     return Outcome(
         replace(
             standing,

@@ -77,6 +77,7 @@ local OPERATORS = {key = SHARD .. ':security', kept = 10000, span = 3600 * SECON
 local SECURITY = {
   LEASE_BREAK_ORDERED = true, LEASE_BROKEN = true, BUDGET_RESET = true, BACK_OFF_CLEARED = true,
   TOKEN_CREATED = true, TOKEN_UPDATED = true, QUARANTINE_BEGAN = true, QUARANTINE_ENDED = true,
+  GRANT_PUT = true, GRANT_DELETED = true,
 }
 
 -- Adds an entry to a stream of the trail; `who` is the caller and the token. Returns its id.

@@ -65,6 +65,12 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     """An operator ended a quarantine."""
     AUDIT_KIND_ACCESS_CHANGED: _AuditKind.ValueType  # 18
     """A coordinator reread its access file, or could not use it."""
+    AUDIT_KIND_GRANT_PUT: _AuditKind.ValueType  # 19
+    """A grant was taken into custody, or replaced."""
+    AUDIT_KIND_GRANT_DELETED: _AuditKind.ValueType  # 20
+    """Custody of a token was ended."""
+    AUDIT_KIND_GRANT_REFRESHED: _AuditKind.ValueType  # 21
+    """The result of a request for an access token was stored."""
 
 class AuditKind(_AuditKind, metaclass=_AuditKindEnumTypeWrapper):
     """The kinds of entries in the audit trail."""
@@ -109,6 +115,12 @@ AUDIT_KIND_QUARANTINE_ENDED: AuditKind.ValueType  # 17
 """An operator ended a quarantine."""
 AUDIT_KIND_ACCESS_CHANGED: AuditKind.ValueType  # 18
 """A coordinator reread its access file, or could not use it."""
+AUDIT_KIND_GRANT_PUT: AuditKind.ValueType  # 19
+"""A grant was taken into custody, or replaced."""
+AUDIT_KIND_GRANT_DELETED: AuditKind.ValueType  # 20
+"""Custody of a token was ended."""
+AUDIT_KIND_GRANT_REFRESHED: AuditKind.ValueType  # 21
+"""The result of a request for an access token was stored."""
 Global___AuditKind: _TypeAlias = AuditKind  # noqa: Y015
 
 @_typing.final

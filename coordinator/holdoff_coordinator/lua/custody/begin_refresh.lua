@@ -1,22 +1,21 @@
 -- Takes the right to request an access token, and counts the request in the budgets.
 -- ask: chain, generation, attempt (its id), replica, takeover_us (after so long the right of
 --      another is over), has_evidence, event (id), budgets
--- Answers BEGUN with `grant`; WAIT with `reason` and `until_us`; CHANGED with `grant`; or GONE.
-local token = settle(id)
+-- Answers BEGUN with `grant`; WAIT with `reason` and `until_us`; CHANGED with `grant`; GONE; or LOST with
+-- `over_us`: the last request may have been answered until then, and nothing is known of it.
+local token, lease = settle(id)
 local grant = load_grant(id)
 if not token or not is_kept(grant) then return answer('GONE') end
 if grant.chain ~= ask.chain or grant.generation ~= ask.generation then return answer('CHANGED', {grant = grant}) end
-local open = grant.attempt_step == 'BEGUN' or grant.attempt_step == 'INTENDED'
-if open and grant.attempt ~= ask.attempt then
-  local over = grant.attempt_begun_us + ask.takeover_us
+local over = right_until(grant)
+if over and grant.attempt ~= ask.attempt then
   if sure < over then return answer('WAIT', {reason = 'REFRESHING', until_us = over_at(over), grant = grant}) end
-  -- It may have been sent at its last possible moment, of which nobody told.
-  if grant.attempt_step == 'INTENDED' then return answer('LOST', {grant = grant, over_us = over}) end
+  if lost_at(grant) > 0 then return answer('LOST', {grant = grant, over_us = over}) end
 end
 if sure < grant.not_before_us then
   return answer('WAIT', {reason = 'COOLING', until_us = over_at(grant.not_before_us), grant = grant})
 end
-local reason, until_us = held_by(token)
+local reason, until_us = held_by(token, lease)
 if reason then return answer('WAIT', {reason = reason, until_us = until_us, grant = grant}) end
 local specs = {}
 for i, spec in ipairs(ask.budgets) do

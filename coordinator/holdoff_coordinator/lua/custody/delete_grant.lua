@@ -1,13 +1,21 @@
--- Ends custody. A tombstone keeps generation and not-before, so that a grant put again still waits.
--- ask: etag_chain and etag_generation, or neither
--- Answers OK, GONE, CHANGED, or WAIT while a request is under way.
+-- Ends custody. A tombstone keeps the generation, and the token its cooldown.
+-- ask: takeover_us; and etag_chain with etag_generation, or neither
+-- Answers OK; GONE; CHANGED; or WAIT with `until_us` while a request is under way.
+local token, lease = settle(id)
 local grant = load_grant(id)
-if not is_kept(grant) then return answer('GONE') end
-if ask.etag_chain and (grant.chain ~= ask.etag_chain or grant.generation ~= ask.etag_generation) then
-  return answer('CHANGED')
+if not token or not is_kept(grant) then return answer('GONE') end
+if not is_meant(grant) then return answer('CHANGED') end
+local over = right_until(grant)
+if over and sure < over then return answer('WAIT', {reason = 'REFRESHING', until_us = over_at(over)}) end
+if lost_at(grant) > 0 then
+  cool_down(id, token, lost_at(grant), number(token.interval_us))
+  mirror(id, token, lease)
 end
-redis.call('HDEL', SHARD .. ':fingerprints', grant.fingerprint or '')
-keep_grant(grant, {sealed = '', facts = '', fingerprint = '', attempt_step = '', expires_us = 0})
+redis.call('HDEL', PRINTS, grant.fingerprint)
+keep_grant(grant, {
+  sealed_grant = '', sealed_access = '', facts = '', fingerprint = '', expires_us = 0, attempt_step = '',
+  refreshed_us = math.max(grant.refreshed_us, lost_at(grant)),
+})
 audit('GRANT_DELETED', token_name(id), {}, true)
 redis.call('SPUBLISH', SHARD .. ':custody', id)
 return answer('OK')

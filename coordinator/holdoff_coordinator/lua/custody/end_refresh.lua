@@ -1,7 +1,7 @@
 -- Stores what came of a request: the whole answer, or what follows from having none.
--- ask: chain, from_generation, attempt, step, outcome, condition, message, sealed ('' keeps it),
---      generation, unproven, first_unproven_us, not_sent; and as ages in µs, -1 for none:
---      refreshed_age_us, not_before_in_us, expires_in_us; idle_us
+-- ask: chain, from_generation, attempt, step, outcome, condition, message, unproven, first_unproven_us,
+--      not_sent, idle_us (0 for none); generation, and for a new one sealed_grant, sealed_access and
+--      fingerprint; in µs from now, -1 for none: refreshed_age_us, not_before_in_us, expires_in_us
 -- Answers OK, or MOVED with `grant` if another answer was stored meanwhile.
 local token, lease = settle(id)
 local grant = load_grant(id)
@@ -13,17 +13,18 @@ local changes = {
   unproven = ask.unproven, first_unproven_us = ask.first_unproven_us, not_sent = ask.not_sent,
   not_before_us = not_before, since_us = ask.condition == grant.condition and grant.since_us or now,
 }
-if ask.sealed ~= '' then changes.sealed, changes.fingerprint = ask.sealed, ask.fingerprint end
+if ask.generation ~= grant.generation then
+  changes.sealed_grant, changes.sealed_access = ask.sealed_grant, ask.sealed_access
+  redis.call('HDEL', PRINTS, grant.fingerprint)
+  redis.call('HSET', PRINTS, ask.fingerprint, id)
+  changes.fingerprint = ask.fingerprint
+end
 if ask.expires_in_us >= 0 then changes.expires_us = now + ask.expires_in_us end
 if grant.attempt == ask.attempt then changes.attempt_step, changes.attempt_outcome = ask.step, ask.outcome end
 if ask.refreshed_age_us >= 0 then
   changes.refreshed_us = math.max(grant.refreshed_us, now - ask.refreshed_age_us)
-  changes.idle_us = ask.idle_us > 0 and now + ask.idle_us or 0
-  cool_down(id, token, changes.refreshed_us, math.max(0, not_before - changes.refreshed_us))
-end
-if changes.fingerprint and changes.fingerprint ~= grant.fingerprint then
-  redis.call('HDEL', SHARD .. ':fingerprints', grant.fingerprint)
-  redis.call('HSET', SHARD .. ':fingerprints', changes.fingerprint, id)
+  changes.idle_us = ask.idle_us > 0 and changes.refreshed_us + ask.idle_us or 0
+  cool_down(id, token, changes.refreshed_us, number(token.interval_us))
 end
 keep_grant(grant, changes)
 mirror(id, token, lease)

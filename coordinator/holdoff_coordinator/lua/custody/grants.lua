@@ -6,7 +6,8 @@
 
 local ask = cmsgpack.unpack(ARGV[7])
 local id = ask.token
-local GRANTS = SHARD .. ':grants' -- tokens in custody, by when to look at them
+local GRANTS = SHARD .. ':grants' -- tokens in custody, by name
+local PRINTS = SHARD .. ':fingerprints' -- tokens in custody, by the fingerprint of the grant
 
 local function grant_key(token_id) return SHARD .. ':grant:' .. token_id end
 
@@ -15,8 +16,8 @@ local NUMBERS = {
   'first_unproven_us', 'not_sent', 'attempt_begun_us',
 }
 
--- The record of a grant: `sealed` is '' in a tombstone, which keeps what must not be forgotten.
--- A clock that went back took the last refresh with it.
+-- The record of a grant. In a tombstone, which keeps what must not be forgotten, `sealed_grant` is ''.
+-- If the clock went back, the last refresh is taken to be now.
 local function load_grant(token_id)
   local grant = load(grant_key(token_id))
   if not grant.generation then return end
@@ -28,19 +29,38 @@ local function load_grant(token_id)
   return grant
 end
 
-local function is_kept(grant) return grant and grant.sealed ~= '' end
+local function is_kept(grant) return grant and grant.sealed_grant ~= '' end
 
--- Writes fields of a grant, and when to look at it again.
+-- Whether a grant is the one that the caller means; any is, if it does not say.
+local function is_meant(grant)
+  return not ask.etag_chain or (grant.chain == ask.etag_chain and grant.generation == ask.etag_generation)
+end
+
+-- Writes fields of a grant.
 local function keep_grant(grant, changes)
   put(grant_key(id), {}, changes)
   for field, value in pairs(changes) do grant[field] = value end
-  if is_kept(grant) then redis.call('ZADD', GRANTS, us(grant.not_before_us), id) else redis.call('ZREM', GRANTS, id) end
+  if is_kept(grant) then redis.call('ZADD', GRANTS, 0, id) else redis.call('ZREM', GRANTS, id) end
 end
 
--- What stands between a grant and its next request, apart from the grant itself: a reason, and
--- until when; nothing if nothing does.
-local function held_by(token)
+-- When the right of a replica to a request that is under way ends; nothing if none is.
+local function right_until(grant)
+  if grant and (grant.attempt_step == 'BEGUN' or grant.attempt_step == 'INTENDED') then
+    return grant.attempt_begun_us + ask.takeover_us
+  end
+end
+
+-- The last instant at which the last request may have been answered, if its right has ended and
+-- nothing is known of its result; 0 else.
+local function lost_at(grant)
+  return grant and grant.attempt_step == 'INTENDED' and right_until(grant) or 0
+end
+
+-- What prevents the next request for an access token, apart from the grant itself: a reason, and
+-- until when; nothing if nothing does. The holder of a lease may refresh by itself.
+local function held_by(token, lease)
   if in_quarantine() and not ask.has_evidence then return 'QUARANTINED', quarantined_until() end
+  if lease then return 'LEASED', number(lease.expires_us) end
   if token.foreign then return 'LOCKED', now + SECOND end
   if cools(token) then return 'COOLING', over_at(number(token.not_before_us)) end
   local wait = wait_of('', subject_to(id, {{'', ''}}), false)

@@ -1,0 +1,1 @@
+"""Grants in custody, for both clients: `holdoff.Client.grants` and its asyncio twin."""

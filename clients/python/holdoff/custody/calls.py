@@ -1,0 +1,102 @@
+"""The calls of custody: what to ask, and how to read the answer. No sockets (sans-I/O)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from holdoff._calls import Call, Page
+from holdoff._core import duration
+from holdoff.v1 import custody_service_pb2, grant_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_CUSTODY = "/holdoff.v1.CustodyService"
+
+ClientAuthentication = Literal["basic", "body", "query"]
+"""Where a client id and secret go in a request: RFC 6749, section 2.3.1, or the URL."""
+
+
+def put_grant(  # noqa: PLR0913 - the fields of a grant
+    token: str,
+    *,
+    client_id: str,
+    refresh_token: str,
+    client_secret: str,
+    token_url: str,
+    api_hosts: Sequence[str],
+    client_authentication: ClientAuthentication | None,
+    last_refresh_age_seconds: float | None,
+    etag: str,
+    replace: bool,
+) -> Call[Any, grant_pb2.Grant]:
+    """Take a grant into custody.
+
+    Raises:
+        ValueError: `client_authentication` is none of its words, or both conditions were given.
+    """
+    if etag and replace:
+        raise ValueError("give etag or replace, not both")
+    word = (client_authentication or "unspecified").upper()
+    age = None if last_refresh_age_seconds is None else duration(last_refresh_age_seconds)
+    request = custody_service_pb2.PutGrantRequest(
+        grant=grant_pb2.Grant(
+            name=_name(token),
+            client_id=client_id,
+            token_url=token_url,
+            api_hosts=api_hosts,
+            client_authentication=grant_pb2.ClientAuthentication.Value(
+                f"CLIENT_AUTHENTICATION_{word}"
+            ),
+        ),
+        refresh_token=refresh_token,
+        client_secret=client_secret,
+        last_refresh_age=age,
+        **({"etag": etag} if etag else {"replace": True} if replace else {}),
+    )
+    return Call(
+        f"{_CUSTODY}/PutGrant",
+        request,
+        custody_service_pb2.PutGrantResponse,
+        lambda response: response.grant,
+    )
+
+
+def get_grant(token: str) -> Call[Any, grant_pb2.Grant]:
+    """Read one grant."""
+    return Call(
+        f"{_CUSTODY}/GetGrant",
+        custody_service_pb2.GetGrantRequest(name=_name(token)),
+        custody_service_pb2.GetGrantResponse,
+        lambda response: response.grant,
+    )
+
+
+def list_grants(parent: str, page_token: str = "") -> Call[Any, Page[grant_pb2.Grant]]:
+    """Read a page of grants."""
+
+    def read(response: custody_service_pb2.ListGrantsResponse) -> Page[grant_pb2.Grant]:
+        token = response.next_page_token
+        return Page(response.grants, list_grants(parent, token) if token else None)
+
+    return Call(
+        f"{_CUSTODY}/ListGrants",
+        custody_service_pb2.ListGrantsRequest(parent=parent, page_token=page_token),
+        custody_service_pb2.ListGrantsResponse,
+        read,
+    )
+
+
+def delete_grant(token: str, etag: str) -> Call[Any, None]:
+    """End custody of a token."""
+    return Call(
+        f"{_CUSTODY}/DeleteGrant",
+        custody_service_pb2.DeleteGrantRequest(name=_name(token), etag=etag),
+        custody_service_pb2.DeleteGrantResponse,
+        lambda _: None,
+    )
+
+
+def _name(token: str) -> str:
+    """Return the name of a token's grant; what is no name is refused by the coordinator."""
+    return f"{token}/grant"

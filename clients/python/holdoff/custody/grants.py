@@ -1,0 +1,108 @@
+"""Grants in custody, for the synchronous client."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from holdoff.custody import calls
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from holdoff._connection import Connection
+    from holdoff.v1 import grant_pb2
+
+
+class Grants:
+    """The OAuth grants that the coordinator keeps in custody, encrypted.
+
+    No answer has a secret. Tokens are named `apps/{app}/tokens/{token}`.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def put(  # noqa: PLR0913 - the fields of a grant
+        self,
+        token: str,
+        *,
+        client_id: str,
+        refresh_token: str,
+        client_secret: str = "",
+        token_url: str = "",
+        api_hosts: Sequence[str] = (),
+        client_authentication: calls.ClientAuthentication | None = None,
+        last_refresh_age_seconds: float | None = None,
+        etag: str = "",
+        replace: bool = False,
+    ) -> grant_pb2.Grant:
+        """Take the grant of a token into custody, or replace it.
+
+        Args:
+            token: The token, which exists.
+            client_id: The OAuth client id.
+            refresh_token: The OAuth refresh token.
+            client_secret: The OAuth client secret; empty for a public client.
+            token_url: Where access tokens are requested: one of the policy's token URLs; empty
+                for the only one.
+            api_hosts: Hosts that an access token may be sent to, from the policy; empty for the
+                only one.
+            client_authentication: "basic", "body" or "query"; None for the policy's first one.
+            last_refresh_age_seconds: How long ago the last access token was issued; None if that
+                is not known, so that a full cooldown begins.
+            etag: Replace the grant that has this etag, and no other.
+            replace: Replace whatever there is.
+
+        Raises:
+            GrantExists: There is a grant, and neither `etag` nor `replace` was given.
+            GrantChanged: The grant has another etag.
+            GrantDuplicate: Another token of the app has this refresh token in custody.
+            TokenBusy: A lease on the token lives, or it cools down; `retry_after_seconds` says
+                for how long.
+            Quarantined: The app is in quarantine.
+            CustodyOff: The coordinator takes nothing into custody.
+            CustodyKeyMissing: The coordinator does not have the key that encrypts.
+            TokenNotFound: There is no such token.
+            InvalidRequest: An argument is wrong, or the policy allows several values.
+            ValueError: `client_authentication` is none of these, or both `etag` and `replace` were
+                given.
+        """
+        call = calls.put_grant(
+            token,
+            client_id=client_id,
+            refresh_token=refresh_token,
+            client_secret=client_secret,
+            token_url=token_url,
+            api_hosts=api_hosts,
+            client_authentication=client_authentication,
+            last_refresh_age_seconds=last_refresh_age_seconds,
+            etag=etag,
+            replace=replace,
+        )
+        return self._connection._call(call)  # noqa: SLF001
+
+    def get(self, token: str) -> grant_pb2.Grant:
+        """Return the grant of a token.
+
+        Raises:
+            GrantNotFound: None is in custody.
+        """
+        return self._connection._call(calls.get_grant(token))  # noqa: SLF001
+
+    def list(self, parent: str = "") -> Iterator[grant_pb2.Grant]:
+        """Yield all grants, or those of an app."""
+        return self._connection._items(calls.list_grants(parent))  # noqa: SLF001
+
+    def delete(self, token: str, *, etag: str = "") -> None:
+        """End custody of a token; its secrets are deleted, and its cooldown continues.
+
+        Args:
+            token: The token.
+            etag: Only the grant that has this etag; empty for any.
+
+        Raises:
+            GrantNotFound: None is in custody.
+            GrantChanged: The grant has another etag.
+            TokenBusy: An access token is being requested.
+        """
+        self._connection._call(calls.delete_grant(token, etag))  # noqa: SLF001

@@ -1,0 +1,172 @@
+"""From grant records to the API's messages, without anything secret. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from holdoff.names import GrantName
+from holdoff.v1 import grant_pb2
+from holdoff_coordinator.custody.records import TAKEOVER_US
+from holdoff_coordinator.custody.rules import Condition
+
+if TYPE_CHECKING:
+    from holdoff.names import TokenName
+    from holdoff_coordinator.custody.records import Held, Record
+
+_State = grant_pb2.GrantState
+
+_LASTING = {
+    Condition.REAUTHORIZE: (
+        _State.GRANT_STATE_REAUTHORIZE,
+        "the provider refuses the refresh token",
+        "authorize again, and put the new one: holdoff grant put {name} --replace",
+    ),
+    Condition.CONFIGURATION: (
+        _State.GRANT_STATE_CONFIGURATION,
+        "the provider refuses the client id or its secret",
+        "put correct ones: holdoff grant put {name} --replace",
+    ),
+    Condition.STALE: (
+        _State.GRANT_STATE_STALE,
+        "the store may have lost a newer refresh token",
+        "put the newest one, or authorize again: holdoff grant put {name} --replace",
+    ),
+}
+"""What only an operator can change: the state, why, and what to do."""
+
+HELD_WORDS = {
+    "QUARANTINED": "the app is in quarantine: holdoff quarantine show apps/{app}",
+    "LEASED": "a lease on the token lives, and its holder may refresh: holdoff watch {name}",
+    "LOCKED": "a python-redis-lock user holds the token's lock, and may refresh",
+    "COOLING": "the token cools down after the last refresh: holdoff token show {name}",
+    "REFRESHING": "an access token is being requested: holdoff grant show {name}",
+    "BACKING_OFF": "a scope of the token backs off: holdoff explain {name}",
+}
+"""What prevents something, by the reason that the scripts give."""
+
+
+def held_words(reason: str, name: TokenName) -> str:
+    """Say what prevents something, and where to look."""
+    return HELD_WORDS[reason].format(name=name, app=name.app)
+
+
+def status_of(name: TokenName, held: Held, *, has_key: bool) -> grant_pb2.GrantStatus:
+    """Say whether an access token can be had at the instant at which a grant was read.
+
+    Args:
+        name: Of the token.
+        held: The grant, and what prevents a request.
+        has_key: Whether this coordinator has the key of its secrets.
+    """
+    record = held.record
+    if not has_key:
+        key_id = record.public.key_id
+        why = (
+            f"this coordinator does not have the custody key {key_id!r}: copy {key_id}.key to the "
+            "directory of --custody-key-dir, of every replica"
+        )
+        return _status(_State.GRANT_STATE_KEY_MISSING, why)
+    if lasting := _LASTING.get(record.condition):
+        state, why, remedy = lasting
+        return _status(
+            state, f"{record.message or why}: {remedy.format(name=name)}", record.since_us
+        )
+    return _passing(name, held)
+
+
+def _passing(name: TokenName, held: Held) -> grant_pb2.GrantStatus:
+    """The states that end by themselves."""
+    record, now_us = held.record, held.now_us
+    if record.under_way:
+        begun_us = record.attempt_begun_us
+        return _status(
+            _State.GRANT_STATE_REFRESHING,
+            f"replica {record.attempt_replica} requests an access token",
+            begun_us,
+            begun_us + TAKEOVER_US,
+        )
+    if now_us < record.expires_us:
+        return _status(
+            _State.GRANT_STATE_READY,
+            "there is an access token",
+            record.refreshed_us,
+            record.expires_us,
+        )
+    if held.reason not in {"", "COOLING"}:
+        words = held_words(held.reason, name)
+        return _status(_State.GRANT_STATE_HELD, words, 0, held.until_us)
+    until_us = max(record.not_before_us, held.until_us)
+    if now_us < until_us:
+        words = held_words("COOLING", name)
+        return _status(_State.GRANT_STATE_COOLING, words, record.refreshed_us, until_us)
+    return _status(
+        _State.GRANT_STATE_READY, "an access token may be requested", record.not_before_us
+    )
+
+
+def grant_message(name: TokenName, held: Held, *, has_key: bool) -> grant_pb2.Grant:
+    """A grant as the API shows it."""
+    record, public = held.record, held.record.public
+    return grant_pb2.Grant(
+        name=str(GrantName(name.app, name.token)),
+        etag=record.etag,
+        chain_id=record.chain,
+        generation=record.generation,
+        client_id=public.client_id,
+        token_url=public.token_url,
+        api_hosts=public.api_hosts,
+        client_authentication=authentication_value(public.client_authentication),
+        key_id=public.key_id,
+        status=status_of(name, held, has_key=has_key),
+        create_time=_time(record.created_us),
+        refresh_time=_time(record.refreshed_us),
+        expire_time=_time(record.expires_us if held.now_us < record.expires_us else 0),
+        not_before_time=_time(record.not_before_us),
+        idle_expire_time=_time(record.idle_us),
+        last_attempt=_attempt(record),
+    )
+
+
+def authentication_value(word: str) -> grant_pb2.ClientAuthentication.ValueType:
+    """Turn a policy's word into the API's enum."""
+    return grant_pb2.ClientAuthentication.Value(f"CLIENT_AUTHENTICATION_{word.upper()}")
+
+
+def authentication_word(value: grant_pb2.ClientAuthentication.ValueType) -> str:
+    """Turn the API's enum into a policy's word; '' for unspecified.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    word = grant_pb2.ClientAuthentication.Name(value).removeprefix("CLIENT_AUTHENTICATION_")
+    return word.lower().replace("unspecified", "")
+
+
+def _attempt(record: Record) -> grant_pb2.RefreshAttempt | None:
+    if not record.attempt:
+        return None
+    return grant_pb2.RefreshAttempt(
+        id=record.attempt,
+        replica=record.attempt_replica,
+        begin_time=_time(record.attempt_begun_us),
+        step=grant_pb2.RefreshStep.Value(f"REFRESH_STEP_{record.attempt_step}"),
+        outcome=record.attempt_outcome,
+    )
+
+
+def _status(
+    state: grant_pb2.GrantState.ValueType, message: str, since_us: int = 0, until_us: int = 0
+) -> grant_pb2.GrantStatus:
+    return grant_pb2.GrantStatus(
+        state=state, since_time=_time(since_us), until_time=_time(until_us), message=message
+    )
+
+
+def _time(us: int) -> Timestamp | None:
+    if not us:
+        return None
+    message = Timestamp()
+    message.FromMicroseconds(us)
+    return message

@@ -1,0 +1,87 @@
+"""Which key seals, and the key of the fingerprints: what the coordinators of a store share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from holdoff_coordinator.custody.sealing import (
+    FINGERPRINTS,
+    FingerprintKey,
+    KeyMissingError,
+    Keyring,
+    UnsealableError,
+    choose_primary,
+    key_id_of,
+)
+from holdoff_coordinator.failures import Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from holdoff_coordinator.custody.sealing import MasterKey
+    from holdoff_coordinator.scripts import Scripts
+
+SHARED_NAME = "custody-fingerprints"
+"""Where the store has the key of the fingerprints. It belongs to no app."""
+
+
+class Seals:
+    """The master keys of this replica, and the one of them that seals.
+
+    The primary key is the one that sealed the fingerprint key of the store, so that all
+    coordinators of a store have the same one.
+
+    Args:
+        scripts: The store.
+        keys: Returns this replica's keys by id.
+    """
+
+    def __init__(self, scripts: Scripts, keys: Callable[[], Mapping[str, MasterKey]]) -> None:
+        self._scripts = scripts
+        self._keys = keys
+
+    def has(self, key_id: str) -> bool:
+        """Whether this replica has a key."""
+        return key_id in self._keys()
+
+    async def unlocked(self) -> tuple[Keyring, FingerprintKey]:
+        """Return what seals, and what recognises a grant that is put twice.
+
+        Raises:
+            Failure: CUSTODY_KEY_MISSING, CUSTODY_OFF or STORE_….
+        """
+        keys = self._keys()
+        own = Keyring(keys, choose_primary({key.id: key.check for key in keys.values()}, ()))
+        if own.primary is None:
+            raise off(
+                "it has no master keys. Generate one with `holdoff-coordinator key generate "
+                "--key-dir DIR`, copy it to every replica, and start each with --custody-key-dir "
+                "DIR"
+            )
+        new = own.seal(FingerprintKey.generate(), FINGERPRINTS)
+        sealed = await self._scripts.shared_key(SHARED_NAME, new)
+        primary = ""
+        try:
+            primary = key_id_of(sealed)
+            ring = Keyring(keys, primary)
+            return ring, ring.open(sealed, FINGERPRINTS, FingerprintKey)
+        except KeyMissingError as error:
+            raise _missing(
+                f"{error}, with which the coordinators of this store encrypt: copy "
+                f"{primary}.key to the directory of --custody-key-dir"
+            ) from None
+        except UnsealableError:
+            raise _missing(
+                f"the custody key {primary!r} of this coordinator is not the one with which "
+                "the other coordinators of this store encrypt: compare the CHECK of "
+                "`holdoff-coordinator key list` on all of them"
+            ) from None
+
+
+def off(why: str) -> Failure:
+    """Say why there is no custody, and what to do."""
+    return Failure("CUSTODY_OFF", f"this coordinator takes nothing into custody: {why}")
+
+
+def _missing(why: str) -> Failure:
+    return Failure("CUSTODY_KEY_MISSING", why)
