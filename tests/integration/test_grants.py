@@ -6,11 +6,9 @@ import asyncio
 import base64
 import logging
 import urllib.request
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import pytest
 import redis
 import redis_lock
@@ -18,98 +16,35 @@ import structlog.testing
 
 from holdoff import errors
 from holdoff._core import duration
-from holdoff._status import from_rpc_error
 from holdoff.policies import presets, read_policy
 from holdoff.v1 import admin_service_pb2, audit_pb2, custody_service_pb2, grant_pb2
-from holdoff_coordinator.custody.grants import Terms
-from holdoff_coordinator.custody.key_files import KeyDirectory, create_key
+from holdoff_coordinator.custody.key_files import KeyDirectory
 from holdoff_coordinator.custody.sealing import Binding, GrantSecrets, Keyring, UnsealableError
 from holdoff_coordinator.gate import AccessFile
-from tests.harness import Replica, end_cooldown, token_to_create, wait_until
+from tests.custodian import (
+    CLIENT_SECRET,
+    REFRESH_TOKEN,
+    Custodian,
+    key_directory,
+    refused,
+    request_of,
+)
+from tests.harness import Replica, end_cooldown, wait_until
 from tests.integration.test_isolation import credential_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from tests.conftest import StartValkey
 
-REFRESH_TOKEN = "a-refresh-token-that-nobody-may-read"
-CLIENT_SECRET = "a-client-secret-that-nobody-may-read"
 XERO = "https://identity.xero.com/connect/token"
-HOUR = duration(3600)
 State = grant_pb2.GrantState
-
-
-class Custodian(Replica):
-    """A coordinator with master keys."""
-
-    def __init__(self, url: str, folder: Path, **options: Any) -> None:
-        self.folder = folder
-        terms = {"keys": KeyDirectory(folder).keys, **options.pop("terms", {})}
-        super().__init__(url, custody=Terms(**terms), **options)
-
-    def token(self, policy: str = "xero", name: str = "", **fields: Any) -> str:
-        """Create a token of a policy."""
-        name = name or f"apps/{uuid.uuid4().hex}/tokens/t"
-        request = token_to_create(name, None, **fields)
-        request.token.policy = policy
-        self.tokens.CreateToken(request)
-        return name
-
-    def put(self, token: str, **fields: Any) -> grant_pb2.Grant:
-        """Put a grant, refreshed an hour ago by default."""
-        return self.custody.PutGrant(request_of(token, **fields)).grant
-
-    def grant(self, token: str) -> grant_pb2.Grant:
-        """Read a grant."""
-        request = custody_service_pb2.GetGrantRequest(name=f"{token}/grant")
-        return self.custody.GetGrant(request).grant
-
-    def list(self, parent: str = "", size: int = 0) -> list[list[str]]:
-        """List the names of grants, page by page."""
-        pages: list[list[str]] = []
-        request = custody_service_pb2.ListGrantsRequest(parent=parent, page_size=size)
-        while True:
-            answer = self.custody.ListGrants(request)
-            pages.append([one.name for one in answer.grants])
-            if not answer.next_page_token:
-                return pages
-            request.page_token = answer.next_page_token
-
-    def delete(self, token: str, etag: str = "") -> None:
-        """End custody."""
-        self.custody.DeleteGrant(
-            custody_service_pb2.DeleteGrantRequest(name=f"{token}/grant", etag=etag)
-        )
-
-
-def request_of(token: str, **fields: Any) -> custody_service_pb2.PutGrantRequest:
-    """Build a request with all that the policy xero does not say."""
-    grant = {"name": f"{token}/grant", "client_id": "our-client", **fields.pop("grant", {})}
-    defaults: dict[str, Any] = {
-        "refresh_token": f"{REFRESH_TOKEN}-of-{token}",
-        "client_secret": CLIENT_SECRET,
-        "last_refresh_age": HOUR,
-    }
-    return custody_service_pb2.PutGrantRequest(grant=grant, **{**defaults, **fields})
-
-
-def refused(call: Callable[..., Any], *arguments: Any, **fields: Any) -> errors.HoldoffError:
-    """Return the error of a call, which never has a secret."""
-    with pytest.raises(grpc.RpcError) as caught:
-        call(*arguments, **fields)
-    error = from_rpc_error(caught.value, "test")
-    assert "nobody-may-read" not in f"{error} {error.metadata} {caught.value}"
-    return error
 
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a directory with one master key."""
-    folder = tmp_path_factory.mktemp("keys")
-    folder.chmod(0o700)
-    create_key(folder, "first")
-    return folder
+    return key_directory(tmp_path_factory.mktemp("keys"), "first")
 
 
 @pytest.fixture(scope="module")
@@ -267,11 +202,9 @@ def test_a_coordinator_with_other_keys(
 
     Fails when each coordinator seals with a key of its own choice.
     """
-    tmp_path.chmod(0o700)
     token = custodian.token()
     custodian.put(token)
-    create_key(tmp_path, "second")
-    with Custodian(url, tmp_path) as other:
+    with Custodian(url, key_directory(tmp_path, "second")) as other:
         error = refused(other.put, other.token())
         assert error.reason == "CUSTODY_KEY_MISSING"
         assert "first.key" in str(error)
@@ -286,9 +219,7 @@ def test_a_coordinator_with_other_keys(
 def test_another_key_of_the_same_id(url: str, custodian: Custodian, tmp_path: Path) -> None:
     """Two hosts that each generated a key are told to compare them."""
     custodian.put(custodian.token())
-    tmp_path.chmod(0o700)
-    create_key(tmp_path, "first")
-    with Custodian(url, tmp_path) as other:
+    with Custodian(url, key_directory(tmp_path, "first")) as other:
         error = refused(other.put, other.token())
     assert (error.reason, "CHECK" in str(error)) == ("CUSTODY_KEY_MISSING", True)
 

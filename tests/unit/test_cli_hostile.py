@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 EVIL = "\x1b]0;PWNED\x07\x9b2J\x1b[31m\u202egnp\u2066\u200b\r\u2028\x00"
 OBEYED = {"\x1b", "\x07", "\x9b", "\u202e", "\u2066", "\u200b", "\r", "\u2028", "\x00"}
-SERVICES = [f"holdoff.v1.{name}Service" for name in ("Lease", "Token", "Budget", "Policy", "Admin")]
+SERVICES = [
+    f"holdoff.v1.{name}Service"
+    for name in ("Lease", "Token", "Custody", "Budget", "Policy", "Admin")
+]
 TOKEN = "apps/a/tokens/t"
 LEASE, BUDGET, BACK_OFF = f"{TOKEN}/leases/1", "apps/a/budgets/errors-1", "apps/a/backOffs/b-1"
 WHY = ("--reason", "why", "--yes")
@@ -45,6 +48,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "budget show": (BUDGET,),
     "budget watch": (),
     "explain": (TOKEN,),
+    "grant delete": (TOKEN, "--yes"),
+    "grant list": (),
+    "grant put": (TOKEN, "--client-id", "id"),
+    "grant show": (TOKEN,),
     "lease break": (LEASE, *WHY),
     "lease list": (),
     "lease show": (LEASE,),
@@ -64,11 +71,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 """All commands that a coordinator answers, with what they take."""
 ALONE = ("completion", "policy check", "simulator fault", "simulator report", "simulator serve")
 SPOOL = ("spool flush", "spool list", "spool retry")
-ASKING = {"backoff clear", "budget reset", "lease break", "quarantine end"}
+ASKING = {"backoff clear", "budget reset", "grant delete", "lease break", "quarantine end"}
 NAMES = {
     "app": "apps/a",
     "backoff": BACK_OFF,
     "budget": BUDGET,
+    "grant": f"{TOKEN}/grant",
     "lease": LEASE,
     "token": TOKEN,
 }

@@ -87,6 +87,7 @@ class Grants:
         if request.HasField("last_refresh_age"):
             age_us = validation.microseconds("last_refresh_age", request.last_refresh_age)
         secrets = _secrets(request)
+        self._seals.require()
         policy = await self._policy(name)
         facts = self._facts(request.grant, policy)
         ring, fingerprints = await self._seals.unlocked()

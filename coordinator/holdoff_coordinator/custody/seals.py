@@ -44,20 +44,29 @@ class Seals:
         """Whether this replica has a key."""
         return key_id in self._keys()
 
+    def require(self) -> Mapping[str, MasterKey]:
+        """Return the keys of this replica.
+
+        Raises:
+            Failure: CUSTODY_OFF, if it has none.
+        """
+        keys = self._keys()
+        if not keys:
+            raise off(
+                "it has no master keys. Generate one with `holdoff-coordinator key generate "
+                "--key-dir DIR`, copy it to every replica, and start each with --custody-key-dir "
+                "DIR"
+            )
+        return keys
+
     async def unlocked(self) -> tuple[Keyring, FingerprintKey]:
         """Return what seals, and what recognises a grant that is put twice.
 
         Raises:
             Failure: CUSTODY_KEY_MISSING, CUSTODY_OFF or STORE_….
         """
-        keys = self._keys()
+        keys = self.require()
         own = Keyring(keys, choose_primary({key.id: key.check for key in keys.values()}, ()))
-        if own.primary is None:
-            raise off(
-                "it has no master keys. Generate one with `holdoff-coordinator key generate "
-                "--key-dir DIR`, copy it to every replica, and start each with --custody-key-dir "
-                "DIR"
-            )
         new = own.seal(FingerprintKey.generate(), FINGERPRINTS)
         sealed = await self._scripts.shared_key(SHARED_NAME, new)
         primary = ""

@@ -25,6 +25,12 @@ NOTHING = "-"
 
 _STYLES = {
     "free": "green",
+    "ready": "green",
+    "refreshing": "cyan",
+    "reauthorize": "red",
+    "configuration": "red",
+    "key missing": "red",
+    "stale": "red",
     "held": "cyan",
     "active": "cyan",
     "offered": "cyan",

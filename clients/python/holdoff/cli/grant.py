@@ -1,0 +1,250 @@
+"""`holdoff grant`: put OAuth grants into custody, show, list and delete them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from holdoff import Client
+from holdoff.cli import exits
+from holdoff.cli._help import example
+from holdoff.cli._voice import confirm
+from holdoff.cli.output import (
+    NOTHING,
+    emit_json,
+    emit_record,
+    emit_table,
+    enum_text,
+    output_option,
+    resource,
+    time_text,
+)
+from holdoff.cli.params import Duration, Name
+from holdoff.names import AppName, TokenName
+
+if TYPE_CHECKING:
+    from holdoff.custody.calls import ClientAuthentication
+    from holdoff.v1 import grant_pb2
+
+_MOST_BYTES = 64 * 1024
+_SECRET_FILE = click.Path(dir_okay=False, allow_dash=True)
+
+
+@click.group(epilog=example("holdoff grant list"))
+def grant() -> None:
+    """Put OAuth grants into custody; show, list and delete them.
+
+    The coordinator keeps them encrypted. No command shows a secret.
+    """
+
+
+@grant.command(
+    "put",
+    epilog=example(
+        "holdoff grant put apps/exact-nl/tokens/finance --client-id ID "
+        "--refresh-token-file refresh.token --client-secret-file client.secret",
+        "holdoff grant put apps/xero/tokens/main --client-id ID --refresh-token-file - --replace",
+    ),
+)
+@click.argument("token", type=Name(TokenName))
+@click.option("--client-id", required=True, help="The OAuth client id.")
+@click.option(
+    "--refresh-token-file",
+    type=_SECRET_FILE,
+    metavar="FILE",
+    default="-",
+    show_default=True,
+    help="File with the refresh token; - is the standard input, or a prompt on a terminal.",
+)
+@click.option(
+    "--client-secret-file",
+    type=_SECRET_FILE,
+    metavar="FILE",
+    help="File with the client secret, or -. [default: none: a public client]",
+)
+@click.option(
+    "--token-url", default="", help="Where access tokens are requested. [default: the policy's]"
+)
+@click.option(
+    "--api-host",
+    "api_hosts",
+    multiple=True,
+    metavar="HOST",
+    help="A host that an access token may be sent to; repeatable. [default: the policy's]",
+)
+@click.option(
+    "--client-authentication",
+    type=click.Choice(["basic", "body", "query"]),
+    help="Where the client id and secret go in a request. [default: the policy's first way]",
+)
+@click.option(
+    "--last-refreshed",
+    type=Duration(),
+    metavar="AGE",
+    help="How long ago the last access token was issued. [default: unknown, which starts a full "
+    "cooldown]",
+)
+@click.option("--etag", default="", help="Replace the grant that has this etag, and no other.")
+@click.option("--replace", is_flag=True, help="Replace whatever there is.")
+@output_option
+@click.pass_obj
+def put_grant(  # noqa: PLR0913 - one for each option
+    endpoint: str,
+    token: str,
+    *,
+    client_id: str,
+    refresh_token_file: str,
+    client_secret_file: str | None,
+    token_url: str,
+    api_hosts: tuple[str, ...],
+    client_authentication: ClientAuthentication | None,
+    last_refreshed: float | None,
+    etag: str,
+    replace: bool,
+    output: str,
+) -> None:
+    """Take the grant of TOKEN into custody, or replace it.
+
+    The policy of the token says which token URLs and API hosts are allowed; if there is only one,
+    it is the default. Secrets come from files or the standard input: arguments and the environment
+    are visible to others.
+    """
+    if etag and replace:
+        raise click.UsageError("give --etag or --replace, not both")
+    if [refresh_token_file, client_secret_file].count("-") > 1:
+        raise click.UsageError(
+            "only one secret can come from the standard input: give a file for the other"
+        )
+    refresh_token = _secret("refresh token", refresh_token_file)
+    client_secret = _secret("client secret", client_secret_file) if client_secret_file else ""
+    with Client(endpoint) as client:
+        put = client.grants.put(
+            token,
+            client_id=client_id,
+            refresh_token=refresh_token,
+            client_secret=client_secret,
+            token_url=token_url,
+            api_hosts=api_hosts,
+            client_authentication=client_authentication,
+            last_refresh_age_seconds=last_refreshed,
+            etag=etag,
+            replace=replace,
+        )
+    _emit(put, output)
+
+
+@grant.command("show", epilog=example("holdoff grant show apps/exact-nl/tokens/finance"))
+@click.argument("token", type=Name(TokenName))
+@output_option
+@click.pass_obj
+def show_grant(endpoint: str, token: str, output: str) -> None:
+    """Show the grant of TOKEN: whether an access token can be had, and if not, why."""
+    with Client(endpoint) as client:
+        _emit(client.grants.get(token), output)
+
+
+@grant.command("list", epilog=example("holdoff grant list", "holdoff grant list apps/exact-nl"))
+@click.argument("parent", type=Name(AppName), required=False)
+@output_option
+@click.pass_obj
+def list_grants(endpoint: str, parent: str | None, output: str) -> None:
+    """List grants, all of them or those of the app PARENT (apps/APP)."""
+    with Client(endpoint) as client:
+        found = list(client.grants.list(parent or ""))
+    if output == "json":
+        emit_json({"grants": [resource(one) for one in found]})
+    elif found:
+        emit_table(("TOKEN", "STATE", "UNTIL", "BECAUSE"), map(_row, found))
+    else:
+        click.echo(f"no grants{f' of {parent}' if parent else ''} in custody", err=True)
+
+
+@grant.command("delete", epilog=example("holdoff grant delete apps/exact-nl/tokens/finance"))
+@click.argument("token", type=Name(TokenName))
+@click.option("--etag", default="", help="Only the grant that has this etag.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def delete_grant(endpoint: str, token: str, etag: str, yes: bool) -> None:
+    """Delete the grant of TOKEN, with its secrets; the token and its cooldown remain.
+
+    On a terminal the command shows the grant and asks for a confirmation first.
+    """
+    with Client(endpoint) as client:
+        if sys.stdin.isatty() and not yes:
+            found = client.grants.get(token)
+            etag = etag or found.etag
+            if not confirm(_question(token, found)):
+                click.echo("not deleted", err=True)
+                raise click.exceptions.Exit(exits.DECLINED)
+        client.grants.delete(token, etag=etag)
+    click.echo(f"deleted: the grant of {token}", err=True)
+
+
+def _secret(what: str, path: str) -> str:
+    """Read a secret; no error repeats what is in the file."""
+    if path == "-" and sys.stdin.isatty():
+        return str(click.prompt(what, hide_input=True, err=True))
+    try:
+        raw = sys.stdin.buffer.read(_MOST_BYTES) if path == "-" else _start_of(Path(path))
+    except OSError as error:
+        raise click.UsageError(f"cannot read the {what} from {path}: {error.strerror}") from None
+    try:
+        return raw.decode("ascii").strip()
+    except UnicodeDecodeError:
+        pass  # not raised from here: it has the text
+    raise click.UsageError(f"the {what} in {path} is not one line of printable ASCII characters")
+
+
+def _start_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MOST_BYTES)
+
+
+def _question(token: str, one: grant_pb2.Grant) -> str:
+    return (
+        f"The grant of {token} with the client id {one.client_id} was put "
+        f"{time_text(one, 'create_time')}.\nIts refresh token is nowhere else, unless you kept it: "
+        "without it a person must authorize again.\nDelete it?"
+    )
+
+
+def _row(one: grant_pb2.Grant) -> tuple[str, ...]:
+    return (
+        one.name.removesuffix("/grant"),
+        enum_text(one.status, "state"),
+        time_text(one.status, "until_time"),
+        one.status.message,
+    )
+
+
+def _emit(one: grant_pb2.Grant, output: str) -> None:
+    if output == "json":
+        emit_json(resource(one))
+        return
+    attempt = one.last_attempt
+    emit_record(
+        [
+            ("token", one.name.removesuffix("/grant")),
+            ("state", enum_text(one.status, "state")),
+            ("because", one.status.message or NOTHING),
+            ("since", time_text(one.status, "since_time")),
+            ("until", time_text(one.status, "until_time")),
+            ("client id", one.client_id),
+            ("token URL", one.token_url),
+            *(("API host", host) for host in one.api_hosts),
+            ("client authentication", enum_text(one, "client_authentication")),
+            ("key", one.key_id),
+            ("generation", str(one.generation)),
+            ("etag", one.etag),
+            ("put", time_text(one, "create_time")),
+            ("last refresh", time_text(one, "refresh_time")),
+            ("not before", time_text(one, "not_before_time")),
+            ("access token expires", time_text(one, "expire_time")),
+            ("refresh token expires", time_text(one, "idle_expire_time")),
+            ("last request", time_text(attempt, "begin_time")),
+            ("its result", attempt.outcome or NOTHING),
+        ]
+    )
