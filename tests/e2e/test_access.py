@@ -22,6 +22,8 @@ from holdoff.v1 import (
     audit_pb2,
     budget_pb2,
     budget_service_pb2,
+    custody_service_pb2,
+    grant_pb2,
     lease_service_pb2,
     lease_service_pb2_grpc,
     policy_service_pb2,
@@ -72,7 +74,7 @@ KEEP, ADMINISTER = {"custodian", "admin"}, {"admin"}
 WHOLE_APP: set[str] = set()  # a role on one token is not enough
 TOKEN, SCOPE = token_pb2.Token(name=OURS), budget_pb2.Scope(token=OURS)
 LEASE, BUDGET, BACK_OFF = f"{OURS}/leases/1", "apps/a/budgets/errors-x", "apps/a/backOffs/block-x"
-ID = str(uuid.uuid4())
+GRANT, ID = f"{OURS}/grant", str(uuid.uuid4())
 
 MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
     "LeaseService/AcquireLease": (lease_service_pb2.AcquireLeaseRequest(token=OURS), HOLD),
@@ -107,6 +109,16 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
     ),
     "TokenService/GetToken": (token_service_pb2.GetTokenRequest(name=OURS), SEE),
     "TokenService/ListTokens": (token_service_pb2.ListTokensRequest(parent="apps/a"), SEE),
+    "CustodyService/PutGrant": (
+        custody_service_pb2.PutGrantRequest(grant=grant_pb2.Grant(name=GRANT)),
+        KEEP,
+    ),
+    "CustodyService/GetGrant": (custody_service_pb2.GetGrantRequest(name=GRANT), SEE),
+    "CustodyService/ListGrants": (
+        custody_service_pb2.ListGrantsRequest(parent="apps/a"),
+        SEE,
+    ),
+    "CustodyService/DeleteGrant": (custody_service_pb2.DeleteGrantRequest(name=GRANT), KEEP),
     "BudgetService/RecordEvents": (
         budget_service_pb2.RecordEventsRequest(events=[budget_pb2.Event(scope=SCOPE)]),
         REPORT,
@@ -142,6 +154,7 @@ ABOUT_A_PART = {
     "LeaseService/ListLeases",
     "LeaseService/ListQuarantines",
     "TokenService/ListTokens",
+    "CustodyService/ListGrants",
     "BudgetService/Commit",
     "BudgetService/Cancel",
     "BudgetService/GetBudget",
@@ -156,6 +169,7 @@ SERVICES = {
     for module in (
         lease_service_pb2,
         token_service_pb2,
+        custody_service_pb2,
         budget_service_pb2,
         policy_service_pb2,
         admin_service_pb2,
@@ -257,7 +271,7 @@ def test_the_matrix_names_every_call() -> None:
 
 @pytest.mark.parametrize("shown", ["credential", "certificate"])
 def test_every_role_may_do_its_own(tmp_path: Path, shown: str) -> None:
-    """30 calls by 5 roles, and by 3 who have no role for the token: allowed or refused.
+    """34 calls by 5 roles, and by 3 who have no role for the token: allowed or refused.
 
     Fails when any entry of the coordinator's table is another, when it compares a token's name
     without its app, and when a role on a token is taken for one on its app.

@@ -35,12 +35,16 @@ from holdoff.v1 import (
     admin_service_pb2,
     budget_pb2,
     budget_service_pb2,
+    custody_service_pb2,
     lease_service_pb2,
     policy_service_pb2,
     token_service_pb2,
 )
 from holdoff_coordinator.access import Role
+from holdoff_coordinator.custody.grants import Terms
+from holdoff_coordinator.custody.key_files import KeyDirectory
 from holdoff_coordinator.gate import AccessFile
+from tests.custodian import key_directory
 from tests.harness import LONG, NO_PROXY, Replica, wait_until
 from tests.integration.test_isolation import credential_of
 
@@ -59,6 +63,7 @@ METHODS: dict[str, MethodDescriptor] = {
     for module in (
         lease_service_pb2,
         token_service_pb2,
+        custody_service_pb2,
         budget_service_pb2,
         policy_service_pb2,
         admin_service_pb2,
@@ -67,8 +72,10 @@ METHODS: dict[str, MethodDescriptor] = {
     for method in service.methods
 }
 READS = ("Get", "List", "Watch", "Explain")
-WORDS = ("job", "host", "user", "division", "endpoint")
+WORDS = ("job", "host", "user", "division", "endpoint", "client", "secret")
+START = "start.exactonline.nl"
 _NUMBERS = {"status": (0, 400, 403, 404), "count": (1, 9), "page_size": (0, 1, 2)}
+_LISTS = {"api_hosts": [START]}
 SETTINGS: dict[str, Any] = {
     "deadline": None,
     "print_blob": True,
@@ -119,6 +126,16 @@ class Target:
         return {"token": self.name, "ttl": ttl, "holder": self.holder, "scopes": self.places}
 
     @property
+    def grant(self) -> dict[str, Any]:
+        """A grant to put."""
+        return {
+            "name": f"{self.name}/grant",
+            "client_id": self.word("client"),
+            "token_url": f"https://{START}/api/oauth2/token",
+            "api_hosts": [START],
+        }
+
+    @property
     def secrets(self) -> set[str]:
         """All that tells of it."""
         ids = {lease.rpartition("/")[2] for lease in self.leases}
@@ -164,7 +181,7 @@ class Builder:
         elif not isinstance(message, field_mask_pb2.FieldMask):
             for one in descriptor.fields:
                 oneof = one.containing_oneof
-                if oneof and oneof.fields[0] is not one:
+                if oneof and (oneof.fields[0] is not one or one.name == "etag"):
                     continue
                 self._fill(message, one)
         return message
@@ -181,7 +198,7 @@ class Builder:
             else:
                 getattr(message, one.name).CopyFrom(value)
         elif one.is_repeated:
-            return
+            getattr(message, one.name).extend(_LISTS.get(one.name, ()))
         elif one.type == FieldDescriptor.TYPE_STRING:
             setattr(message, one.name, self._text(message, one))
         elif one.type == FieldDescriptor.TYPE_ENUM:
@@ -208,6 +225,12 @@ class Builder:
                 return str(self._pick(["", target.app, target.name]))
             case "lease":
                 return str(self._pick(["", *target.leases]))
+            case "name" if "Grant" in kind:
+                return str(target.grant["name"])
+            case "client_id" | "token_url":
+                return str(target.grant[one.name])
+            case "refresh_token" | "client_secret":
+                return target.word("secret")
             case "name":
                 for word, names in self._names.items():
                     if word in kind:
@@ -375,6 +398,9 @@ class World:
         target = Target(app, f"{app}/tokens/t{uuid.uuid4().hex[:10]}")
         self.targets.append(target)
         self.do("CreateToken", token={"name": target.name, "policy": policy})
+        hours = {"seconds": 36000}
+        secret = target.word("secret")
+        self.do("PutGrant", grant=target.grant, refresh_token=secret, last_refresh_age=hours)
         return target
 
     def happen(self, *targets: Target) -> None:
@@ -456,11 +482,12 @@ def worlds(
 ) -> Iterator[Callable[[], World]]:
     """Make worlds, on a replica of their own."""
     path = tmp_path_factory.mktemp("access") / "access.toml"
+    terms = Terms(KeyDirectory(key_directory(tmp_path_factory.mktemp("keys"), "first")).keys)
     path.write_text("grants = []\n")
     exact = presets()["exact-online"]
     policies = {**presets(), "own": own(exact), "shared": shared(exact)}
     made: list[World] = []
-    with Replica(valkey.url, access=AccessFile(path), policies=policies) as replica:
+    with Replica(valkey.url, access=AccessFile(path), policies=policies, custody=terms) as replica:
 
         def make() -> World:
             made.append(World(replica, valkey.url, path))

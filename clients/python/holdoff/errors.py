@@ -240,13 +240,13 @@ class GrantDuplicate(AlreadyExists):
     REASON = "GRANT_DUPLICATE"
 
 
-class CustodyOff(Refused):
+class CustodyOff(HoldoffError):  # noqa: N818 - a state
     """The coordinator takes nothing into custody; the message says why."""
 
     REASON = "CUSTODY_OFF"
 
 
-class CustodyKeyMissing(Refused):
+class CustodyKeyMissing(CustodyOff):
     """The coordinator does not have the master key that encrypts what is in custody."""
 
     REASON = "CUSTODY_KEY_MISSING"

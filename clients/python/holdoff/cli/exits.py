@@ -58,6 +58,7 @@ def code_of(error: Exception) -> int | None:
         errors.Refused: REFUSED,
         errors.NotFound: REFUSED,
         errors.AlreadyExists: REFUSED,
+        errors.CustodyOff: REFUSED,
         errors.LeaseLost: LEASE_LOST,
         errors.HoldoffError: INTERNAL,
     }
