@@ -81,11 +81,12 @@ def request_of(token: str, **fields: Any) -> custody_service_pb2.PutGrantRequest
     """Build a request with all that the policy xero does not say."""
     grant = {"name": f"{token}/grant", "client_id": "our-client", **fields.pop("grant", {})}
     defaults: dict[str, Any] = {
+        "grant": grant_pb2.Grant(**grant),
         "refresh_token": f"{REFRESH_TOKEN}-of-{token}",
         "client_secret": CLIENT_SECRET,
         "last_refresh_age": HOUR,
     }
-    return custody_service_pb2.PutGrantRequest(grant=grant, **{**defaults, **fields})
+    return custody_service_pb2.PutGrantRequest(**{**defaults, **fields})
 
 
 def refused(call: Callable[..., Any], *arguments: Any, **fields: Any) -> errors.HoldoffError:

@@ -53,7 +53,11 @@ def state(one: Held, *, has_key: bool = True) -> tuple[str, int, str]:
     return word, status.until_time.ToMicroseconds(), status.message
 
 
-BEGUN = {"attempt": "a", "attempt_replica": "web1", "attempt_begun_us": NOW - SECOND}
+BEGUN: dict[str, Any] = {
+    "attempt": "a",
+    "attempt_replica": "web1",
+    "attempt_begun_us": NOW - SECOND,
+}
 STATES: dict[str, tuple[Held, str, int, str]] = {
     "nothing in the way": (held(), "READY", 0, "may be requested"),
     "an access token": (held(expires_us=SOON), "READY", SOON, "there is"),

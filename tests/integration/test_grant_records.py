@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,6 +33,8 @@ from holdoff_coordinator.scripts import Scripts
 from tests.harness import end_cooldown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import redis
 
     from tests.conftest import Server
@@ -285,7 +288,8 @@ def test_a_request_whose_result_is_unknown_counts_at_its_last_possible_moment(
 
     Fails when `lost_at` is left out of one of the two.
     """
-    for change in (lambda **fields: grant.put(replace=True, **fields), grant.delete):
+    changes: tuple[Callable[..., Answer], ...] = (partial(grant.put, replace=True), grant.delete)
+    for change in changes:
         record = grant.record()
         grant.chain = record.chain
         grant.begin("one", record.generation)
@@ -311,19 +315,18 @@ def test_a_lease_holds_the_request(grant: Grant, replica: Replica) -> None:
 def test_secrets_are_sealed_for_the_generation_that_they_get(grant: Grant) -> None:
     """Fails when a put stores secrets that were sealed for another generation: they never open."""
     generation = grant.record().generation
-    request = {"replace": True, "generation": generation}
-    fields = {**request, "sealed_grant": "b3RoZXI="}
-    answer = grant.do(
-        PutGrant(
-            token=grant.name.token,
-            chain=uuid.uuid4().hex,
-            facts=FACTS,
-            fingerprint="f",
-            age_us=0,
-            idle_us=0,
-            takeover_us=TAKEOVER_US,
-            **fields,
-        )
+    request = PutGrant(
+        token=grant.name.token,
+        chain=uuid.uuid4().hex,
+        generation=generation,
+        sealed_grant="b3RoZXI=",
+        facts=FACTS,
+        fingerprint="f",
+        age_us=0,
+        idle_us=0,
+        takeover_us=TAKEOVER_US,
+        replace=True,
     )
+    answer = grant.do(request)
     assert (answer.status, answer.generation) == ("MOVED", generation + 1)
     assert grant.record().generation == generation

@@ -17,7 +17,7 @@ import structlog.testing
 from holdoff import errors
 from holdoff._core import duration
 from holdoff.policies import presets, read_policy
-from holdoff.v1 import admin_service_pb2, audit_pb2, custody_service_pb2, grant_pb2
+from holdoff.v1 import admin_service_pb2, audit_pb2, budget_pb2, custody_service_pb2, grant_pb2
 from holdoff_coordinator.custody.key_files import KeyDirectory
 from holdoff_coordinator.custody.sealing import Binding, GrantSecrets, Keyring, UnsealableError
 from holdoff_coordinator.gate import AccessFile
@@ -70,7 +70,7 @@ def store(url: str) -> Iterator[redis.Redis]:
 def record(store: redis.Redis, token: str) -> dict[str, str]:
     """Read a record as the store has it."""
     _, app, _, token_id = token.split("/")
-    found = store.hgetall(f"holdoff:{{{app}}}:grant:{token_id}")
+    found: Any = store.hgetall(f"holdoff:{{{app}}}:grant:{token_id}")
     return {field.decode(): value.decode() for field, value in found.items()}
 
 
@@ -116,12 +116,12 @@ def test_the_secrets_are_sealed_where_they_belong(custodian: Custodian, store: r
     grant = custodian.put(token)
     sealed = base64.b64decode(record(store, token)["sealed_grant"])
     ring = Keyring(KeyDirectory(custodian.folder).keys(), None)
-    parts = (token, grant.chain_id, 1, grant.token_url, grant.client_id, tuple(grant.api_hosts))
-    found = ring.open(sealed, Binding(*parts), GrantSecrets)
+    facts = (grant.token_url, grant.client_id, tuple(grant.api_hosts))
+    found = ring.open(sealed, Binding(token, grant.chain_id, 1, *facts), GrantSecrets)
     assert found.refresh_token == f"{REFRESH_TOKEN}-of-{token}"
     assert found.client_secret == CLIENT_SECRET
     with pytest.raises(UnsealableError):
-        ring.open(sealed, Binding(*parts[:2], 2, *parts[3:]), GrantSecrets)
+        ring.open(sealed, Binding(token, grant.chain_id, 2, *facts), GrantSecrets)
 
 
 def test_a_public_client_has_no_secret(custodian: Custodian) -> None:
@@ -369,7 +369,7 @@ def test_a_back_off_holds_it(custodian: Custodian) -> None:
     custodian.put(token)
     custodian.admin.SetBackOff(
         admin_service_pb2.SetBackOffRequest(
-            scope={"token": token}, reason="the provider asked", length=duration(60)
+            scope=budget_pb2.Scope(token=token), reason="the provider asked", length=duration(60)
         )
     )
     status = custodian.grant(token).status
@@ -408,7 +408,7 @@ def test_lists_have_pages(start_valkey: StartValkey, keys: Path) -> None:
     "damage", [{"generation": "x"}, {"condition": "x"}, {"facts": "x"}, {"created_us": "x"}]
 )
 def test_a_damaged_grant_affects_no_other(
-    custodian: Custodian, store: redis.Redis, damage: dict[str, str]
+    custodian: Custodian, store: redis.Redis, damage: dict[Any, Any]
 ) -> None:
     """A list leaves it out; who asks for it hears that it is damaged."""
     token = custodian.token()
