@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import msgspec
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from holdoff import policies
 from holdoff.durations import format_duration
 from holdoff.policies import Policy, Seconds, presets, read_policy
-from holdoff.policies.writing import FIELDS
+from holdoff.policies.writing import FIELDS, write_policy
+from holdoff.v1 import policy_pb2
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
 TABLES: dict[str, type[msgspec.Struct]] = {
@@ -63,15 +67,15 @@ def test_the_document_has_every_field(heading: str) -> None:
     """
     text, table = section(heading), TABLES[heading]
     rows = {
-        name: (kind, given)
-        for name, kind, given in re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|", text, re.MULTILINE)
+        name: (kind, shown)
+        for name, kind, shown in re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|", text, re.MULTILINE)
     }
     fields = {field.name: field for field in msgspec.structs.fields(table)}
     assert [*rows] == [*fields]
     hints = get_type_hints(table)
-    for name, (kind, given) in rows.items():
+    for name, (kind, shown) in rows.items():
         several = {"tables": "none"}.get(kind)
-        assert given == (several or default(fields[name])), name
+        assert shown == (several or default(fields[name])), name
         if kind not in {"scope", "HTTP statuses"}:
             assert {word for word in words(hints[name]) if f'"{word}"' not in text} == set(), name
 
@@ -93,12 +97,28 @@ def test_the_document_lists_every_preset() -> None:
     assert rows == {name: policy.refresh.rotation for name, policy in presets().items()}
 
 
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("it's '''three''' \\d '")
+@example("'a\\'")
+@example('\\s"\x7f\u2028')
+def test_any_text_is_read_back(text: str) -> None:
+    """A title or pattern in a printed file is what it was, and has nothing that a terminal obeys.
+
+    Fails when a quote ends it, or a character is not escaped.
+    """
+    policy = policy_pb2.Policy(title=text, throttles=[policy_pb2.Throttle(body=text)])
+    written = write_policy(policy)
+    assert all(line.isprintable() for line in written.split("\n"))
+    read = tomllib.loads(written)
+    assert (read.get("title", ""), read["throttle"][0].get("body", "")) == (text, text)
+
+
 def test_the_examples_are_read(tmp_path: Path) -> None:
     """Each example of the document is a policy, or a table of one."""
     examples = re.findall(r"^```toml\n(.+?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
     assert len(examples) == 4
-    for example in examples:
+    for one in examples:
         file = tmp_path / "mine.toml"
-        head = "" if "like" in example else 'name = "mine"\n[refresh]\ninterval = "0s"\n'
-        file.write_text(head + example)
+        head = "" if "like" in one else 'name = "mine"\n[refresh]\ninterval = "0s"\n'
+        file.write_text(head + one)
         assert read_policy(file)

@@ -129,6 +129,7 @@ def write_policy(policy: policy_pb2.Policy) -> str:
     if path := values.pop("endpoint_path", ""):
         values["endpoint"] = {"path": path}
     tables = dict.fromkeys(name.partition(".")[0] for name in FIELDS if "." in name)
+    tables |= {name: None for name, value in values.items() if _is_table(value)}
     lines = [*_lines("", {name: value for name, value in values.items() if name not in tables})]
     for table in tables:
         content = values.get(table)
@@ -150,6 +151,10 @@ def status_words(statuses: Sequence[int]) -> list[int | str]:
     for status in statuses:
         words[f"{status // 100}xx" if status // 100 in whole else status] = None
     return list(words)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value[0] if isinstance(value, list) and value else value, dict)
 
 
 def _values(message: Message) -> Iterator[tuple[str, Any]]:
@@ -211,12 +216,9 @@ def _lines(table: str, content: dict[str, Any], *, comments: bool = True) -> Ite
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         words = [_toml(one) for one in value]
-        line = f"[{', '.join(words)}]"
-        return (
-            line
-            if len(line) < _WIDTH // 2
-            else "".join(["[\n", *(f"  {one},\n" for one in words), "]"])
-        )
+        if sum(map(len, words)) < _WIDTH // 2:
+            return f"[{', '.join(words)}]"
+        return "".join(["[\n", *(f"  {one},\n" for one in words), "]"])
     return _string(value) if isinstance(value, str) else repr(value)
 
 
