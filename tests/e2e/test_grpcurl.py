@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from holdoff.v1 import budget_pb2, budget_service_pb2, lease_pb2
+from tests.custodian import Custodian, key_directory
 from tests.e2e.service import BIN
 from tests.harness import Replica, Waiter, ask
 
@@ -157,12 +158,16 @@ def _count(replica: Replica, event: budget_pb2.Event) -> None:
 
 
 @pytest.fixture
-def story(start_valkey: StartValkey) -> Iterator[tuple[Replica, datetime]]:
+def story(start_valkey: StartValkey, tmp_path: Path) -> Iterator[tuple[Replica, datetime]]:
     """Give the coordinator of the book, shortly after ten past three, and when that was."""
     nightly = _holder("nightly", "web1", 4711)
-    with Replica(start_valkey().url) as replica:
+    keys = key_directory(tmp_path, "20261130-120000")
+    with Custodian(start_valkey().url, keys) as replica:
         replica.create_token(0.0, name=FINANCE)  # so that `nightly` may follow `export` at once
         replica.create_token(None, name=PAYROLL)
+        host = "start.exactonline.nl"
+        url = f"https://{host}/api/oauth2/token"
+        replica.put(PAYROLL, grant={"client_id": "7e3f", "token_url": url, "api_hosts": [host]})
         export, began = _run(replica, FINANCE, _holder("export", "web3", 77))
         replica.release(export)
         payslips, _ = _run(replica, PAYROLL, _holder("payslips", "web3", 311))

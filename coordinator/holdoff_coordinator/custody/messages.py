@@ -100,7 +100,8 @@ def _passing(name: TokenName, held: Held) -> grant_pb2.GrantStatus:
     until_us = max(record.not_before_us, held.until_us)
     if now_us < until_us:
         words = held_words("COOLING", name)
-        return _status(_State.GRANT_STATE_COOLING, words, record.refreshed_us, until_us)
+        since_us = record.refreshed_us if until_us == record.not_before_us else 0
+        return _status(_State.GRANT_STATE_COOLING, words, since_us, until_us)
     return _status(
         _State.GRANT_STATE_READY, "an access token may be requested", record.not_before_us
     )
