@@ -241,6 +241,8 @@ def test_a_grant_that_is_put_again_still_waits(grant: Grant, store: redis.Redis)
     assert grant.delete(**{**etag, "etag_generation": 1}).status == "CHANGED"
     assert grant.delete(**etag).status == "OK"
     assert grant.delete().status == "GONE"
+    left = store.hmget(f"holdoff:{{{grant.name.app}}}:grant:t", "sealed_grant", "sealed_access")
+    assert left == [b"", b""]
     assert grant.begin("two", 2).status == "GONE"
     waiting = grant.put()
     assert (waiting.status, waiting.reason) == ("WAIT", "COOLING")
