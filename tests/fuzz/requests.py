@@ -43,6 +43,8 @@ from holdoff.v1 import (
     token_service_pb2,
 )
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.custody.grants import Terms
+from holdoff_coordinator.custody.sealing import KEY_BYTES, MasterKey
 from holdoff_coordinator.failures import CODES
 from holdoff_coordinator.gate import AccessFile
 from holdoff_coordinator.places import scope_id
@@ -116,6 +118,7 @@ DIVISION = {"token": "", "division": "9", "endpoint": ""}
 BUDGET = scope_id("errors", {"token": "held", "division": "535193", "endpoint": "crm/accounts"})
 NAMES = {
     "Lease": [f"{HELD}/leases/{_LEASE}"] * 2 + [f"{HELD}/leases/1", f"{FREE}/leases/{_LEASE}"],
+    "Grant": [f"{FREE}/grant", f"{HELD}/grant", f"{NONE}/grant", FREE],
     "Budget": [f"apps/{_APP}/budgets/{BUDGET}", f"apps/{_APP}/budgets/errors-x"],
     "BackOff": [f"apps/{_APP}/backOffs/{scope_id('operator', DIVISION)}"],
     "Policy": ["exact-online", "xero", "none"],
@@ -136,6 +139,12 @@ TEXTS = {
     "page_token": ["", HELD, f"1700000000000-0/holdoff:{{{_APP}}}:audit"],
     "resume_token": ["", f"{_APP}:{'0' * 32}:1", f"{_APP}::5"],
     "throttle": ["", "too-many-calls"],
+    "client_id": ["ours", ""],
+    "token_url": ["https://start.exactonline.nl/api/oauth2/token", "", "http://127.0.0.1/"],
+    "api_hosts": ["start.exactonline.nl", "start.exactonline.be", "", "127.0.0.1:80"],
+    "refresh_token": ["a-refresh-token", "another", ""],
+    "client_secret": ["", "a-client-secret"],
+    "etag": ["", f"{'0' * 32}.1", "x"],
     "policy": ["", "exact-online", "xero"],
     "paths": ["refresh_interval", "refresh_at", "policy", "name"],
 }
@@ -547,7 +556,8 @@ def opened() -> Iterator[Any]:
         store = stack.enter_context(redis.Redis.from_url(url))
         before = structlog.get_config()
         stack.callback(structlog.configure, **before)
-        replica = Replica(url, access=AccessFile(folder / "access.toml"))
+        terms = Terms(lambda: {"key": MasterKey("key", bytes(KEY_BYTES))})
+        replica = Replica(url, access=AccessFile(folder / "access.toml"), custody=terms)
         log = Log()
         structlog.configure(processors=[log.note])
         logging.getLogger().addHandler(log)

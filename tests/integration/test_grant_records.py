@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from redis.asyncio import Redis
 
 from holdoff._core import duration
 from holdoff.names import TokenName
 from holdoff.v1 import admin_service_pb2, budget_pb2
+from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.custody.records import (
     TAKEOVER_US,
     Answer,
@@ -62,11 +62,14 @@ class Grant:
 
     def _run(self, request: Request | None) -> Any:
         async def run() -> Any:
-            async with Redis.from_url(self._url) as client:
+            client = connect(self._url)
+            try:
                 scripts = Scripts(client, quarantine_us=0)
                 if request is None:
                     return await read(scripts, self.name, sealed=True)
                 return await ask(scripts, self.name.app, request)
+            finally:
+                await client.aclose()
 
         return asyncio.run(run())
 

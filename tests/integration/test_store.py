@@ -25,7 +25,8 @@ from holdoff_coordinator.settings import Settings
 from holdoff_coordinator.store import StoreError
 from holdoff_coordinator.sweeper import Sweeper
 from tests.cable import Cable
-from tests.harness import Replica, Waiter, ask, wait_until
+from tests.custodian import Custodian, key_directory
+from tests.harness import Waiter, ask, wait_until
 
 SECRET = "sw0rdf1sh"
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
@@ -166,8 +167,13 @@ async def test_a_store_that_takes_no_writes_is_refused(
     assert words in await refusal(start_valkey(*DURABLE, option, "1").url)
 
 
-async def test_the_documented_access_list_is_enough(start_valkey: StartValkey) -> None:
-    """A coordinator serves as a user with these rights alone: leases, wake-ups, budgets, sweeps."""
+async def test_the_documented_access_list_is_enough(
+    start_valkey: StartValkey, tmp_path: Path
+) -> None:
+    """A coordinator serves as a user with these rights alone.
+
+    Leases, wake-ups, budgets, sweeps, and custody.
+    """
     page = (Path(__file__).parents[2] / "docs/operating.md").read_text(encoding="utf-8")
     assert f"ACL SETUSER holdoff on >PASSWORD {store.ACCESS}" in " ".join(
         page.replace("\\\n", " ").split()
@@ -177,7 +183,12 @@ async def test_the_documented_access_list_is_enough(start_valkey: StartValkey) -
     async with client_of(own) as client:
         await store.check(client)
         await Credentials(client).issue("job", 60, "test")
-    with Replica(own) as replica, redis.Redis.from_url(url) as admin:
+    keys = key_directory(tmp_path, "first")
+    with Custodian(own, keys) as replica, redis.Redis.from_url(url) as admin:
+        kept = replica.token()
+        replica.put(kept)
+        assert replica.list() == [[f"{kept}/grant"]]
+        replica.delete(kept)
         token = replica.create_token(0.2)
         held = replica.hold(token)
         waiter = Waiter(replica, ask(token))
