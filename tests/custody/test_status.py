@@ -119,5 +119,5 @@ def test_everything_that_prevents_a_request_has_words() -> None:
 
 def test_an_access_token_that_expired_has_no_expiry() -> None:
     """Fails when a grant shows the expiry of a token that can no longer be had."""
-    assert not grant_message(NAME, held(expires_us=NOW), has_key=True).HasField("expire_time")
-    assert grant_message(NAME, held(expires_us=SOON), has_key=True).HasField("expire_time")
+    assert not grant_message(NAME, held(expires_us=NOW), ["k1"]).HasField("expire_time")
+    assert grant_message(NAME, held(expires_us=SOON), ["k1"]).HasField("expire_time")

@@ -141,6 +141,13 @@ def test_errors_say_what_to_do(
     assert done.exit_code == exits.REFUSED, done.stderr
 
 
+def test_secrets_are_not_sent_over_a_network_without_tls(files: list[str]) -> None:
+    """Fails when a coordinator elsewhere is asked before that is checked."""
+    words = put("apps/a/tokens/t", *files)
+    done = CliRunner().invoke(main, ["--endpoint", "192.0.2.1:50051", *words])
+    assert (done.exit_code, "HOLDOFF_CA_FILE" in done.stderr) == (exits.USAGE, True)
+
+
 @pytest.mark.parametrize("deleted", [True, False])
 def test_a_deletion_asks_on_a_terminal(
     custodian: Custodian,

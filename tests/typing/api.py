@@ -12,6 +12,7 @@ from holdoff._client import BudgetGuard
 from holdoff.v1 import (
     budget_pb2,
     budget_service_pb2,
+    grant_pb2,
     lease_pb2,
     lease_service_pb2,
     policy_pb2,
@@ -156,6 +157,26 @@ async def ask_in_a_loop(client: holdoff.aio.Client) -> None:
     async with contextlib.aclosing(client.watch_leases(TOKEN, resume_token="")) as responses:
         async for response in responses:
             assert_type(response, lease_service_pb2.WatchLeasesResponse)
+
+
+def keep(client: holdoff.Client) -> None:
+    """What an operator does with custody."""
+    put = client.grants.put(
+        TOKEN, client_id="c", refresh_token="r", client_authentication="body", replace=True
+    )
+    assert_type(put, grant_pb2.Grant)
+    assert_type(client.grants.get(TOKEN), grant_pb2.Grant)
+    assert_type(client.grants.list(), Iterator[grant_pb2.Grant])
+    client.grants.delete(TOKEN, etag=put.etag)
+
+
+async def keep_in_a_loop(client: holdoff.aio.Client) -> None:
+    """The same for asyncio."""
+    put = await client.grants.put(TOKEN, client_id="c", refresh_token="r", api_hosts=["a", "b"])
+    assert_type(put, grant_pb2.Grant)
+    assert_type(await client.grants.get(TOKEN), grant_pb2.Grant)
+    assert_type(client.grants.list(), AsyncIterator[grant_pb2.Grant])
+    await client.grants.delete(TOKEN, etag=put.etag)
 
 
 def count(client: holdoff.Client) -> None:

@@ -13,7 +13,7 @@ import grpc
 
 from holdoff import _calls
 from holdoff._core import Counted, report_patience
-from holdoff._endpoint import CredentialFile, endpoint_of
+from holdoff._endpoint import CredentialFile, Endpoint, endpoint_of
 from holdoff._forks import Owner, leave_to_parent, use_grpc
 from holdoff._platform import boottime_ns
 from holdoff._route import Route
@@ -117,6 +117,11 @@ class Connection:
         with self._lock:
             self._route.closed = True
         self._current.channel.close()
+
+    @property
+    def _is_private(self) -> bool:
+        """Whether nobody on a network can read what is sent."""
+        return self._tls is not None or Endpoint.parse(self.endpoint).stays_here
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         """Return what every call carries: who we are, and the trace that it is part of."""

@@ -138,7 +138,7 @@ class Grants:
         after = validation.page_token(request.page_token) or ("", "")
         apps = [parent.app] if parent else await self._scripts.apps_with("grants")
         found: list[grant_pb2.Grant] = []
-        last = ""
+        key_ids, last = self._seals.ids(), ""
         for app in apps:
             if app < after[0]:
                 continue
@@ -149,7 +149,7 @@ class Grants:
                         grants=found, next_page_token=last
                     )
                 name = TokenName(app, held.token)
-                found.append(self._message(name, held))
+                found.append(grant_message(name, held, key_ids))
                 last = str(name)
         return custody_service_pb2.ListGrantsResponse(grants=found)
 
@@ -216,7 +216,7 @@ class Grants:
         held = await read(self._scripts, name)
         if held is None:
             raise _not_found(name)
-        return self._message(name, held)
+        return grant_message(name, held, self._seals.ids())
 
     async def _held(self, app: str, last: str, caller: Caller) -> AsyncIterator[Held]:
         """Read the grants of an app that a caller may see, after one token."""
@@ -226,9 +226,6 @@ class Grants:
             answer = await ask(self._scripts, app, ReadGrants(tokens=seen))
             for held in self._scripts.readable(app, "tokens", answer.grants, held_of):
                 yield held
-
-    def _message(self, name: TokenName, held: Held) -> grant_pb2.Grant:
-        return grant_message(name, held, has_key=self._seals.has(held.record.public.key_id))
 
 
 def _secrets(request: custody_service_pb2.PutGrantRequest) -> GrantSecrets:

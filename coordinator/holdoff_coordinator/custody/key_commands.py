@@ -32,7 +32,7 @@ def rotate(folder: Path, key_id: str | None) -> None:
     click.echo(
         f"Copy the new file to the same directory of every replica; they read it without a restart "
         f"or a signal. `holdoff-coordinator key list --key-dir {folder}` shows the same CHECK "
-        "everywhere. New secrets are sealed with the new key only when every live replica has it. "
+        "everywhere. The change to a new key is not built yet: the key in use still encrypts. "
         "Keep the older keys: what they sealed cannot be opened without them.",
         err=True,
     )

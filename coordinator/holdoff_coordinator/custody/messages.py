@@ -12,6 +12,8 @@ from holdoff_coordinator.custody.records import TAKEOVER_US
 from holdoff_coordinator.custody.rules import Condition
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from holdoff.names import TokenName
     from holdoff_coordinator.custody.records import Held, Record
 
@@ -107,8 +109,8 @@ def _passing(name: TokenName, held: Held) -> grant_pb2.GrantStatus:
     )
 
 
-def grant_message(name: TokenName, held: Held, *, has_key: bool) -> grant_pb2.Grant:
-    """A grant as the API shows it."""
+def grant_message(name: TokenName, held: Held, key_ids: Collection[str]) -> grant_pb2.Grant:
+    """A grant as the API shows it, at a coordinator with some keys."""
     record, public = held.record, held.record.public
     return grant_pb2.Grant(
         name=str(GrantName(name.app, name.token)),
@@ -120,7 +122,7 @@ def grant_message(name: TokenName, held: Held, *, has_key: bool) -> grant_pb2.Gr
         api_hosts=public.api_hosts,
         client_authentication=authentication_value(public.client_authentication),
         key_id=public.key_id,
-        status=status_of(name, held, has_key=has_key),
+        status=status_of(name, held, has_key=public.key_id in key_ids),
         create_time=_time(record.created_us),
         refresh_time=_time(record.refreshed_us),
         expire_time=_time(record.expires_us if held.now_us < record.expires_us else 0),

@@ -16,7 +16,7 @@ from holdoff_coordinator.custody.sealing import (
 from holdoff_coordinator.failures import Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from holdoff_coordinator.custody.sealing import MasterKey
     from holdoff_coordinator.scripts import Scripts
@@ -40,9 +40,9 @@ class Seals:
         self._scripts = scripts
         self._keys = keys
 
-    def has(self, key_id: str) -> bool:
-        """Whether this replica has a key."""
-        return key_id in self._keys()
+    def ids(self) -> Collection[str]:
+        """Return the ids of this replica's keys."""
+        return self._keys().keys()
 
     def require(self) -> Mapping[str, MasterKey]:
         """Return the keys of this replica.

@@ -63,10 +63,12 @@ class Grants:
             CustodyOff: The coordinator takes nothing into custody.
             CustodyKeyMissing: The coordinator does not have the key that encrypts.
             TokenNotFound: There is no such token.
-            InvalidRequest: An argument is wrong, or the policy allows several values.
+            InvalidRequest: An argument is wrong, the policy allows several values, or the secrets
+                would be sent over a network without TLS.
             ValueError: `client_authentication` is none of these, or both `etag` and `replace` were
                 given.
         """
+        calls.require_private(self._connection._is_private)  # noqa: SLF001
         call = calls.put_grant(
             token,
             client_id=client_id,

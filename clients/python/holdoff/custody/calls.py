@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from holdoff._calls import Call, Page
 from holdoff._core import duration
+from holdoff.errors import InvalidRequest
 from holdoff.v1 import custody_service_pb2, grant_pb2
 
 if TYPE_CHECKING:
@@ -60,6 +61,19 @@ def put_grant(  # noqa: PLR0913 - the fields of a grant
         custody_service_pb2.PutGrantResponse,
         lambda response: response.grant,
     )
+
+
+def require_private(is_private: bool) -> None:
+    """Refuse to send a secret that others on a network could read.
+
+    Raises:
+        InvalidRequest: It would be sent over a network without TLS.
+    """
+    if not is_private:
+        raise InvalidRequest(
+            "secrets are sent over a network by TLS only: set HOLDOFF_CA_FILE to the authorities "
+            "of the coordinator's certificate"
+        )
 
 
 def get_grant(token: str) -> Call[Any, grant_pb2.Grant]:

@@ -19,7 +19,9 @@ if over and sure < over then return wait('REFRESHING', over_at(over)) end
 if not kept and cools(token) then return wait('COOLING', over_at(number(token.not_before_us))) end
 
 local other = redis.call('HGET', PRINTS, ask.fingerprint)
-if other and other ~= id then return answer('DUPLICATE', {of = other}) end
+if other and other ~= id and redis.pcall('HGET', grant_key(other), 'fingerprint') == ask.fingerprint then
+  return answer('DUPLICATE', {of = other})
+end
 grant = grant or {generation = 0, refreshed_us = 0}
 local generation = grant.generation + 1
 if ask.generation ~= generation then return answer('MOVED', {generation = generation}) end
