@@ -171,7 +171,7 @@ def request_id(text: str, field: str = "request_id") -> str:
         raise invalid(
             field,
             "must be a random UUID (version 4), in lower case with hyphens, and a new one for each "
-            f"{'lease' if field == 'request_id' else 'event'}",
+            f"{'request' if field == 'request_id' else 'event'}",
         )
     return text
 

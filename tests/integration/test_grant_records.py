@@ -58,7 +58,7 @@ class Grant:
     def __init__(self, url: str, token: str) -> None:
         self.name = TokenName.parse(token)
         self._url = url
-        self.chain = uuid.uuid4().hex
+        self.chain = ""
 
     def _run(self, request: Request | None) -> Any:
         async def run() -> Any:
@@ -91,7 +91,7 @@ class Grant:
         """Put the grant, whose last refresh is an interval ago by default."""
         defaults = {
             "token": self.name.token,
-            "chain": self.chain,
+            "chain": uuid.uuid4().hex,
             "generation": 1,
             "sealed_grant": "c2VhbGVk",
             "facts": FACTS,
@@ -100,7 +100,10 @@ class Grant:
             "idle_us": 0,
             "takeover_us": TAKEOVER_US,
         }
-        answer = self.do(PutGrant(**{**defaults, **fields}))
+        request = PutGrant(**{**defaults, **fields})
+        answer = self.do(request)
+        if answer.status == "OK":
+            self.chain = request.chain
         if answer.status == "MOVED":
             return self.put(**{**fields, "generation": answer.generation})
         return answer

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import logging
 import urllib.request
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +146,19 @@ def test_a_grant_is_replaced_only_on_purpose(custodian: Custodian) -> None:
     for etag in ("x", f"{second.etag} ", "a.b"):
         error = refused(custodian.put, token, etag=etag)
         assert (error.reason, "etag" in str(error)) == ("INVALID_FIELD", True)
+
+
+def test_a_request_that_is_sent_again(custodian: Custodian) -> None:
+    """Fails when a client whose answer was lost is told that there is a grant, or puts two."""
+    token, request_id = custodian.token(), str(uuid.uuid4())
+    first = custodian.put(token, request_id=request_id)
+    assert first.chain_id == uuid.UUID(request_id).hex
+    assert custodian.put(token, request_id=request_id) == first
+    assert custodian.put(token, request_id=request_id, replace=True) == first
+    second = custodian.put(token, etag=first.etag)
+    assert second.generation == 2
+    assert refused(custodian.put, token, request_id=request_id).reason == "GRANT_EXISTS"
+    assert refused(custodian.put, token, request_id="x").reason == "INVALID_FIELD"
 
 
 def test_a_token_without_a_grant(custodian: Custodian) -> None:

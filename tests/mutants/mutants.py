@@ -822,6 +822,11 @@ MUTANTS = [
         f"{TESTS}/test_grants.py::test_a_grant_is_replaced_only_on_purpose",
     ),
     Mutant(
+        "a request that is sent again puts nothing",
+        *(f"{LUA}/custody/put_grant.lua", "if kept and grant.chain ==", "if false and nil =="),
+        f"{TESTS}/test_grants.py::test_a_request_that_is_sent_again",
+    ),
+    Mutant(
         "a put begins a cooldown",
         f"{LUA}/custody/put_grant.lua",
         "cool_down(id, token, refreshed, number(token.interval_us))",

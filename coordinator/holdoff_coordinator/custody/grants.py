@@ -83,6 +83,9 @@ class Grants:
         name = validation.grant_name("grant.name", request.grant.name).token_name
         self._require_closed()
         condition = _condition(request.WhichOneof("condition") or "", request)
+        chain = uuid.uuid4().hex
+        if request.request_id:
+            chain = uuid.UUID(validation.request_id(request.request_id)).hex
         age_us = 0
         if request.HasField("last_refresh_age"):
             age_us = validation.microseconds("last_refresh_age", request.last_refresh_age)
@@ -91,7 +94,7 @@ class Grants:
         policy = await self._policy(name)
         facts = self._facts(request.grant, policy)
         ring, fingerprints = await self._seals.unlocked()
-        chain, generation = uuid.uuid4().hex, 1
+        generation = 1
         while True:  # each time only because another change of the grant succeeded
             sealed = ring.seal(secrets, _binding(name, chain, generation, facts))
             answer = await ask(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
 from holdoff._calls import Call, Page
@@ -53,6 +54,7 @@ def put_grant(  # noqa: PLR0913 - the fields of a grant
         refresh_token=refresh_token,
         client_secret=client_secret,
         last_refresh_age=age,
+        request_id=str(uuid.uuid4()),
         **({"etag": etag} if etag else {"replace": True} if replace else {}),
     )
     return Call(

@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from holdoff.v1 import grant_pb2 as holdoff_dot_v1_dot_grant__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n holdoff/v1/custody_service.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16holdoff/v1/grant.proto\"\xc6\x01\n\x0fPutGrantRequest\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\x12\x15\n\rrefresh_token\x18\x02 \x01(\t\x12\x15\n\rclient_secret\x18\x03 \x01(\t\x12\x33\n\x10last_refresh_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x04\x65tag\x18\x05 \x01(\tH\x00\x12\x11\n\x07replace\x18\x06 \x01(\x08H\x00\x42\x0b\n\tcondition\"4\n\x10PutGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"\x1f\n\x0fGetGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"J\n\x11ListGrantsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"P\n\x12ListGrantsResponse\x12!\n\x06grants\x18\x01 \x03(\x0b\x32\x11.holdoff.v1.Grant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x12\x44\x65leteGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteGrantResponse2\xbb\x02\n\x0e\x43ustodyService\x12\x45\n\x08PutGrant\x12\x1b.holdoff.v1.PutGrantRequest\x1a\x1c.holdoff.v1.PutGrantResponse\x12\x45\n\x08GetGrant\x12\x1b.holdoff.v1.GetGrantRequest\x1a\x1c.holdoff.v1.GetGrantResponse\x12K\n\nListGrants\x12\x1d.holdoff.v1.ListGrantsRequest\x1a\x1e.holdoff.v1.ListGrantsResponse\x12N\n\x0b\x44\x65leteGrant\x12\x1e.holdoff.v1.DeleteGrantRequest\x1a\x1f.holdoff.v1.DeleteGrantResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n holdoff/v1/custody_service.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16holdoff/v1/grant.proto\"\xda\x01\n\x0fPutGrantRequest\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\x12\x15\n\rrefresh_token\x18\x02 \x01(\t\x12\x15\n\rclient_secret\x18\x03 \x01(\t\x12\x33\n\x10last_refresh_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x04\x65tag\x18\x05 \x01(\tH\x00\x12\x11\n\x07replace\x18\x06 \x01(\x08H\x00\x12\x12\n\nrequest_id\x18\x07 \x01(\tB\x0b\n\tcondition\"4\n\x10PutGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"\x1f\n\x0fGetGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"J\n\x11ListGrantsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"P\n\x12ListGrantsResponse\x12!\n\x06grants\x18\x01 \x03(\x0b\x32\x11.holdoff.v1.Grant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x12\x44\x65leteGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteGrantResponse2\xbb\x02\n\x0e\x43ustodyService\x12\x45\n\x08PutGrant\x12\x1b.holdoff.v1.PutGrantRequest\x1a\x1c.holdoff.v1.PutGrantResponse\x12\x45\n\x08GetGrant\x12\x1b.holdoff.v1.GetGrantRequest\x1a\x1c.holdoff.v1.GetGrantResponse\x12K\n\nListGrants\x12\x1d.holdoff.v1.ListGrantsRequest\x1a\x1e.holdoff.v1.ListGrantsResponse\x12N\n\x0b\x44\x65leteGrant\x12\x1e.holdoff.v1.DeleteGrantRequest\x1a\x1f.holdoff.v1.DeleteGrantResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,21 +34,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdoff.v1.custody_service_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PUTGRANTREQUEST']._serialized_start=105
-  _globals['_PUTGRANTREQUEST']._serialized_end=303
-  _globals['_PUTGRANTRESPONSE']._serialized_start=305
-  _globals['_PUTGRANTRESPONSE']._serialized_end=357
-  _globals['_GETGRANTREQUEST']._serialized_start=359
-  _globals['_GETGRANTREQUEST']._serialized_end=390
-  _globals['_GETGRANTRESPONSE']._serialized_start=392
-  _globals['_GETGRANTRESPONSE']._serialized_end=444
-  _globals['_LISTGRANTSREQUEST']._serialized_start=446
-  _globals['_LISTGRANTSREQUEST']._serialized_end=520
-  _globals['_LISTGRANTSRESPONSE']._serialized_start=522
-  _globals['_LISTGRANTSRESPONSE']._serialized_end=602
-  _globals['_DELETEGRANTREQUEST']._serialized_start=604
-  _globals['_DELETEGRANTREQUEST']._serialized_end=652
-  _globals['_DELETEGRANTRESPONSE']._serialized_start=654
-  _globals['_DELETEGRANTRESPONSE']._serialized_end=675
-  _globals['_CUSTODYSERVICE']._serialized_start=678
-  _globals['_CUSTODYSERVICE']._serialized_end=993
+  _globals['_PUTGRANTREQUEST']._serialized_end=323
+  _globals['_PUTGRANTRESPONSE']._serialized_start=325
+  _globals['_PUTGRANTRESPONSE']._serialized_end=377
+  _globals['_GETGRANTREQUEST']._serialized_start=379
+  _globals['_GETGRANTREQUEST']._serialized_end=410
+  _globals['_GETGRANTRESPONSE']._serialized_start=412
+  _globals['_GETGRANTRESPONSE']._serialized_end=464
+  _globals['_LISTGRANTSREQUEST']._serialized_start=466
+  _globals['_LISTGRANTSREQUEST']._serialized_end=540
+  _globals['_LISTGRANTSRESPONSE']._serialized_start=542
+  _globals['_LISTGRANTSRESPONSE']._serialized_end=622
+  _globals['_DELETEGRANTREQUEST']._serialized_start=624
+  _globals['_DELETEGRANTREQUEST']._serialized_end=672
+  _globals['_DELETEGRANTRESPONSE']._serialized_start=674
+  _globals['_DELETEGRANTRESPONSE']._serialized_end=695
+  _globals['_CUSTODYSERVICE']._serialized_start=698
+  _globals['_CUSTODYSERVICE']._serialized_end=1013
 # @@protoc_insertion_point(module_scope)

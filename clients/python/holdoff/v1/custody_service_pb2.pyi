@@ -32,6 +32,7 @@ class PutGrantRequest(_message.Message):
     LAST_REFRESH_AGE_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     refresh_token: _builtins.str
     """The OAuth refresh token."""
     client_secret: _builtins.str
@@ -40,6 +41,10 @@ class PutGrantRequest(_message.Message):
     """The grant with this etag."""
     replace: _builtins.bool
     """Any grant, also none."""
+    request_id: _builtins.str
+    """A random UUID (version 4), a new one for each grant that is put. With it the
+    request can be sent again: it changes nothing if its grant is in custody.
+    """
     @_builtins.property
     def grant(self) -> _grant_pb2.Grant:
         """The grant; what is output only is ignored."""
@@ -60,10 +65,11 @@ class PutGrantRequest(_message.Message):
         last_refresh_age: _duration_pb2.Duration | None = ...,
         etag: _builtins.str = ...,
         replace: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "etag", b"etag", "grant", b"grant", "last_refresh_age", b"last_refresh_age", "replace", b"replace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_secret", b"client_secret", "condition", b"condition", "etag", b"etag", "grant", b"grant", "last_refresh_age", b"last_refresh_age", "refresh_token", b"refresh_token", "replace", b"replace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_secret", b"client_secret", "condition", b"condition", "etag", b"etag", "grant", b"grant", "last_refresh_age", b"last_refresh_age", "refresh_token", b"refresh_token", "replace", b"replace", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_condition: _TypeAlias = _typing.Literal["etag", "replace"]  # noqa: Y015
     _WhichOneofArgType_condition: _TypeAlias = _typing.Literal["condition", b"condition"]  # noqa: Y015

@@ -8,6 +8,7 @@ local token, lease = settle(id)
 if not token then return answer('TOKEN_NOT_FOUND') end
 local grant = load_grant(id)
 local kept, over = is_kept(grant), right_until(grant)
+if kept and grant.chain == ask.chain then return answer('OK') end -- the same request, sent again
 if ask.etag_chain and not (kept and is_meant(grant)) then return answer('CHANGED') end
 if kept and not ask.replace and not ask.etag_chain then return answer('EXISTS') end
 
