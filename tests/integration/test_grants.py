@@ -488,9 +488,9 @@ def test_secrets_are_nowhere(
 
     Fails when a secret is sent to the store as it is, or logged.
     """
-    caplog.set_level(logging.DEBUG)
-    # gRPC crashes when the tracebacks that it logs at this level are collected in another thread.
+    # gRPC crashes when the tracebacks that it logs at DEBUG are collected in another thread.
     caplog.set_level(logging.INFO, "grpc")
+    caplog.set_level(logging.DEBUG)  # the last, since it also sets what is captured
     server = start_valkey("--appendonly", "yes", "--rdbcompression", "no")
     folder = Path(server.url.removeprefix("unix://")).parent
     seen: list[str] = []
@@ -525,7 +525,7 @@ def test_secrets_are_nowhere(
     everything = "\n".join(seen)
     assert {"dump.rdb", "manifest"} <= {path.name.rpartition("aof.")[2] for path in files}
     assert "our-client" in everything  # which is no secret: what is searched has the record
-    assert everything.count("put_grant") or "sealed_grant" in everything
+    assert "sealed_grant" in everything
     for secret in (REFRESH_TOKEN, CLIENT_SECRET):
         assert secret not in everything
         assert base64.b64encode(secret.encode()).decode().rstrip("=")[:-2] not in everything
