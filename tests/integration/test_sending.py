@@ -10,7 +10,6 @@ import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 import pytest
@@ -29,7 +28,7 @@ from holdoff_coordinator.custody.outcomes import (
 )
 from holdoff_coordinator.custody.sending import Authentication, Connected, Reach, Sending
 from holdoff_coordinator.custody.spool import Spooling
-from tests.integration.token_urls import (
+from tests.token_urls import (
     DONE,
     LOOPBACK,
     PATIENT,
@@ -39,10 +38,8 @@ from tests.integration.token_urls import (
     reset,
     send,
     token_url,
+    until,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 KEY = bytes(range(32))
 SEED = Seed()
@@ -52,13 +49,6 @@ def failure(outcome: Outcome) -> tuple[type, Failure]:
     """Return what to compare with."""
     assert isinstance(outcome, NotSent | NoProof), outcome
     return type(outcome), outcome.why
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Wait for a condition."""
-    async with asyncio.timeout(60):
-        while not true():  # noqa: ASYNC110 -- of other processes
-            await asyncio.sleep(0.01)
 
 
 def answers(folder: Path) -> list[Outcome]:
@@ -629,6 +619,52 @@ async def test_cancelled_after_the_right(spooling: Spooling, tmp_path: Path) -> 
     (kept,) = answers(tmp_path)
     assert isinstance(kept, Answered)
     assert kept.received.body == b"{}"
+
+
+STOPPED_BEFORE_THE_SPOOL = """
+import os, signal, sys
+sys.path += sys.argv[2:]
+from holdoff_coordinator.custody import sender, spool
+def keep(draft, outcome):
+    os.kill(os.getpid(), signal.SIGSTOP)
+spool.Draft.keep = keep
+sender.main()
+"""
+
+
+async def test_spooled_before_it_is_reported(
+    spooling: Spooling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No answer is reported that does not lie in the spool yet."""
+    monkeypatch.setattr(sending_module, "_RUN", STOPPED_BEFORE_THE_SPOOL)
+    async with (
+        token_url(DONE) as served,
+        Sending(served.request(), reach=LOOPBACK, limits=PATIENT, spooling=spooling) as sending,
+    ):
+        assert isinstance(await sending.connect(), Connected)
+        task = asyncio.create_task(sending.send(boottime_us() + 60 * SECOND))
+        await until(lambda: _state(sending.pid) == "T")
+        os.kill(sending.pid, signal.SIGKILL)
+        assert failure(await task) == (NoProof, Failure.SENDER)
+
+
+FAILING = """
+import sys
+sys.path += sys.argv[2:]
+from holdoff_coordinator.custody import sender
+def written(request, secrets):
+    raise ValueError(secrets)
+sender._written = written
+sender.main()
+"""
+
+
+async def test_an_error_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an unexpected error only its kind and place are reported: its text may hold a secret."""
+    monkeypatch.setattr(sending_module, "_RUN", FAILING)
+    async with token_url(DONE) as served:
+        outcome = await send(served.request())
+    assert outcome == NotSent(Failure.SENDER, "ValueError in line 6")
 
 
 async def test_the_secrets_are_zeroed(spooling: Spooling) -> None:

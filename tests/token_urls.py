@@ -60,11 +60,15 @@ async def token_url(
     name: str = "localhost",
 ) -> AsyncIterator[TokenUrl]:
     """Serve one conversation: bytes that follow the request and an end, or a function's."""
+    conversations: set[asyncio.Task[None] | None] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        conversations.add(asyncio.current_task())
         served.connections += 1
         _record(reader, served.received)
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        with contextlib.suppress(
+            ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError
+        ):
             if isinstance(answer, bytes):
                 await read_request(reader)
                 writer.write(answer)
@@ -72,6 +76,8 @@ async def token_url(
             else:
                 await answer(reader, writer)
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
     context = None
     if authority is not None:
@@ -85,6 +91,10 @@ async def token_url(
         yield served
     finally:
         server.close()
+        left = [conversation for conversation in conversations if conversation]
+        for conversation in left:
+            conversation.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 def _record(reader: asyncio.StreamReader, received: bytearray) -> None:
@@ -112,6 +122,13 @@ def reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for a condition."""
+    async with asyncio.timeout(60):
+        while not true():  # noqa: ASYNC110 -- of other processes
+            await asyncio.sleep(0.01)
+
+
 async def send(
     request: Request,
     *,
@@ -119,7 +136,18 @@ async def send(
     limits: Limits = PATIENT,
     spooling: Spooling | None = None,
 ) -> Outcome:
-    """Send a request as soon as its connection stands."""
+    """Send a request as soon as its connection stands; what comes of it shows no secret."""
+    outcome = await _send(request, reach, limits, spooling)
+    shown = repr(outcome) + repr(request)
+    assert not any(
+        secret in shown for secret in ("s3cret", "old refresh", "old+refresh", "rotated")
+    )
+    return outcome
+
+
+async def _send(
+    request: Request, reach: Reach, limits: Limits, spooling: Spooling | None
+) -> Outcome:
     async with Sending(request, reach=reach, limits=limits, spooling=spooling) as sending:
         connected = await sending.connect()
         if isinstance(connected, NotSent):
