@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qs
 
+import aiohttp
 import pytest
 import trustme
 
@@ -49,6 +50,12 @@ def failure(outcome: Outcome) -> tuple[type, Failure]:
     """Return what to compare with."""
     assert isinstance(outcome, NotSent | NoProof), outcome
     return type(outcome), outcome.why
+
+
+def ended(sending: Sending) -> bool:
+    """Tell whether the sender ended."""
+    assert sending._sender is not None
+    return sending._sender.poll() is not None
 
 
 def answers(folder: Path) -> list[Outcome]:
@@ -89,6 +96,48 @@ async def test_a_refresh(spooling: Spooling, tmp_path: Path) -> None:
     assert before_us < outcome.sent_us < outcome.last_byte_us < boottime_us()
     assert answers(tmp_path) == [outcome]
     assert os.listdir(tmp_path) == ["attempt-1"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ({"fault": "error", "status": 503}, 503),
+        ({"fault": "slow-body", "seconds": 1}, 200),
+        ({"fault": "reset"}, Failure.RESET),
+        ({"fault": "lost-answer"}, Failure.RESET),
+        ({"fault": "hang", "seconds": 600}, Failure.TIMEOUT),
+    ],
+)
+async def test_faults_of_a_provider(fault: dict[str, object], expected: object) -> None:
+    """What a provider does is reported as it is, and nothing is sent twice.
+
+    Fails when a fault is met with another request: the provider would have issued a token.
+    """
+    async with serving() as url, aiohttp.ClientSession() as http:
+        path = "/api/oauth2/token"
+        async with http.post(f"{url}/_simulator/faults", json=fault | {"path": path}) as response:
+            assert response.status == 200
+        request = a_request(
+            f"{url}{path}",
+            form={"grant_type": "refresh_token"},
+            client_id=SEED.client_id,
+            client_secret=bytearray(SEED.client_secret.encode()),
+            secret_form={"refresh_token": bytearray(SEED.refresh_token.encode())},
+            headers={"User-Agent": "custody"},
+        )
+        limits = PATIENT if expected != Failure.TIMEOUT else replace(PATIENT, answer_us=SECOND)
+        outcome = await send(request, limits=limits)
+        async with http.get(f"{url}/_simulator/report") as response:
+            report = await response.json()
+    if isinstance(expected, Failure):
+        assert failure(outcome) == (NoProof, expected)
+    else:
+        assert isinstance(outcome, Answered)
+        assert outcome.received.status == expected
+    counts = report["agents"]["custody"]
+    acted_on = fault["fault"] in ("slow-body", "lost-answer")
+    assert (counts["faults_injected"], counts["token_requests"]) == (1, int(acted_on))
+    assert counts["violations"] == 0
 
 
 @pytest.mark.parametrize("authentication", list(Authentication))
@@ -220,6 +269,13 @@ async def test_nothing_listens() -> None:
         assert failure(await send(a_request(url))) == (NotSent, Failure.CONNECT)
 
 
+async def test_no_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent where no process can be started, or where it ends at once."""
+    for command in "/nonexistent", "/bin/false":
+        monkeypatch.setattr(sending_module, "command", lambda command=command: [command])
+        assert failure(await send(a_request("https://host.test/"))) == (NotSent, Failure.SENDER)
+
+
 async def test_no_such_host() -> None:
     """A host without an address is proof that nothing was sent."""
     outcome = await send(a_request("https://nowhere.invalid/"))
@@ -261,6 +317,31 @@ async def test_certificates(trusted: bool, name: str, tmp_path: Path) -> None:
     else:
         assert failure(outcome) == (NotSent, Failure.TLS)
         assert served.received == b""
+
+
+@pytest.mark.parametrize("abrupt", [True, False])
+async def test_the_end_of_tls(abrupt: bool, tmp_path: Path) -> None:
+    """An answer that the end of the connection ends is whole only where TLS ended it too."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + b"a" * 100_000)
+        await writer.drain()
+        if abrupt:
+            writer.transport.abort()
+
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    reach = Reach(("127.0.0.0/8",), ca_files=(str(tmp_path / "ca.pem"),), system_roots=False)
+    async with token_url(answer, authority, "127.0.0.1") as served:
+        outcome = await send(served.request(), reach=reach)
+    assert not isinstance(outcome, NotSent)
+    assert outcome.received is not None
+    if abrupt:
+        assert failure(outcome) == (NoProof, Failure.CLOSED)
+    else:
+        assert isinstance(outcome, Answered)
+        assert len(outcome.received.body) == 100_000
 
 
 async def test_no_tls_there() -> None:
@@ -308,7 +389,7 @@ async def test_the_provider_ends_the_connection_first(said: bytes) -> None:
     ):
         assert isinstance(await sending.connect(), Connected)
         ready.set()
-        await until(lambda: sending._process.poll() is not None)
+        await until(lambda: ended(sending))
         assert failure(await sending.send(boottime_us() + 60 * SECOND)) == (
             NotSent,
             Failure.CLOSED,
@@ -323,7 +404,7 @@ async def test_abandoned(spooling: Spooling, tmp_path: Path) -> None:
             served.request(), reach=LOOPBACK, limits=PATIENT, spooling=spooling
         ) as sending:
             assert isinstance(await sending.connect(), Connected)
-        await until(lambda: sending._process.poll() is not None)
+        await until(lambda: ended(sending))
     assert served.received == b""
     assert answers(tmp_path) == []
 

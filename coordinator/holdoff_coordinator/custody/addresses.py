@@ -1,7 +1,7 @@
 """Which addresses a connection with a secret may go to. Pure.
 
-Only public ones, and the networks that the operator allows. Names of hosts say nothing: what is
-checked is the address that is then connected to.
+Only public ones, and the networks that the operator allows. The address that is checked is the
+one that is then connected to.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_METADATA = ipaddress.ip_address("168.63.129.16")
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+_PROTOCOLS = ipaddress.IPv4Network("192.0.0.0/24")
+"""Not for public use, which older versions of Python do not know."""
+_METADATA = ipaddress.IPv4Address("168.63.129.16")
 """Azure's; those of the other clouds are link-local, private or shared addresses."""
 
 
@@ -32,11 +35,19 @@ def refusal(text: str, allowed: Iterable[str] = (), *, plain: bool = False) -> s
         return ""
     if address == _METADATA:
         return "a metadata address"
-    for kind in ("loopback", "link_local", "multicast", "unspecified"):
-        if getattr(address, f"is_{kind}"):
-            return f"a {kind.replace('_', '-')} address".replace("a un", "an un")
-    reserved = address.is_reserved and address.version == 4  # noqa: PLR2004
-    return "" if address.is_global and not reserved else "a private or reserved address"
+    if address.is_loopback:
+        return "a loopback address"
+    if address.is_link_local:
+        return "a link-local address"
+    return "" if _public(address) else "a private or reserved address"
+
+
+def _public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if address.is_multicast or not address.is_global:
+        return False
+    if isinstance(address, ipaddress.IPv4Address):
+        return not address.is_reserved and address not in _PROTOCOLS
+    return address in _UNICAST
 
 
 def _inner(

@@ -1,4 +1,4 @@
-"""What became of a request to a token URL: the facts, without their meaning.
+"""The outcomes of a request to a token URL: facts, without their meaning.
 
 All instants are µs of the boot clock (CLOCK_BOOTTIME) of the machine that sent the request.
 """
@@ -18,7 +18,7 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def boottime_us() -> int:
-    """Read the clock that is never set, and that runs on while the machine is suspended."""
+    """Read the clock that is never set and also counts while the machine is suspended."""
     return time.clock_gettime_ns(_CLOCK) // 1000
 
 
@@ -34,7 +34,7 @@ class Failure(StrEnum):
     CONNECT = "connect"
     TLS = "tls"
     SPOOL = "spool"
-    """There is no room to keep the answer."""
+    """The spool cannot take the answer."""
     ABANDONED = "abandoned"
     """The coordinator withdrew the request, or ended."""
     DEADLINE = "deadline"
@@ -66,7 +66,7 @@ class NotSent:
 
     why: Failure
     detail: str
-    """For people; holds no secret."""
+    """For people; contains no secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +75,11 @@ class NoProof:
 
     why: Failure
     detail: str
-    """For people; holds no secret."""
+    """For people; contains no secret."""
     sent_us: int | None
     """Just before it was sent; None where that was not reported."""
     ended_us: int
-    """When the connection was given up, or the wait for the sender."""
+    """When the connection was reset, or the wait for the sender ended."""
     received: Received | None = None
     """What came of an answer, if at least its status and headers did."""
 

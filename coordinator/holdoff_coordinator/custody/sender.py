@@ -1,23 +1,23 @@
 """The process that sends one request to a token URL, and ends.
 
-Refresh token and client secret are in its memory only while it lives. It starts with empty
-environment; everything reaches it through a socket, its standard input. It imports little, and
-what it needs late it imports late, since every refresh waits for it.
+Refresh token and client secret are in its memory only while it runs. Its environment is empty;
+everything is passed through a socket, its standard input. It imports little, and as late as
+possible, since every refresh waits for it.
 
 The conversation, in frames (`sending` is the other side):
 
 1. The request, then each of its secrets in a frame of its own.
-2. From here: `Connected`, once TCP and TLS stand, or `NotSent`, and the end.
-3. The right to send, until an instant. The end of the input instead: the end.
-4. From here: `sent`, with the instant; then the outcome, and the body of the answer in a frame of
-   its own. Where a spool is given, the answer lies there before it is reported.
+2. The sender reports `Connected` after the TLS handshake, or `NotSent` and exits.
+3. The right to send, with its deadline. If the input ends instead, the sender exits.
+4. The sender reports when it sent the request; then the outcome, and the body of the answer in a
+   frame of its own. With a spool, the answer is in it before it is reported.
 
-Until the right to send comes, this process ends with the coordinator. After it, it reads the
-answer, whatever becomes of the coordinator.
+Until it has the right to send, this process ends when the coordinator ends. After that it reads
+the answer, also without a coordinator.
 
-No request leaves after the instant. The clock is read just before the one write, and a timer ends
-this process where it was stopped in between. What remains is a machine that is suspended, or a
-virtual machine that is paused, within the microseconds between the two.
+No request is sent after the deadline. The clock is read just before the one write, and a timer
+ends this process if it was stopped between the two. One gap remains: the machine is suspended, or
+the virtual machine paused, within these microseconds.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _SLICE_MS = 1000
 _MOST_INFORMATIONAL = 16
 
 
-class _Failed(Exception):  # noqa: N818 -- no error of a program
+class _Failed(Exception):  # noqa: N818 -- an outcome
     def __init__(self, why: Failure, detail: str) -> None:
         super().__init__(why.value, detail)
         self.why = why
@@ -73,7 +73,7 @@ def main() -> None:
     """Send one request for the process whose id is the argument."""
     _shield(int(sys.argv[1]))
     channel = socket.socket(fileno=os.dup(0))
-    with suppress(BrokenPipeError, ConnectionResetError, EOFError):  # the coordinator is gone
+    with suppress(BrokenPipeError, ConnectionResetError, EOFError):  # the coordinator ended
         _serve(channel)
 
 
@@ -86,7 +86,7 @@ def _serve(channel: socket.socket) -> None:
         deadline_us = attempt.wait_for_right()
     except _Failed as failed:
         outcome: Outcome = NotSent(failed.why, failed.detail)
-    except Exception as error:  # noqa: BLE001 -- the text of an error may hold a secret
+    except Exception as error:  # noqa: BLE001 -- the text of an error may contain a secret
         outcome = NotSent(Failure.SENDER, _place(error))
     else:
         outcome = attempt.send(deadline_us)
@@ -145,7 +145,7 @@ class _Attempt:
             if ready:
                 self._connection.expect_silence()
             elif boottime_us() >= until_us:
-                raise _Failed(Failure.TIMEOUT, "the right to send it did not come")
+                raise _Failed(Failure.TIMEOUT, "no right to send in time")
 
     def send(self, deadline_us: int) -> Outcome:
         """Send the request, once, and read the answer."""
@@ -233,11 +233,12 @@ class _Connection:
         self._tls = tls
 
     def expect_silence(self) -> None:
-        """Check that the other side neither ended the connection nor said anything."""
+        """Check that the provider neither ended the connection nor sent any data."""
         with suppress(_WouldWait):
-            said = self._read(_NO_WAIT)
+            data = self._read(_NO_WAIT)
             raise _Failed(
-                Failure.CLOSED, "the provider spoke first" if said else "it ended while it stood by"
+                Failure.CLOSED,
+                "the provider sent data first" if data else "the provider ended the connection",
             )
 
     def encrypted(self, data: bytes) -> bytes:
@@ -259,7 +260,7 @@ class _Connection:
         """
         left_us = deadline_us - boottime_us()
         if left_us > 0:
-            # Ends this process, so that it writes nothing when it is continued too late.
+            # Ends this process if it is stopped here and continued too late.
             signal.setitimer(signal.ITIMER_REAL, left_us / 1_000_000)
         sent_us = boottime_us()
         if sent_us >= deadline_us:
@@ -330,7 +331,7 @@ class _Connection:
         return data
 
     def _flush(self, until_us: int) -> None:
-        """Send what TLS itself has to say."""
+        """Send what TLS itself produced."""
         data = self._outgoing.read()
         while data:
             try:
@@ -348,7 +349,7 @@ class _Connection:
                 raise _WouldWait
 
     def abort(self) -> int:
-        """Reset the connection: the kernel sends nothing more of the request; say when."""
+        """Reset the connection, so that the kernel sends no more of the request; return when."""
         self._socket.close()
         return boottime_us()
 
@@ -573,7 +574,7 @@ def _written(request: dict[str, Any], secrets: dict[str, bytes]) -> tuple[h11.Co
             + http.send(h11.Data(data=body))
             + http.send(h11.EndOfMessage())
         )
-    except (h11.LocalProtocolError, UnicodeEncodeError):  # its text may hold a secret
+    except (h11.LocalProtocolError, UnicodeEncodeError):  # its text may contain a secret
         raise _Failed(Failure.REQUEST, "it cannot be written in HTTP/1.1") from None
     if len(data) > MOST_REQUEST_BYTES:
         raise _Failed(Failure.REQUEST, f"it is longer than {MOST_REQUEST_BYTES} bytes")
@@ -581,8 +582,8 @@ def _written(request: dict[str, Any], secrets: dict[str, bytes]) -> tuple[h11.Co
 
 
 def _shield(parent: int) -> None:
-    """Keep others out of this process, and end it with its parent."""
-    # Others of this user may neither read its memory nor its dump.
+    """Prevent inspection by other processes, and end with the parent."""
+    # Other processes of this user cannot read its memory, and it leaves no core dump.
     _prctl(_PR_SET_DUMPABLE, 0)
     # A terminal or a service manager signals the coordinator's children too.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -591,7 +592,7 @@ def _shield(parent: int) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        sys.exit("the coordinator is gone")
+        sys.exit("the coordinator ended")
 
 
 def _prctl(option: int, value: int) -> None:
@@ -623,18 +624,18 @@ def _tell(channel: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _send_frame(channel: socket.socket, data: bytes | bytearray) -> None:
-    with suppress(BrokenPipeError, ConnectionResetError):  # the answer counts, not who hears of it
+    with suppress(BrokenPipeError, ConnectionResetError):
         channel.sendall(len(data).to_bytes(SIZE_BYTES, "big"))
         channel.sendall(data)
 
 
 def _text(error: OSError) -> str:
-    """Say what an error of the system is, without what it was about."""
+    """Return the message of a system error, without any data."""
     return getattr(error, "reason", None) or error.strerror or type(error).__name__
 
 
 def _place(error: BaseException) -> str:
-    """Say what an error is and where, without its text, which may hold a secret."""
+    """Return the type and line of an error, without its text, which may contain a secret."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -6,9 +6,11 @@
             ...  # store the intent, and read it back
             outcome = await sending.send(deadline_us)
 
-To leave the block before `send` withdraws the request: no byte of it leaves. To leave it while
-`send` waits, as by a cancellation, leaves the sender to itself: it reads the answer to its end and
-keeps it in the spool.
+Leaving the block before `send` withdraws the request: no byte of it is sent. If the block is left
+while `send` waits, as after a cancellation, the sender continues alone: it reads the answer and
+writes it to the spool.
+
+The sender is tied to the thread that starts it, as in `die_with_parent`: use a lasting one.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Authentication(StrEnum):
 class Request:
     """One POST of a form to a token URL.
 
-    Whoever makes it hands its secrets over: they are zeroed once the sender has them.
+    Its secrets are zeroed as soon as the sender has them.
 
     Raises:
         ValueError: The token URL cannot be used; the message says why.
@@ -90,7 +92,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Where connections may go, and whom they trust; the operator says it."""
+    """Where connections may go, and which authorities are trusted; set by the operator."""
 
     networks: tuple[str, ...] = ()
     """Networks that are allowed although they are not public."""
@@ -118,7 +120,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """TCP and TLS stand."""
+    """The TLS handshake is done."""
 
     address: str
     at_us: int
@@ -156,7 +158,7 @@ def where(token_url: str) -> Where:
 
 
 def wipe(*secrets: bytearray | None) -> None:
-    """Zero what is no longer needed."""
+    """Overwrite secrets with zeroes."""
     for secret in secrets:
         if secret is not None:
             secret[:] = bytes(len(secret))
@@ -187,6 +189,7 @@ class Sending:
             raise ValueError("plain http is not allowed")
         self._request, self._reach, self._limits = request, reach, limits
         self._spooling = spooling
+        self._sender: subprocess.Popen[bytes] | None = None
         self._right_given = False
         self.sent_us: int | None = None
         """When the request was sent, as soon as it is known."""
@@ -195,40 +198,32 @@ class Sending:
 
     @property
     def pid(self) -> int:
-        """Process id of the sender."""
-        return self._process.pid
+        """Process id of the sender, once `connect` was called."""
+        return self._sender.pid if self._sender else 0
 
     async def __aenter__(self) -> Self:
-        self._channel, theirs = socket.socketpair()
-        self._channel.setblocking(False)
-        with theirs:
-            # Not by asyncio, which kills a process when its loop ends.
-            self._process: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: ASYNC220 -- milliseconds
-                command(),
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={},
-                cwd="/",
-                start_new_session=True,
-            )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if not self._right_given:
-            self._process.kill()
-        self._channel.close()
         self._wipe()
-        threading.Thread(target=self._process.wait, daemon=True).start()
+        if self._sender is None:
+            return
+        if not self._right_given:
+            self._sender.kill()
+        self._channel.close()
+        threading.Thread(target=self._sender.wait, daemon=True).start()
 
     async def connect(self) -> Connected | NotSent:
-        """Hand the request over, and wait until the connection stands."""
+        """Start a sender, and wait until it is connected."""
         until_us = boottime_us() + self._limits.connect_us + _SLACK_US
         try:
+            self._start()
             message = await _until(self._hand_over(), until_us)
         except TimeoutError:
             return NotSent(Failure.TIMEOUT, "no connection in time")
-        except (OSError, EOFError):
+        except OSError as error:
+            return NotSent(Failure.SENDER, f"the sending process: {error.strerror}")
+        except EOFError:
             return NotSent(Failure.SENDER, "the sending process ended")
         if "Connected" in message:
             return Connected(**message["Connected"])
@@ -249,6 +244,26 @@ class Sending:
             detail = "the sending process ended"
         return NoProof(Failure.SENDER, detail, self.sent_us, boottime_us())
 
+    def _start(self) -> None:
+        self._channel, theirs = socket.socketpair()
+        self._channel.setblocking(False)
+        try:
+            # Not by asyncio, which kills a process when its loop ends.
+            self._sender = subprocess.Popen(
+                command(),
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={},
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError:
+            self._channel.close()
+            raise
+        finally:
+            theirs.close()
+
     async def _hand_over(self) -> dict[str, Any]:
         secrets = self._secrets()
         head = json.dumps(self._head(list(secrets))).encode()
@@ -261,7 +276,7 @@ class Sending:
     async def _converse(self, deadline_us: int) -> Outcome:
         delivered = False
         try:
-            with suppress(BrokenPipeError, ConnectionResetError):  # it may have said why it ended
+            with suppress(BrokenPipeError, ConnectionResetError):  # its report may be waiting
                 await self._write(json.dumps({"until_us": deadline_us}).encode())
                 delivered = True
             message = await self._read_message()
@@ -322,7 +337,7 @@ class Sending:
         return await self._read_exactly(int.from_bytes(await self._read_exactly(SIZE_BYTES), "big"))
 
     async def _read_exactly(self, size: int) -> bytearray:
-        # Likewise: into the one place where it stays.
+        # Likewise: directly into the result.
         data = bytearray(size)
         with memoryview(data) as view:
             filled = 0
@@ -335,7 +350,7 @@ class Sending:
 
 
 def command() -> list[str]:
-    """Return what starts the sender; nothing of the environment has a say in it."""
+    """Return the command that starts a sender; no environment variable changes it."""
     return [sys.executable, "-I", "-S", "-c", _RUN, str(os.getpid()), *_folders()]
 
 

@@ -48,7 +48,10 @@ class Spooled:
 
     outcome: outcomes.Outcome
     boot_id: str
-    """The boot of the machine whose clock its instants are of."""
+
+    def of_this_boot(self) -> bool:
+        """Tell whether its instants are of the clock that runs now; False where it is not known."""
+        return self.boot_id != "" and self.boot_id == boot_id()
 
 
 class Draft:

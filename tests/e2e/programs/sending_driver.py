@@ -39,9 +39,11 @@ async def main() -> None:
         limits=Limits(connect_us=minute, right_us=minute, answer_us=minute),
         spooling=Spooling(path, bytearray(range(32)), b"wrapped"),
     ) as sending:
+        connecting = asyncio.create_task(sending.connect())
+        await asyncio.sleep(0)
         tell(sending.pid)
         step("started")
-        assert isinstance(await sending.connect(), Connected)
+        assert isinstance(await connecting, Connected)
         step("connected")
         deadline_us = boottime_us() + minute
         if last_step == "right":
