@@ -404,9 +404,8 @@ async def test_abandoned(spooling: Spooling, tmp_path: Path) -> None:
             served.request(), reach=LOOPBACK, limits=PATIENT, spooling=spooling
         ) as sending:
             assert isinstance(await sending.connect(), Connected)
-        await until(lambda: ended(sending))
+        await until(lambda: ended(sending) and not list(tmp_path.iterdir()))
     assert served.received == b""
-    assert answers(tmp_path) == []
 
 
 async def test_too_late() -> None:
@@ -465,7 +464,7 @@ async def test_frozen_between_clock_and_write(monkeypatch: pytest.MonkeyPatch) -
         Sending(served.request(), reach=LOOPBACK, limits=PATIENT) as sending,
     ):
         assert isinstance(await sending.connect(), Connected)
-        deadline_us = boottime_us() + 3 * SECOND
+        deadline_us = boottime_us() + 6 * SECOND
         task = asyncio.create_task(sending.send(deadline_us))
         await until(lambda: _state(sending.pid) == "T" and boottime_us() > deadline_us)
         os.kill(sending.pid, signal.SIGCONT)

@@ -764,11 +764,11 @@ MUTANTS = [
     Mutant(
         "an answer lies in the spool before it is reported",
         f"{CUSTODY}/sender.py",
-        "        if self._draft is not None:\n",
+        "        spooled = False\n",
         "        _tell(self._channel, {'outcome': document(outcome), 'spooled': True})\n"
         "        if received is not None:\n"
         "            _send_frame(self._channel, received.body)\n"
-        "        if self._draft is not None:\n",
+        "        spooled = False\n",
         "tests/integration/test_sending.py::test_spooled_before_it_is_reported",
     ),
     Mutant(

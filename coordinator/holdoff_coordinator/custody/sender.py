@@ -158,6 +158,8 @@ class _Attempt:
         except _Failed as failed:
             return NotSent(failed.why, failed.detail)
         _tell(self._channel, {"sent_us": sent_us})
+        if self._draft is not None:
+            self._draft.load()  # while the provider answers
         answer = _Answer(self._http, self._limits)
         try:
             self._connection.expect_written()

@@ -40,6 +40,7 @@ from holdoff_coordinator.custody.outcomes import (
     boottime_us,
 )
 from holdoff_coordinator.custody.sender import SIZE_BYTES
+from holdoff_coordinator.custody.spool import discard_draft
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
@@ -211,7 +212,12 @@ class Sending:
         if not self._right_given:
             self._sender.kill()
         self._channel.close()
-        threading.Thread(target=self._sender.wait, daemon=True).start()
+        threading.Thread(target=self._reap, args=(self._sender,), daemon=True).start()
+
+    def _reap(self, sender: subprocess.Popen[bytes]) -> None:
+        sender.wait()
+        if self._spooling is not None:
+            discard_draft(self._spooling.path)
 
     async def connect(self) -> Connected | NotSent:
         """Start a sender, and wait until it is connected."""

@@ -77,6 +77,11 @@ class Draft:
             self.discard()
             raise
 
+    def load(self) -> None:
+        """Load what seals, which takes a while."""
+        with suppress(ImportError):
+            _cipher(bytes(self._spooling.key))
+
     def discard(self) -> None:
         """Remove it."""
         with suppress(OSError):
@@ -96,6 +101,13 @@ class Draft:
         os.fsync(self._file)
         os.rename(self._draft, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         os.fsync(self._folder)
+
+
+def discard_draft(path: str) -> None:
+    """Remove the draft that a killed sender left for an answer, if there is one."""
+    folder, name = os.path.split(path)
+    with suppress(OSError):
+        os.unlink(f"{folder}/.{name}{_SUFFIX}")  # noqa: PTH108 -- pathlib loads slowly
 
 
 def answers(folder: str) -> list[str]:
