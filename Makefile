@@ -84,6 +84,7 @@ demo-short: $(DEMO_READY) ## The demo on a faster clock
 bench: $(READY) ## Benchmarks, without assertions
 	PYTHONPATH=. python tests/bench/handover.py
 	PYTHONPATH=. python tests/bench/output.py
+	PYTHONPATH=. python tests/bench/sending.py
 	PYTHONPATH=. SECONDS=5 python tests/bench/attacks.py
 
 coverage: $(READY) ## Coverage of lines and branches, including started processes

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 LUA = "coordinator/holdoff_coordinator/lua"
 COORDINATOR = "coordinator/holdoff_coordinator"
+CUSTODY = f"{COORDINATOR}/custody"
 CLIENT = "clients/python/holdoff"
 TESTS = "tests/integration"
 
@@ -912,5 +913,76 @@ MUTANTS = [
         "a coordinator that is away fails no report",
         *(f"{CLIENT}/_reporting.py", "        if alone:  #", "        if False:  #"),
         "tests/unit/test_spool.py::test_a_coordinator_that_is_away_fails_no_report",
+    ),
+    Mutant(
+        "a request to a token URL leaves before its deadline",
+        *(f"{CUSTODY}/sender.py", "if sent_us >= deadline_us:", "if False:"),
+        "tests/integration/test_sending.py::test_too_late",
+    ),
+    Mutant(
+        "a sender that is stopped just before the write does not write later",
+        *(f"{CUSTODY}/sender.py", "setitimer(signal.ITIMER_REAL, left_us", "setitimer(2, left_us"),
+        "tests/integration/test_sending.py::test_frozen_between_clock_and_write",
+    ),
+    Mutant(
+        "the answer to a request that was sent outlives the coordinator",
+        *(f"{CUSTODY}/sender.py", "        _prctl(_PR_SET_PDEATHSIG, 0)\n", ""),
+        "tests/e2e/test_sending.py -k killed_after_the_request",
+    ),
+    Mutant(
+        "an answer lies in the spool before it is reported",
+        f"{CUSTODY}/sender.py",
+        "        spooled = False\n",
+        "        _tell(self._channel, {'outcome': document(outcome), 'spooled': True})\n"
+        "        if received is not None:\n"
+        "            _send_frame(self._channel, received.body)\n"
+        "        spooled = False\n",
+        "tests/integration/test_sending.py::test_spooled_before_it_is_reported",
+    ),
+    Mutant(
+        "nothing is sent without the right to send",
+        *(
+            f"{CUSTODY}/sender.py",
+            "        deadline_us = attempt.wait_for_right()\n",
+            "        deadline_us = boottime_us() + 10**9\n",
+        ),
+        "tests/integration/test_sending.py::test_abandoned",
+    ),
+    Mutant(
+        "others of the user cannot look into a sender",
+        *(f"{CUSTODY}/sender.py", "    _prctl(_PR_SET_DUMPABLE, 0)\n", ""),
+        "tests/e2e/test_sending.py::test_the_sender_shows_nothing",
+    ),
+    Mutant(
+        "the coordinator keeps no secret that it handed to a sender",
+        *(
+            f"{CUSTODY}/sending.py",
+            "            secret[:] = bytes(len(secret))\n",
+            "            pass\n",
+        ),
+        "tests/e2e/test_sending.py::test_the_coordinator_keeps_nothing",
+    ),
+    Mutant(
+        "the address that was checked is the one that is connected to",
+        *(f"{CUSTODY}/sender.py", "        if not refused:\n", "        if True:\n"),
+        "tests/integration/test_sending.py::test_a_private_address",
+    ),
+    Mutant(
+        "of half an answer what came is kept",
+        *(
+            f"{CUSTODY}/sender.py",
+            "            if received is None:\n",
+            "            if not isinstance(outcome, Answered):\n",
+        ),
+        "tests/integration/test_sending.py::test_half_an_answer_is_kept",
+    ),
+    Mutant(
+        "a connection that the provider ended is not written to",
+        *(
+            f"{CUSTODY}/sender.py",
+            "                self._connection.expect_silence()\n",
+            "                pass\n",
+        ),
+        "tests/integration/test_sending.py::test_the_provider_ends_the_connection_first",
     ),
 ]
