@@ -134,6 +134,8 @@ def policy_message(policy: Policy) -> policy_pb2.Policy:
             ),
             grace=_duration(refresh.grace),
             idle_life=_duration(refresh.idle_life),
+            early_margin=_duration(refresh.early_margin),
+            absolute_life=_duration(refresh.absolute_life),
         ),
         limits=[
             policy_pb2.Limit(
@@ -174,6 +176,16 @@ def policy_message(policy: Policy) -> policy_pb2.Policy:
         ),
         longest_ttl=_duration(policy.longest_ttl),
         when_quiet=policy_pb2.WhenQuiet.Value(f"WHEN_QUIET_{policy.when_quiet.upper()}"),
+        oauth=policy_pb2.OAuthPolicy(
+            token_urls=policy.oauth.token_urls,
+            hosts=policy.oauth.hosts,
+            client_authentication=policy.oauth.client_authentication,
+            authorization_scheme=policy.oauth.authorization_scheme,
+        ),
+        concurrency_limits=[
+            policy_pb2.ConcurrencyLimit(name=one.name, most=one.most, scope=one.scope)
+            for one in policy.concurrency
+        ],
     )
 
 

@@ -50,6 +50,7 @@ TOML = [
     *(b"1e999", b"-1", b"0x7f", b"nan", b"inf", b"1979-05-27T07:32:00Z", b"9" * 30, b"true"),
     *(b"[[[[", b"{a={a={a=", b"'1s'", b"(?P<endpoint>", b"(?P<division>.)", b"(", b")", b"{9999}"),
     *(b"name", b"statuses", b"[output.codes]\n", b"[[limit]]\n", b"[a.b.c]\n", b"a.b.c = 1\n"),
+    *(b'like = "zoho"\n', b'like = "exact-online"\n', b'"4xx"', b"[[concurrency]]\n", b"[oauth]\n"),
     *(b"seeds = 5\n", b"[seeds]\n", b"grants = 5\n", b"[grants]\n", b"5", b'"x"', b"[]", b"{}"),
 ]
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.harness import Replica
 
 URL = "https://ann:secret@start.exactonline.nl/api/v1/535193/crm/Accounts(guid'1')?token=secret"
+ZOHO = b'{"error_description":"You have made too many requests.","error":"Access Denied"}'
 
 
 def token_of(replica: Replica, policy: str = "exact-online") -> str:
@@ -47,8 +48,24 @@ def test_errors_count_and_quiet_the_holder(replica: Replica) -> None:
         assert "secret" not in str(client.explain(token))
 
 
+def test_a_class_of_statuses_counts(replica: Replica) -> None:
+    """EVE Online counts all that is not 2xx or 3xx. Fails when only listed numbers count."""
+    token = token_of(replica, "eve-esi")
+    with holdoff.Client(replica.address) as client, client.acquire(token) as lease:
+        for status in (418, 404, 502, 599):
+            assert lease.answered("https://esi.evetech.net/status", status)
+        for status in (200, 302):
+            assert not lease.answered("https://esi.evetech.net/status", status)
+        wait_until(lambda: used(client, token) == 4)
+
+
+def used(client: holdoff.Client, token: str) -> int:
+    """Return how many events the budgets of an app have counted."""
+    return sum(one.used for one in client.list_budgets(token.partition("/tokens/")[0]))
+
+
 def test_a_block_is_recognised_by_status_headers_and_body(replica: Replica) -> None:
-    """Exact Online's 429 with its headers, Zoho's 200 with its words (`domain.md`).
+    """Exact Online's 429 with its headers, Zoho's 200 with its body.
 
     Fails when only statuses are looked at, or no header says how long.
     """
@@ -68,7 +85,7 @@ def test_a_block_is_recognised_by_status_headers_and_body(replica: Replica) -> N
                 await other.acquire(zoho) as held,
             ):
                 assert not await held.answered("https://z/crm/v2/Leads", 200, body=b"{}")
-                assert await held.answered("https://z/crm/v2/Leads", 200, body=b"Access Denied")
+                assert await held.answered("https://z/crm/v2/Leads", 200, body=ZOHO)
 
         asyncio.run(asynchronously())
         [back_off] = client.list_back_offs(zoho.partition("/tokens/")[0])

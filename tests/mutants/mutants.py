@@ -731,6 +731,21 @@ MUTANTS = [
         "tests/unit/test_patterns.py -k _recognise._FIELD",
     ),
     Mutant(
+        "the body of an answer says how long it throttles",
+        *(f"{CLIENT}/_recognise.py", 'found.get("retry_after", "")', '""'),
+        "tests/unit/test_presets.py::test_a_throttle_is_recognised_from_its_documented_answer",
+    ),
+    Mutant(
+        "a policy that is printed as a file commands no terminal",
+        *(f"{CLIENT}/policies/writing.py", "one if one.isprintable() else", "one if one else"),
+        "tests/unit/test_cli_hostile.py -k policy",
+    ),
+    Mutant(
+        "an access token is not renewed before the interval has passed",
+        *(f"{CLIENT}/policies/__init__.py", "> self.access_token_life:", "> 1e12:"),
+        "tests/unit/test_policies.py::test_mistakes",
+    ),
+    Mutant(
         "a pattern of a policy is not too large",
         *(f"{CLIENT}/_patterns.py", "compiled.programsize > _MOST_PROGRAM", "False"),
         "tests/unit/test_patterns.py::test_what_a_pattern_costs_is_bounded",

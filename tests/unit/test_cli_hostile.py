@@ -187,8 +187,13 @@ def test_every_command_is_here() -> None:
 
 
 @pytest.mark.parametrize("answers", ["names", "all", "error"])
-@pytest.mark.parametrize("output", ["table", "json"])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        *((command, output) for command in COMMANDS for output in ("table", "json")),
+        ("policy show", "toml"),
+    ],
+)
 def test_a_terminal_is_told_nothing_to_obey(  # noqa: PLR0913, PLR0917 - a row of a table
     hostile: tuple[str, Hostile],
     tmp_path: Path,

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
@@ -16,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from holdoff.cli import main
-from holdoff.policies import presets
+from holdoff.policies import presets, read_policy
 from holdoff.v1 import policy_service_pb2, policy_service_pb2_grpc
 from holdoff_coordinator.policies import policy_message
 
@@ -38,6 +40,7 @@ class Policies(policy_service_pb2_grpc.PolicyServiceServicer):
             exact, name="mine", title="", limit=(), throttle=(), output=None, endpoint=None
         )
         self.policies = {one.name: policy_message(one) for one in (exact, mine)}
+        self.others = {name: policy_message(one) for name, one in presets().items()}
         self.newer = policy_message(msgspec.structs.replace(exact, name="newer"))
         self.newer.when_quiet = 99  # type: ignore[assignment] # of a newer release
 
@@ -45,7 +48,7 @@ class Policies(policy_service_pb2_grpc.PolicyServiceServicer):
         self, request: policy_service_pb2.GetPolicyRequest, context: grpc.ServicerContext
     ) -> policy_service_pb2.GetPolicyResponse:
         del context
-        policy = self.policies.get(request.name, self.newer)
+        policy = (self.others | self.policies).get(request.name, self.newer)
         return policy_service_pb2.GetPolicyResponse(policy=policy)
 
     def ListPolicies(
@@ -94,7 +97,12 @@ def test_show_tells_the_rules(holdoff: Holdoff) -> None:
         "200 token requests in 1d for each app + token",
         "1h of the app, then times 2 up to",
         "(?P<endpoint>",
-        "refresh tokens           reusable",
+        "refresh tokens           until used",
+        "early margin             28s",
+        "token URL                https://start.exactonline.co.uk/api/oauth2/token",
+        "API host                 start.exactonline.fr",
+        "client authentication    body, basic",
+        "authorization scheme     Bearer",
         "429: the app + division, as Retry-After or X-RateLimit-Minutely-Reset or",
         "X-RateLimit-Reset says, else for 1m",
         "403, body with",
@@ -109,10 +117,57 @@ def test_show_tells_the_rules(holdoff: Holdoff) -> None:
     assert document["throttles"][0]["scope"] == ["app", "division"]
     assert document["output"]["codes"]["itgenexl150"] == 429
     assert document["when_quiet"] == "WHEN_QUIET_PAUSE"
+    assert document["refresh"]["early_margin"] == "28s"
+    assert document["refresh"]["rotation"] == "ROTATION_UNTIL_USED"
+    assert document["oauth"]["client_authentication"] == ["body", "basic"]
     mine = holdoff("policy", "show", "mine").stdout
     assert "a file of the operator" in mine
     for words in ("limit", "throttle", "in output", "endpoint path", "provider"):
         assert words not in mine
+
+
+def test_show_tells_what_few_policies_have(holdoff: Holdoff) -> None:
+    """Calls at a time, the lives of a grant, and all statuses of a class as one word."""
+    quickbooks = holdoff("policy", "show", "quickbooks").stdout
+    for words in (
+        "absolute life",
+        "concurrency calls-at-a-time",
+        "10 calls at a time for each app + division; not enforced yet",
+    ):
+        assert words in quickbooks
+    assert "1825d" in quickbooks
+    assert "100 errors (4xx, 5xx) in 1m for each app" in holdoff("policy", "show", "eve-esi").stdout
+    assert "30d" in holdoff("policy", "show", "shopify").stdout
+    document = json.loads(holdoff("policy", "show", "quickbooks", "-o", "json").stdout)
+    assert document["concurrency_limits"] == [
+        {"name": "calls-at-a-time", "most": "10", "scope": ["app", "division"]}
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_a_policy_is_printed_as_a_file(holdoff: Holdoff, tmp_path: Path, name: str) -> None:
+    """`show -o toml` prints a file that means the same, and passes the check with another name."""
+    shown = holdoff("policy", "show", name, "--output", "toml")
+    assert shown.exit_code == 0, shown.output
+    file = tmp_path / "mine.toml"
+    file.write_text(shown.stdout)
+    assert read_policy(file) == presets()[name]
+    file.write_text(shown.stdout.replace(f'name = "{name}"', 'name = "mine"', 1))
+    assert holdoff("policy", "check", str(file)).exit_code == 0
+    commented = tmp_path / "commented.toml"
+    commented.write_text(re.sub(r"^# (?=\w+ = |\[)", "", shown.stdout, flags=re.MULTILINE))
+    tomllib.loads(commented.read_text())
+
+
+def test_an_unknown_value_is_printed_as_such(holdoff: Holdoff, tmp_path: Path) -> None:
+    """Fails when a value of a newer coordinator ends the command, or passes the check."""
+    shown = holdoff("policy", "show", "newer", "-o", "toml")
+    assert shown.exit_code == 0
+    file = tmp_path / "newer.toml"
+    file.write_text(shown.stdout)
+    refused = holdoff("policy", "check", str(file))
+    assert refused.exit_code == 64
+    assert "when_quiet: Invalid enum value 'unknown-99'" in refused.stderr
 
 
 def completed(holdoff: Holdoff, line: str, **environment: str) -> list[str]:
@@ -142,7 +197,7 @@ def test_names_of_policies_are_completed(holdoff: Holdoff, command: str) -> None
     assert completed(holdoff, f"{command} m") == ["mine", "_"]
     title = presets()["exact-online"].title
     nowhere = {"HOLDOFF_ENDPOINT": "127.0.0.1:1"}
-    assert completed(holdoff, f"{command} exact", **nowhere) == ["exact-online", title]
+    assert completed(holdoff, f"{command} exact", **nowhere)[:2] == ["exact-online", title]
     assert "xero" in completed(holdoff, f"{command} ", **nowhere)
 
 

@@ -457,13 +457,20 @@ def test_an_endpoint_of_quotes_is_normal_at_once() -> None:
                 for one in (
                     *((policy.endpoint.path,) if policy.endpoint else ()),
                     *(policy.output.errors + policy.output.places if policy.output else ()),
-                    *(text for throttle in policy.throttle for text in (throttle.body,) if text),
+                    *(
+                        text
+                        for throttle in policy.throttle
+                        for text in (throttle.body, throttle.header)
+                        if text
+                    ),
                 )
             }
         ),
     ],
 )
-@pytest.mark.parametrize("repeated", ["a", "'", "http://a/api/", "partitie (1", "itgen 0"])
+@pytest.mark.parametrize(
+    "repeated", ["a", "'", '"', " ", "http://a/api/", "partitie (1", "itgen 0", '"error": "', "{[ "]
+)
 def test_patterns_of_policies_are_linear(pattern: str, repeated: str) -> None:
     """A text of double the length takes about double the CPU time, whatever the pattern is."""
     compiled = compile_pattern(pattern)

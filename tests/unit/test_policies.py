@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,9 @@ from holdoff.policies import (
     presets,
     read_policy,
 )
+from holdoff.policies.writing import status_words
+from holdoff.v1 import policy_pb2
+from holdoff_coordinator.policies import policy_message
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,6 +105,77 @@ def test_a_normal_form_stays(text: str) -> None:
         ("(?P<endpoint>.+)", ".+", "[^/]+)/.+", "needs a group"),
         ('["app", "token"]', '["token"]', '["token"]', 'must name "app"'),
         ('name = "exact-', 'when_quiet = "rest"\nname = "exact-', '"rest"', "when_quiet: Invalid"),
+        # Refreshes, and where they are made.
+        ('rotation = "until-used"', 'rotation = "never"', '"never"', "refresh.rotation: Invalid"),
+        (
+            'rotation = "until-used"',
+            'rotation = "grace"',
+            "[refresh]",
+            'refresh.grace: `grace` is missing: rotation = "grace" needs it',
+        ),
+        (
+            'rotation = "until-used"',
+            'rotation = "grace"\ngrace = "0s"',
+            'grace = "0s"',
+            "`grace` is missing",
+        ),
+        (
+            'rotation = "until-used"',
+            'rotation = "reusable"\ngrace = "1d"',
+            'grace = "1d"',
+            '`grace` belongs to rotation = "grace" or "until-used"',
+        ),
+        ('early_margin = "28s"', 'early_margin = "29s"', "early_margin", "must fit into"),
+        ('access_token_life = "600s"', "", "early_margin", "must fit into"),
+        ('idle_life = "30d"', 'idle_life = "0s"', "idle_life", "must be more than 0s: omit it"),
+        (
+            'idle_life = "30d"',
+            'idle_life = "30d"\nabsolute_life = "29d"',
+            'idle_life = "30d"',
+            "must not be longer than `absolute_life`",
+        ),
+        (
+            '["body", "basic"]',
+            '["body", "header"]',
+            '["body", "header"]',
+            "client_authentication[1]: ",
+        ),
+        ('["body", "basic"]', "[]", "client_authentication = []", 'needs "basic", "body"'),
+        ('["body", "basic"]', '["body", "body"]', '["body", "body"]', "must name nothing twice"),
+        (
+            "https://start.exactonline.be/",
+            "http://start.exactonline.be/",
+            "http://start.exactonline.be/",
+            "`token_urls[1]` must begin with https://, or with http:// on this machine",
+        ),
+        ("nl/api/oauth2/token", "nl", "exactonline.nl", "`token_urls[0]` must begin with"),
+        ("nl/api/oauth2/token", "nl/a?b=c", "nl/a?b=c", "`token_urls[0]` must begin with"),
+        ("//start.exactonline.nl/", "//u:p@a/", "//u:p@a/", "`token_urls[0]` must begin with"),
+        ("//start.exactonline.nl/", "//a:0/", "//a:0/", "`token_urls[0]` must begin with"),
+        ("//start.exactonline.nl/", "//a:x/", "//a:x/", "`token_urls[0]` must begin with"),
+        ("//start.exactonline.nl/", "//[a/", "//[a/", "`token_urls[0]` must begin with"),
+        ("//start.exactonline.nl/", "//a b/", "//a b/", "`token_urls[0]` must begin with"),
+        ("nl/api/oauth2/token", "nl/" + "a" * 2_000, "nl/aaa", "oauth.token_urls[0]: Expected"),
+        ('  "start.exactonline.nl",', '  "Start/x",', '"Start/x"', "oauth.hosts[0]: Expected"),
+        (
+            "[endpoint]",
+            'authorization_scheme = "a b"\n[endpoint]',
+            "authorization_scheme",
+            "oauth.authorization_scheme: Expected",
+        ),
+        (
+            "[block]",
+            '[[concurrency]]\nname = "c"\nmost = 0\nscope = ["app"]\n[block]',
+            "most = 0",
+            "concurrency[0].most: Expected `int` >= 1",
+        ),
+        (
+            "[block]",
+            '[[concurrency]]\nname = "c"\nmost = 1\nscope = ["token"]\n[block]',
+            'scope = ["token"]\n[block]',
+            'must name "app"',
+        ),
+        ("400, 401, 403", '"4xx", "6xx"', '"4xx", "6xx"', "limit[0].statuses[1]: Invalid"),
         # Throttles.
         ("statuses = [429] ", "", '[[throttle]]\nname = "too-many', "matches everything"),
         (
@@ -111,6 +186,13 @@ def test_a_normal_form_stays(text: str) -> None:
         ),
         ("statuses = [403] ", "statuses = 403 ", "= 403 ", "throttle[1].statuses: Expected"),
         ("blocked\\b'", "blocked('", "blocked('", "`body` is not a regular expression"),
+        ("blocked\\b'", "(?P<seconds>a)'", "(?P<seconds>a)", "`body` has an unknown group"),
+        (
+            "statuses = [429] ",
+            "statuses = [429]\nheader = '(?P<retry_after>a)' ",
+            "header = ",
+            "`header` has an unknown group: 'retry_after'",
+        ),
         ("body = ", "header = '.*'\nbody = ", "header = ", "`header` matches everything"),
         ('"Retry-After",', '"Retry After",', "Retry After", "throttle[0].until[0]: Expected `str`"),
         ('["app", "division"] #', '["division"] #', '["division"] #', 'must name "app"'),
@@ -166,6 +248,109 @@ def test_mistakes(tmp_path: Path, right: str, wrong: str, at: str | None, says: 
     line = text.count("\n", 0, where) + 1
     assert str(caught.value).startswith(f"mine.toml:{line}: "), str(caught.value)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rotation", "grace"),
+    [
+        *((word, "") for word in ("none", "reusable", "until-used", "single-use")),
+        ("single-use-revokes", ""),
+        ("grace", "10m"),
+        ("until-used", "30d"),
+    ],
+)
+def test_rotations(tmp_path: Path, rotation: str, grace: str) -> None:
+    """All words of the design are read, and shown by the coordinator as the same words."""
+    file = tmp_path / "mine.toml"
+    line = f'grace = "{grace}"' if grace else ""
+    file.write_text(f'name = "mine"\n[refresh]\ninterval = "0s"\nrotation = "{rotation}"\n{line}\n')
+    policy = read_policy(file)
+    assert policy.refresh.rotation == rotation
+    shown = policy_message(policy).refresh
+    word = policy_pb2.Rotation.Name(shown.rotation).removeprefix("ROTATION_")
+    assert word.lower().replace("_", "-") == rotation
+    assert shown.HasField("grace") == bool(grace)
+
+
+def test_a_class_of_statuses_is_expanded(tmp_path: Path) -> None:
+    """So that those who compare statuses need not know of classes."""
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'name = "mine"\n[refresh]\ninterval = "0s"\n[[limit]]\nname = "e"\nevent = "errors"\n'
+        'most = 1\nwindow = "1m"\nscope = ["app"]\nstatuses = [599, "4xx", 404, 302]\n'
+    )
+    policy = read_policy(file)
+    assert policy.limit[0].statuses == (302, *range(400, 500), 599)
+    assert status_words(policy.limit[0].statuses) == [302, "4xx", 599]
+
+
+# Policies like another ---------------------------------------------------------------------------
+
+
+def test_a_policy_like_a_preset(tmp_path: Path) -> None:
+    """It changes single fields, also of one limit, and adds others; the rest is the preset's."""
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'like = "exact-online"\nname = "mine"\n[refresh]\nmargin = "5s"\nearly_margin = "20s"\n'
+        '[[limit]]\nname = "calls-a-minute"\nmost = 300\n'
+        '[[throttle]]\nname = "new"\nstatuses = [418]\n'
+    )
+    exact, mine = presets()["exact-online"], read_policy(file)
+    assert (mine.name, mine.title, mine.output) == ("mine", exact.title, exact.output)
+    assert [float(mine.refresh.margin), float(mine.refresh.interval)] == [5, 570]
+    assert {limit.name: limit.most for limit in mine.limit} == {
+        "errors": 10,
+        "token-requests": 200,
+        "calls-a-minute": 300,
+        "calls-a-day": 5000,
+    }
+    assert [one.name for one in mine.throttle] == ["new", *(one.name for one in exact.throttle)]
+    assert presets()["exact-online"] == exact
+
+
+def test_a_policy_like_one_that_is_like_another(tmp_path: Path) -> None:
+    """A preset may itself be like another."""
+    file = tmp_path / "mine.toml"
+    file.write_text('like = "exact-online-exempt"\nname = "mine"\n')
+    assert read_policy(file) == msgspec.structs.replace(
+        presets()["exact-online-exempt"], name="mine"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('like = "exactonline"', "mine.toml:2: like: `like` must be the name of a preset"),
+        ('like = "../policies/zoho"', "mine.toml:2: like: `like` must be the name of a preset"),
+        ('like = ["zoho"]', "mine.toml:2: like: `like` must be the name of a preset"),
+        ('like = "zoho"\nlimit = 5', "mine.toml:3: limit: Expected `array`"),
+        ('like = "zoho"\nlimit = [5]', "mine.toml:3: limit[0]: Expected `object`"),
+        ('like = "zoho"\nrefresh = 5', "mine.toml:3: refresh: Expected `object`"),
+        (
+            'like = "zoho"\n[[limit]]\nname = "token-requests"\nmost = 0',
+            "mine.toml:5: limit[0].most: Expected `int` >= 1",
+        ),
+        (
+            'like = "zoho"\n[[limit]]\nname = "other"\nmost = 1',
+            "mine.toml:3: limit[0]: Object missing required field `event`",
+        ),
+        (
+            'like = "zoho"\n[[limit]]\nname = ["x"]\nmost = 1',
+            "mine.toml:4: limit[0].name: Expected `str`",
+        ),
+        (
+            'like = "zoho"\n[[limit]]\nname = "token-requests"\n[[limit]]\nname = "token-requests"',
+            "mine.toml:6: limit[1].name: `limit[1].name`: this name is used twice",
+        ),
+    ],
+)
+def test_mistakes_in_a_policy_like_another(tmp_path: Path, line: str, says: str) -> None:
+    """Numbers and lines are those of the file itself, not of the preset."""
+    file = tmp_path / "mine.toml"
+    file.write_text(f'name = "mine"\n{line}\n')
+    with pytest.raises(PolicyError) as caught:
+        read_policy(file)
+    assert str(caught.value).startswith(says), str(caught.value)
 
 
 def test_an_output_without_errors_is_a_mistake(tmp_path: Path) -> None:

@@ -413,7 +413,7 @@ def test_a_header_with_anything_in_it_breaks_nothing(text: str) -> None:
         ("salesforce", 403, {}, b'[{"errorCode":"REQUEST_LIMIT_EXCEEDED"}]', "too-many-calls"),
         ("zoho", 200, {}, b'{"data":[' + b'{"id":1},' * 99 + b'{"t":"Access Denied"}]}', None),
         ("xero", 429, {}, b"", "too-many-calls"),
-        ("bullhorn", 429, {}, b"", None),
+        ("bullhorn", 429, {}, b"", "too-many-calls"),
     ],
 )
 def test_presets_recognise_their_throttles(

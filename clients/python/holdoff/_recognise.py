@@ -271,7 +271,8 @@ def recognise_answer(
 ) -> SeenBlock | None:
     """Recognise an HTTP answer that blocks or throttles, by the policy's throttles in order.
 
-    A time in a header counts from the answer's own `Date`, where it has one.
+    A time in a header counts from the answer's own `Date`, where it has one. Where no header says
+    how long, the group `retry_after` of the throttle's pattern for the body does, in seconds.
     """
     pairs = list(headers.items() if isinstance(headers, Headers) else headers)
     lines = [f"{name}: {value}"[:MOST_SEARCHED] for name, value in pairs]
@@ -281,11 +282,13 @@ def recognise_answer(
             continue  # of a newer release, which recognises it by something else
         if throttle.statuses and status not in throttle.statuses:
             continue
-        if not _fits(throttle.body, [text]) or not _fits(throttle.header, lines, ignore_case=True):
+        found = _found(throttle.body, [text])
+        if found is None or _found(throttle.header, lines, ignore_case=True) is None:
             continue
         values = {name.casefold(): value for name, value in reversed(pairs)}
         now = _http_date(values.get("date", "")) or now_epoch_seconds
-        ends = (_seconds_until(values.get(name.casefold(), ""), now) for name in throttle.until)
+        ends = [_seconds_until(values.get(name.casefold(), ""), now) for name in throttle.until]
+        ends.append(_seconds_until(found.get("retry_after", ""), None))
         return SeenBlock(
             status,
             retry_after_seconds=next((end for end in ends if end is not None), None),
@@ -318,12 +321,18 @@ def _http_date(text: str) -> float | None:
         return None
 
 
-def _fits(pattern: str, texts: Iterable[str], *, ignore_case: bool = False) -> bool:
-    """Whether a pattern is found in any of these; none fits, a broken one does not."""
+def _found(
+    pattern: str, texts: Iterable[str], *, ignore_case: bool = False
+) -> dict[str, str] | None:
+    """Return the groups of the first text that a pattern is found in; None if it is in none.
+
+    No pattern is found in everything, a broken one in nothing.
+    """
     if not pattern:
-        return True
+        return {}
     compiled = try_compile(pattern, ignore_case=ignore_case)
-    return compiled is not None and any(compiled.search(text) is not None for text in texts)
+    matches = (compiled.search(text) for text in texts) if compiled else iter(())
+    return next((groups for groups in matches if groups is not None), None)
 
 
 def _compiled(patterns: Iterable[str]) -> list[Pattern]:

@@ -1,10 +1,10 @@
 """What commands print: tables and records for people, JSON for programs."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import click
 from google.protobuf import json_format
@@ -18,6 +18,8 @@ from rich.text import Text
 from holdoff._text import printable
 from holdoff.durations import format_duration
 from holdoff.v1 import lease_pb2, token_pb2
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 NOTHING = "-"
 
@@ -52,16 +54,21 @@ class _ColumnOptions(TypedDict):
     no_wrap: bool
 
 
-output_option = click.option(
-    "--output",
-    "-o",
-    type=click.Choice(["table", "json"]),
-    default="table",
-    envvar="HOLDOFF_OUTPUT",
-    show_envvar=True,
-    show_default=True,
-    help="A table for people, or one JSON document.",
-)
+def choose_output(formats: Sequence[str], what: str) -> Callable[[FunctionT], FunctionT]:
+    """Give a command the option for its output, which is a table by default."""
+    return click.option(
+        "--output",
+        "-o",
+        type=click.Choice(formats),
+        default="table",
+        envvar="HOLDOFF_OUTPUT",
+        show_envvar=True,
+        show_default=True,
+        help=what,
+    )
+
+
+output_option = choose_output(("table", "json"), "A table for people, or one JSON document.")
 
 
 def emit_json(document: Any) -> None:

@@ -12,6 +12,7 @@ from holdoff.cli import exits
 from holdoff.cli._help import example
 from holdoff.cli.output import (
     NOTHING,
+    choose_output,
     duration_text,
     emit_json,
     emit_record,
@@ -22,6 +23,7 @@ from holdoff.cli.output import (
 )
 from holdoff.cli.params import PolicyName
 from holdoff.policies import PolicyError, presets, read_policy
+from holdoff.policies.writing import status_words, write_policy
 from holdoff.v1 import policy_pb2
 
 
@@ -46,14 +48,22 @@ def list_policies(endpoint: str, output: str) -> None:
 
 @policy.command("show", epilog=example("holdoff policy show exact-online"))
 @click.argument("name", type=PolicyName())
-@output_option
+@choose_output(
+    ("table", "json", "toml"), "A table for people, one JSON document, or a file to start from."
+)
 @click.pass_obj
 def show_policy(endpoint: str, name: str, output: str) -> None:
-    """Show the policy NAME."""
+    """Show the policy NAME.
+
+    The output toml is a complete policy file with comments, to start a policy of your own from.
+    """
     with Client(endpoint) as client:
         found = client.get_policy(name)
     if output == "json":
         emit_json(resource(found))
+        return
+    if output == "toml":
+        click.echo(write_policy(found), nl=False)
         return
     refresh, block = found.refresh, found.block
     emit_record(
@@ -65,11 +75,21 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
             ("margin", duration_text(refresh, "margin")),
             ("refresh at", enum_text(refresh, "refresh_at")),
             ("access token life", duration_text(refresh, "access_token_life")),
+            ("early margin", duration_text(refresh, "early_margin")),
             ("refresh tokens", enum_text(refresh, "rotation")),
             ("used ones work for", duration_text(refresh, "grace")),
             ("idle life", duration_text(refresh, "idle_life")),
+            ("absolute life", duration_text(refresh, "absolute_life")),
+            *(("token URL", url) for url in found.oauth.token_urls),
+            *(("API host", host) for host in found.oauth.hosts),
+            ("client authentication", ", ".join(found.oauth.client_authentication) or NOTHING),
+            ("authorization scheme", found.oauth.authorization_scheme or NOTHING),
             ("longest lease", duration_text(found, "longest_ttl")),
             *((f"limit {limit.name}", _limit_text(limit)) for limit in found.limits),
+            *(
+                (f"concurrency {one.name}", _concurrency_text(one))
+                for one in found.concurrency_limits
+            ),
             ("block", _block_text(block)),
             *((f"throttle {one.name}", _throttle_text(one)) for one in found.throttles),
             (
@@ -138,13 +158,17 @@ def _origin(policy: policy_pb2.Policy) -> str:
 
 
 def _limit_text(limit: policy_pb2.Limit) -> str:
-    statuses = f" ({', '.join(map(str, limit.statuses))})" if limit.statuses else ""
+    statuses = f" ({', '.join(map(str, status_words(limit.statuses)))})" if limit.statuses else ""
     margin = f", margin {limit.margin}" if limit.margin else ""
     kind = enum_text(limit, "kind")
     return (
         f"{limit.most} {kind}s{statuses} in {duration_text(limit, 'window')} for each "
         f"{' + '.join(limit.scope)}{margin}"
     )
+
+
+def _concurrency_text(limit: policy_pb2.ConcurrencyLimit) -> str:
+    return f"{limit.most} calls at a time for each {' + '.join(limit.scope)}; not enforced yet"
 
 
 def _block_text(block: policy_pb2.BlockPolicy) -> str:
@@ -156,7 +180,7 @@ def _block_text(block: policy_pb2.BlockPolicy) -> str:
 
 def _throttle_text(throttle: policy_pb2.Throttle) -> str:
     signs = [
-        *map(str, throttle.statuses),
+        *map(str, status_words(throttle.statuses)),
         *([f"body with {throttle.body}"] if throttle.body else ()),
         *([f"header with {throttle.header}"] if throttle.header else ()),
     ]

@@ -1,7 +1,7 @@
 r"""The rules of providers, as files: presets beside this module, and those of operators.
 
-A policy file is TOML. What each field means stands here; where a preset's value comes from, in
-its file.
+A policy file is TOML. What each field means stands here, and for operators in docs/policies.md;
+where a preset's value comes from, in its file.
 
 Patterns are RE2 regular expressions (https://github.com/google/re2/wiki/Syntax): a search takes
 time in proportion to the text, whatever the pattern. RE2 has no lookahead, lookbehind or
@@ -17,6 +17,7 @@ from collections import Counter
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -36,8 +37,21 @@ ScopeField = Literal["app", "token", "division", "endpoint"]
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9-]{1,63}\Z")]
 HeaderName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}\Z")]
 Status = Annotated[int, msgspec.Meta(ge=100, le=599)]
+Url = Annotated[str, msgspec.Meta(max_length=2_000)]
+Host = Annotated[
+    str, msgspec.Meta(pattern=r"\A[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?(?::\d{1,5})?\Z")
+]
+Scheme = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}\Z")]
+
+if TYPE_CHECKING:
+    Statuses = tuple[int, ...]
+else:  # A class of statuses is expanded when it is read.
+    Statuses = tuple[Status | Literal["1xx", "2xx", "3xx", "4xx", "5xx"], ...]
 
 _MOST_BITS = 64
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_NAMED = ("limit", "concurrency", "throttle")
+"""Tables of which there may be several, each with a name."""
 _PLACE_GROUPS = frozenset({"url", "division", "endpoint"})
 _CODE = re.compile(r"[\w.-]{1,63}")
 
@@ -65,16 +79,68 @@ class Refresh(_Table, frozen=True, kw_only=True):
     """When a run is taken to refresh: at its last instant, or at its confirmed start."""
     access_token_life: Seconds = Seconds(0)
     """0 where it is not known: a run then always counts as refreshed at its end."""
-    rotation: Literal["reusable", "grace", "single-use", "single-use-revokes"] = "single-use"
-    """Whether a used refresh token works on: always, for a while, never; or it ends the grant."""
+    early_margin: Seconds | None = None
+    """How long before its end an access token may be renewed, and is no longer given to a job."""
+    rotation: Literal[
+        "none", "reusable", "until-used", "grace", "single-use", "single-use-revokes"
+    ] = "single-use"
+    """What becomes of a refresh token that was used.
+
+    `none`: a refresh returns no other one. `reusable`: it stays valid. `until-used`: it stays valid
+    until its successor is used. `grace`: it stays valid for a while. `single-use`: it is invalid.
+    `single-use-revokes`: it is invalid, and using it again revokes the grant.
+    """
     grace: Seconds | None = None
-    """How long a used refresh token works on, where rotation is "grace"."""
+    """How long a used refresh token stays valid: for "grace"; for "until-used" at most."""
     idle_life: Seconds | None = None
     """How long an unused refresh token lives."""
+    absolute_life: Seconds | None = None
+    """How long a grant lives, however often it is refreshed; then a person must authorize again."""
 
     def __post_init__(self) -> None:
-        if (self.grace is not None) != (self.rotation == "grace"):
-            raise ValueError('`grace` belongs to rotation = "grace", and only to it')
+        if self.rotation == "grace" and not self.grace:
+            raise ValueError('`grace` is missing: rotation = "grace" needs it, more than 0s')
+        if self.grace is not None and self.rotation not in {"grace", "until-used"}:
+            raise ValueError('`grace` belongs to rotation = "grace" or "until-used"')
+        for field in ("grace", "idle_life", "absolute_life"):
+            if getattr(self, field) == 0:
+                raise ValueError(f"`{field}` must be more than 0s: omit it if it is not known")
+        if self.idle_life and self.absolute_life and self.idle_life > self.absolute_life:
+            raise ValueError("`idle_life` must not be longer than `absolute_life`")
+        if self.early_margin is not None:
+            earliest = self.interval + self.margin
+            if earliest + self.early_margin > self.access_token_life:
+                raise ValueError(
+                    "`early_margin` is too long: `interval`, `margin` and it must fit into "
+                    "`access_token_life`"
+                )
+
+
+class OAuth(_Table, frozen=True, kw_only=True):
+    """How a client asks for an access token, and where and how the token is used."""
+
+    token_urls: tuple[Url, ...] = ()
+    """Token endpoints, one for each region; none where they differ for each account."""
+    hosts: tuple[Host, ...] = ()
+    """Hosts of the API, as `host` or `host:port`; none where they differ for each account."""
+    client_authentication: tuple[Literal["basic", "body", "query"], ...] = ("basic",)
+    """Where the client id and secret go, the preferred way first. RFC 6749 requires "basic"."""
+    authorization_scheme: Scheme = "Bearer"
+    """The word before the access token in the header `Authorization`."""
+
+    def __post_init__(self) -> None:
+        for number, url in enumerate(self.token_urls):
+            if not _is_token_url(url):
+                raise ValueError(
+                    f"`token_urls[{number}]` must begin with https://, or with http:// on this "
+                    "machine, and have a path, no user, no query and no fragment"
+                )
+        for field in ("token_urls", "hosts", "client_authentication"):
+            values = getattr(self, field)
+            if len(set(values)) != len(values):
+                raise ValueError(f"`{field}` must name nothing twice")
+        if not self.client_authentication:
+            raise ValueError('`client_authentication` needs "basic", "body" or "query"')
 
 
 class Endpoint(_Table, frozen=True, kw_only=True):
@@ -98,17 +164,30 @@ class Limit(_Table, frozen=True, kw_only=True):
     window: Seconds
     scope: tuple[ScopeField, ...]
     """For whom is counted; the app always belongs to it."""
-    statuses: tuple[Status, ...] = ()
-    """HTTP statuses that count as errors."""
+    statuses: Statuses = ()
+    """HTTP statuses that count as errors; "4xx" is all from 400 to 499."""
     margin: Annotated[int, msgspec.Meta(ge=0)] = 0
     """The part of `most` that is kept free; the budget is low when no more room is left."""
 
     def __post_init__(self) -> None:
         _check_scope(self.scope)
+        _expand_statuses(self)
         if bool(self.statuses) != (self.event == "errors"):
             raise ValueError('`statuses` belongs to event = "errors", and only to it')
         if self.margin >= self.most:
             raise ValueError("`margin` must be less than `most`")
+
+
+class Concurrency(_Table, frozen=True, kw_only=True):
+    """At most so many calls at a time, for each value of the scope. Nothing enforces it yet."""
+
+    name: Id
+    most: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    scope: tuple[ScopeField, ...]
+    """For whom is counted; the app always belongs to it."""
+
+    def __post_init__(self) -> None:
+        _check_scope(self.scope)
 
 
 class Block(_Table, frozen=True, kw_only=True):
@@ -134,10 +213,13 @@ class Throttle(_Table, frozen=True, kw_only=True):
     """How an answer that blocks or throttles is recognised: all that is given must fit."""
 
     name: Id
-    statuses: tuple[Status, ...] = ()
-    """Some providers throttle with 200."""
+    statuses: Statuses = ()
+    """HTTP statuses, as in a limit. Some providers throttle with 200."""
     body: str = ""
-    """A regular expression that is found in the body."""
+    """A regular expression that is found in the body.
+
+    A group `retry_after` has the seconds that it lasts, where no header says how long.
+    """
     header: str = ""
     """A regular expression that is found in a line `Name: value` of the headers, without case."""
     scope: tuple[ScopeField, ...] = ("app",)
@@ -148,16 +230,18 @@ class Throttle(_Table, frozen=True, kw_only=True):
     Seconds, an HTTP date (RFC 9110, section 10.2.3), or seconds or milliseconds since 1970.
     """
     length: Seconds | None = None
-    """How long it lasts where no header says, `most` of the block at most; where this is not given
-    what the block says, longer each time."""
+    """How long it lasts where the answer does not say, `most` of the block at most; where this is
+    not given what the block says, longer each time."""
 
     def __post_init__(self) -> None:
         _check_scope(self.scope)
+        _expand_statuses(self)
         if not (self.statuses or self.body or self.header):
             raise ValueError("a throttle without `statuses`, `body` or `header` matches everything")
         for field, pattern in (("body", self.body), ("header", self.header)):
-            if pattern:
-                _groups_of(field, pattern)
+            known = {"retry_after"} if field == "body" else set[str]()
+            if pattern and (extra := _groups_of(field, pattern) - known):
+                raise ValueError(f"`{field}` has an unknown group: {quoted(min(extra))}")
         if self.length is not None and not self.length:
             raise ValueError("`length` must be more than 0s")
 
@@ -205,7 +289,9 @@ class Policy(_Table, frozen=True, kw_only=True):
     longest_ttl: Seconds = Seconds(86400)
     """The longest TTL of a lease; a loss of data holds back grants for as long, and an interval."""
     endpoint: Endpoint | None = None
+    oauth: OAuth = msgspec.field(default_factory=OAuth)
     limit: tuple[Limit, ...] = ()
+    concurrency: tuple[Concurrency, ...] = ()
     block: Block = msgspec.field(default_factory=Block)
     throttle: tuple[Throttle, ...] = ()
     output: Output | None = None
@@ -213,8 +299,8 @@ class Policy(_Table, frozen=True, kw_only=True):
     """What `holdoff run` does with a command while a scope of its job must be quiet."""
 
     def __post_init__(self) -> None:
-        for table, named in (("limit", self.limit), ("throttle", self.throttle)):
-            names = [one.name for one in named]
+        for table in _NAMED:
+            names = [one.name for one in getattr(self, table)]
             for number, name in enumerate(names):
                 if name in names[:number]:
                     raise ValueError(f"`{table}[{number}].name`: this name is used twice")
@@ -234,7 +320,10 @@ def read_policy(path: Path | Traversable) -> Policy:
     text = ""
     try:
         text = _toml.decode(path.read_bytes())
-        return msgspec.convert(_toml.read(text), Policy, dec_hook=_convert)
+        fields = _toml.read(text)
+        if "like" in fields:
+            fields = _merged(_fields_of_preset(fields.pop("like")), fields)
+        return msgspec.convert(fields, Policy, dec_hook=_convert)
     except _toml.TomlError as error:
         raise PolicyError(f"{path.name}:{error.line}: {error}") from None
     except msgspec.ValidationError as error:
@@ -248,6 +337,39 @@ def read_policy(path: Path | Traversable) -> Policy:
         raise PolicyError(place + (f"{where}: " if where else "") + what) from None
 
 
+def _fields_of_preset(name: object) -> dict[str, Any]:
+    """Read the fields of the preset that a policy is like."""
+    found = [one for one in files("holdoff.policies").iterdir() if one.name == f"{name}.toml"]
+    if not isinstance(name, str) or not found:
+        raise msgspec.ValidationError("`like` must be the name of a preset")
+    fields = _toml.read(_toml.decode(found[0].read_bytes()))
+    return _merged(_fields_of_preset(fields.pop("like")), fields) if "like" in fields else fields
+
+
+def _merged(preset: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Put a file's own fields over those of a preset.
+
+    A table changes single fields. A limit, concurrency or throttle changes those of the one with
+    its name; it comes before those that the file does not name, and errors keep its number.
+    """
+    merged = preset | own
+    for table, value in own.items():
+        match preset.get(table), value:
+            case dict() as before, dict():
+                merged[table] = before | value
+            case list() as before, list():
+                named = {one["name"]: one for one in before}
+                changed = [_changed(named, one) for one in value]
+                names = [one["name"] for one in value if isinstance(one, dict) and "name" in one]
+                merged[table] = changed + [one for one in before if one["name"] not in names]
+    return merged
+
+
+def _changed(named: dict[str, Any], own: Any) -> Any:
+    name = own.get("name") if isinstance(own, dict) else None
+    return named.get(name, {}) | own if isinstance(name, str) else own
+
+
 @cache
 def presets() -> dict[str, Policy]:
     """Return the policies that ship, by name."""
@@ -257,6 +379,35 @@ def presets() -> dict[str, Policy]:
         if entry.name.endswith(".toml")
     ]
     return {policy.name: policy for policy in sorted(found, key=lambda policy: policy.name)}
+
+
+def _expand_statuses(table: Limit | Throttle) -> None:
+    """Replace "4xx" and the like by the statuses of that class."""
+    expanded = set[int]()
+    given: tuple[int | str, ...] = table.statuses
+    for one in given:
+        start = int(one[0]) * 100 if isinstance(one, str) else one
+        expanded.update(range(start, start + 100) if isinstance(one, str) else [start])
+    msgspec.structs.force_setattr(table, "statuses", tuple(sorted(expanded)))
+
+
+def _is_token_url(text: str) -> bool:
+    """Tell whether a refresh token may be sent there."""
+    try:
+        url = urlsplit(text)
+        safe = url.scheme == "https" or (url.scheme == "http" and url.hostname in _LOOPBACK)
+        return (
+            safe
+            and bool(url.hostname and url.path)
+            and url.geturl() == text
+            and (url.port is None or url.port > 0)
+            and not (url.username or url.password or url.query or url.fragment)
+            and text.isascii()
+            and text.isprintable()
+            and " " not in text
+        )
+    except ValueError:
+        return False
 
 
 def _check_scope(scope: tuple[ScopeField, ...]) -> None:

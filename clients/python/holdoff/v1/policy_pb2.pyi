@@ -59,13 +59,17 @@ class _RotationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rotation.Val
     ROTATION_UNSPECIFIED: _Rotation.ValueType  # 0
     """Never sent."""
     ROTATION_REUSABLE: _Rotation.ValueType  # 1
-    """It works on."""
+    """It stays valid, and a refresh may return another one."""
     ROTATION_GRACE: _Rotation.ValueType  # 2
-    """It works on for a while."""
+    """It stays valid for a while."""
     ROTATION_SINGLE_USE: _Rotation.ValueType  # 3
-    """It is dead."""
+    """It is invalid."""
     ROTATION_SINGLE_USE_REVOKES: _Rotation.ValueType  # 4
-    """Its use ends the whole grant."""
+    """It is invalid, and using it again revokes the grant."""
+    ROTATION_NONE: _Rotation.ValueType  # 5
+    """A refresh returns no other one."""
+    ROTATION_UNTIL_USED: _Rotation.ValueType  # 6
+    """It stays valid until its successor is used."""
 
 class Rotation(_Rotation, metaclass=_RotationEnumTypeWrapper):
     """What becomes of a used refresh token."""
@@ -73,13 +77,17 @@ class Rotation(_Rotation, metaclass=_RotationEnumTypeWrapper):
 ROTATION_UNSPECIFIED: Rotation.ValueType  # 0
 """Never sent."""
 ROTATION_REUSABLE: Rotation.ValueType  # 1
-"""It works on."""
+"""It stays valid, and a refresh may return another one."""
 ROTATION_GRACE: Rotation.ValueType  # 2
-"""It works on for a while."""
+"""It stays valid for a while."""
 ROTATION_SINGLE_USE: Rotation.ValueType  # 3
-"""It is dead."""
+"""It is invalid."""
 ROTATION_SINGLE_USE_REVOKES: Rotation.ValueType  # 4
-"""Its use ends the whole grant."""
+"""It is invalid, and using it again revokes the grant."""
+ROTATION_NONE: Rotation.ValueType  # 5
+"""A refresh returns no other one."""
+ROTATION_UNTIL_USED: Rotation.ValueType  # 6
+"""It stays valid until its successor is used."""
 Global___Rotation: _TypeAlias = Rotation  # noqa: Y015
 
 @_typing.final
@@ -99,6 +107,8 @@ class Policy(_message.Message):
     OUTPUT_FIELD_NUMBER: _builtins.int
     WHEN_QUIET_FIELD_NUMBER: _builtins.int
     LONGEST_TTL_FIELD_NUMBER: _builtins.int
+    OAUTH_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_LIMITS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The policy's name, such as `exact-online`; tokens refer to it."""
     title: _builtins.str
@@ -137,6 +147,14 @@ class Policy(_message.Message):
     def longest_ttl(self) -> _duration_pb2.Duration:
         """The longest TTL that a lease may ask for."""
 
+    @_builtins.property
+    def oauth(self) -> Global___OAuthPolicy:
+        """How a client asks for an access token, and where and how it is used."""
+
+    @_builtins.property
+    def concurrency_limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConcurrencyLimit]:
+        """How many calls there may be at a time."""
+
     def __init__(
         self,
         *,
@@ -151,14 +169,96 @@ class Policy(_message.Message):
         output: Global___OutputPolicy | None = ...,
         when_quiet: Global___WhenQuiet.ValueType = ...,
         longest_ttl: _duration_pb2.Duration | None = ...,
+        oauth: Global___OAuthPolicy | None = ...,
+        concurrency_limits: _abc.Iterable[Global___ConcurrencyLimit] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "longest_ttl", b"longest_ttl", "output", b"output", "refresh", b"refresh"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "longest_ttl", b"longest_ttl", "oauth", b"oauth", "output", b"output", "refresh", b"refresh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "name", b"name", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "concurrency_limits", b"concurrency_limits", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "name", b"name", "oauth", b"oauth", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Policy: _TypeAlias = Policy  # noqa: Y015
+
+@_typing.final
+class OAuthPolicy(_message.Message):
+    """How a client asks for an access token, and where and how it is used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_URLS_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
+    CLIENT_AUTHENTICATION_FIELD_NUMBER: _builtins.int
+    AUTHORIZATION_SCHEME_FIELD_NUMBER: _builtins.int
+    authorization_scheme: _builtins.str
+    """The word before the access token in the header `Authorization`, such as
+    `Bearer`.
+    """
+    @_builtins.property
+    def token_urls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Token endpoints, one for each region; none where they differ for each
+        account.
+        """
+
+    @_builtins.property
+    def hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Hosts of the API, as `host` or `host:port`; none where they differ for each
+        account.
+        """
+
+    @_builtins.property
+    def client_authentication(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where the client id and secret go, the preferred way first: `basic`,
+        `body` or `query`.
+        """
+
+    def __init__(
+        self,
+        *,
+        token_urls: _abc.Iterable[_builtins.str] | None = ...,
+        hosts: _abc.Iterable[_builtins.str] | None = ...,
+        client_authentication: _abc.Iterable[_builtins.str] | None = ...,
+        authorization_scheme: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorization_scheme", b"authorization_scheme", "client_authentication", b"client_authentication", "hosts", b"hosts", "token_urls", b"token_urls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OAuthPolicy: _TypeAlias = OAuthPolicy  # noqa: Y015
+
+@_typing.final
+class ConcurrencyLimit(_message.Message):
+    """At most so many calls at a time, for each value of the scope."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MOST_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name in the policy."""
+    most: _builtins.int
+    """How many."""
+    @_builtins.property
+    def scope(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """For whom: `app` and any of `token`, `division` and `endpoint`."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        most: _builtins.int = ...,
+        scope: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["most", b"most", "name", b"name", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConcurrencyLimit: _TypeAlias = ConcurrencyLimit  # noqa: Y015
 
 @_typing.final
 class Throttle(_message.Message):
@@ -178,7 +278,9 @@ class Throttle(_message.Message):
     name: _builtins.str
     """Its name in the policy."""
     body: _builtins.str
-    """An RE2 regular expression that is found in the body."""
+    """An RE2 regular expression that is found in the body. A group `retry_after`
+    has the seconds that it lasts, where no header says how long.
+    """
     header: _builtins.str
     """A regular expression that is found in a line `Name: value` of the headers,
     without case.
@@ -199,7 +301,7 @@ class Throttle(_message.Message):
 
     @_builtins.property
     def length(self) -> _duration_pb2.Duration:
-        """How long it lasts where none of them is there; absent means what the block
+        """How long it lasts where the answer does not say; absent means what the block
         says, longer with each repeat.
         """
 
@@ -295,6 +397,8 @@ class RefreshPolicy(_message.Message):
     ROTATION_FIELD_NUMBER: _builtins.int
     GRACE_FIELD_NUMBER: _builtins.int
     IDLE_LIFE_FIELD_NUMBER: _builtins.int
+    EARLY_MARGIN_FIELD_NUMBER: _builtins.int
+    ABSOLUTE_LIFE_FIELD_NUMBER: _builtins.int
     refresh_at: _token_pb2.RefreshAt.ValueType
     """When a run is taken to refresh."""
     rotation: Global___Rotation.ValueType
@@ -313,11 +417,25 @@ class RefreshPolicy(_message.Message):
 
     @_builtins.property
     def grace(self) -> _duration_pb2.Duration:
-        """How long a used one works on, where `rotation` is GRACE."""
+        """How long a used one stays valid, where `rotation` is GRACE; where it is
+        UNTIL_USED, at most so long.
+        """
 
     @_builtins.property
     def idle_life(self) -> _duration_pb2.Duration:
         """How long an unused one lives; absent where it is not known."""
+
+    @_builtins.property
+    def early_margin(self) -> _duration_pb2.Duration:
+        """How long before its end an access token may be renewed, and is no longer
+        given to a job; absent where the policy does not say.
+        """
+
+    @_builtins.property
+    def absolute_life(self) -> _duration_pb2.Duration:
+        """How long a grant lives, however often it is refreshed; absent where it is
+        not known.
+        """
 
     def __init__(
         self,
@@ -329,10 +447,12 @@ class RefreshPolicy(_message.Message):
         rotation: Global___Rotation.ValueType = ...,
         grace: _duration_pb2.Duration | None = ...,
         idle_life: _duration_pb2.Duration | None = ...,
+        early_margin: _duration_pb2.Duration | None = ...,
+        absolute_life: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["access_token_life", b"access_token_life", "grace", b"grace", "idle_life", b"idle_life", "interval", b"interval", "margin", b"margin"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["absolute_life", b"absolute_life", "access_token_life", b"access_token_life", "early_margin", b"early_margin", "grace", b"grace", "idle_life", b"idle_life", "interval", b"interval", "margin", b"margin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token_life", b"access_token_life", "grace", b"grace", "idle_life", b"idle_life", "interval", b"interval", "margin", b"margin", "refresh_at", b"refresh_at", "rotation", b"rotation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absolute_life", b"absolute_life", "access_token_life", b"access_token_life", "early_margin", b"early_margin", "grace", b"grace", "idle_life", b"idle_life", "interval", b"interval", "margin", b"margin", "refresh_at", b"refresh_at", "rotation", b"rotation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
