@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from holdoff.simulator.answers import MALFORMED, Answer
 from holdoff.simulator.faults import TOKEN_PATH, Fault, FaultKind
-from holdoff.simulator.rules import MALFORMED, Answer, Provider, Rotation, TokenForm
+from holdoff.simulator.oauth import Rotation, TokenForm
+from holdoff.simulator.rules import Provider
 from holdoff.simulator.seeds import Seed
 from holdoff.simulator.switches import DEFAULTS, Switches
 
