@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from holdoff.simulator.oauth import Grant
+    from holdoff.simulator.grants import Grant
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from holdoff.simulator.accounting import Rule, Scope, TokenRequest
 from holdoff.simulator.answers import Answer, oauth_error
 from holdoff.simulator.enforcement import Enforcement, Window
 from holdoff.simulator.faults import TOKEN_PATH, FaultKind
+from holdoff.simulator.grants import AccessToken, Grant, RefreshToken
 from holdoff.simulator.limits import (
     ACCESS_TOKEN_LIFE_MS,
     DAY_MS,
@@ -49,45 +50,6 @@ class TokenForm:
     refresh_token: str = ""
 
 
-@dataclass(slots=True)
-class Grant:
-    """A seed's state. Its refresh tokens are numbered in the order of their issue."""
-
-    seed: Seed
-    newest: int = 0
-    """Number of the latest refresh token."""
-    newest_received: int = 0
-    """Number of the latest one whose answer was not lost on request."""
-    oldest_alive: int = 0
-    """Under strict rotation the tokens before this one are dead."""
-    last_sent_ms: int | None = None
-    """When the last byte of the last access token left."""
-    sending: bool = False
-
-    def gap_ms(self, now_ms: int) -> int | None:
-        """Time since the last byte of the last access token; None before the first."""
-        if self.sending:
-            return 0
-        return None if self.last_sent_ms is None else now_ms - self.last_sent_ms
-
-
-@dataclass(frozen=True, slots=True)
-class _RefreshToken:
-    grant: Grant
-    number: int
-    issue_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class AccessToken:
-    """An access token that was issued."""
-
-    grant: Grant
-    number: int
-    """Number of the refresh token that was issued with it."""
-    expiry_ms: int
-
-
 class TokenEndpoint:
     """Issues tokens to clients, and knows those that were issued.
 
@@ -115,7 +77,7 @@ class TokenEndpoint:
         self._switches = enforcement.switches
         self._secrets = {seed.client_id: seed.client_secret for seed in seeds}
         self._refresh_tokens = {
-            seed.refresh_token: _RefreshToken(Grant(seed), 0, start_ms) for seed in seeds
+            seed.refresh_token: RefreshToken(Grant(seed), 0, start_ms) for seed in seeds
         }
         self._access_tokens: dict[str, AccessToken] = {}
         self._token_days: dict[tuple[str, str], Window] = {}
@@ -189,7 +151,7 @@ class TokenEndpoint:
     def _decide_token(  # noqa: PLR0911 -- one return for each answer of the provider
         self,
         form: TokenForm,
-        token: _RefreshToken | None,
+        token: RefreshToken | None,
         scope: Scope,
         agent: str,
         now_ms: int,
@@ -224,7 +186,7 @@ class TokenEndpoint:
         return self._issue(grant, now_ms)
 
     def _refuse_if_dead(
-        self, token: _RefreshToken, scope: Scope, agent: str, now_ms: int
+        self, token: RefreshToken, scope: Scope, agent: str, now_ms: int
     ) -> Answer | None:
         """Refuse a refresh token that was replaced, or not used for too long."""
         if token.number < token.grant.oldest_alive:
@@ -273,7 +235,7 @@ class TokenEndpoint:
     def _new_refresh_token(self, grant: Grant, now_ms: int) -> str:
         value = self._new_token()
         grant.newest += 1
-        self._refresh_tokens[value] = _RefreshToken(grant, grant.newest, now_ms)
+        self._refresh_tokens[value] = RefreshToken(grant, grant.newest, now_ms)
         if self._switches.old_token_dies is OldTokenDies.ISSUE:
             self._kill_before(grant.newest, grant)
         return value

@@ -16,8 +16,9 @@ from holdoff.simulator.accounting import Injection, Rule, Scope, iso
 from holdoff.simulator.answers import Answer, message
 from holdoff.simulator.enforcement import Enforcement, Window
 from holdoff.simulator.faults import Fault, FaultKind, Faults
+from holdoff.simulator.grants import AccessToken
 from holdoff.simulator.limits import CALLS_PER_DAY, CALLS_PER_MINUTE, DAY_MS, MINUTE_MS
-from holdoff.simulator.oauth import AccessToken, Rotation, TokenEndpoint, TokenForm
+from holdoff.simulator.oauth import Rotation, TokenEndpoint, TokenForm
 from holdoff.simulator.seeds import Seed
 from holdoff.simulator.switches import DEFAULTS, Switches
 
