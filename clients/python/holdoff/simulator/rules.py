@@ -16,7 +16,6 @@ from holdoff.simulator.accounting import Injection, Rule, Scope, iso
 from holdoff.simulator.answers import Answer, message
 from holdoff.simulator.enforcement import Enforcement, Window
 from holdoff.simulator.faults import Fault, FaultKind, Faults
-from holdoff.simulator.grants import AccessToken
 from holdoff.simulator.limits import CALLS_PER_DAY, CALLS_PER_MINUTE, DAY_MS, MINUTE_MS
 from holdoff.simulator.oauth import Rotation, TokenEndpoint, TokenForm
 from holdoff.simulator.seeds import Seed
@@ -24,6 +23,8 @@ from holdoff.simulator.switches import DEFAULTS, Switches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from holdoff.simulator.grants import AccessToken
 
 _ME = "current/Me"  # the one endpoint that belongs to no company
 ENDPOINTS = frozenset(
