@@ -15,6 +15,7 @@ from aiohttp import web
 
 from holdoff.simulator.answers import MALFORMED, Answer
 from holdoff.simulator.faults import TOKEN_PATH, Fault, FaultKind
+from holdoff.simulator.limits import GRACE_MS, SECOND_MS
 from holdoff.simulator.oauth import Rotation, TokenForm
 from holdoff.simulator.rules import Provider
 from holdoff.simulator.seeds import Seed
@@ -200,7 +201,8 @@ async def serving(  # noqa: PLR0913 -- each can be left out
     port: int = 0,
     *,
     time_scale: float = 1.0,
-    rotation: Rotation = Rotation.REUSE,
+    rotation: Rotation = Rotation.UNTIL_USED,
+    grace_seconds: float = GRACE_MS / SECOND_MS,
     switches: Switches = DEFAULTS,
     seeds: Iterable[Seed] = (Seed(),),
 ) -> AsyncIterator[str]:
@@ -210,7 +212,8 @@ async def serving(  # noqa: PLR0913 -- each can be left out
         host: address to listen on.
         port: port to listen on; 0 picks a free one.
         time_scale: simulated seconds in a real one.
-        rotation: what becomes of a used refresh token.
+        rotation: what happens to a refresh token when it is used.
+        grace_seconds: how long a used refresh token remains valid under `Rotation.GRACE`.
         switches: the behaviours where the real one is not known.
         seeds: the grants that exist.
 
@@ -223,6 +226,7 @@ async def serving(  # noqa: PLR0913 -- each can be left out
         start_ms=clock.now_ms(),
         time_scale=time_scale,
         rotation=rotation,
+        grace_ms=round(grace_seconds * SECOND_MS),
         switches=switches,
     )
     runner = web.AppRunner(
