@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from holdoff.simulator.seeds import Seed
 
 TOKEN_ENDPOINT = "oauth2/token"  # noqa: S105 -- a path
+ASK_FOR_BASIC = {"WWW-Authenticate": 'Basic realm="token"'}
 
 
 class Rotation(StrEnum):
@@ -59,6 +60,13 @@ class TokenForm:
     client_id: str = ""
     client_secret: str = ""
     refresh_token: str = ""
+    code: str = ""
+    redirect_uri: str = ""
+    code_verifier: str = ""
+    basic_secret: str | None = None
+    """The secret as it was sent in a Basic header, if the client authenticates that way."""
+    refusal: Answer | None = None
+    """The answer to a request that breaks a rule of OAuth by its form alone."""
 
 
 class TokenEndpoint:
@@ -183,8 +191,12 @@ class TokenEndpoint:
             status = int(self._switches.daily_token_status)
             headers = {"Retry-After": self._enforcement.retry_after(day, now_ms)}
             return oauth_error(status, "access_denied", "Rate limit exceeded", headers)
-        if form.client_secret != self._secrets.get(form.client_id):
-            return oauth_error(401, "invalid_client", "Unknown client or wrong secret.")
+        if form.refusal is not None:
+            return form.refusal
+        secret = self._secrets.get(form.client_id)
+        if secret is None or secret not in (form.client_secret, form.basic_secret):
+            headers = {} if form.basic_secret is None else ASK_FOR_BASIC
+            return oauth_error(401, "invalid_client", "Unknown client or wrong secret.", headers)
         if form.grant_type != "refresh_token":
             return oauth_error(400, "unsupported_grant_type", "Only refresh_token is simulated.")
         if token is None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from holdoff.simulator import token_request
 from holdoff.simulator.answers import MALFORMED, Answer
 from holdoff.simulator.faults import TOKEN_PATH, Fault, FaultKind
 from holdoff.simulator.limits import GRACE_MS, SECOND_MS
-from holdoff.simulator.oauth import Rotation, TokenForm
+from holdoff.simulator.oauth import Rotation
 from holdoff.simulator.rules import Provider
 from holdoff.simulator.seeds import Seed
 from holdoff.simulator.switches import DEFAULTS, Switches
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 _FAULT = web.RequestKey("fault", Fault)
 
 
@@ -90,23 +92,23 @@ class Server:
 
     async def _token(self, request: web.Request) -> web.StreamResponse:
         try:
+            if request.can_read_body and request.content_type not in _FORMS:
+                raise ValueError(request.content_type)  # noqa: TRY301 -- as a form that is wrong
             form = await request.post()
         except Exception:  # noqa: BLE001 - of many kinds, by the content type and its parameters
             return await self._send(request, MALFORMED, request.get(_FAULT))
 
-        def text(name: str) -> str:
-            value = form.get(name, "")
-            return value if isinstance(value, str) else ""
-
-        fields = TokenForm(
-            grant_type=text("grant_type"),
-            client_id=text("client_id"),
-            client_secret=text("client_secret"),
-            refresh_token=text("refresh_token"),
-        )
+        fields = [
+            (name, value)
+            for name, value in (*request.query.items(), *form.items())
+            if isinstance(value, str)
+        ]
         fault = request.get(_FAULT)
         answer = self._provider.token(
-            fields, _agent(request), self._now_ms(), fault.kind if fault else None
+            token_request.read(request.headers.get("Authorization"), fields),
+            _agent(request),
+            self._now_ms(),
+            fault.kind if fault else None,
         )
         try:
             return await self._send(request, answer, fault)
