@@ -271,11 +271,17 @@ def report(url: str, output: str) -> None:
 @click.argument("kind", type=click.Choice([str(kind) for kind in FaultKind]), required=False)
 @click.option(
     "--path",
-    help="Prefix of the request's path.  [default: any; for lost-answer the token endpoint]",
+    help="Prefix of the request's path.  [default: /api/, for html any, for *-answer the token"
+    " endpoint]",
 )
 @click.option("--count", type=click.IntRange(1), help="How many requests.  [default: 1]")
-@click.option("--seconds", type=float, help="Simulated seconds that a hang or slow body lasts.")
+@click.option("--seconds", type=float, help="Simulated seconds that a fault with a duration lasts.")
 @click.option("--status", type=click.IntRange(500, 599), help="Status of an error.  [default: 500]")
+@click.option(
+    "--without",
+    multiple=True,
+    help="Field that a partial answer lacks. Repeatable.  [default: access_token]",
+)
 @click.option("--clear", is_flag=True, help="Discard all pending faults.")
 @_output_option
 def fault(url: str, kind: str | None, *, clear: bool, output: str, **fields: Any) -> None:
@@ -284,13 +290,23 @@ def fault(url: str, kind: str | None, *, clear: bool, output: str, **fields: Any
     Without KIND it lists the pending faults.
 
     \b
-    error        a 5xx; the request has no effect
-    hang         no response, then the connection closes; no effect
-    reset        the connection is reset; no effect
-    slow-body    the correct response, sent slowly in small pieces
-    lost-answer  a token is issued, but the connection is reset before the response
+    The request has no effect:
+    error           a 5xx
+    hang            no response, then the connection closes
+    reset           the connection is reset
+    html            a maintenance page with status 200
+
+    \b
+    The request has its effect, for example a token is issued:
+    slow-body       the correct response, sent slowly in small pieces
+    late-answer     the correct response, later, even if the client is gone
+    partial-answer  the correct response without some fields
+    lost-answer     the connection is reset before the response
+    hung-answer     no response, then the connection closes
+    error-answer    a 5xx instead of the response
+    html-answer     a maintenance page with status 200 instead of the response
     """  # noqa: D301 -- click wants the backspace itself
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in fields.items() if value not in (None, ())}
     if kind is None and given:
         raise click.UsageError(f"--{next(iter(given))} needs a KIND of fault")
     if kind and clear:

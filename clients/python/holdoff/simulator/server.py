@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from holdoff.simulator import token_request
-from holdoff.simulator.answers import MALFORMED, Answer
+from holdoff.simulator.answers import MAINTENANCE, MALFORMED, Answer
 from holdoff.simulator.faults import AUTH_PATH, TOKEN_PATH, Fault, FaultKind
 from holdoff.simulator.limits import GRACE_MS, SECOND_MS
 from holdoff.simulator.oauth import Rotation
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+_INJECTED = "injected fault"
 _FAULT = web.RequestKey("fault", Fault)
 
 
@@ -88,7 +89,9 @@ class Server:
             case FaultKind.HANG:
                 await self._pass_time(fault.seconds or 0)
             case FaultKind.ERROR:
-                return web.Response(status=fault.status or 500, text="injected fault")
+                return web.Response(status=fault.status or 500, text=_INJECTED)
+            case FaultKind.HTML:
+                return await self._send(request, MAINTENANCE, None)
         return _reset(request)
 
     async def _token(self, request: web.Request) -> web.StreamResponse:
@@ -109,7 +112,7 @@ class Server:
             token_request.read(request.headers.get("Authorization"), fields),
             _agent(request),
             self._now_ms(),
-            fault.kind if fault else None,
+            fault,
         )
         return await self._send_token(request, answer)
 
@@ -119,8 +122,12 @@ class Server:
 
     async def _send_token(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         """Send an answer that may have an access token."""
+        fault = request.get(_FAULT)
+        if fault is not None and fault.kind is FaultKind.HUNG_ANSWER:
+            self._provider.sent(answer, self._now_ms())  # the provider knows nothing of the hang
+            return await self._send(request, answer, fault)
         try:
-            return await self._send(request, answer, request.get(_FAULT))
+            return await self._send(request, answer, fault)
         finally:  # an answer that its client did not wait for counts too
             self._provider.sent(answer, self._now_ms())
 
@@ -140,8 +147,11 @@ class Server:
         self, request: web.Request, answer: Answer, fault: Fault | None
     ) -> web.StreamResponse:
         """Send an answer to its last byte, or as the fault has it."""
-        if fault is not None and fault.kind is FaultKind.LOST_ANSWER:
-            return _reset(request)
+        if fault is not None:
+            spoiled = await self._spoil(answer, fault)
+            if spoiled is None:
+                return _reset(request)
+            answer = spoiled
         if isinstance(answer.body, str):
             body, content_type = answer.body, "text/html"
         else:  # as compact as the provider's
@@ -154,13 +164,31 @@ class Server:
             response.force_close()
         with suppress(ConnectionError):  # its client did not wait for it
             await response.prepare(request)
-            if fault is not None:
+            if fault is not None and fault.kind is FaultKind.SLOW_BODY:
                 for n in range(len(data) - 1):
                     await response.write(data[n : n + 1])
                     await self._pass_time((fault.seconds or 0) / len(data))
                 data = data[-1:]
             await response.write_eof(data)
         return response
+
+    async def _spoil(self, answer: Answer, fault: Fault) -> Answer | None:
+        """What is sent instead of an answer; None for a reset."""
+        match fault.kind:
+            case FaultKind.LOST_ANSWER:
+                return None
+            case FaultKind.HUNG_ANSWER:
+                await self._pass_time(fault.seconds or 0)
+                return None
+            case FaultKind.LATE_ANSWER:
+                await self._pass_time(fault.seconds or 0)
+            case FaultKind.ERROR_ANSWER:
+                return Answer(fault.status or 500, _INJECTED)
+            case FaultKind.HTML_ANSWER:
+                return MAINTENANCE
+            case FaultKind.PARTIAL_ANSWER:
+                return answer.without(fault.without or ())
+        return answer
 
     async def _pass_time(self, seconds: float) -> None:
         """Wait for a simulated time, or until the server stops."""
