@@ -25,6 +25,7 @@ from holdoff.simulator.switches import DEFAULTS, Switches
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
     from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
 
     from aiohttp.typedefs import Handler
 
@@ -245,6 +246,7 @@ async def serving(  # noqa: PLR0913 -- each can be left out
     grace_seconds: float = GRACE_MS / SECOND_MS,
     switches: Switches = DEFAULTS,
     seeds: Iterable[Seed] = (Seed(),),
+    tls: Path | None = None,
 ) -> AsyncIterator[str]:
     """Run a simulated provider and yield its base URL.
 
@@ -256,10 +258,19 @@ async def serving(  # noqa: PLR0913 -- each can be left out
         grace_seconds: how long a used refresh token remains valid under `Rotation.GRACE`.
         switches: the behaviours where the real one is not known.
         seeds: the grants that exist.
+        tls: where to write the certificate of the authority that clients must trust;
+            the server then listens on https. It needs `holdoff[simulator]`.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: the address cannot be listened on, or the file not be written.
+        ModuleNotFoundError: `tls` was given, and `cryptography` is not installed.
     """
+    context = None
+    if tls is not None:
+        # Only this needs more than the client does.
+        from holdoff.simulator.tls import server_context  # noqa: PLC0415
+
+        context = server_context(host, tls)
     clock = SimulatedClock(time_scale)
     provider = Provider(
         seeds,
@@ -274,9 +285,10 @@ async def serving(  # noqa: PLR0913 -- each can be left out
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, ssl_context=context).start()
         bound_port = runner.addresses[0][1]
-        yield f"http://{f'[{host}]' if ':' in host else host}:{bound_port}"
+        scheme = "https" if context else "http"
+        yield f"{scheme}://{f'[{host}]' if ':' in host else host}:{bound_port}"
     finally:
         await runner.cleanup()
 
