@@ -13,17 +13,24 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from holdoff.simulator.faults import TOKEN_PATH, Fault, FaultKind
-from holdoff.simulator.rules import MALFORMED, Answer, Provider, Rotation, TokenForm
+from holdoff.simulator import token_request
+from holdoff.simulator.answers import MAINTENANCE, MALFORMED, Answer
+from holdoff.simulator.faults import AUTH_PATH, TOKEN_PATH, Fault, FaultKind
+from holdoff.simulator.limits import GRACE_MS, SECOND_MS
+from holdoff.simulator.oauth import Rotation
+from holdoff.simulator.rules import Provider
 from holdoff.simulator.seeds import Seed
 from holdoff.simulator.switches import DEFAULTS, Switches
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
     from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
 
     from aiohttp.typedefs import Handler
 
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+_INJECTED = "injected fault"
 _FAULT = web.RequestKey("fault", Fault)
 
 
@@ -55,6 +62,7 @@ class Server:
         app.add_routes(
             [
                 web.post(TOKEN_PATH, self._token),
+                web.get(AUTH_PATH, self._authorize, allow_head=False),
                 web.get("/api/v1/{path:.+}", self._call, allow_head=False),
                 web.get("/_simulator/report", self._report, allow_head=False),
                 web.get("/_simulator/seed", self._seed, allow_head=False),
@@ -82,29 +90,43 @@ class Server:
             case FaultKind.HANG:
                 await self._pass_time(fault.seconds or 0)
             case FaultKind.ERROR:
-                return web.Response(status=fault.status or 500, text="injected fault")
+                return web.Response(status=fault.status or 500, text=_INJECTED)
+            case FaultKind.HTML:
+                return await self._send(request, MAINTENANCE, None)
         return _reset(request)
 
     async def _token(self, request: web.Request) -> web.StreamResponse:
         try:
+            if request.can_read_body and request.content_type not in _FORMS:
+                raise ValueError(request.content_type)  # noqa: TRY301 -- as a form that is wrong
             form = await request.post()
         except Exception:  # noqa: BLE001 - of many kinds, by the content type and its parameters
             return await self._send(request, MALFORMED, request.get(_FAULT))
 
-        def text(name: str) -> str:
-            value = form.get(name, "")
-            return value if isinstance(value, str) else ""
-
-        fields = TokenForm(
-            grant_type=text("grant_type"),
-            client_id=text("client_id"),
-            client_secret=text("client_secret"),
-            refresh_token=text("refresh_token"),
-        )
+        fields = [
+            (name, value)
+            for name, value in (*request.query.items(), *form.items())
+            if isinstance(value, str)
+        ]
         fault = request.get(_FAULT)
         answer = self._provider.token(
-            fields, _agent(request), self._now_ms(), fault.kind if fault else None
+            token_request.read(request.headers.get("Authorization"), fields),
+            _agent(request),
+            self._now_ms(),
+            fault,
         )
+        return await self._send_token(request, answer)
+
+    async def _authorize(self, request: web.Request) -> web.StreamResponse:
+        answer = self._provider.authorize(request.query, _agent(request), self._now_ms())
+        return await self._send_token(request, answer)
+
+    async def _send_token(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+        """Send an answer that may have an access token."""
+        fault = request.get(_FAULT)
+        if fault is not None and fault.kind is FaultKind.HUNG_ANSWER:
+            self._provider.sent(answer, self._now_ms())  # the provider knows nothing of the hang
+            return await self._send(request, answer, fault)
         try:
             return await self._send(request, answer, fault)
         finally:  # an answer that its client did not wait for counts too
@@ -126,8 +148,11 @@ class Server:
         self, request: web.Request, answer: Answer, fault: Fault | None
     ) -> web.StreamResponse:
         """Send an answer to its last byte, or as the fault has it."""
-        if fault is not None and fault.kind is FaultKind.LOST_ANSWER:
-            return _reset(request)
+        if fault is not None:
+            spoiled = await self._spoil(answer, fault)
+            if spoiled is None:
+                return _reset(request)
+            answer = spoiled
         if isinstance(answer.body, str):
             body, content_type = answer.body, "text/html"
         else:  # as compact as the provider's
@@ -140,13 +165,31 @@ class Server:
             response.force_close()
         with suppress(ConnectionError):  # its client did not wait for it
             await response.prepare(request)
-            if fault is not None:
+            if fault is not None and fault.kind is FaultKind.SLOW_BODY:
                 for n in range(len(data) - 1):
                     await response.write(data[n : n + 1])
                     await self._pass_time((fault.seconds or 0) / len(data))
                 data = data[-1:]
             await response.write_eof(data)
         return response
+
+    async def _spoil(self, answer: Answer, fault: Fault) -> Answer | None:
+        """What is sent instead of an answer; None for a reset."""
+        match fault.kind:
+            case FaultKind.LOST_ANSWER:
+                return None
+            case FaultKind.HUNG_ANSWER:
+                await self._pass_time(fault.seconds or 0)
+                return None
+            case FaultKind.LATE_ANSWER:
+                await self._pass_time(fault.seconds or 0)
+            case FaultKind.ERROR_ANSWER:
+                return Answer(fault.status or 500, _INJECTED)
+            case FaultKind.HTML_ANSWER:
+                return MAINTENANCE
+            case FaultKind.PARTIAL_ANSWER:
+                return answer.without(fault.without or ())
+        return answer
 
     async def _pass_time(self, seconds: float) -> None:
         """Wait for a simulated time, or until the server stops."""
@@ -161,6 +204,7 @@ class Server:
         base = f"{request.scheme}://{request.host}"
         seeds = [
             {
+                "auth_url": f"{base}{AUTH_PATH}",
                 "token_url": f"{base}{TOKEN_PATH}",
                 "api_url": f"{base}/api/v1",
                 "client_id": seed.client_id,
@@ -198,9 +242,11 @@ async def serving(  # noqa: PLR0913 -- each can be left out
     port: int = 0,
     *,
     time_scale: float = 1.0,
-    rotation: Rotation = Rotation.REUSE,
+    rotation: Rotation = Rotation.UNTIL_USED,
+    grace_seconds: float = GRACE_MS / SECOND_MS,
     switches: Switches = DEFAULTS,
     seeds: Iterable[Seed] = (Seed(),),
+    tls: Path | None = None,
 ) -> AsyncIterator[str]:
     """Run a simulated provider and yield its base URL.
 
@@ -208,19 +254,30 @@ async def serving(  # noqa: PLR0913 -- each can be left out
         host: address to listen on.
         port: port to listen on; 0 picks a free one.
         time_scale: simulated seconds in a real one.
-        rotation: what becomes of a used refresh token.
+        rotation: what happens to a refresh token when it is used.
+        grace_seconds: how long a used refresh token remains valid under `Rotation.GRACE`.
         switches: the behaviours where the real one is not known.
         seeds: the grants that exist.
+        tls: where to write the certificate of the authority that clients must trust;
+            the server then listens on https. It needs `holdoff[simulator]`.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: the address cannot be listened on, or the file not be written.
+        ModuleNotFoundError: `tls` was given, and `cryptography` is not installed.
     """
+    context = None
+    if tls is not None:
+        # Only this needs more than the client does.
+        from holdoff.simulator.tls import server_context  # noqa: PLC0415
+
+        context = server_context(host, tls)
     clock = SimulatedClock(time_scale)
     provider = Provider(
         seeds,
         start_ms=clock.now_ms(),
         time_scale=time_scale,
         rotation=rotation,
+        grace_ms=round(grace_seconds * SECOND_MS),
         switches=switches,
     )
     runner = web.AppRunner(
@@ -228,9 +285,10 @@ async def serving(  # noqa: PLR0913 -- each can be left out
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, ssl_context=context).start()
         bound_port = runner.addresses[0][1]
-        yield f"http://{f'[{host}]' if ':' in host else host}:{bound_port}"
+        scheme = "https" if context else "http"
+        yield f"{scheme}://{f'[{host}]' if ':' in host else host}:{bound_port}"
     finally:
         await runner.cleanup()
 
