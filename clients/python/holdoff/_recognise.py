@@ -125,6 +125,7 @@ class OutputRecogniser:
         self._places = _compiled(output.places)
         self._codes = {code.casefold(): status for code, status in output.codes.items()}
         self._endpoint_path = policy.endpoint_path
+        self._division_query = tuple(policy.division_query)
         self._throttle_names = {throttle.name for throttle in policy.throttles}
         self._throttles = {
             status: throttle.name
@@ -227,8 +228,11 @@ class OutputRecogniser:
         status = _status(found.get("status", ""))
         if not status:
             status = self._codes.get(found.get("code", "").casefold(), 0)
-        division = found.get("division") or find_place(self._endpoint_path, endpoint)[0]
+        division = found.get("division") or self._division_in(endpoint)
         yield self._seen(status, division or self._recent_division(), endpoint, 1)
+
+    def _division_in(self, url: str) -> str:
+        return find_place(self._endpoint_path, url, self._division_query)[0]
 
     def _seen(self, status: int, division: str, endpoint: str, count: int) -> Seen:
         division, endpoint = _clean_division(division), _clean_endpoint(endpoint)
@@ -246,7 +250,8 @@ class OutputRecogniser:
     def _marked(self, kind: str, text: str) -> Seen:
         fields = {name: quoted or plain for name, quoted, plain in _FIELD.findall(text)}
         status = _status(fields.get("status", ""))
-        division, endpoint = fields.get("division", ""), fields.get("endpoint", "")
+        endpoint = fields.get("endpoint", "")
+        division = fields.get("division") or self._division_in(endpoint)
         if kind == "ERROR":
             count = fields.get("count", "")
             number = min(int(count), MOST_COUNT) if _COUNT.fullmatch(count) else 1
