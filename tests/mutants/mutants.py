@@ -733,9 +733,19 @@ MUTANTS = [
         "tests/unit/test_places.py::test_a_normal_form_stays",
     ),
     Mutant(
+        "each token has spellings of its own",
+        *(f"{LUA}/backoffs.lua", "':spellings:' .. token, endpoint", "':spellings:', endpoint"),
+        f"{TESTS}/test_spellings.py::test_a_tokens_spelling_says_nothing_of_another",
+    ),
+    Mutant(
+        "what the store compares has no case",
+        *(f"{COORDINATOR}/places.py", "folded(self.spelled)", "self.spelled"),
+        f"{TESTS}/test_spellings.py",
+    ),
+    Mutant(
         "endpoints are compared without case",
         *(f"{CLIENT}/_places.py", "return endpoint.casefold()", "return endpoint"),
-        "tests/integration/test_budgets.py::test_one_endpoint_has_one_budget",
+        f"{TESTS}/test_budgets.py::test_one_endpoint_has_one_budget",
     ),
     Mutant(
         "a search for fields begins at a word",

@@ -57,6 +57,7 @@ ACCOUNTS = ("535193", "crm/Accounts")
         ("/api/v1/535193/crm/x/..;a=1/%20Accounts.%20", ACCOUNTS),
         ("/api/v1/535193/crm/Accounts(guid'1')/../Contacts", ("535193", "crm/Contacts")),
         ("/api/v1/535193/crm/Accounts('%2F..%2F..%2Fx')", ACCOUNTS),
+        (f"/api/v1/535193/{'x/../' * 380}crm/Accounts", ACCOUNTS),
         # The paths of domain.md.
         ("/API/V1/535193/crm/Accounts", ACCOUNTS),
         ("/api/v1/beta/535193/crm/Accounts", ACCOUNTS),

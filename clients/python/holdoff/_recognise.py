@@ -101,9 +101,9 @@ class OutputRecogniser:
 
     An error's line is followed, within five lines, by those with its URL and division. The first
     endpoint ends the wait for them, as do the line of the next error and ``flush``; if no division
-    was named by then, the last one in the twenty lines before is taken. A line is one error at
-    most. A line with a code and one with a status are one error too, if neither has the other
-    and no endpoint stands on a line between them: so Data Hub prints it.
+    and no URL was named by then, the last division in the twenty lines before is taken. A line is
+    one error at most. A line with a code and one with a status are one error too, if neither has
+    the other and no endpoint stands on a line between them: so Data Hub prints it.
 
     Lines end with ``\n``, ``\r\n`` or, as progress is shown, ``\r``.
 
@@ -229,7 +229,9 @@ class OutputRecogniser:
         if not status:
             status = self._codes.get(found.get("code", "").casefold(), 0)
         division = found.get("division") or self._division_in(endpoint)
-        yield self._seen(status, division or self._recent_division(), endpoint, 1)
+        if "url" not in found or not self._endpoint_path:  # else a call without one, as current/Me
+            division = division or self._recent_division()
+        yield self._seen(status, division, endpoint, 1)
 
     def _division_in(self, url: str) -> str:
         return find_place(self._endpoint_path, url, self._division_query)[0]
