@@ -244,7 +244,7 @@ def test_budgets_show_the_providers_spelling(story: tuple[Replica, datetime]) ->
     replica, _ = story
 
     def ask_for(method: str, request: dict[str, Any]) -> dict[str, Any]:
-        command = [BIN / "grpcurl", "-plaintext", "-d", json.dumps(request), replica.address]
+        command = [str(BIN / "grpcurl"), "-plaintext", "-d", json.dumps(request), replica.address]
         asked = subprocess.run(
             [*command, f"holdoff.v1.{method}"], capture_output=True, check=True, timeout=40
         )
