@@ -142,7 +142,7 @@ class Budgets:
         budgets = json.dumps(specs)
         # As earlier releases had it, so that a retry meets the same reservation.
         bound = [
-            {key: value for key, value in spec.items() if key not in ("by", "coarser")}
+            {key: value for key, value in spec.items() if key not in ("by", "coarser", "spelled")}
             for spec in specs
         ]
         call = (
@@ -306,17 +306,15 @@ def _entry(event: budget_pb2.Event, place: Place) -> dict[str, Any]:
         raise invalid("events.kind", "must be ERROR, TOKEN_REQUEST, CALL or BLOCK")
     entry["budgets"] = place.specs(kind, event.status)
     if kind == "errors":
-        entry["shown"] = json.dumps(
-            {
-                "token": place.token.token,
-                "division": place.division,
-                "endpoint": place.endpoint,
-                "status": event.status,
-                "count": count,
-                "job": job,
-                "host": host,
-            }
-        )
+        entry["shown"] = {
+            "token": place.token.token,
+            "division": place.division,
+            "endpoint": place.spelled,
+            "status": event.status,
+            "count": count,
+            "job": job,
+            "host": host,
+        }
     return entry
 
 

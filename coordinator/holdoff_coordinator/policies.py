@@ -153,6 +153,7 @@ def policy_message(policy: Policy) -> policy_pb2.Policy:
         ],
         block=_block_message(policy.block),
         endpoint_path=policy.endpoint.path if policy.endpoint else "",
+        division_query=policy.endpoint.division_query if policy.endpoint else (),
         throttles=[
             policy_pb2.Throttle(
                 name=throttle.name,

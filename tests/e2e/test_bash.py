@@ -304,7 +304,7 @@ def test_errors_and_blocks_are_counted(scripts: Scripts) -> None:
     with scripts.service.asked() as client:
         (budget,) = client.list_budgets(token=scripts.token, division="535193")
         (back_off,) = client.list_back_offs(scripts.service.app)
-    assert (budget.used, budget.scope.endpoint) == (3, "crm/accounts")
+    assert (budget.used, budget.scope.endpoint) == (3, "crm/Accounts")
     assert back_off.status == 403
 
 

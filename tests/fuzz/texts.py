@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from holdoff._endpoint import Endpoint
-from holdoff._places import MOST_ENDPOINT_CHARACTERS, find_place, normal_endpoint
+from holdoff._places import MOST_ENDPOINT_CHARACTERS, find_place, folded, normal_endpoint
 from holdoff._text import described, printable, quoted, without_secrets
 from holdoff.durations import format_duration, parse_duration
 from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
@@ -108,14 +108,16 @@ def coordinators(text: str) -> None:
 
 
 def places(text: str) -> None:
-    """Check that the normal form of an endpoint is short, and its own normal form."""
+    """Check that the normal form of an endpoint is short, printable, and its own normal form."""
     normal = normal_endpoint(text)
     assert len(normal) <= MOST_ENDPOINT_CHARACTERS
+    assert normal.isprintable()
     assert normal_endpoint(normal) == normal
+    assert folded(normal_endpoint(folded(normal))) == folded(normal)
     for policy in presets().values():
         division, endpoint = policy.place(text)
         assert normal_endpoint(endpoint) == endpoint
-        assert len(division) <= len(text)
+        assert len(division) <= validation.MOST_DIVISION_CHARACTERS
     assert find_place("", text)[0] == ""
 
 

@@ -149,7 +149,7 @@ def test_an_error_is_counted_once(client: holdoff.Client, token: str) -> None:
     assert client.record_error(token, endpoint=ACCOUNTS, status=500) == NOT_LIMITED
     assert client.record_error(token, endpoint="crm/Accounts", division="535193") == COUNTED
     [budget] = client.list_budgets(token.partition("/tokens/")[0])
-    assert (budget.used, budget.scope.endpoint) == (3, "crm/accounts")
+    assert (budget.used, budget.scope.endpoint) == (3, "crm/Accounts")
     assert client.get_budget(budget.name).used == 3
     assert client.reset_budget(budget.name, "mended").used == 0
     with pytest.raises(errors.BudgetNotFound):
@@ -172,7 +172,7 @@ def test_budgets_are_listed_by_what_they_are_about(client: holdoff.Client, token
     client.record_events(events[100:])
     listed = list(client.list_budgets(app))
     assert len({budget.name for budget in listed}) == 105
-    assert listed[0].scope.endpoint == "crm/e7"
+    assert listed[0].scope.endpoint == "crm/E7"
     assert [b.name for b in client.list_budgets(app, state="spent")] == [listed[0].name]
     assert [b.name for b in client.list_budgets(endpoint="CRM/E7", token=token)] == [listed[0].name]
     assert len(list(client.list_budgets(app, division="0"))) == 53

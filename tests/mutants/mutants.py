@@ -721,9 +721,31 @@ MUTANTS = [
         "tests/unit/test_recognise.py::test_what_only_looks_like_a_marker",
     ),
     Mutant(
-        "the pattern of a key is linear",
-        *(f"{CLIENT}/_places.py", "'[^']*+'|[^()']++)*+", "'(?:[^']|'')*'|[^()'])*"),
-        "tests/unit/test_patterns.py -k _KEY",
+        "dots of a path are followed before a key is cut",
+        f"{CLIENT}/_places.py",
+        '_KEY.split("/".join(_segments(path)), maxsplit=1)[0]',
+        "_KEY.split(path, maxsplit=1)[0]",
+        "tests/unit/test_places.py::test_a_call_is_placed",
+    ),
+    Mutant(
+        "a path is decoded once",
+        *(f"{CLIENT}/_places.py", ' and one != "%"', ""),
+        "tests/unit/test_places.py::test_a_normal_form_stays",
+    ),
+    Mutant(
+        "each token has spellings of its own",
+        *(f"{LUA}/backoffs.lua", "':spellings:' .. token, endpoint", "':spellings:', endpoint"),
+        f"{TESTS}/test_spellings.py::test_a_tokens_spelling_says_nothing_of_another",
+    ),
+    Mutant(
+        "what the store compares has no case",
+        *(f"{COORDINATOR}/places.py", "folded(self.spelled)", "self.spelled"),
+        f"{TESTS}/test_spellings.py",
+    ),
+    Mutant(
+        "endpoints are compared without case",
+        *(f"{CLIENT}/_places.py", "return endpoint.casefold()", "return endpoint"),
+        f"{TESTS}/test_budgets.py::test_one_endpoint_has_one_budget",
     ),
     Mutant(
         "a search for fields begins at a word",

@@ -1,4 +1,4 @@
-"""Policy files: what they say, how a call is placed, and errors that point at the line."""
+"""Policy files: what they say, and errors that point at the line."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from holdoff._places import find_place, normal_endpoint
+from holdoff._places import find_place
 from holdoff.policies import (
     Block,
     PolicyError,
@@ -55,33 +53,6 @@ def test_presets_of_other_providers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "place"),
-    [
-        ("/api/v1/535193/crm/Accounts", ("535193", "crm/accounts")),
-        (
-            "https://start.exactonline.nl/api/v1/535193/crm/Accounts(guid'1-2')?$filter=a",
-            ("535193", "crm/accounts()"),
-        ),
-        ("/api/v1/1/a/B(Id=1,Name='x(y''z)')/C/", ("1", "a/b()/c")),
-        ("/api/v1/1/read/B?x=/api/v1/2/c", ("1", "read/b")),
-        ("crm/Accounts", ("", "crm/accounts")),
-        ("", ("", "")),
-    ],
-)
-def test_a_call_is_placed(path: str, place: tuple[str, str]) -> None:
-    """One endpoint has one name, however it was called."""
-    assert presets()["exact-online"].place(path) == place
-
-
-@given(st.text())
-def test_a_normal_form_stays(text: str) -> None:
-    """What has its normal form keeps it, and nothing is too long or breaks."""
-    once = normal_endpoint(text)
-    assert normal_endpoint(once) == once
-    assert len(once) <= 200
-
-
-@pytest.mark.parametrize(
     ("right", "wrong", "at", "says"),
     [
         ("most = 10 ", "most = 0 ", "most = 0 ", "limit[0].most: Expected `int` >= 1"),
@@ -102,7 +73,8 @@ def test_a_normal_form_stays(text: str) -> None:
             "limit[1].name: `limit[1].name`: this name is used twice",
         ),
         ("(?P<endpoint>.+)", "(?P<endpoint>.+", "(?P<endpoint>.+", "not a regular expression"),
-        ("(?P<endpoint>.+)", ".+", "[^/]+)/.+", "needs a group"),
+        ("(?P<endpoint>.+)", ".+", "/)?.+", "needs a group"),
+        ('"_Division_", ', '"", ', '"", "Division', "endpoint.division_query[0]: Expected `str`"),
         ('["app", "token"]', '["token"]', '["token"]', 'must name "app"'),
         ('name = "exact-', 'when_quiet = "rest"\nname = "exact-', '"rest"', "when_quiet: Invalid"),
         # Refreshes, and where they are made.

@@ -19,7 +19,8 @@ EXACT = policy_message(presets()["exact-online"])
 BAD_REQUEST = "The remote server returned an error: (400) Bad Request."
 DUTCH = "De externe server heeft een fout geretourneerd: (401) Niet gemachtigd."
 XML = "https://start.exactonline.nl/Docs/XMLDownload.aspx"
-ACCOUNTS = "https://start.exactonline.nl/api/v1/535193/crm/Accounts"
+HOST = "https://start.exactonline.nl"
+ACCOUNTS = f"{HOST}/api/v1/535193/crm/Accounts"
 CAPACITY = (
     "Er is geen capaciteit meer beschikbaar voor API-gebruik op partitie 'ACME (NL) (535193)'."
 )
@@ -42,6 +43,15 @@ def seen(
         (f"{BAD_REQUEST}\n{ACCOUNTS}?$select=ID\n", [SeenError(400, "535193", ACCOUNTS)]),
         (f"{BAD_REQUEST}\r\n\r\n{ACCOUNTS}\r\n", [SeenError(400, "535193", ACCOUNTS)]),
         (f"{BAD_REQUEST} {ACCOUNTS}.", [SeenError(400, "535193", ACCOUNTS)]),
+        # Calls whose path has no division.
+        (
+            f"partitie 'ACME (77)'\n{BAD_REQUEST}\n{HOST}/api/v1/current/Me\n",
+            [SeenError(400, "", f"{HOST}/api/v1/current/Me")],
+        ),
+        (
+            f"{BAD_REQUEST}\n{HOST}/docs/XMLUpload.aspx?Topic=Items&_Division_=535193\n",
+            [SeenError(400, "535193", f"{HOST}/docs/XMLUpload.aspx")],
+        ),
         # One error each: a line with both; the code, then the message; the division in between.
         (f"partitie 'ACME (77)'\nitgenoda494: {BAD_REQUEST}\nno url\n", [SeenError(400, "77", "")]),
         (f"itgenclr083\n{BAD_REQUEST}\n{ACCOUNTS}\n", [SeenError(400, "535193", ACCOUNTS)]),
@@ -100,6 +110,10 @@ def test_data_hub(output: str | bytes, found: list[object]) -> None:
 @pytest.mark.parametrize(
     ("line", "found"),
     [
+        (
+            f"HOLDOFF-ERROR endpoint={HOST}/docs/XMLUpload.aspx?Division=7 status=404",
+            SeenError(404, "7", f"{HOST}/docs/XMLUpload.aspx"),
+        ),
         (
             'HOLDOFF-ERROR division=535193 endpoint="crm/A b" status=400 count=3',
             SeenError(400, "535193", "crm/A b", 3),

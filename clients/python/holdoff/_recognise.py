@@ -101,9 +101,9 @@ class OutputRecogniser:
 
     An error's line is followed, within five lines, by those with its URL and division. The first
     endpoint ends the wait for them, as do the line of the next error and ``flush``; if no division
-    was named by then, the last one in the twenty lines before is taken. A line is one error at
-    most. A line with a code and one with a status are one error too, if neither has the other
-    and no endpoint stands on a line between them: so Data Hub prints it.
+    and no URL was named by then, the last division in the twenty lines before is taken. A line is
+    one error at most. A line with a code and one with a status are one error too, if neither has
+    the other and no endpoint stands on a line between them: so Data Hub prints it.
 
     Lines end with ``\n``, ``\r\n`` or, as progress is shown, ``\r``.
 
@@ -125,6 +125,7 @@ class OutputRecogniser:
         self._places = _compiled(output.places)
         self._codes = {code.casefold(): status for code, status in output.codes.items()}
         self._endpoint_path = policy.endpoint_path
+        self._division_query = tuple(policy.division_query)
         self._throttle_names = {throttle.name for throttle in policy.throttles}
         self._throttles = {
             status: throttle.name
@@ -227,8 +228,13 @@ class OutputRecogniser:
         status = _status(found.get("status", ""))
         if not status:
             status = self._codes.get(found.get("code", "").casefold(), 0)
-        division = found.get("division") or find_place(self._endpoint_path, endpoint)[0]
-        yield self._seen(status, division or self._recent_division(), endpoint, 1)
+        division = found.get("division") or self._division_in(endpoint)
+        if "url" not in found or not self._endpoint_path:  # else a call without one, as current/Me
+            division = division or self._recent_division()
+        yield self._seen(status, division, endpoint, 1)
+
+    def _division_in(self, url: str) -> str:
+        return find_place(self._endpoint_path, url, self._division_query)[0]
 
     def _seen(self, status: int, division: str, endpoint: str, count: int) -> Seen:
         division, endpoint = _clean_division(division), _clean_endpoint(endpoint)
@@ -246,7 +252,8 @@ class OutputRecogniser:
     def _marked(self, kind: str, text: str) -> Seen:
         fields = {name: quoted or plain for name, quoted, plain in _FIELD.findall(text)}
         status = _status(fields.get("status", ""))
-        division, endpoint = fields.get("division", ""), fields.get("endpoint", "")
+        endpoint = fields.get("endpoint", "")
+        division = fields.get("division") or self._division_in(endpoint)
         if kind == "ERROR":
             count = fields.get("count", "")
             number = min(int(count), MOST_COUNT) if _COUNT.fullmatch(count) else 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from holdoff import _calls
 from holdoff._outcome import BACKING_OFF
-from holdoff._places import find_place
+from holdoff._places import find_place, folded
 from holdoff._recognise import OutputRecogniser, SeenBlock
 from holdoff.durations import format_duration
 from holdoff.v1 import budget_pb2, lease_service_pb2, policy_pb2
@@ -53,7 +53,7 @@ class Rooms:
 
     def refill(self, rooms: Iterable[lease_service_pb2.ScopeRoom]) -> None:
         """Take in what the coordinator says, who knew of our errors; forget the rest."""
-        self._left = {(one.scope.division, one.scope.endpoint): one.room for one in rooms}
+        self._left = {(one.scope.division, folded(one.scope.endpoint)): one.room for one in rooms}
 
     def take(self, place: tuple[str, str], status: int, count: int) -> str:
         """Count errors at a place; return the limit that is spent then, or ''."""
@@ -67,8 +67,10 @@ class Rooms:
             return ""
         tightest = min(limits, key=lambda limit: limit.most - limit.margin)
         most = tightest.most - tightest.margin
-        self._left[place] = self._left.get(place, most) - count
-        return "" if self._left[place] > 0 else tightest.name
+        division, endpoint = place
+        where = division, folded(endpoint)
+        self._left[where] = self._left.get(where, most) - count
+        return "" if self._left[where] > 0 else tightest.name
 
 
 class Conduct:
@@ -197,8 +199,9 @@ class Conduct:
             else:
                 event = _calls.error_event(where, status=one.status, count=one.count, job=self._job)
                 self.errors += one.count
-                division, endpoint = find_place(self._rooms.policy.endpoint_path, one.endpoint)
-                place = (one.division or division, endpoint)
+                # Its division was found with it: the query is cut off by now.
+                endpoint = find_place(self._rooms.policy.endpoint_path, one.endpoint)[1]
+                place = (one.division, endpoint)
                 limit, spent = self._rooms.take(place, one.status, one.count), ""
                 if limit:
                     scope = budget_pb2.Scope(

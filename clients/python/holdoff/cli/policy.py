@@ -100,6 +100,7 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
             *(("scope in output", pattern) for pattern in found.output.places),
             ("codes in output", _codes_text(found.output)),
             ("endpoint path", found.endpoint_path or NOTHING),
+            ("division in query", ", ".join(found.division_query) or NOTHING),
         ]
     )
 

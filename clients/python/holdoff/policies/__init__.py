@@ -36,6 +36,7 @@ DEFAULT_POLICY = "exact-online"
 ScopeField = Literal["app", "token", "division", "endpoint"]
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9-]{1,63}\Z")]
 HeaderName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}\Z")]
+QueryName = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 Status = Annotated[int, msgspec.Meta(ge=100, le=599)]
 Url = Annotated[str, msgspec.Meta(max_length=2_000)]
 Host = Annotated[
@@ -144,10 +145,17 @@ class OAuth(_Table, frozen=True, kw_only=True):
 
 
 class Endpoint(_Table, frozen=True, kw_only=True):
-    """How a call's division and endpoint are found in its path or URL."""
+    """How a call's division and endpoint are found in its path or URL.
+
+    Host, keys, path parameters (`;x=1`), dots and empty segments are gone by then, and
+    percent-encoding is decoded; the path begins with one slash. Case stays.
+    """
 
     path: str
     """A regular expression with the group `endpoint` and, if there are any, `division`."""
+    division_query: tuple[QueryName, ...] = ()
+    """Names, without case, of parameters of the query that have the division: the first that is
+    there counts. Only where `path` does not fit."""
 
     def __post_init__(self) -> None:
         groups = _groups_of("path", self.path)
@@ -307,7 +315,8 @@ class Policy(_Table, frozen=True, kw_only=True):
 
     def place(self, path: str) -> tuple[str, str]:
         """Find a call's (division, endpoint) in its path or URL, each in its one normal form."""
-        return find_place(self.endpoint.path if self.endpoint else "", path)
+        rules = self.endpoint
+        return find_place(rules.path, path, rules.division_query) if rules else find_place("", path)
 
 
 def read_policy(path: Path | Traversable) -> Policy:

@@ -61,6 +61,10 @@ FIELDS = {
         "RE2: finds `endpoint`, and `division` if there is one, in a path or URL.",
         "'/api/(?P<division>[^/]+)/(?P<endpoint>.+)'",
     ),
+    "endpoint.division_query": (
+        "Parameters of the query that have the division, where `path` does not fit.",
+        '["division"]',
+    ),
     "limit.name": ("At most so many events in a window.", '"errors"'),
     "limit.event": ('What is counted: "errors", "token_requests" or "calls".', '"errors"'),
     "limit.most": ("How many.", "10"),
@@ -126,8 +130,9 @@ _WIDTH = 100
 def write_policy(policy: policy_pb2.Policy) -> str:
     """Return the text of a file with this policy; `read_policy` reads the same from it."""
     values = dict(_values(policy))
-    if path := values.pop("endpoint_path", ""):
-        values["endpoint"] = {"path": path}
+    path, query = values.pop("endpoint_path", ""), values.pop("division_query", [])
+    if path:
+        values["endpoint"] = {"path": path} | ({"division_query": query} if query else {})
     tables = dict.fromkeys(name.partition(".")[0] for name in FIELDS if "." in name)
     tables |= {name: None for name, value in values.items() if _is_table(value)}
     lines = [*_lines("", {name: value for name, value in values.items() if name not in tables})]

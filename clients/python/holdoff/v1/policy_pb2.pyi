@@ -109,6 +109,7 @@ class Policy(_message.Message):
     LONGEST_TTL_FIELD_NUMBER: _builtins.int
     OAUTH_FIELD_NUMBER: _builtins.int
     CONCURRENCY_LIMITS_FIELD_NUMBER: _builtins.int
+    DIVISION_QUERY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The policy's name, such as `exact-online`; tokens refer to it."""
     title: _builtins.str
@@ -117,7 +118,7 @@ class Policy(_message.Message):
     """It ships with Holdoff; else an operator wrote it."""
     endpoint_path: _builtins.str
     """An RE2 regular expression with the group `endpoint` and, if there
-    are any, `division`, that finds both in the path or URL of a call.
+    are any, `division`, that finds both in the path of a call.
     """
     when_quiet: Global___WhenQuiet.ValueType
     """What a run does while one of its scopes backs off."""
@@ -155,6 +156,12 @@ class Policy(_message.Message):
     def concurrency_limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConcurrencyLimit]:
         """How many calls there may be at a time."""
 
+    @_builtins.property
+    def division_query(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names, without case, of parameters of the query that have the division of a
+        call whose path `endpoint_path` does not fit.
+        """
+
     def __init__(
         self,
         *,
@@ -171,10 +178,11 @@ class Policy(_message.Message):
         longest_ttl: _duration_pb2.Duration | None = ...,
         oauth: Global___OAuthPolicy | None = ...,
         concurrency_limits: _abc.Iterable[Global___ConcurrencyLimit] | None = ...,
+        division_query: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "longest_ttl", b"longest_ttl", "oauth", b"oauth", "output", b"output", "refresh", b"refresh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "concurrency_limits", b"concurrency_limits", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "name", b"name", "oauth", b"oauth", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "concurrency_limits", b"concurrency_limits", "division_query", b"division_query", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "name", b"name", "oauth", b"oauth", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
