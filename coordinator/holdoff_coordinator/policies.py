@@ -168,6 +168,7 @@ def policy_message(policy: Policy) -> policy_pb2.Policy:
                 errors=policy.output.errors,
                 places=policy.output.places,
                 codes=policy.output.codes,
+                token_path=policy.output.token_path,
             )
             if policy.output
             else None

@@ -79,6 +79,7 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
             *(("error in output", pattern) for pattern in found.output.errors),
             *(("scope in output", pattern) for pattern in found.output.places),
             ("codes in output", _codes_text(found.output)),
+            ("token path in output", found.output.token_path or NOTHING),
             ("endpoint path", found.endpoint_path or NOTHING),
         ]
     )

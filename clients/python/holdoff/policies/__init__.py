@@ -38,7 +38,7 @@ HeaderName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9!#$%&'*+.^_`|~-]{
 Status = Annotated[int, msgspec.Meta(ge=100, le=599)]
 
 _MOST_BITS = 64
-_PLACE_GROUPS = frozenset({"url", "division", "endpoint"})
+_PLACE_GROUPS = frozenset({"url", "division", "endpoint", "token"})
 _CODE = re.compile(r"[\w.-]{1,63}")
 
 
@@ -173,9 +173,12 @@ class Output(_Table, frozen=True, kw_only=True):
     """A line with an error. A group `status` has its HTTP status, a group `code` one of `codes`;
     with neither the status is not known. The groups of `places` may be there too."""
     places: tuple[str, ...] = ()
-    """A line near it that says where: groups `url`, `division` or `endpoint`."""
+    """A line near it that says where: groups `url`, `division` or `endpoint`, or a group `token` if
+    the call was to the token endpoint."""
     codes: dict[str, Any] = {}
     """HTTP statuses of codes, whose case does not count."""
+    token_path: Annotated[str, msgspec.Meta(pattern=r"\A(/[!-~]{1,199})?\Z")] = ""
+    """The path of the token endpoint, which the group `token` needs."""
 
     def __post_init__(self) -> None:
         if not self.errors:
@@ -188,7 +191,13 @@ class Output(_Table, frozen=True, kw_only=True):
             field = f"places[{number}]"
             groups = _groups_of(field, pattern)
             if not groups or groups - _PLACE_GROUPS:
-                raise ValueError(f"`{field}` needs groups (?P<url>…), (?P<division>…) or endpoint")
+                raise ValueError(
+                    f"`{field}` needs groups (?P<url>…), (?P<division>…), endpoint or token"
+                )
+        if not self.token_path and any(
+            "token" in compile_pattern(one).groups for one in self.errors + self.places
+        ):
+            raise ValueError('`token_path` is missing: the group `token` needs it, as in "/token"')
         for code, status in self.codes.items():  # of which msgspec would not say the wrong one
             if not _CODE.fullmatch(code):
                 raise ValueError(f"`codes` are letters, digits, '.', '_' and '-': {quoted(code)}")

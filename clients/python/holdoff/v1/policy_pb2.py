@@ -27,7 +27,7 @@ from holdoff.v1 import budget_pb2 as holdoff_dot_v1_dot_budget__pb2
 from holdoff.v1 import token_pb2 as holdoff_dot_v1_dot_token__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17holdoff/v1/policy.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17holdoff/v1/budget.proto\x1a\x16holdoff/v1/token.proto\"\xf1\x02\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06preset\x18\x03 \x01(\x08\x12*\n\x07refresh\x18\x04 \x01(\x0b\x32\x19.holdoff.v1.RefreshPolicy\x12!\n\x06limits\x18\x05 \x03(\x0b\x32\x11.holdoff.v1.Limit\x12&\n\x05\x62lock\x18\x06 \x01(\x0b\x32\x17.holdoff.v1.BlockPolicy\x12\x15\n\rendpoint_path\x18\x07 \x01(\t\x12\'\n\tthrottles\x18\x08 \x03(\x0b\x32\x14.holdoff.v1.Throttle\x12(\n\x06output\x18\t \x01(\x0b\x32\x18.holdoff.v1.OutputPolicy\x12)\n\nwhen_quiet\x18\n \x01(\x0e\x32\x15.holdoff.v1.WhenQuiet\x12.\n\x0blongest_ttl\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\"\x91\x01\n\x08Throttle\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08statuses\x18\x02 \x03(\x05\x12\x0c\n\x04\x62ody\x18\x03 \x01(\t\x12\x0e\n\x06header\x18\x04 \x01(\t\x12\r\n\x05scope\x18\x05 \x03(\t\x12\r\n\x05until\x18\x06 \x03(\t\x12)\n\x06length\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x90\x01\n\x0cOutputPolicy\x12\x0e\n\x06\x65rrors\x18\x01 \x03(\t\x12\x0e\n\x06places\x18\x02 \x03(\t\x12\x32\n\x05\x63odes\x18\x03 \x03(\x0b\x32#.holdoff.v1.OutputPolicy.CodesEntry\x1a,\n\nCodesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xc8\x02\n\rRefreshPolicy\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06margin\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\nrefresh_at\x18\x03 \x01(\x0e\x32\x15.holdoff.v1.RefreshAt\x12\x34\n\x11\x61\x63\x63\x65ss_token_life\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x08rotation\x18\x05 \x01(\x0e\x32\x14.holdoff.v1.Rotation\x12(\n\x05grace\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tidle_life\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa4\x01\n\x05Limit\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.holdoff.v1.EventKind\x12\x0c\n\x04most\x18\x03 \x01(\x04\x12)\n\x06window\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05scope\x18\x05 \x03(\t\x12\x10\n\x08statuses\x18\x06 \x03(\x05\x12\x0e\n\x06margin\x18\x07 \x01(\x04\"\xb0\x01\n\x0b\x42lockPolicy\x12\r\n\x05scope\x18\x01 \x03(\t\x12(\n\x05\x66irst\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x66\x61\x63tor\x18\x03 \x01(\x01\x12\'\n\x04most\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x66orget_after\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration*n\n\tWhenQuiet\x12\x1a\n\x16WHEN_QUIET_UNSPECIFIED\x10\x00\x12\x15\n\x11WHEN_QUIET_FINISH\x10\x01\x12\x14\n\x10WHEN_QUIET_PAUSE\x10\x02\x12\x18\n\x14WHEN_QUIET_TERMINATE\x10\x03*\x89\x01\n\x08Rotation\x12\x18\n\x14ROTATION_UNSPECIFIED\x10\x00\x12\x15\n\x11ROTATION_REUSABLE\x10\x01\x12\x12\n\x0eROTATION_GRACE\x10\x02\x12\x17\n\x13ROTATION_SINGLE_USE\x10\x03\x12\x1f\n\x1bROTATION_SINGLE_USE_REVOKES\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17holdoff/v1/policy.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17holdoff/v1/budget.proto\x1a\x16holdoff/v1/token.proto\"\xf1\x02\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06preset\x18\x03 \x01(\x08\x12*\n\x07refresh\x18\x04 \x01(\x0b\x32\x19.holdoff.v1.RefreshPolicy\x12!\n\x06limits\x18\x05 \x03(\x0b\x32\x11.holdoff.v1.Limit\x12&\n\x05\x62lock\x18\x06 \x01(\x0b\x32\x17.holdoff.v1.BlockPolicy\x12\x15\n\rendpoint_path\x18\x07 \x01(\t\x12\'\n\tthrottles\x18\x08 \x03(\x0b\x32\x14.holdoff.v1.Throttle\x12(\n\x06output\x18\t \x01(\x0b\x32\x18.holdoff.v1.OutputPolicy\x12)\n\nwhen_quiet\x18\n \x01(\x0e\x32\x15.holdoff.v1.WhenQuiet\x12.\n\x0blongest_ttl\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\"\x91\x01\n\x08Throttle\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08statuses\x18\x02 \x03(\x05\x12\x0c\n\x04\x62ody\x18\x03 \x01(\t\x12\x0e\n\x06header\x18\x04 \x01(\t\x12\r\n\x05scope\x18\x05 \x03(\t\x12\r\n\x05until\x18\x06 \x03(\t\x12)\n\x06length\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa4\x01\n\x0cOutputPolicy\x12\x0e\n\x06\x65rrors\x18\x01 \x03(\t\x12\x0e\n\x06places\x18\x02 \x03(\t\x12\x32\n\x05\x63odes\x18\x03 \x03(\x0b\x32#.holdoff.v1.OutputPolicy.CodesEntry\x12\x12\n\ntoken_path\x18\x04 \x01(\t\x1a,\n\nCodesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xc8\x02\n\rRefreshPolicy\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06margin\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\nrefresh_at\x18\x03 \x01(\x0e\x32\x15.holdoff.v1.RefreshAt\x12\x34\n\x11\x61\x63\x63\x65ss_token_life\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x08rotation\x18\x05 \x01(\x0e\x32\x14.holdoff.v1.Rotation\x12(\n\x05grace\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tidle_life\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa4\x01\n\x05Limit\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.holdoff.v1.EventKind\x12\x0c\n\x04most\x18\x03 \x01(\x04\x12)\n\x06window\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05scope\x18\x05 \x03(\t\x12\x10\n\x08statuses\x18\x06 \x03(\x05\x12\x0e\n\x06margin\x18\x07 \x01(\x04\"\xb0\x01\n\x0b\x42lockPolicy\x12\r\n\x05scope\x18\x01 \x03(\t\x12(\n\x05\x66irst\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x66\x61\x63tor\x18\x03 \x01(\x01\x12\'\n\x04most\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x66orget_after\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration*n\n\tWhenQuiet\x12\x1a\n\x16WHEN_QUIET_UNSPECIFIED\x10\x00\x12\x15\n\x11WHEN_QUIET_FINISH\x10\x01\x12\x14\n\x10WHEN_QUIET_PAUSE\x10\x02\x12\x18\n\x14WHEN_QUIET_TERMINATE\x10\x03*\x89\x01\n\x08Rotation\x12\x18\n\x14ROTATION_UNSPECIFIED\x10\x00\x12\x15\n\x11ROTATION_REUSABLE\x10\x01\x12\x12\n\x0eROTATION_GRACE\x10\x02\x12\x17\n\x13ROTATION_SINGLE_USE\x10\x03\x12\x1f\n\x1bROTATION_SINGLE_USE_REVOKES\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,22 +36,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OUTPUTPOLICY_CODESENTRY']._loaded_options = None
   _globals['_OUTPUTPOLICY_CODESENTRY']._serialized_options = b'8\001'
-  _globals['_WHENQUIET']._serialized_start=1464
-  _globals['_WHENQUIET']._serialized_end=1574
-  _globals['_ROTATION']._serialized_start=1577
-  _globals['_ROTATION']._serialized_end=1714
+  _globals['_WHENQUIET']._serialized_start=1484
+  _globals['_WHENQUIET']._serialized_end=1594
+  _globals['_ROTATION']._serialized_start=1597
+  _globals['_ROTATION']._serialized_end=1734
   _globals['_POLICY']._serialized_start=121
   _globals['_POLICY']._serialized_end=490
   _globals['_THROTTLE']._serialized_start=493
   _globals['_THROTTLE']._serialized_end=638
   _globals['_OUTPUTPOLICY']._serialized_start=641
-  _globals['_OUTPUTPOLICY']._serialized_end=785
-  _globals['_OUTPUTPOLICY_CODESENTRY']._serialized_start=741
-  _globals['_OUTPUTPOLICY_CODESENTRY']._serialized_end=785
-  _globals['_REFRESHPOLICY']._serialized_start=788
-  _globals['_REFRESHPOLICY']._serialized_end=1116
-  _globals['_LIMIT']._serialized_start=1119
-  _globals['_LIMIT']._serialized_end=1283
-  _globals['_BLOCKPOLICY']._serialized_start=1286
-  _globals['_BLOCKPOLICY']._serialized_end=1462
+  _globals['_OUTPUTPOLICY']._serialized_end=805
+  _globals['_OUTPUTPOLICY_CODESENTRY']._serialized_start=761
+  _globals['_OUTPUTPOLICY_CODESENTRY']._serialized_end=805
+  _globals['_REFRESHPOLICY']._serialized_start=808
+  _globals['_REFRESHPOLICY']._serialized_end=1136
+  _globals['_LIMIT']._serialized_start=1139
+  _globals['_LIMIT']._serialized_end=1303
+  _globals['_BLOCKPOLICY']._serialized_start=1306
+  _globals['_BLOCKPOLICY']._serialized_end=1482
 # @@protoc_insertion_point(module_scope)

@@ -253,6 +253,11 @@ class OutputPolicy(_message.Message):
     ERRORS_FIELD_NUMBER: _builtins.int
     PLACES_FIELD_NUMBER: _builtins.int
     CODES_FIELD_NUMBER: _builtins.int
+    TOKEN_PATH_FIELD_NUMBER: _builtins.int
+    token_path: _builtins.str
+    """The path of the token endpoint; empty where no pattern has the group
+    `token`.
+    """
     @_builtins.property
     def errors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """A line with an error. A group `status` has its HTTP status, a group `code`
@@ -261,7 +266,9 @@ class OutputPolicy(_message.Message):
 
     @_builtins.property
     def places(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """A line near it that says where: groups `url`, `division` or `endpoint`."""
+        """A line near it that says where: groups `url`, `division`, `endpoint` or
+        `token`. The last one says that the call was to the token endpoint.
+        """
 
     @_builtins.property
     def codes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
@@ -273,10 +280,11 @@ class OutputPolicy(_message.Message):
         errors: _abc.Iterable[_builtins.str] | None = ...,
         places: _abc.Iterable[_builtins.str] | None = ...,
         codes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        token_path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "errors", b"errors", "places", b"places"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "errors", b"errors", "places", b"places", "token_path", b"token_path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
