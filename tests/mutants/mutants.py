@@ -721,6 +721,37 @@ MUTANTS = [
         "tests/unit/test_recognise.py::test_what_only_looks_like_a_marker",
     ),
     Mutant(
+        "an error that two streams show counts once",
+        *(
+            f"{CLIENT}/cli/_conduct.py",
+            "if not self._duplicates.is_new(source, one, now):",
+            "if 0:",
+        ),
+        "tests/e2e/test_conduct.py::test_of_two_streams_one_is_counted",
+    ),
+    Mutant(
+        "two equal errors of one stream are two",
+        *(f"{CLIENT}/_recognise.py", "and source not in one.sources", ""),
+        "tests/unit/test_recognise.py::test_streams_that_show_the_same_error",
+    ),
+    Mutant(
+        "an endpoint is a path without its host",
+        *(f"{CLIENT}/_recognise.py", "text = text[origin.end() :]", "pass"),
+        "tests/unit/test_recognise.py::test_an_endpoint_is_its_path_alone",
+    ),
+    Mutant(
+        "few lines of a stack trace are passed over",
+        *(f"{CLIENT}/_recognise.py", "self._frames_left -= 1", "pass"),
+        "tests/unit/test_recognise.py::test_a_url_may_follow_a_stack_trace",
+    ),
+    Mutant(
+        "a link to help is no error",
+        f"{CLIENT}/policies/exact-online.toml",
+        "'''(?i)(?:^|[^\\w'%/=.-])(?P<code>itgen",
+        "'''(?i)(?P<code>itgen",
+        "tests/corpus/test_readings.py -k link",
+    ),
+    Mutant(
         "the pattern of a key is linear",
         *(f"{CLIENT}/_places.py", "'[^']*+'|[^()']++)*+", "'(?:[^']|'')*'|[^()'])*"),
         "tests/unit/test_patterns.py -k _KEY",

@@ -64,7 +64,7 @@ _COUNT = re.compile(r"[0-9]{1,18}")
 _NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
 _STATUS = re.compile(r"[0-9]{3}")
 _FRAME = re.compile(
-    r"\s*+(?:(?:[^\W\d_]{1,3}|\ufffd) [^\s(.:/]++\.[^\s(:/]*+ ?\(|#\d++ |--- |Stack trace:)"
+    r"\s*+(?:(?:[^\W\d_]{1,3}|\ufffd) [^\s(.:/]++\.[^\s(:]*+ ?\(|#\d++ |--- |\.\.\. \d|Stack trace)"
 )
 """A line of a stack trace of .NET, in any language, of Java or of PHP: `  at Name.Of.Method(…)`."""
 _INNER = re.compile(r"\s*+(?:--->|Caused by:|Next \S)")
