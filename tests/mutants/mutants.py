@@ -747,8 +747,8 @@ MUTANTS = [
     Mutant(
         "a link to help is no error",
         f"{CLIENT}/policies/exact-online.toml",
-        "'''(?i)(?:^|[^\\w'%/=.-])(?P<code>itgen",
-        "'''(?i)(?P<code>itgen",
+        r"(?:^|[^\w'%/=.-])(?P<code>itgen(?:(?:oda|eor|clr)\d{3}|exl150))(?:[^\w'%/=-]|$)",
+        r"\b(?P<code>itgen(?:(?:oda|eor|clr)\d{3}|exl150))\b",
         "tests/corpus/test_readings.py -k link",
     ),
     Mutant(
