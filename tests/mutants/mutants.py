@@ -731,7 +731,7 @@ MUTANTS = [
     ),
     Mutant(
         "two equal errors of one stream are two",
-        *(f"{CLIENT}/_recognise.py", "and source not in one.sources", ""),
+        *(f"{CLIENT}/_recognise.py", "source not in one.sources\n                and", ""),
         "tests/unit/test_recognise.py::test_streams_that_show_the_same_error",
     ),
     Mutant(

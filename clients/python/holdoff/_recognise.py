@@ -134,8 +134,8 @@ class Duplicates:
         """Whether no other stream has shown this error, and remember it."""
         for one in self._remembered:
             if (
-                now_seconds - one.at_seconds < SAME_ERROR_SECONDS
-                and source not in one.sources
+                source not in one.sources
+                and now_seconds - one.at_seconds < SAME_ERROR_SECONDS
                 and _may_be_same(one.seen, seen)
             ):
                 one.sources.add(source)
@@ -426,12 +426,10 @@ def _search(patterns: Iterable[Pattern], line: str) -> dict[str, str] | None:
 
 def _may_be_same(one: Seen, other: Seen) -> bool:
     """Whether two streams may have shown one error, perhaps one of them with less detail."""
-    return replace(one, division="", endpoint="") == replace(
-        other, division="", endpoint=""
-    ) and all(
-        not first or not second or first.casefold() == second.casefold()
-        for first, second in ((one.division, other.division), (one.endpoint, other.endpoint))
-    )
+    for first, second in ((one.division, other.division), (one.endpoint, other.endpoint)):
+        if first and second and first.casefold() != second.casefold():
+            return False
+    return one == replace(other, division=one.division, endpoint=one.endpoint)
 
 
 def _complement(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
