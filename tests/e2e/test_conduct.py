@@ -429,6 +429,22 @@ def test_of_log_and_output_one_is_counted(app: App, tmp_path: Path) -> None:
     assert app.used() == 1
 
 
+def test_of_two_streams_one_is_counted(app: App) -> None:
+    """An error on stdout and stderr counts once, and two on one of them count twice.
+
+    Fails when each stream is counted for itself.
+    """
+    run = app.start(app.token())
+    twice = f"{ERROR}\n{ERROR}"
+    run.puppet.do(f"say({twice!r})\nprint({twice!r}, file=sys.stderr)")
+    run.puppet.end()
+    code, stdout, stderr = run.wait()
+    assert (code, stdout) == (0, f"{twice}\n")
+    assert stderr.count(ERROR) == 2
+    assert run.account()["errors_seen"] == 2
+    assert app.used() == 2
+
+
 def test_output_that_is_not_to_be_read_is_not(app: App) -> None:
     """Nothing is counted, nobody is paused, and the output is there.
 

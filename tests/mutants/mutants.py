@@ -748,6 +748,37 @@ MUTANTS = [
         f"{TESTS}/test_budgets.py::test_one_endpoint_has_one_budget",
     ),
     Mutant(
+        "an error that two streams show counts once",
+        *(
+            f"{CLIENT}/cli/_conduct.py",
+            "if not self._duplicates.is_new(source, one, now):",
+            "if 0:",
+        ),
+        "tests/e2e/test_conduct.py::test_of_two_streams_one_is_counted",
+    ),
+    Mutant(
+        "two equal errors of one stream are two",
+        *(f"{CLIENT}/_recognise.py", "source not in one.sources\n                and", ""),
+        "tests/unit/test_recognise.py::test_streams_that_show_the_same_error",
+    ),
+    Mutant(
+        "an endpoint is a path without its host",
+        *(f"{CLIENT}/_recognise.py", "text = without_host(text)", "pass"),
+        "tests/unit/test_recognise.py::test_an_endpoint_is_its_path_alone",
+    ),
+    Mutant(
+        "few lines of a stack trace are passed over",
+        *(f"{CLIENT}/_recognise.py", "self._frames_left -= 1", "pass"),
+        "tests/unit/test_recognise.py::test_a_url_may_follow_a_stack_trace",
+    ),
+    Mutant(
+        "a link to help is no error",
+        f"{CLIENT}/policies/exact-online.toml",
+        r"(?:^|[^\w'%/=.-])(?P<code>itgen(?:(?:oda|eor|clr)\d{3}|exl150))(?:[^\w'%/=-]|$)",
+        r"\b(?P<code>itgen(?:(?:oda|eor|clr)\d{3}|exl150))\b",
+        "tests/corpus/test_readings.py -k link",
+    ),
+    Mutant(
         "a search for fields begins at a word",
         *(f"{CLIENT}/_recognise.py", "(?<!\\w)(\\w++)=", "(\\w+)="),
         "tests/unit/test_patterns.py -k _recognise._FIELD",

@@ -55,6 +55,11 @@ def normal_endpoint(text: str) -> str:
     return find_place("", text)[1]
 
 
+def without_host(url: str) -> str:
+    """Return a URL from its path on: the host may be the provider's or a gateway's."""
+    return _HOST.sub("", url)
+
+
 def folded(endpoint: str) -> str:
     """Return what endpoints are compared by: the same for all spellings of one."""
     return endpoint.casefold()
@@ -66,7 +71,7 @@ def _normal_path(path: str) -> str:
     Dots are followed before a key is cut, as clients and servers do, and once more after decoding:
     a server may decode first. What follows an entity's key belongs to the entity.
     """
-    path = _ENCODED_DOT.sub(".", _HOST.sub("", path))
+    path = _ENCODED_DOT.sub(".", without_host(path))
     path = _KEY.split("/".join(_segments(path)), maxsplit=1)[0]
     return "/".join(_segments(re.split(r"[?#]", _decoded(path), maxsplit=1)[0]))
 

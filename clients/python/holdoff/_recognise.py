@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from holdoff._patterns import try_compile
-from holdoff._places import MOST_PATH_CHARACTERS, find_place
+from holdoff._patterns import search_for, try_compile
+from holdoff._places import MOST_PATH_CHARACTERS, find_place, without_host
 from holdoff._text import without_secrets
 
 if TYPE_CHECKING:
@@ -38,12 +38,19 @@ MOST_SEARCHED = 4_000
 MOST_BODY_BYTES = 64 * 1024
 MOST_DIVISION_CHARACTERS = 100
 LINES_AFTER = 5
-"""So many lines after an error's the line with its place may stand. Empty ones do not count."""
+"""So many lines after an error's the line with its place may stand. Empty ones do not count, and
+neither do those of a stack trace."""
+MOST_FRAMES = 200
+"""So many lines of a stack trace do not count."""
 LINES_BEFORE = 20
 """So many lines before it a division may have been named, or a few more."""
 EPOCH_SECONDS, EPOCH_MILLISECONDS = 10**9, 10**12
 """Numbers from here on are times, not durations."""
 MOST_RETRY_SECONDS = 366 * 24 * 3600.0
+SAME_ERROR_SECONDS = 10.0
+"""Within this time an error that a job writes to two streams is read from both."""
+MOST_REMEMBERED = 200
+"""So many errors are compared with those of other streams."""
 
 _MOST_LINE_BYTES = 4 * MOST_SEARCHED  # of UTF-8
 _RECENT_LINES = LINES_BEFORE + 1 + LINES_AFTER  # an error's own too, and those after it
@@ -56,6 +63,12 @@ _TERMINAL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*+[ -/]*+[@-~]")
 _COUNT = re.compile(r"[0-9]{1,18}")
 _NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
 _STATUS = re.compile(r"[0-9]{3}")
+_FRAME = re.compile(
+    r"\s*+(?:(?:[^\W\d_]{1,3}|\ufffd) [^\s(.:/]++\.[^\s(:]*+ ?\(|#\d++ |--- |\.\.\. \d|Stack trace)"
+)
+"""A line of a stack trace of .NET, in any language, of Java or of PHP: `  at Name.Of.Method(…)`."""
+_INNER = re.compile(r"\s*+(?:--->|Caused by:|Next \S)")
+"""The line of another exception for the same error."""
 
 
 @runtime_checkable
@@ -75,8 +88,7 @@ class SeenError:
     """HTTP status; 0 when it is not known."""
     division: str = ""
     endpoint: str = ""
-    """URL or path as it was printed, but for what never counts and may be secret: the query, and
-    a password."""
+    """The path as it was printed, whatever the host. The query, which may be secret, is cut off."""
     count: int = 1
 
 
@@ -96,6 +108,41 @@ class SeenBlock:
 Seen = SeenError | SeenBlock
 
 
+@dataclass(slots=True)
+class _Remembered:
+    """An error that was counted, and the streams that it was read from."""
+
+    seen: Seen
+    at_seconds: float
+    sources: set[str]
+
+
+class Duplicates:
+    """Finds errors that a job writes to more than one stream, such as its log and the console.
+
+    An error counts once if a stream repeats what another one showed less than ten seconds before.
+    Two errors are the same if they differ in nothing but that one lacks a division or an endpoint.
+    Each is compared once for each stream: two equal errors of one stream are two errors, and
+    remain two if another stream repeats both.
+    """
+
+    def __init__(self) -> None:
+        self._remembered: deque[_Remembered] = deque(maxlen=MOST_REMEMBERED)
+
+    def is_new(self, source: str, seen: Seen, now_seconds: float) -> bool:
+        """Whether no other stream has shown this error, and remember it."""
+        for one in self._remembered:
+            if (
+                source not in one.sources
+                and now_seconds - one.at_seconds < SAME_ERROR_SECONDS
+                and _may_be_same(one.seen, seen)
+            ):
+                one.sources.add(source)
+                return False
+        self._remembered.append(_Remembered(seen, now_seconds, {source}))
+        return True
+
+
 class OutputRecogniser:
     r"""Recognises errors in one stream of what a job prints.
 
@@ -103,7 +150,10 @@ class OutputRecogniser:
     endpoint ends the wait for them, as do the line of the next error and ``flush``; if no division
     and no URL was named by then, the last division in the twenty lines before is taken. A line is
     one error at most. A line with a code and one with a status are one error too, if neither has
-    the other and no endpoint stands on a line between them: so Data Hub prints it.
+    the other and no endpoint stands on a line between them: so Data Hub prints it. The lines of a
+    stack trace are passed over. An exception that such a trace names as another one for the same
+    error, and the body of a token endpoint's answer after the line with its status, are no other
+    errors.
 
     Lines end with ``\n``, ``\r\n`` or, as progress is shown, ``\r``.
 
@@ -126,6 +176,7 @@ class OutputRecogniser:
         self._codes = {code.casefold(): status for code, status in output.codes.items()}
         self._endpoint_path = policy.endpoint_path
         self._division_query = tuple(policy.division_query)
+        self._token_url = next(iter(policy.oauth.token_urls), "")
         self._throttle_names = {throttle.name for throttle in policy.throttles}
         self._throttles = {
             status: throttle.name
@@ -135,12 +186,16 @@ class OutputRecogniser:
         }
         literals = {"holdoff-"}.union(*(_literals_of(one.text) for one in self._errors))
         self._literals = [one.encode() for one in literals]
+        self._may_interest = search_for(self._literals)
         self._rest = b""
         self._recent: deque[bytes | str] = deque(maxlen=_RECENT_LINES)
         """The last lines, or the divisions that were found in them."""
         self._open: dict[str, str] | None = None
         """What is known of the error whose place may still follow, by names of groups."""
         self._lines_left = 0
+        self._frames_left = 0
+        self._complete = False
+        """Whether the lines before are of an error of which all is known."""
 
     @property
     def pending(self) -> bool:
@@ -167,30 +222,42 @@ class OutputRecogniser:
 
     def _lines(self, whole: bytes) -> Iterator[Seen]:
         """Take in whole lines. Those without anything of interest cost next to nothing."""
-        lower = whole.lower()
-        if self._open is None and not self._may_interest(lower):
+        if not self._in_error and not self._may_interest(whole):
             # Seldom more are empty than not.
             last = [line for line in whole.rsplit(b"\n", 3 * _RECENT_LINES)[1:] if line]
             if len(last) < _RECENT_LINES:
                 last = [line for line in whole.split(b"\n") if line]
             self._recent.extend(line[:_MOST_LINE_BYTES] for line in last[-_RECENT_LINES:])
             return
-        for line, lower_line in zip(whole.split(b"\n"), lower.split(b"\n"), strict=True):
+        for line in whole.split(b"\n"):
             if not line:
                 continue
-            if self._open is not None or self._may_interest(lower_line):
-                yield from self._line(_readable(line))
+            if self._in_error or self._may_interest(line):
+                text = _readable(line)
+                if self._in_error and self._frames_left and _FRAME.match(text):
+                    self._frames_left -= 1
+                    continue
+                yield from self._line(text)
             self._recent.append(line[:_MOST_LINE_BYTES])
 
-    def _may_interest(self, lower: bytes) -> bool:
-        return any(literal in lower for literal in self._literals)
+    @property
+    def _in_error(self) -> bool:
+        """Whether the next line may belong to an error."""
+        return self._open is not None or self._complete
 
     def _line(self, line: str) -> Iterator[Seen]:
         if (match := _MARKER.match(line)) and self._counts(match[2] or ""):
             yield from self._close()
+            self._complete = False
             yield self._marked(match[1], match[3])
             return
         error, place = _search(self._errors, line), _search(self._places, line) or {}
+        if error is not None and self._is_detail(line, place | error):
+            if self._complete:
+                return
+            place = place | error
+            error = None
+        self._complete = False
         if error is not None:
             error = place | error
             if self._open is not None and _complement(self._open, error):
@@ -198,17 +265,27 @@ class OutputRecogniser:
             else:
                 yield from self._close()
                 self._open = error
-            self._lines_left = LINES_AFTER
-            if "status" in self._open and self._endpoint():
-                yield from self._close()
+            self._lines_left, self._frames_left = LINES_AFTER, MOST_FRAMES
         elif self._open is not None:
             self._open = place | self._open
             self._lines_left -= 1
-            if self._endpoint() or not self._lines_left:
-                yield from self._close()
+        if self._open is None:
+            return
+        complete = bool("status" in self._open and self._endpoint(self._open))
+        has_place = "url" in self._open or "endpoint" in self._open
+        if complete or (error is None and (has_place or not self._lines_left)):
+            yield from self._close()
+            self._complete = complete
 
-    def _endpoint(self) -> str:
-        found = self._open or {}
+    def _is_detail(self, line: str, found: Mapping[str, str]) -> bool:
+        """Whether a line with an error only says more of the one before, whose status is known."""
+        if not self._complete and (self._open is None or "status" not in self._open):
+            return False
+        return _INNER.match(line) is not None or ("token" in found and "status" not in found)
+
+    def _endpoint(self, found: Mapping[str, str]) -> str:
+        if "token" in found:
+            return self._token_url
         return found.get("endpoint") or found.get("url") or ""
 
     def _recent_division(self) -> str:
@@ -224,13 +301,15 @@ class OutputRecogniser:
     def _close(self) -> Iterator[Seen]:
         if self._open is None:
             return
-        found, endpoint, self._open = self._open, self._endpoint(), None
+        found, self._open = self._open, None
         status = _status(found.get("status", ""))
         if not status:
             status = self._codes.get(found.get("code", "").casefold(), 0)
-        division = found.get("division") or self._division_in(endpoint)
-        if "url" not in found or not self._endpoint_path:  # else a call without one, as current/Me
-            division = division or self._recent_division()
+        endpoint, division = self._endpoint(found), ""
+        if "token" not in found:  # a token is of no division
+            division = found.get("division") or self._division_in(endpoint)
+            if "url" not in found or not self._endpoint_path:  # else such a call as current/Me
+                division = division or self._recent_division()
         yield self._seen(status, division, endpoint, 1)
 
     def _division_in(self, url: str) -> str:
@@ -356,6 +435,14 @@ def _search(patterns: Iterable[Pattern], line: str) -> dict[str, str] | None:
     return found
 
 
+def _may_be_same(one: Seen, other: Seen) -> bool:
+    """Whether two streams may have shown one error, perhaps one of them with less detail."""
+    for first, second in ((one.division, other.division), (one.endpoint, other.endpoint)):
+        if first and second and first.casefold() != second.casefold():
+            return False
+    return one == replace(other, division=one.division, endpoint=one.endpoint)
+
+
 def _complement(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     """Whether one has the code of an error, and the other its status."""
     first, second = _WHAT & one.keys(), _WHAT & other.keys()
@@ -379,10 +466,14 @@ def _clean_division(text: str) -> str:
 
 
 def _clean_endpoint(text: str) -> str:
-    """A URL or path as the coordinator takes it, without what does not belong to it in a text."""
+    """The path of a URL as the coordinator takes it, without what does not belong to it in a text.
+
+    Only the path: the host may be the provider's or a gateway's.
+    """
     text = without_secrets(_printable(text)).strip(" \"'.,;:")
+    text = without_host(text)
     if text.count(")") > text.count("("):
-        text = text.removesuffix(")")
+        text = text.removesuffix(")").rstrip("'")
     return text[:MOST_PATH_CHARACTERS]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from holdoff import _calls
 from holdoff._outcome import BACKING_OFF
 from holdoff._places import find_place, folded
-from holdoff._recognise import OutputRecogniser, SeenBlock
+from holdoff._recognise import Duplicates, OutputRecogniser, SeenBlock
 from holdoff.durations import format_duration
 from holdoff.v1 import budget_pb2, lease_service_pb2, policy_pb2
 
@@ -110,6 +110,7 @@ class Conduct:
         self._lock = threading.RLock()
         self._recognisers: dict[Source, OutputRecogniser] = {}
         self._seen_at: dict[Source, float] = {}
+        self._duplicates = Duplicates()
         self._rooms = Rooms(policy_pb2.Policy())
         self._notice: lease_service_pb2.FollowLeaseResponse | None = None
         self._own_count_at: float | None = None
@@ -151,7 +152,7 @@ class Conduct:
                 )
                 self._recognisers[source] = recogniser
             self._seen_at[source] = time.monotonic()
-            self._report(recogniser.feed(data))
+            self._report(source, recogniser.feed(data))
             self._warn_of_markers(recogniser)
 
     def on_notice(self, notice: lease_service_pb2.FollowLeaseResponse) -> None:
@@ -168,8 +169,8 @@ class Conduct:
         if self._thread.ident is not None:
             self._thread.join()
         with self._lock:
-            for recogniser in self._recognisers.values():
-                self._report(recogniser.finish())
+            for source, recogniser in self._recognisers.items():
+                self._report(source, recogniser.finish())
                 self._warn_of_markers(recogniser)
 
     def _warn_of_markers(self, recogniser: OutputRecogniser) -> None:
@@ -181,9 +182,12 @@ class Conduct:
                 "--trust-output if the command prints no data from others"
             )
 
-    def _report(self, seen: Iterable[Seen]) -> None:
+    def _report(self, source: Source, seen: Iterable[Seen]) -> None:
         events: list[budget_pb2.Event] = []
+        now = time.monotonic()
         for one in seen:
+            if not self._duplicates.is_new(source, one, now):
+                continue
             where = _calls.scope(self._token, one.division, one.endpoint)
             if isinstance(one, SeenBlock):
                 event = _calls.block_event(
@@ -223,7 +227,7 @@ class Conduct:
                 for source, recogniser in self._recognisers.items():
                     late = time.monotonic() - self._seen_at[source] > _PLACE_FOLLOWS_SECONDS
                     if recogniser.pending and late:
-                        self._report(recogniser.flush())
+                        self._report(source, recogniser.flush())
                 self._judge()
 
     def _judge(self) -> None:

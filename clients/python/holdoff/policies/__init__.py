@@ -53,7 +53,7 @@ _MOST_BITS = 64
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _NAMED = ("limit", "concurrency", "throttle")
 """Tables of which there may be several, each with a name."""
-_PLACE_GROUPS = frozenset({"url", "division", "endpoint"})
+_PLACE_GROUPS = frozenset({"url", "division", "endpoint", "token"})
 _CODE = re.compile(r"[\w.-]{1,63}")
 
 
@@ -265,7 +265,8 @@ class Output(_Table, frozen=True, kw_only=True):
     """A line with an error. A group `status` has its HTTP status, a group `code` one of `codes`;
     with neither the status is not known. The groups of `places` may be there too."""
     places: tuple[str, ...] = ()
-    """A line near it that says where: groups `url`, `division` or `endpoint`."""
+    """A line near it that says where: groups `url`, `division` or `endpoint`, or a group `token` if
+    the call was to the first of `oauth.token_urls`."""
     codes: dict[str, Any] = {}
     """HTTP statuses of codes, whose case does not count."""
 
@@ -280,7 +281,9 @@ class Output(_Table, frozen=True, kw_only=True):
             field = f"places[{number}]"
             groups = _groups_of(field, pattern)
             if not groups or groups - _PLACE_GROUPS:
-                raise ValueError(f"`{field}` needs groups (?P<url>…), (?P<division>…) or endpoint")
+                raise ValueError(
+                    f"`{field}` needs groups (?P<url>…), (?P<division>…), endpoint or token"
+                )
         for code, status in self.codes.items():  # of which msgspec would not say the wrong one
             if not _CODE.fullmatch(code):
                 raise ValueError(f"`codes` are letters, digits, '.', '_' and '-': {quoted(code)}")
@@ -312,6 +315,11 @@ class Policy(_Table, frozen=True, kw_only=True):
             for number, name in enumerate(names):
                 if name in names[:number]:
                     raise ValueError(f"`{table}[{number}].name`: this name is used twice")
+        patterns = self.output.errors + self.output.places if self.output else ()
+        if not self.oauth.token_urls and any(
+            "token" in compile_pattern(one).groups for one in patterns
+        ):
+            raise ValueError("`oauth.token_urls` is missing: the group `token` needs one")
 
     def place(self, path: str) -> tuple[str, str]:
         """Find a call's (division, endpoint) in its path or URL, each in its one normal form."""

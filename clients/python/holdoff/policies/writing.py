@@ -107,7 +107,7 @@ FIELDS = {
         "['failed with status (?P<status>[45]\\d\\d)']",
     ),
     "output.places": (
-        "RE2: a line near it that says where. Groups: `url`, `division`, `endpoint`.",
+        "RE2: a line near it that says where. Groups: `url`, `division`, `endpoint`, `token`.",
         "['(?P<url>https://api\\.example\\.com/\\S+)']",
     ),
     "output.codes": ("HTTP statuses of codes.", "{ E42 = 429 }"),

@@ -371,7 +371,9 @@ class OutputPolicy(_message.Message):
 
     @_builtins.property
     def places(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """A line near it that says where: groups `url`, `division` or `endpoint`."""
+        """A line near it that says where: groups `url`, `division`, `endpoint` or
+        `token`. The last one says that the call was to the first token URL.
+        """
 
     @_builtins.property
     def codes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
