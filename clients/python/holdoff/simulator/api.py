@@ -81,11 +81,11 @@ class Api:
         self._days: dict[tuple[str, str], Window] = {}
         self._spellings: dict[str, str] = {}
 
-    def call(self, request: Request, now_ms: int) -> Answer | None:
-        """Answer a call; None if there is no API at its path."""
+    def call(self, request: Request, now_ms: int) -> Answer:
+        """Answer a call."""
         place = locate(request.path, dict(request.query))
         if place is None:
-            return None
+            return _NO_API
         access = self._tokens.access(request.bearer)
         if access is None:
             # The token belongs to no key, so no key's errors are counted.
@@ -256,6 +256,7 @@ class Api:
         return Answer(200, body, content_type="text/xml")
 
 
+_NO_API = Answer(404, "Not Found", content_type="text/plain")
 _NO_CONTENT = Answer(204, "")
 _NO_COMPANY = frozenset((ME.path, DIVISIONS.path, "hrm/Divisions"))
 """Any company in their paths is accepted (field)."""

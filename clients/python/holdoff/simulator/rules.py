@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from holdoff.simulator.accounting import Injection, iso
 from holdoff.simulator.api import Api
+from holdoff.simulator.authorization import AuthorizationEndpoint
+from holdoff.simulator.codes import Codes
 from holdoff.simulator.enforcement import Enforcement
 from holdoff.simulator.faults import Fault, FaultKind, Faults
 from holdoff.simulator.limits import GRACE_MS
@@ -21,7 +23,7 @@ from holdoff.simulator.seeds import Seed
 from holdoff.simulator.switches import DEFAULTS, Switches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from holdoff.simulator.answers import Answer
     from holdoff.simulator.api import Request
@@ -60,14 +62,17 @@ class Provider:
         self._enforcement = Enforcement(
             (seed.client_id for seed in self.seeds), switches, time_scale
         )
+        codes = Codes(new_token)
         self._tokens = TokenEndpoint(
             self.seeds,
             start_ms=start_ms,
             rotation=rotation,
             grace_ms=grace_ms,
             new_token=new_token,
+            codes=codes,
             enforcement=self._enforcement,
         )
+        self._authorization = AuthorizationEndpoint(self._tokens, codes, self._enforcement)
         self._api = Api(self._tokens, self._enforcement)
 
     def fault(self, path: str, agent: str, now_ms: int) -> Fault | None:
@@ -86,11 +91,15 @@ class Provider:
         """Answer a call of the token endpoint; see `TokenEndpoint.token`."""
         return self._tokens.token(form, agent, now_ms, fault)
 
+    def authorize(self, query: Mapping[str, str], agent: str, now_ms: int) -> Answer:
+        """Answer the authorization endpoint; see `AuthorizationEndpoint.authorize`."""
+        return self._authorization.authorize(query, agent, now_ms)
+
     def sent(self, answer: Answer, now_ms: int) -> None:
         """Note that the last byte of an answer with an access token left: 570 s start here."""
         self._tokens.sent(answer, now_ms)
 
-    def call(self, request: Request, now_ms: int) -> Answer | None:
+    def call(self, request: Request, now_ms: int) -> Answer:
         """Answer a call of the REST or XML API; see `Api.call`."""
         return self._api.call(request, now_ms)
 

@@ -36,7 +36,7 @@ _FIELDS = tuple(field.name for field in fields(Seed))
 _TEXTS = ("client_id", "client_secret", "user", "refresh_token")
 _SCOPES = tuple(scope + rights for scope in SCOPES for rights in ("", ":read"))
 # The addresses in what /_simulator/seed tells, so that its answer can be kept as a file.
-_IGNORED = frozenset({"token_url", "api_url"})
+_IGNORED = frozenset({"auth_url", "token_url", "api_url"})
 
 
 def many(apps: int, users: int) -> tuple[Seed, ...]:

@@ -16,7 +16,7 @@ from aiohttp import web
 from holdoff.simulator import token_request
 from holdoff.simulator.answers import MALFORMED, Answer
 from holdoff.simulator.api import Request
-from holdoff.simulator.faults import TOKEN_PATH, Fault, FaultKind
+from holdoff.simulator.faults import AUTH_PATH, TOKEN_PATH, Fault, FaultKind
 from holdoff.simulator.limits import GRACE_MS, SECOND_MS
 from holdoff.simulator.oauth import Rotation
 from holdoff.simulator.rules import Provider
@@ -61,6 +61,7 @@ class Server:
         app.add_routes(
             [
                 web.post(TOKEN_PATH, self._token),
+                web.get(AUTH_PATH, self._authorize, allow_head=False),
                 web.get("/_simulator/report", self._report, allow_head=False),
                 web.get("/_simulator/seed", self._seed, allow_head=False),
                 web.get("/_simulator/faults", self._list_faults, allow_head=False),
@@ -111,8 +112,16 @@ class Server:
             self._now_ms(),
             fault.kind if fault else None,
         )
+        return await self._send_token(request, answer)
+
+    async def _authorize(self, request: web.Request) -> web.StreamResponse:
+        answer = self._provider.authorize(request.query, _agent(request), self._now_ms())
+        return await self._send_token(request, answer)
+
+    async def _send_token(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+        """Send an answer that may have an access token."""
         try:
-            return await self._send(request, answer, fault)
+            return await self._send(request, answer, request.get(_FAULT))
         finally:  # an answer that its client did not wait for counts too
             self._provider.sent(answer, self._now_ms())
 
@@ -135,8 +144,6 @@ class Server:
             origin=f"{request.scheme}://{request.host}".encode("ascii", "replace").decode(),
         )
         answer = self._provider.call(call, self._now_ms())
-        if answer is None:
-            raise web.HTTPNotFound
         return await self._send(request, answer, request.get(_FAULT))
 
     async def _send(
@@ -179,6 +186,7 @@ class Server:
         base = f"{request.scheme}://{request.host}"
         seeds = [
             {
+                "auth_url": f"{base}{AUTH_PATH}",
                 "token_url": f"{base}{TOKEN_PATH}",
                 "api_url": f"{base}/api/v1",
                 "client_id": seed.client_id,
