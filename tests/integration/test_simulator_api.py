@@ -181,3 +181,11 @@ async def test_a_token_in_the_query_is_refused(client: Client) -> None:
             async with session.get(url, headers=headers) as response:
                 assert response.status == 401
                 assert response.headers["WWW-Authenticate"] == "Bearer"
+
+
+async def test_a_fault_meets_its_path_however_it_is_spelled(client: Client) -> None:
+    """A fault of an endpoint comes to another spelling of it, too, and once."""
+    fault = {"fault": "error", "path": "/api/v1/535193/crm", "status": 503}
+    await client.send("POST", "/_simulator/faults", json=fault)
+    assert (await client.send("GET", "//API/v1/535193//CRM/Accounts"))[0] == 503
+    assert (await client.send("GET", ACCOUNTS))[0] == 200
