@@ -252,6 +252,19 @@ def test_sync_lists_changes_by_their_timestamps(client: Client) -> None:
     assert [row["ID"] for row in later] == [changed]
 
 
+def test_a_client_sets_no_timestamp(client: Client) -> None:
+    """A field of that name in what a client writes does not change the order of the changes.
+
+    Fails when the field replaces the number that the download is sorted by.
+    """
+    fields = {"Timestamp": "none", "Code": ["nested"], "Division": 7}
+    assert client.send(ACCOUNTS, method="POST", document=fields).status == 201
+    path = "/docs/XMLDownload.aspx?Topic=Accounts&TSPaging=0x96"
+    assert 'count="1"' in client.send(path).body
+    [row] = client.send("535193/sync/CRM/Accounts?$filter=Timestamp gt 150").body["d"]["results"]
+    assert (row["Timestamp"], row["Division"]) == (151, 535193)
+
+
 def test_a_list_that_its_client_limits_has_no_results(client: Client) -> None:
     """With `$top` up to a page, `d` is the list itself, but for one with a total."""
     assert len(client.send(f"{ACCOUNTS}?$top=2").body["d"]) == 2

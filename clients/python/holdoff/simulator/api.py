@@ -130,7 +130,10 @@ class Api:
         A 429 carries the headers of the limit that tripped and no others (field).
         """
         known = scope.division in map(str, seed.divisions)
-        company = scope.key, scope.division if known else ""  # no window for what is made up
+        company = (
+            scope.key,
+            scope.division if known else "",
+        )  # a client can name any number of others
         day = self._days.setdefault(company, Window(DAY_MS, CALLS_PER_DAY))
         minute = self._minutes.setdefault(company, Window(MINUTE_MS, CALLS_PER_MINUTE))
         headers: dict[str, str] = {}
