@@ -7,9 +7,11 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import msgspec
 import pytest
 
 from holdoff._core import duration
+from holdoff.policies import presets
 from holdoff.v1 import (
     admin_service_pb2,
     audit_pb2,
@@ -17,13 +19,13 @@ from holdoff.v1 import (
     budget_service_pb2,
     lease_pb2,
 )
-from tests.harness import ask, refusal
+from tests.harness import Replica, ask, refusal
 
 if TYPE_CHECKING:
     import redis
     from google.protobuf.message import Message
 
-    from tests.harness import Replica
+    from tests.conftest import Server
 
 DIVISION = "535193"
 FIRST, LATER, LAST = "crm/Accounts", "CRM/accounts", "/api/v1/535193/crm/ACCOUNTS(guid'1')"
@@ -111,7 +113,8 @@ def test_every_answer_shows_the_spelling_seen_first(replica: Replica) -> None:
     ]
     assert spelled(*answers) == {FIRST}
     assert {bool(one.budgets) for one in seen} == {True, False}
-    assert len(replica.budgets.Explain(explain).errors) == 2
+    explained = replica.budgets.Explain(explain)
+    assert (len(explained.errors), len(explained.budgets)) == (2, 1)
     assert len(replica.budgets.ListBackOffs(back_offs).back_offs) == 2
 
     replica.release(held, unused=True)
@@ -202,3 +205,24 @@ def test_a_waiter_waits_for_a_back_off_in_another_spelling(replica: Replica) -> 
     asked = ask(token, wait=0.0, scopes=[(DIVISION, "CRM/ACCOUNTS")])
     assert refusal(replica.leases.AcquireLease, asked) == "BACKING_OFF"
     assert replica.acquire(token, scopes=[(DIVISION, "crm/Account")]).HasField("offer")
+
+
+def test_a_throttle_of_an_endpoint_shows_the_spelling_seen_first(valkey: Server) -> None:
+    """Where a policy throttles endpoints, calls of two tokens in two spellings are one back-off."""
+    exact = presets()["exact-online"]
+    throttle = msgspec.structs.replace(exact.throttle[0], scope=("app", "endpoint"))
+    policy = msgspec.structs.replace(exact, throttle=(throttle,))
+    app = f"apps/{uuid.uuid4().hex[:12]}"
+    with Replica(valkey.url, policies={**presets(), policy.name: policy}) as replica:
+        for name, spelling in (("a", FIRST), ("b", LATER)):
+            token = replica.create_token(0.0, name=f"{app}/tokens/{name}")
+            event = budget_pb2.Event(
+                id=str(uuid.uuid4()),
+                kind=budget_pb2.EVENT_KIND_BLOCK,
+                scope=scope(token, spelling),
+                throttle=throttle.name,
+            )
+            replica.budgets.RecordEvents(budget_service_pb2.RecordEventsRequest(events=[event]))
+        request = budget_service_pb2.ListBackOffsRequest(parent=app)
+        [back_off] = replica.budgets.ListBackOffs(request).back_offs
+    assert (back_off.scope.token, back_off.scope.endpoint) == ("", FIRST)

@@ -9,7 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from holdoff._places import MOST_ENDPOINT_CHARACTERS, find_place, folded, normal_endpoint
+from holdoff.cli._conduct import Rooms
 from holdoff.policies import presets
+from holdoff.v1 import budget_pb2, lease_service_pb2
 from holdoff_coordinator.policies import policy_message
 
 EXACT = presets()["exact-online"]
@@ -174,3 +176,13 @@ def test_a_client_finds_what_the_coordinator_finds() -> None:
         "/api/v1/current/Me",
     ):
         assert find_place(message.endpoint_path, url, message.division_query) == EXACT.place(url)
+
+
+def test_a_run_counts_what_the_coordinator_counts() -> None:
+    """The wrapper's own count compares endpoints without case."""
+    rooms = Rooms(policy_message(EXACT))
+    division, endpoint = ACCOUNTS
+    where = budget_pb2.Scope(division=division, endpoint=endpoint)
+    rooms.refill([lease_service_pb2.ScopeRoom(scope=where, room=2)])
+    assert not rooms.take((division, "CRM/accounts"), 400, 1)
+    assert rooms.take((division, "crm/ACCOUNTS"), 404, 1) == "errors"
