@@ -157,7 +157,7 @@ prove-bare: ## As root: `make demo` and `make test` on a Debian with only Python
 	scripts/bare-debian.sh
 
 clean: ## Remove .venv and all generated files
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache tests/clients/node_modules
 	find clients coordinator scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(DEMO_READY): requirements-demo.lock pyproject.toml scripts/bootstrap.sh
@@ -165,6 +165,6 @@ $(DEMO_READY): requirements-demo.lock pyproject.toml scripts/bootstrap.sh
 	@touch $@
 
 # It has all that the demo needs.
-$(READY): requirements.lock pyproject.toml scripts/bootstrap.sh
+$(READY): requirements.lock pyproject.toml scripts/bootstrap.sh tests/clients/package-lock.json
 	@scripts/bootstrap.sh $<
 	@touch $@ $(DEMO_READY)
