@@ -55,6 +55,9 @@ VALID = [
     *(_request(b"GET /_simulator/" + path) for path in (b"report", b"seed", b"faults")),
     _request(b"POST /_simulator/faults", _FAULT, b"Content-Type: application/json"),
     _request(b"DELETE /_simulator/faults"),
+    _request(
+        b"POST /_simulator/clock", b'{"advance_seconds": 575}', b"Content-Type: application/json"
+    ),
 ]
 WORDS = [
     *(b"\r\n", b"\n", b"\r", b"\0", b"\xff", b"\xc3", b" ", b"%", b"%00", b"%ff", b"%2e%2e/", b"&"),
