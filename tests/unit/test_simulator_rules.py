@@ -24,7 +24,7 @@ from holdoff.simulator.limits import (
     SECOND_MS,
     TOKEN_CALLS_PER_DAY,
 )
-from holdoff.simulator.rules import TokenForm
+from holdoff.simulator.oauth import TokenForm
 
 SEED = Seed()
 START_MS = 20_000 * DAY_MS  # a midnight, so that every window starts full

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from holdoff.simulator import Provider, Seed, seeds
-from holdoff.simulator.rules import TokenForm
+from holdoff.simulator.oauth import TokenForm
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 from holdoff.simulator import seeds, tables
 from holdoff.simulator.faults import FaultKind
 from holdoff.simulator.limits import ACCESS_TOKEN_LIFE_MS, SECOND_MS
-from holdoff.simulator.rules import Rotation
+from holdoff.simulator.oauth import Rotation
 from holdoff.simulator.server import serve_until_signal, serving
 from holdoff.simulator.switches import DEFAULTS, HELP, SETTINGS, Switches
 

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from holdoff.simulator.accounting import iso
+from holdoff.simulator.answers import MALFORMED, Answer
 from holdoff.simulator.faults import TOKEN_PATH, Fault, FaultKind
 from holdoff.simulator.limits import DAY_MS, SECOND_MS
-from holdoff.simulator.rules import MALFORMED, Answer, Provider, Rotation, TokenForm
+from holdoff.simulator.oauth import Rotation, TokenForm
+from holdoff.simulator.rules import Provider
 from holdoff.simulator.seeds import Seed
 from holdoff.simulator.switches import DEFAULTS, Switches
 

@@ -1,0 +1,39 @@
+"""What the simulated provider answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from holdoff.simulator.grants import Grant
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the provider answers."""
+
+    status: int
+    body: Mapping[str, object] | str
+    """JSON, or the text of a page."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    issued_to: Grant | None = None
+    """Set when the body carries an access token: `Provider.sent` must follow."""
+
+
+def message(text: str) -> dict[str, object]:
+    """An error of the REST API in OData's form."""
+    return {"error": {"code": "", "message": {"lang": "", "value": text}}}
+
+
+def oauth_error(
+    status: int, error: str, description: str, headers: Mapping[str, str] | None = None
+) -> Answer:
+    """An error of the token endpoint in OAuth's form."""
+    return Answer(status, {"error": error, "error_description": description}, headers or {})
+
+
+MALFORMED = oauth_error(400, "invalid_request", "The request cannot be read.")
+"""For a form that is invalid, too long, or in an unknown encoding."""
