@@ -96,6 +96,7 @@ class Provider:
 
     def __enter__(self) -> Self:
         command = [str(BIN / "holdoff"), "simulator", "serve", "--time-scale", str(TIME_SCALE)]
+        command += ["--rotation", "reusable"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         match = re.search(r"http://(\S+)", self._process.stdout.readline())

@@ -241,11 +241,16 @@ def test_wrong_options_of_serve(tmp_path: Path) -> None:
     file.write_text('[[seeds]]\nclient_id = "app"\n')
     missing = tmp_path / "missing"
     for arguments, says in (
-        (["--switch", "error-windows=sliding"], "none of the switches error-window, old-token"),
+        (["--switch", "error-windows=sliding"], "none of the switches error-window, used-at"),
         (["--switch", "error-window=hour"], "error-window is one of sliding, clock-hour"),
         (["--seed-file", str(file)], f"{file}: seeds[0].client_secret: expected a text"),
         (["--seed-file", str(missing)], f"{missing}: No such file or directory"),
         (["--apps", "0"], "--apps"),
+        (["--rotation", "reuse"], "'reuse' is now 'reusable'"),
+        (["--rotation", "strict"], "'strict' is now 'single-use'"),
+        (["--rotation", "once"], "'reusable', 'until-used', 'grace', 'single-use'"),
+        (["--switch", "old-token-dies=issue"], "--rotation single-use"),
+        (["--grace", "60"], "--grace belongs to --rotation grace"),
         (["--listen", "nowhere"], "--listen"),
     ):
         result = holdoff("serve", *arguments)

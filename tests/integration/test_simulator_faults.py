@@ -194,7 +194,7 @@ async def test_lost_answer() -> None:
 
     Fails when the request is not acted on, or the client blamed for the old token.
     """
-    async with a_job(rotation=Rotation.STRICT) as job:
+    async with a_job(rotation=Rotation.SINGLE_USE) as job:
         await job.ask_for(fault="lost-answer")
         with was_reset():
             await job.refresh()

@@ -32,7 +32,7 @@ ACCOUNTS = "535193/crm/Accounts"
 MISSING = "535193/crm/Nothing"
 
 
-def provider(rotation: Rotation = Rotation.REUSE, *seeds: Seed, **more: Any) -> Provider:
+def provider(rotation: Rotation = Rotation.REUSABLE, *seeds: Seed, **more: Any) -> Provider:
     """Make a provider whose tokens are numbered."""
     numbers = count(1)
     return Provider(
@@ -63,7 +63,7 @@ def bearer(p: Provider, now_ms: int = START_MS, seed: Seed = SEED) -> str:
     return str(refresh(p, now_ms, form(seed.refresh_token, seed)).body["access_token"])
 
 
-def switched(*settings: str, rotation: Rotation = Rotation.REUSE) -> Provider:
+def switched(*settings: str, rotation: Rotation = Rotation.REUSABLE) -> Provider:
     """Make a provider with some switches set."""
     return provider(rotation, switches=reduce(Switches.set, settings, Switches()))
 
@@ -99,7 +99,8 @@ def test_interval_counts_from_the_last_byte() -> None:
             "error_description": "Rate limit exceeded: access_token not expired",
         },
     )
-    assert early.headers["Reason"].startswith("TooEarlyToRefreshTokens")
+    reason = "TooEarlyToRefreshTokens: Rate limit exceeded: access_token not expired"
+    assert early.headers["Reason"] == reason
     assert broken(p) == {Rule.REFRESH_INTERVAL: 1}
     assert refresh(p, sent_ms + 570_000).status == 200
 
@@ -126,35 +127,114 @@ def test_answer_carries_a_new_refresh_token_and_seconds_as_digits() -> None:
     assert answer.body["expires_in"] == "5"
 
 
-def test_reuse_takes_an_old_refresh_token_for_ever() -> None:
-    """Under `reuse` the first refresh token works on, also after months."""
-    p = provider()
-    refresh(p, START_MS)
-    assert refresh(p, START_MS + 90 * DAY_MS).status == 200
+@pytest.mark.parametrize("rotation", [Rotation.NONE, Rotation.REUSABLE])
+def test_rotations_without_an_end(rotation: Rotation) -> None:
+    """Under `none` and `reusable` the first refresh token remains valid, also after months."""
+    p = provider(rotation)
+    for now_ms in (START_MS, START_MS + DAY_MS, START_MS + 90 * DAY_MS):
+        answer = refresh(p, now_ms)
+        assert answer.status == 200
+        assert ("refresh_token" in answer.body) == (rotation is Rotation.REUSABLE)
     assert broken(p) == {}
 
 
-def test_strict_refuses_an_old_refresh_token() -> None:
-    """Under `strict` a used token gets a 401 and is a broken rule, its successor works.
+SECOND_REFRESH_MS = START_MS + 570_000
+THIRD_REFRESH_MS = SECOND_REFRESH_MS + 570_000
+GRACE_S = 600
 
-    Fails when strict rotation lets the used token through.
+
+def refreshed(
+    rotation: Rotation = Rotation.UNTIL_USED, *settings: str, **more: Any
+) -> tuple[Provider, str, str]:
+    """Refresh once: the provider, the new refresh token and the access token."""
+    p = provider(rotation, switches=reduce(Switches.set, settings, Switches()), **more)
+    body = refresh(p, START_MS).body
+    return p, body["refresh_token"], body["access_token"]
+
+
+@pytest.mark.parametrize("rotation", [Rotation.SINGLE_USE, Rotation.SINGLE_USE_REVOKES])
+def test_single_use_refuses_an_old_refresh_token(rotation: Rotation) -> None:
+    """A used token gets a 401 and breaks a rule.
+
+    Fails when a single-use token is accepted twice.
     """
-    p = provider(Rotation.STRICT)
-    fresh = str(refresh(p, START_MS).body["refresh_token"])
-    old = refresh(p, START_MS + 570_000)
+    p, _, _ = refreshed(rotation)
+    old = refresh(p, SECOND_REFRESH_MS)
     assert (old.status, old.body) == (
         401,
         {"error": "unauthorized_client", "error_description": "Old refresh token used."},
     )
     assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
-    assert refresh(p, START_MS + 570_000, form(fresh)).status == 200
 
 
-def test_strict_refresh_token_expires_unused() -> None:
-    """Under `strict` a refresh token dies after 30 days unused, with both times in the text."""
+def test_single_use_leaves_the_chain() -> None:
+    """After the use of an old token the newest one and its access token are valid."""
+    p, fresh, access = refreshed(Rotation.SINGLE_USE)
+    assert refresh(p, START_MS).status == 401
+    assert p.call(ACCOUNTS, None, access, "job/a", START_MS).status == 200
+    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
+
+
+def test_single_use_revokes_the_chain() -> None:
+    """The use of an old token revokes the newest one and all access tokens, of this chain only.
+
+    Fails when anything of the chain still works, or when another user's tokens are revoked too.
+    """
+    other = Seed(user="sales@example.com", refresh_token="other")
+    p = provider(Rotation.SINGLE_USE_REVOKES, SEED, other)
+    first = refresh(p, START_MS).body
+    theirs = bearer(p, START_MS, other)
+    second = refresh(p, SECOND_REFRESH_MS, form(first["refresh_token"])).body
+    assert p.call(ACCOUNTS, None, first["access_token"], "job/a", SECOND_REFRESH_MS).status == 200
+
+    assert refresh(p, THIRD_REFRESH_MS).status == 401
+    revoked = refresh(p, THIRD_REFRESH_MS, form(second["refresh_token"]))
+    assert (revoked.status, revoked.body["error"]) == (400, "invalid_grant")
+    for access in (first["access_token"], second["access_token"]):
+        assert p.call(ACCOUNTS, None, access, "job/a", SECOND_REFRESH_MS).status == 401
+    assert p.call(ACCOUNTS, None, theirs, "job/a", SECOND_REFRESH_MS).status == 200
+    assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
+
+
+def test_until_used_ends_at_a_refresh() -> None:
+    """An old token is valid until a newer one was used for a refresh.
+
+    Fails when it is refused earlier, or accepted later.
+    """
+    for setting in ("used-at=refresh-or-call", "used-at=refresh"):
+        p, fresh, _ = refreshed(Rotation.UNTIL_USED, setting)
+        assert refresh(p, SECOND_REFRESH_MS).status == 200
+
+        p, fresh, _ = refreshed(Rotation.UNTIL_USED, setting)
+        assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
+        assert refresh(p, THIRD_REFRESH_MS).status == 401
+        assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
+
+
+@pytest.mark.parametrize(("used_at", "status"), [("refresh-or-call", 401), ("refresh", 200)])
+def test_switch_used_at(used_at: str, status: int) -> None:
+    """A call with the new access token ends the old refresh token, or does not."""
+    p, fresh, access = refreshed(Rotation.UNTIL_USED, f"used-at={used_at}")
+    p.call(ACCOUNTS, None, access, "job/a", START_MS)
+    assert refresh(p, SECOND_REFRESH_MS).status == status
+    assert refresh(p, THIRD_REFRESH_MS, form(fresh)).status == 200
+
+
+def test_grace_ends_after_its_period() -> None:
+    """An old token is valid for the period after its first use, to the millisecond."""
+    for late_ms, status in ((-1, 200), (0, 401)):
+        p, fresh, access = refreshed(Rotation.GRACE, grace_ms=GRACE_S * SECOND_MS)
+        p.call(ACCOUNTS, None, access, "job/a", START_MS)
+        assert refresh(p, START_MS + GRACE_S * SECOND_MS + late_ms).status == status
+        assert refresh(p, START_MS + DAY_MS, form(fresh)).status == 200
+
+
+@pytest.mark.parametrize("rotation", set(Rotation) - {Rotation.NONE, Rotation.REUSABLE})
+def test_refresh_token_expires_unused(rotation: Rotation) -> None:
+    """A refresh token expires after 30 days without use, with both times in the text."""
     expiry_ms = START_MS + REFRESH_TOKEN_IDLE_MS
-    assert refresh(provider(Rotation.STRICT), expiry_ms - 1).status == 200
-    answer = refresh(provider(Rotation.STRICT), expiry_ms)
+    assert refresh(provider(rotation), expiry_ms - 1).status == 200
+    answer = refresh(provider(rotation), expiry_ms)
     assert answer.status == 400
     assert answer.body == {
         "error": "invalid_request",
@@ -222,7 +302,7 @@ def test_error_hour_slides() -> None:
 def test_errors_are_counted_apart_by_endpoint_division_and_user() -> None:
     """Ten errors on each of several scopes block nobody."""
     other = Seed(user="sales@example.com", refresh_token="other")
-    p = provider(Rotation.REUSE, SEED, other)
+    p = provider(Rotation.REUSABLE, SEED, other)
     mine, theirs = bearer(p), bearer(p, seed=other)
     minutes = count()
     for access, path in (
@@ -294,7 +374,7 @@ def test_sixty_first_call_of_a_minute_gets_429() -> None:
 def test_token_requests_of_a_day() -> None:
     """The 201st token request of a day breaks a rule, the next day is new."""
     users = tuple(Seed(user=f"{n}@example.com", refresh_token=f"r{n}") for n in range(2))
-    p = provider(Rotation.REUSE, *users)
+    p = provider(Rotation.REUSABLE, *users)
     first, second = (form(seed.refresh_token) for seed in users)
     # A key may make ten errors an hour, so 200 requests take most of the day.
     for n in range(TOKEN_CALLS_PER_DAY):
@@ -351,7 +431,7 @@ def test_calls_of_a_day() -> None:
     Fails when the limit is off by one, or counted per user instead of per app and company.
     """
     other = Seed(user="sales@example.com", refresh_token="other")
-    p = provider(Rotation.REUSE, SEED, other)
+    p = provider(Rotation.REUSABLE, SEED, other)
     now_ms = START_MS
     for n in range(CALLS_PER_DAY):
         now_ms = START_MS + n // CALLS_PER_MINUTE * MINUTE_MS
@@ -407,6 +487,9 @@ def test_report_tells_who_broke_which_rule() -> None:
     for agent in ("job/a", "job/b", "job/b"):
         p.sent(p.token(form(), agent, START_MS), START_MS)
     report: Any = p.report(START_MS)
+    assert [(v["call"], v["method"], v["path"], v["status"]) for v in report["violations"]] == [
+        (n, "POST", "/api/oauth2/token", 400) for n in (2, 3)
+    ]
     assert report["agents"]["job/a"]["violations_by_rule"] == {}
     assert report["agents"]["job/b"]["violations_by_rule"] == {Rule.REFRESH_INTERVAL: 2}
 
@@ -429,59 +512,10 @@ def test_switch_error_window(window: str, *, blocked: bool) -> None:
     assert broken(p) == {Rule.ERROR_LIMIT: 1}
 
 
-def strict(setting: str) -> tuple[Provider, str, str]:
-    """Refresh once under strict rotation: the provider, the new refresh and access token."""
-    p = switched(setting, rotation=Rotation.STRICT)
-    body = refresh(p, START_MS).body
-    return p, body["refresh_token"], body["access_token"]
-
-
-SECOND_REFRESH_MS = START_MS + 570_000
-THIRD_REFRESH_MS = SECOND_REFRESH_MS + 570_000
-
-
-def test_switch_old_token_dies_at_the_first_refresh() -> None:
-    """The old token works until the new one was used for a refresh, whatever is called before.
-
-    Fails when a call of the API kills it, or when it outlives the refresh.
-    """
-    p, fresh, access = strict("old-token-dies=first-refresh")
-    p.call(ACCOUNTS, None, access, "job/a", START_MS)
-    assert refresh(p, SECOND_REFRESH_MS).status == 200
-
-    p, fresh, access = strict("old-token-dies=first-refresh")
-    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
-    assert refresh(p, THIRD_REFRESH_MS).status == 401
-    assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
-
-
-def test_switch_old_token_dies_at_the_first_call() -> None:
-    """The old token works until the new access token was used, whatever is refreshed before.
-
-    Fails when a refresh kills it, or when it outlives the call.
-    """
-    p, fresh, access = strict("old-token-dies=first-call")
-    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
-    assert refresh(p, THIRD_REFRESH_MS).status == 200
-
-    p, fresh, access = strict("old-token-dies=first-call")
-    p.call(ACCOUNTS, None, access, "job/a", START_MS)
-    assert refresh(p, SECOND_REFRESH_MS).status == 401
-    assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
-    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
-
-
-def test_switch_old_token_dies_at_issue() -> None:
-    """The old token is dead as soon as there is a new one, and nothing has to be done with it."""
-    p, fresh, _ = strict("old-token-dies=issue")
-    assert refresh(p, SECOND_REFRESH_MS).status == 401
-    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
-
-
 @pytest.mark.parametrize("status", [401, 400])
 def test_switch_old_token_status(status: int) -> None:
     """A dead refresh token is refused with either status, and the same text."""
-    p, _, _ = strict(f"old-token-status={status}")
+    p, _, _ = refreshed(Rotation.SINGLE_USE, f"old-token-status={status}")
     old = refresh(p, SECOND_REFRESH_MS)
     assert (old.status, old.body["error_description"]) == (status, "Old refresh token used.")
 
@@ -491,16 +525,33 @@ def test_switch_early_refresh() -> None:
 
     Fails when the token in a refused answer does not work, or the old one goes on to.
     """
-    p, fresh, _ = strict("early-refresh=error-only")
+    p, fresh, _ = refreshed(Rotation.SINGLE_USE, "early-refresh=error-only")
     assert "refresh_token" not in refresh(p, START_MS, form(fresh)).body
     assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
 
-    p, fresh, _ = strict("early-refresh=new-token")
+    p, fresh, _ = refreshed(Rotation.SINGLE_USE, "early-refresh=new-token")
     early = refresh(p, START_MS, form(fresh))
     assert (early.status, early.body["error"]) == (400, "access_denied")
     assert "access_token" not in early.body
     assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 401
     assert refresh(p, SECOND_REFRESH_MS, form(early.body["refresh_token"])).status == 200
+
+
+@pytest.mark.parametrize("status", [400, 401])
+def test_switch_early_status(status: int) -> None:
+    """A refresh that is too early is refused with either status, and counts as an error."""
+    p = switched(f"early-status={status}")
+    refresh(p, START_MS)
+    assert refresh(p, START_MS).status == status
+    report: Any = p.report(START_MS)
+    assert report["agents"]["job/a"]["errors"] == 1
+
+
+def test_switch_refresh_interval() -> None:
+    """An app that is exempt may refresh at any time."""
+    p = switched("refresh-interval=exempt")
+    assert [refresh(p, START_MS).status for _ in range(3)] == [200] * 3
+    assert broken(p) == {}
 
 
 @pytest.mark.parametrize(("kind", "value"), [("string", "600"), ("number", 600)])
@@ -554,7 +605,9 @@ def test_switch_block_answer() -> None:
 def test_switch_block_schedule(schedule: str, hours: list[int]) -> None:
     """Each repeat's block is as long as the schedule says, to the millisecond; apps are apart."""
     app = Seed(client_id="other", client_secret="s", refresh_token="other")
-    p = provider(Rotation.REUSE, SEED, app, switches=Switches().set(f"block-schedule={schedule}"))
+    p = provider(
+        Rotation.REUSABLE, SEED, app, switches=Switches().set(f"block-schedule={schedule}")
+    )
     now_ms = START_MS
     for length in hours:
         offend(p, now_ms)
@@ -574,9 +627,10 @@ def test_switch_block_schedule(schedule: str, hours: list[int]) -> None:
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("error-windows=sliding", "error-window, old-token-dies"),
+        ("error-windows=sliding", "error-window, used-at"),
         ("error-window=hour", "error-window is one of sliding, clock-hour, not 'hour'"),
         ("error-window", "sliding, clock-hour"),
+        ("old-token-dies=issue", "--rotation single-use"),
         ("", "none of the switches"),
     ],
 )
@@ -602,7 +656,7 @@ def test_lost_token_is_issued_and_its_client_not_to_blame() -> None:
     Fails when the token of a lost answer is not issued, or its interval not kept, or when the
     refusal of the old one counts as a violation.
     """
-    p = provider(Rotation.STRICT)
+    p = provider(Rotation.SINGLE_USE)
     lost = refresh(p, START_MS, fault=FaultKind.LOST_ANSWER)
     for _ in range(2):
         assert refresh(p, SECOND_REFRESH_MS).status == 401

@@ -36,4 +36,4 @@ def oauth_error(
 
 
 MALFORMED = oauth_error(400, "invalid_request", "The request cannot be read.")
-"""For a form that is invalid, too long, or in an unknown encoding."""
+"""For a body that is no form, is too long, or in an unknown encoding."""

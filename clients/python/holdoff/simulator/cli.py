@@ -6,7 +6,7 @@ import asyncio
 import json
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 import click
@@ -14,13 +14,14 @@ from click.shell_completion import CompletionItem
 
 from holdoff.simulator import seeds, tables
 from holdoff.simulator.faults import FaultKind
-from holdoff.simulator.limits import ACCESS_TOKEN_LIFE_MS, SECOND_MS
+from holdoff.simulator.limits import ACCESS_TOKEN_LIFE_MS, DAY_MS, GRACE_MS, SECOND_MS
 from holdoff.simulator.oauth import Rotation
 from holdoff.simulator.server import serve_until_signal, serving
 from holdoff.simulator.switches import DEFAULTS, HELP, SETTINGS, Switches
 
 # Faster than this, an access token would not live for one real second.
 _MOST_TIME_SCALE = ACCESS_TOKEN_LIFE_MS / SECOND_MS
+_MOST_GRACE_SECONDS = 3650 * DAY_MS / SECOND_MS
 _MOST_SEEDS = 100  # apps, and users of each
 _ANSWER_SECONDS = 10
 
@@ -64,6 +65,20 @@ class _Switch(click.ParamType[str]):
     ) -> list[CompletionItem]:
         del ctx, param
         return [CompletionItem(text) for text in SETTINGS if text.startswith(incomplete)]
+
+
+class _Rotation(click.Choice[str]):
+    """A word for a rotation; the error for a former one names its successor."""
+
+    _FORMER: ClassVar[dict[str, str]] = {"reuse": "reusable", "strict": "single-use"}
+
+    def __init__(self) -> None:
+        super().__init__([str(rotation) for rotation in Rotation])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if word := self._FORMER.get(value):
+            self.fail(f"{value!r} is now {word!r}", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class _SeedFile(click.ParamType[tuple[seeds.Seed, ...]]):
@@ -131,7 +146,7 @@ def simulator() -> None:
     "serve",
     cls=_Serve,
     epilog="Example: holdoff simulator serve --listen 127.0.0.1:8080 --time-scale 60"
-    " --rotation strict --switch error-window=clock-hour",
+    " --rotation single-use --switch error-window=clock-hour",
 )
 @click.option(
     "--listen",
@@ -149,10 +164,16 @@ def simulator() -> None:
 )
 @click.option(
     "--rotation",
-    type=click.Choice([str(rotation) for rotation in Rotation]),
-    default=str(Rotation.REUSE),
+    type=_Rotation(),
+    default=str(Rotation.UNTIL_USED),
     show_default=True,
-    help="Whether used refresh tokens keep working (reuse) or are refused (strict).",
+    help="How long an old refresh token is valid; see below.",
+)
+@click.option(
+    "--grace",
+    "grace_seconds",
+    type=click.FloatRange(min=0, max=_MOST_GRACE_SECONDS),
+    help="Seconds that a used token remains valid under the rotation grace.  [default: 1800]",
 )
 @click.option(
     "--switch",
@@ -176,6 +197,7 @@ def serve(  # noqa: PLR0913 -- one for each option
     *,
     time_scale: float,
     rotation: str,
+    grace_seconds: float | None,
     settings: tuple[str, ...],
     seeds_of_file: tuple[seeds.Seed, ...] | None,
     apps: int | None,
@@ -185,15 +207,29 @@ def serve(  # noqa: PLR0913 -- one for each option
 
     Prints one line with its URL. URL/_simulator/seed returns the client ids, the
     secrets and the first refresh tokens. All times are simulated.
-    """
+
+    \b
+    A newer refresh token replaces an old one. By --rotation the old one is valid
+    none                for ever: a refresh returns no new one
+    reusable            for ever: some apps of Exact Online
+    until-used          until a newer one is used: Exact Online, Shopify
+    grace               for a period after its first use
+    single-use          no longer
+    single-use-revokes  no longer, and its use revokes all tokens of the chain
+    """  # noqa: D301 -- click wants the backspace itself
     if seeds_of_file and (apps or users):
         raise click.UsageError("--seed-file defines the apps and users: omit --apps and --users")
+    if grace_seconds is None:
+        grace_seconds = GRACE_MS / SECOND_MS
+    elif rotation != Rotation.GRACE:
+        raise click.UsageError("--grace belongs to --rotation grace")
     host, port = listen
     server = serving(
         host,
         port,
         time_scale=time_scale,
         rotation=Rotation(rotation),
+        grace_seconds=grace_seconds,
         switches=reduce(Switches.set, settings, DEFAULTS),
         seeds=seeds_of_file or seeds.many(apps or 1, users or 1),
     )

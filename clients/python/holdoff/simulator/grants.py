@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,15 +14,32 @@ class Grant:
     """A seed's state. Its refresh tokens are numbered in the order of their issue."""
 
     seed: Seed
-    newest: int = 0
-    """Number of the latest refresh token."""
+    issued_ms: list[int] = field(default_factory=list)
+    """When each refresh token was issued, by its number."""
     newest_received: int = 0
     """Number of the latest one whose answer was not lost on request."""
-    oldest_alive: int = 0
-    """Under strict rotation the tokens before this one are dead."""
+    first_used_ms: dict[int, int] = field(default_factory=dict)
+    """When each one that was used was used first, by its number."""
+    newest_used: int = 0
+    oldest_valid: int = 0
+    """The chain up to this token was revoked, with its access tokens."""
     last_sent_ms: int | None = None
     """When the last byte of the last access token left."""
     sending: bool = False
+
+    @property
+    def newest(self) -> int:
+        """Number of the latest refresh token."""
+        return len(self.issued_ms) - 1
+
+    def use(self, number: int, now_ms: int) -> None:
+        """Note that a refresh token, or the access token that came with it, was used."""
+        self.first_used_ms.setdefault(number, now_ms)
+        self.newest_used = max(self.newest_used, number)
+
+    def revoke(self) -> None:
+        """Revoke all tokens of the chain."""
+        self.oldest_valid = self.newest + 1
 
     def gap_ms(self, now_ms: int) -> int | None:
         """Time since the last byte of the last access token; None before the first."""
@@ -37,7 +54,6 @@ class RefreshToken:
 
     grant: Grant
     number: int
-    issue_ms: int
 
 
 @dataclass(frozen=True, slots=True)

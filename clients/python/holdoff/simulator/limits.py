@@ -16,6 +16,8 @@ ACCESS_TOKEN_LIFE_MS = 600 * SECOND_MS
 """Life of an access token (official)."""
 REFRESH_TOKEN_IDLE_MS = 30 * DAY_MS
 """Life of an unused refresh token where old ones are refused (official)."""
+GRACE_MS = 30 * MINUTE_MS
+"""How long a used refresh token is valid under the rotation `grace`: as at Xero (not confirmed)."""
 TOKEN_CALLS_PER_DAY = 200
 """Token endpoint calls per key, user and day (official in 2021)."""
 CALLS_PER_MINUTE = 60

@@ -21,7 +21,7 @@ from holdoff.simulator.limits import (
     SECOND_MS,
     TOKEN_CALLS_PER_DAY,
 )
-from holdoff.simulator.switches import EarlyRefresh, ExpiresIn, OldTokenDies
+from holdoff.simulator.switches import EarlyRefresh, ExpiresIn, RefreshInterval, UsedAt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -29,15 +29,27 @@ if TYPE_CHECKING:
     from holdoff.simulator.seeds import Seed
 
 TOKEN_ENDPOINT = "oauth2/token"  # noqa: S105 -- a path
+ASK_FOR_BASIC = {"WWW-Authenticate": 'Basic realm="token"'}
 
 
 class Rotation(StrEnum):
-    """What becomes of a refresh token once it was used: a permission that an app has or not."""
+    """What happens to a refresh token when it is used.
 
-    REUSE = "reuse"
-    """Old ones work on and never expire, as Exact Online allows some apps."""
-    STRICT = "strict"
-    """Each refresh kills the token it used."""
+    An old token is one that was replaced: a newer one was issued.
+    """
+
+    NONE = "none"
+    """A refresh returns no refresh token; the first one remains valid."""
+    REUSABLE = "reusable"
+    """Old ones remain valid and never expire: Exact Online allows some apps to reuse them."""
+    UNTIL_USED = "until-used"
+    """An old one is valid until a newer one is used: Exact Online, without that permission."""
+    GRACE = "grace"
+    """An old one is valid for a period after its first use."""
+    SINGLE_USE = "single-use"
+    """An old one is not valid."""
+    SINGLE_USE_REVOKES = "single-use-revokes"
+    """An old one is not valid; its use revokes all tokens of the chain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +60,13 @@ class TokenForm:
     client_id: str = ""
     client_secret: str = ""
     refresh_token: str = ""
+    code: str = ""
+    redirect_uri: str = ""
+    code_verifier: str = ""
+    basic_secret: str | None = None
+    """The secret as it was sent in a Basic header, if the client authenticates that way."""
+    refusal: Answer | None = None
+    """The answer to a request that breaks a rule of OAuth by its form alone."""
 
 
 class TokenEndpoint:
@@ -56,28 +75,31 @@ class TokenEndpoint:
     Args:
         seeds: the grants that exist.
         start_ms: simulated time at which the seeds' refresh tokens were issued.
-        rotation: what becomes of a used refresh token.
+        rotation: what happens to a refresh token when it is used.
+        grace_ms: how long a used refresh token remains valid under `Rotation.GRACE`.
         new_token: makes the value of a token.
         enforcement: what holds for every call.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- each by its name
         self,
         seeds: Iterable[Seed],
         *,
         start_ms: int,
         rotation: Rotation,
+        grace_ms: int,
         new_token: Callable[[], str],
         enforcement: Enforcement,
     ) -> None:
         seeds = tuple(seeds)
         self._rotation = rotation
+        self._grace_ms = grace_ms
         self._new_token = new_token
         self._enforcement = enforcement
         self._switches = enforcement.switches
         self._secrets = {seed.client_id: seed.client_secret for seed in seeds}
         self._refresh_tokens = {
-            seed.refresh_token: RefreshToken(Grant(seed), 0, start_ms) for seed in seeds
+            seed.refresh_token: RefreshToken(Grant(seed, [start_ms]), 0) for seed in seeds
         }
         self._access_tokens: dict[str, AccessToken] = {}
         self._token_days: dict[tuple[str, str], Window] = {}
@@ -140,13 +162,17 @@ class TokenEndpoint:
             answer.issued_to.last_sent_ms = now_ms
 
     def access(self, bearer: str) -> AccessToken | None:
-        """Find an access token by its value."""
-        return self._access_tokens.get(bearer)
+        """Find an access token by its value, unless it was revoked."""
+        access = self._access_tokens.get(bearer)
+        if access is None or access.number < access.grant.oldest_valid:
+            return None
+        return access
 
-    def used(self, access: AccessToken) -> None:
+    def used(self, access: AccessToken, now_ms: int) -> None:
         """Note that a valid access token came with a call of the API."""
-        if self._switches.old_token_dies is OldTokenDies.FIRST_CALL:
-            self._kill_before(access.number, access.grant)
+        until_used = self._rotation is Rotation.UNTIL_USED
+        if until_used and self._switches.used_at is UsedAt.REFRESH_OR_CALL:
+            access.grant.use(access.number, now_ms)
 
     def _decide_token(  # noqa: PLR0911 -- one return for each answer of the provider
         self,
@@ -165,40 +191,48 @@ class TokenEndpoint:
             status = int(self._switches.daily_token_status)
             headers = {"Retry-After": self._enforcement.retry_after(day, now_ms)}
             return oauth_error(status, "access_denied", "Rate limit exceeded", headers)
-        if form.client_secret != self._secrets.get(form.client_id):
-            return oauth_error(401, "invalid_client", "Unknown client or wrong secret.")
+        if form.refusal is not None:
+            return form.refusal
+        secret = self._secrets.get(form.client_id)
+        if secret is None or secret not in (form.client_secret, form.basic_secret):
+            headers = {} if form.basic_secret is None else ASK_FOR_BASIC
+            return oauth_error(401, "invalid_client", "Unknown client or wrong secret.", headers)
         if form.grant_type != "refresh_token":
             return oauth_error(400, "unsupported_grant_type", "Only refresh_token is simulated.")
         if token is None:
             return oauth_error(400, "invalid_grant", "Unknown refresh token.")
-        if self._rotation is Rotation.STRICT:
-            refusal = self._refuse_if_dead(token, scope, agent, now_ms)
-            if refusal is not None:
-                return refusal
+        refusal = self._refuse_if_invalid(token, scope, agent, now_ms)
+        if refusal is not None:
+            return refusal
         grant = token.grant
         gap_ms = grant.gap_ms(now_ms)
-        if gap_ms is not None and gap_ms < REFRESH_INTERVAL_MS:
+        exempt = self._switches.refresh_interval is RefreshInterval.EXEMPT
+        if not exempt and gap_ms is not None and gap_ms < REFRESH_INTERVAL_MS:
             detail = f"{gap_ms / SECOND_MS:.3f} s after the last access token, not 570 s"
             self._enforcement.violate(Rule.REFRESH_INTERVAL, scope, agent, now_ms, detail)
             return self._too_early(grant, now_ms)
-        if self._switches.old_token_dies is OldTokenDies.FIRST_REFRESH:
-            self._kill_before(token.number, grant)
+        grant.use(token.number, now_ms)
         return self._issue(grant, now_ms)
 
-    def _refuse_if_dead(
+    def _refuse_if_invalid(
         self, token: RefreshToken, scope: Scope, agent: str, now_ms: int
     ) -> Answer | None:
-        """Refuse a refresh token that was replaced, or not used for too long."""
-        if token.number < token.grant.oldest_alive:
-            # Who never got a newer one because of a fault of ours could not know better.
-            if token.number < token.grant.newest_received:
+        """Refuse a refresh token that is old, was revoked, or was not used for too long."""
+        grant, number = token.grant, token.number
+        if self._is_old(token, now_ms):
+            # A client that never got a newer one because of an injected fault is not to blame.
+            if number < grant.newest_received:
                 self._enforcement.violate(
                     Rule.OLD_REFRESH_TOKEN, scope, agent, now_ms, "it was replaced"
                 )
+            if self._rotation is Rotation.SINGLE_USE_REVOKES:
+                grant.revoke()
             status = int(self._switches.old_token_status)
             return oauth_error(status, "unauthorized_client", "Old refresh token used.")
-        expiry_ms = token.issue_ms + REFRESH_TOKEN_IDLE_MS
-        if now_ms >= expiry_ms:
+        if number < grant.oldest_valid:
+            return oauth_error(400, "invalid_grant", "The refresh token was revoked.")
+        expiry_ms = grant.issued_ms[number] + REFRESH_TOKEN_IDLE_MS
+        if self._rotation not in (Rotation.NONE, Rotation.REUSABLE) and now_ms >= expiry_ms:
             description = (
                 f"The refresh token expired at {_american(expiry_ms)}"
                 f" and it is now {_american(now_ms)}."
@@ -206,18 +240,32 @@ class TokenEndpoint:
             return oauth_error(400, "invalid_request", description)
         return None
 
+    def _is_old(self, token: RefreshToken, now_ms: int) -> bool:
+        """Whether a newer token ended the validity of this one."""
+        grant, number = token.grant, token.number
+        if number == grant.newest:
+            return False
+        match self._rotation:
+            case Rotation.NONE | Rotation.REUSABLE:
+                return False
+            case Rotation.UNTIL_USED:
+                return number < grant.newest_used
+            case Rotation.GRACE:
+                used_ms = grant.first_used_ms.get(number)
+                return used_ms is not None and now_ms >= used_ms + self._grace_ms
+            case Rotation.SINGLE_USE | Rotation.SINGLE_USE_REVOKES:
+                return True
+
     def _too_early(self, grant: Grant, now_ms: int) -> Answer:
-        body = {
-            "error": "access_denied",
-            "error_description": "Rate limit exceeded: access_token not expired",
-        }
+        description = "Rate limit exceeded: access_token not expired"
+        body = {"error": "access_denied", "error_description": description}
         if self._switches.early_refresh is EarlyRefresh.NEW_TOKEN:
-            body["refresh_token"] = self._new_refresh_token(grant, now_ms)
-        # How the header's real value goes on is not known.
-        return Answer(400, body, {"Reason": "TooEarlyToRefreshTokens"})
+            body |= self._new_refresh_token(grant, now_ms)
+        reason = {"Reason": f"TooEarlyToRefreshTokens: {description}"}
+        return Answer(int(self._switches.early_status), body, reason)
 
     def _issue(self, grant: Grant, now_ms: int) -> Answer:
-        access_token, refresh_token = self._new_token(), self._new_refresh_token(grant, now_ms)
+        access_token, fresh = self._new_token(), self._new_refresh_token(grant, now_ms)
         expiry_ms = now_ms + ACCESS_TOKEN_LIFE_MS
         self._access_tokens[access_token] = AccessToken(grant, grant.newest, expiry_ms)
         grant.sending = True
@@ -228,20 +276,18 @@ class TokenEndpoint:
             "access_token": access_token,
             "token_type": "bearer",
             "expires_in": str(life_seconds) if digits else life_seconds,
-            "refresh_token": refresh_token,
+            **fresh,
         }
         return Answer(200, body, {"Cache-Control": "no-store"}, issued_to=grant)
 
-    def _new_refresh_token(self, grant: Grant, now_ms: int) -> str:
+    def _new_refresh_token(self, grant: Grant, now_ms: int) -> dict[str, str]:
+        """Issue a refresh token: the field of the answer, or none without rotation."""
+        if self._rotation is Rotation.NONE:
+            return {}
         value = self._new_token()
-        grant.newest += 1
-        self._refresh_tokens[value] = RefreshToken(grant, grant.newest, now_ms)
-        if self._switches.old_token_dies is OldTokenDies.ISSUE:
-            self._kill_before(grant.newest, grant)
-        return value
-
-    def _kill_before(self, number: int, grant: Grant) -> None:
-        grant.oldest_alive = max(grant.oldest_alive, number)
+        grant.issued_ms.append(now_ms)
+        self._refresh_tokens[value] = RefreshToken(grant, grant.newest)
+        return {"refresh_token": value}
 
 
 def _american(time_ms: int) -> str:

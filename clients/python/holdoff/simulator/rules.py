@@ -16,7 +16,7 @@ from holdoff.simulator.accounting import Injection, Rule, Scope, iso
 from holdoff.simulator.answers import Answer, message
 from holdoff.simulator.enforcement import Enforcement, Window
 from holdoff.simulator.faults import Fault, FaultKind, Faults
-from holdoff.simulator.limits import CALLS_PER_DAY, CALLS_PER_MINUTE, DAY_MS, MINUTE_MS
+from holdoff.simulator.limits import CALLS_PER_DAY, CALLS_PER_MINUTE, DAY_MS, GRACE_MS, MINUTE_MS
 from holdoff.simulator.oauth import Rotation, TokenEndpoint, TokenForm
 from holdoff.simulator.seeds import Seed
 from holdoff.simulator.switches import DEFAULTS, Switches
@@ -56,7 +56,8 @@ class Provider:
         start_ms: simulated time at which the seeds' refresh tokens were issued.
         time_scale: simulated seconds in a real one. It only turns simulated
             time into the real seconds of `expires_in` and `Retry-After`.
-        rotation: what becomes of a used refresh token.
+        rotation: what happens to a refresh token when it is used.
+        grace_ms: how long a used refresh token remains valid under `Rotation.GRACE`.
         switches: the behaviours where the real one is not known.
         new_token: makes the value of a token.
     """
@@ -67,7 +68,8 @@ class Provider:
         *,
         start_ms: int = 0,
         time_scale: float = 1.0,
-        rotation: Rotation = Rotation.REUSE,
+        rotation: Rotation = Rotation.UNTIL_USED,
+        grace_ms: int = GRACE_MS,
         switches: Switches = DEFAULTS,
         new_token: Callable[[], str] = secrets.token_urlsafe,
     ) -> None:
@@ -83,6 +85,7 @@ class Provider:
             self.seeds,
             start_ms=start_ms,
             rotation=rotation,
+            grace_ms=grace_ms,
             new_token=new_token,
             enforcement=self._enforcement,
         )
@@ -156,7 +159,7 @@ class Provider:
         if now_ms >= access.expiry_ms:
             answer = _UNAUTHORIZED
         else:
-            self._tokens.used(access)
+            self._tokens.used(access, now_ms)
             limits = self._take_call(scope, agent, now_ms)
             if isinstance(limits, Answer):
                 return limits

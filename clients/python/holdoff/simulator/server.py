@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from holdoff.simulator import token_request
 from holdoff.simulator.accounting import iso
 from holdoff.simulator.answers import MALFORMED, Answer
 from holdoff.simulator.faults import TOKEN_PATH, Fault, FaultKind
-from holdoff.simulator.limits import DAY_MS, SECOND_MS
-from holdoff.simulator.oauth import Rotation, TokenForm
+from holdoff.simulator.limits import DAY_MS, GRACE_MS, SECOND_MS
+from holdoff.simulator.oauth import Rotation
 from holdoff.simulator.rules import Provider
 from holdoff.simulator.seeds import Seed
 from holdoff.simulator.switches import DEFAULTS, Switches
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 _FAULT = web.RequestKey("fault", Fault)
 _MOST_ADVANCE_SECONDS = 3_650 * DAY_MS // SECOND_MS
 _LAST_ADVANCE_MS = 8000 * 365 * DAY_MS  # before the last year that a date can have
@@ -109,23 +111,23 @@ class Server:
 
     async def _token(self, request: web.Request) -> web.StreamResponse:
         try:
+            if request.can_read_body and request.content_type not in _FORMS:
+                raise ValueError(request.content_type)  # noqa: TRY301 -- as a form that is wrong
             form = await request.post()
         except Exception:  # noqa: BLE001 - of many kinds, by the content type and its parameters
             return await self._send(request, MALFORMED, request.get(_FAULT))
 
-        def text(name: str) -> str:
-            value = form.get(name, "")
-            return value if isinstance(value, str) else ""
-
-        fields = TokenForm(
-            grant_type=text("grant_type"),
-            client_id=text("client_id"),
-            client_secret=text("client_secret"),
-            refresh_token=text("refresh_token"),
-        )
+        fields = [
+            (name, value)
+            for name, value in (*request.query.items(), *form.items())
+            if isinstance(value, str)
+        ]
         fault = request.get(_FAULT)
         answer = self._provider.token(
-            fields, _agent(request), self._now_ms(), fault.kind if fault else None
+            token_request.read(request.headers.get("Authorization"), fields),
+            _agent(request),
+            self._now_ms(),
+            fault.kind if fault else None,
         )
         try:
             return await self._send(request, answer, fault)
@@ -223,7 +225,8 @@ async def serving(  # noqa: PLR0913 -- each can be left out
     port: int = 0,
     *,
     time_scale: float = 1.0,
-    rotation: Rotation = Rotation.REUSE,
+    rotation: Rotation = Rotation.UNTIL_USED,
+    grace_seconds: float = GRACE_MS / SECOND_MS,
     switches: Switches = DEFAULTS,
     seeds: Iterable[Seed] = (Seed(),),
 ) -> AsyncIterator[str]:
@@ -233,7 +236,8 @@ async def serving(  # noqa: PLR0913 -- each can be left out
         host: address to listen on.
         port: port to listen on; 0 picks a free one.
         time_scale: simulated seconds in a real one.
-        rotation: what becomes of a used refresh token.
+        rotation: what happens to a refresh token when it is used.
+        grace_seconds: how long a used refresh token remains valid under `Rotation.GRACE`.
         switches: the behaviours where the real one is not known.
         seeds: the grants that exist.
 
@@ -246,6 +250,7 @@ async def serving(  # noqa: PLR0913 -- each can be left out
         start_ms=clock.now_ms(),
         time_scale=time_scale,
         rotation=rotation,
+        grace_ms=round(grace_seconds * SECOND_MS),
         switches=switches,
     )
     runner = web.AppRunner(
