@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import io
 import json
 import re
 import signal
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +178,42 @@ async def test_a_job_refreshes_calls_and_is_told_off(http: aiohttp.ClientSession
         form["client_secret"],
     ):
         assert secret not in text
+
+
+async def test_an_app_is_allowed_in_a_browser(http: aiohttp.ClientSession) -> None:
+    """The page's first link redirects with a code, which the token endpoint exchanges."""
+    async with serving() as url:
+        token_url, form = await grant(http, url)
+        callback = "http://127.0.0.1:1/callback"
+        ask = {
+            "client_id": form["client_id"],
+            "redirect_uri": callback,
+            "response_type": "code",
+            "state": "x",
+        }
+        async with http.get(f"{url}/api/oauth2/auth", params=ask) as response:
+            assert response.content_type == "text/html"
+            link = re.search(r'href="([^"]+)"', await response.text())
+        assert link
+        address = f"{url}/api/oauth2/auth{html.unescape(link[1])}"
+        async with http.get(address, allow_redirects=False) as response:
+            assert response.status == 302
+            location = response.headers["Location"]
+        assert location.startswith(f"{callback}?code=")
+        code = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(location).query))["code"]
+        data = {
+            "grant_type": "authorization_code",
+            "code": code,
+            "redirect_uri": callback,
+            "client_id": form["client_id"],
+            "client_secret": form["client_secret"],
+        }
+        async with http.post(token_url, data=data) as response:
+            assert response.status == 200
+            assert "refresh_token" in await response.json()
+        async with http.post(token_url, data=form) as response:
+            assert response.status == 400
+            assert "Reason" in response.headers
 
 
 async def test_scaled_time_lets_a_refresh_through_sooner(http: aiohttp.ClientSession) -> None:

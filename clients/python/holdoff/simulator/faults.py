@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
 TOKEN_PATH = "/api/oauth2/token"  # noqa: S105 -- a path
+AUTH_PATH = "/api/oauth2/auth"
 _API_PATH = "/api/"
 
 

@@ -21,6 +21,8 @@ class Grant:
     first_used_ms: dict[int, int] = field(default_factory=dict)
     """When each one that was used was used first, by its number."""
     newest_used: int = 0
+    first_of_chain: int = 0
+    """Number of the one that the latest authorization issued."""
     oldest_valid: int = 0
     """The chain up to this token was revoked, with its access tokens."""
     last_sent_ms: int | None = None
@@ -62,5 +64,7 @@ class AccessToken:
 
     grant: Grant
     number: int
-    """Number of the refresh token that was issued with it."""
+    """Number of the newest refresh token at its issue."""
     expiry_ms: int
+    implicit: bool = False
+    """Whether it came without a refresh token."""

@@ -14,6 +14,8 @@ REFRESH_INTERVAL_MS = 570 * SECOND_MS
 """Least time from the last byte of one access token to the next request (official)."""
 ACCESS_TOKEN_LIFE_MS = 600 * SECOND_MS
 """Life of an access token (official)."""
+AUTHORIZATION_CODE_LIFE_MS = 3 * MINUTE_MS
+"""Life of an authorization code (field)."""
 REFRESH_TOKEN_IDLE_MS = 30 * DAY_MS
 """Life of an unused refresh token where old ones are refused (official)."""
 GRACE_MS = 30 * MINUTE_MS

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from holdoff.simulator.accounting import Injection, Rule, Scope, iso
 from holdoff.simulator.answers import Answer, message
+from holdoff.simulator.authorization import AuthorizationEndpoint
+from holdoff.simulator.codes import Codes
 from holdoff.simulator.enforcement import Enforcement, Window
 from holdoff.simulator.faults import Fault, FaultKind, Faults
 from holdoff.simulator.limits import CALLS_PER_DAY, CALLS_PER_MINUTE, DAY_MS, GRACE_MS, MINUTE_MS
@@ -22,7 +24,7 @@ from holdoff.simulator.seeds import Seed
 from holdoff.simulator.switches import DEFAULTS, Switches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from holdoff.simulator.grants import AccessToken
 
@@ -81,14 +83,17 @@ class Provider:
         self._enforcement = Enforcement(
             (seed.client_id for seed in self.seeds), switches, time_scale
         )
+        codes = Codes(new_token)
         self._tokens = TokenEndpoint(
             self.seeds,
             start_ms=start_ms,
             rotation=rotation,
             grace_ms=grace_ms,
             new_token=new_token,
+            codes=codes,
             enforcement=self._enforcement,
         )
+        self._authorization = AuthorizationEndpoint(self._tokens, codes, self._enforcement)
         self._minutes: dict[tuple[str, str], Window] = {}
         self._days: dict[tuple[str, str], Window] = {}
 
@@ -107,6 +112,10 @@ class Provider:
     ) -> Answer:
         """Answer a call of the token endpoint; see `TokenEndpoint.token`."""
         return self._tokens.token(form, agent, now_ms, fault)
+
+    def authorize(self, query: Mapping[str, str], agent: str, now_ms: int) -> Answer:
+        """Answer the authorization endpoint; see `AuthorizationEndpoint.authorize`."""
+        return self._authorization.authorize(query, agent, now_ms)
 
     def sent(self, answer: Answer, now_ms: int) -> None:
         """Note that the last byte of an answer with an access token left: 570 s start here."""

@@ -29,7 +29,7 @@ class Seed:
 _MOST_DIVISION = 10**18
 _FIELDS = tuple(field.name for field in fields(Seed))
 # The addresses in what /_simulator/seed tells, so that its answer can be kept as a file.
-_IGNORED = frozenset({"token_url", "api_url"})
+_IGNORED = frozenset({"auth_url", "token_url", "api_url"})
 
 
 def many(apps: int, users: int) -> tuple[Seed, ...]:

@@ -16,7 +16,7 @@ from aiohttp import web
 from holdoff.simulator import token_request
 from holdoff.simulator.accounting import iso
 from holdoff.simulator.answers import MALFORMED, Answer
-from holdoff.simulator.faults import TOKEN_PATH, Fault, FaultKind
+from holdoff.simulator.faults import AUTH_PATH, TOKEN_PATH, Fault, FaultKind
 from holdoff.simulator.limits import DAY_MS, GRACE_MS, SECOND_MS
 from holdoff.simulator.oauth import Rotation
 from holdoff.simulator.rules import Provider
@@ -78,6 +78,7 @@ class Server:
         app.add_routes(
             [
                 web.post(TOKEN_PATH, self._token),
+                web.get(AUTH_PATH, self._authorize, allow_head=False),
                 web.get("/api/v1/{path:.+}", self._call, allow_head=False),
                 web.get("/_simulator/report", self._report, allow_head=False),
                 web.get("/_simulator/seed", self._seed, allow_head=False),
@@ -129,8 +130,16 @@ class Server:
             self._now_ms(),
             fault.kind if fault else None,
         )
+        return await self._send_token(request, answer)
+
+    async def _authorize(self, request: web.Request) -> web.StreamResponse:
+        answer = self._provider.authorize(request.query, _agent(request), self._now_ms())
+        return await self._send_token(request, answer)
+
+    async def _send_token(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+        """Send an answer that may have an access token."""
         try:
-            return await self._send(request, answer, fault)
+            return await self._send(request, answer, request.get(_FAULT))
         finally:  # an answer that its client did not wait for counts too
             self._provider.sent(answer, self._now_ms())
 
@@ -185,6 +194,7 @@ class Server:
         base = f"{request.scheme}://{request.host}"
         seeds = [
             {
+                "auth_url": f"{base}{AUTH_PATH}",
                 "token_url": f"{base}{TOKEN_PATH}",
                 "api_url": f"{base}/api/v1",
                 "client_id": seed.client_id,

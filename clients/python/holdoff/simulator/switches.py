@@ -76,6 +76,17 @@ class DailyTokenStatus(StrEnum):
     BAD_REQUEST = "400"
 
 
+class Consent(StrEnum):
+    """Who allows an app at the authorization endpoint.
+
+    Either the user who is chosen on its page or in the parameter user, or
+    without a page the first user of the app.
+    """
+
+    PAGE = "page"
+    AUTO = "auto"
+
+
 class BlockAnswer(StrEnum):
     """The response to a blocked key: a JSON error, or the page that a blocked address gets."""
 
@@ -107,6 +118,7 @@ class Switches:
     early_refresh: EarlyRefresh = EarlyRefresh.ERROR_ONLY
     expires_in: ExpiresIn = ExpiresIn.STRING
     daily_token_status: DailyTokenStatus = DailyTokenStatus.TOO_MANY_REQUESTS
+    consent: Consent = Consent.PAGE
     block_answer: BlockAnswer = BlockAnswer.JSON_403
     block_schedule: BlockSchedule = BlockSchedule.DOUBLING
 
