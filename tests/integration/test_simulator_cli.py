@@ -143,11 +143,19 @@ async def test_fault_from_the_command_line() -> None:
     assert ["error", "1"] in [line.split() for line in report.stdout.splitlines()]
 
 
+async def test_fields_that_a_partial_answer_lacks() -> None:
+    """Each `--without` names a field; the list of pending faults shows them."""
+    async with serving() as url:
+        fields = ("--without", "access_token", "--without", "expires_in")
+        asked = await aside("fault", url, "partial-answer", *fields)
+        assert "access_token, expires_in" in asked.stdout
+
+
 async def test_wrong_faults_are_refused() -> None:
     """What the simulator refuses is a usage error with its words; so is what contradicts itself."""
     async with serving() as url:
         for arguments, says in (
-            (["reset", "--seconds", "3"], "seconds: reset takes no time; hang, slow-body do"),
+            (["reset", "--seconds", "3"], "seconds: reset has none; hang, slow-body"),
             (["error", "--path", "/x"], "path: expected a beginning such as /api/oauth2/token"),
             (["rest"], "'rest'"),
             (["--count", "3"], "--count needs a KIND"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from holdoff.simulator import FaultKind, Provider, Rotation, Rule, Seed, Switches
+from holdoff.simulator import Fault, FaultKind, Provider, Rotation, Rule, Seed, Switches
 from holdoff.simulator.limits import (
     BLOCK_MS,
     CALLS_PER_DAY,
@@ -50,7 +50,7 @@ def form(refresh_token: str = SEED.refresh_token, seed: Seed = SEED) -> TokenFor
 
 
 def refresh(
-    p: Provider, now_ms: int, fields: TokenForm | None = None, fault: FaultKind | None = None
+    p: Provider, now_ms: int, fields: TokenForm | None = None, fault: Fault | None = None
 ) -> Any:
     """Ask for a token, the answer leaving at once."""
     answer = p.token(fields or form(), "job/a", now_ms, fault)
@@ -650,20 +650,23 @@ def test_report_tells_the_switches() -> None:
 # Faults
 
 
-def test_lost_token_is_issued_and_its_client_not_to_blame() -> None:
-    """A lost answer kills the old token; its client cannot know the new one, and broke no rule.
+@pytest.mark.parametrize(
+    "kind", ["lost-answer", "hung-answer", "error-answer", "html-answer", "late-answer"]
+)
+def test_lost_token_is_issued_and_its_client_not_to_blame(kind: str) -> None:
+    """A lost answer ends the old token; its client cannot know the new one, and broke no rule.
 
     Fails when the token of a lost answer is not issued, or its interval not kept, or when the
     refusal of the old one counts as a violation.
     """
     p = provider(Rotation.SINGLE_USE)
-    lost = refresh(p, START_MS, fault=FaultKind.LOST_ANSWER)
+    lost = refresh(p, START_MS, fault=Fault(FaultKind(kind)))
     for _ in range(2):
         assert refresh(p, SECOND_REFRESH_MS).status == 401
     assert broken(p) == {}
     report: Any = p.report(START_MS)
     assert report["token_requests"]["accepted"] == 1
-    assert report["token_requests"]["requests"][0]["fault"] == "lost-answer"
+    assert report["token_requests"]["requests"][0]["fault"] == kind
     assert report["agents"]["job/a"]["tokens_received"] == 0
     assert report["agents"]["job/a"]["errors"] == 2
 
@@ -671,3 +674,14 @@ def test_lost_token_is_issued_and_its_client_not_to_blame() -> None:
     assert refresh(p, SECOND_REFRESH_MS, form(lost.body["refresh_token"])).status == 200
     assert refresh(p, SECOND_REFRESH_MS).status == 401
     assert broken(p) == {Rule.REFRESH_INTERVAL: 1, Rule.OLD_REFRESH_TOKEN: 1}
+
+
+@pytest.mark.parametrize(("missing", "violations"), [("access_token", 1), ("refresh_token", 0)])
+def test_only_a_client_that_got_a_refresh_token_is_to_blame(missing: str, violations: int) -> None:
+    """An answer without its refresh token leaves the client with an old one, and no blame."""
+    p = provider(Rotation.SINGLE_USE)
+    refresh(p, START_MS, fault=Fault(FaultKind.PARTIAL_ANSWER, without=(missing,)))
+    assert refresh(p, SECOND_REFRESH_MS).status == 401
+    assert broken(p).get(Rule.OLD_REFRESH_TOKEN, 0) == violations
+    report: Any = p.report(START_MS)
+    assert report["agents"]["job/a"]["tokens_received"] == (missing != "access_token")

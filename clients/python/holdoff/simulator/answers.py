@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from holdoff.simulator.grants import Grant
 
@@ -21,6 +21,21 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     issued_to: Grant | None = None
     """Set when the body carries an access token: `Provider.sent` must follow."""
+
+    def without(self, names: Collection[str]) -> Answer:
+        """The same answer with fields left out of its JSON."""
+        if isinstance(self.body, str):
+            return self
+        body = {name: value for name, value in self.body.items() if name not in names}
+        return replace(self, body=body)
+
+
+MAINTENANCE = Answer(
+    200,
+    "<!DOCTYPE html><html><head><title>Maintenance</title></head>"
+    "<body><h1>Maintenance</h1><p>Please try again later.</p></body></html>",
+)
+"""The page that is shown instead of any answer, also with this status (field)."""
 
 
 def message(text: str) -> dict[str, object]:

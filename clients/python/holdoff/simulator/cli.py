@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
+import tempfile
+from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar
@@ -125,6 +128,11 @@ class _Serve(click.Command):
         super().format_epilog(ctx, formatter)
 
 
+_ca_option = click.option(
+    "--ca-file",
+    type=click.Path(exists=True, dir_okay=False),
+    help="The CA of a simulator that runs with --tls.",
+)
 _output_option = click.option(
     "--output",
     "-o",
@@ -146,7 +154,7 @@ def simulator() -> None:
     "serve",
     cls=_Serve,
     epilog="Example: holdoff simulator serve --listen 127.0.0.1:8080 --time-scale 60"
-    " --rotation single-use --switch error-window=clock-hour",
+    " --rotation single-use --switch error-window=clock-hour --tls --ca-out ca.pem",
 )
 @click.option(
     "--listen",
@@ -188,6 +196,12 @@ def simulator() -> None:
     type=_SeedFile(),
     help="Apps and users, as TOML ([[seeds]]) or as the JSON that URL/_simulator/seed returns.",
 )
+@click.option("--tls", is_flag=True, help="Listen on https, with a certificate made at the start.")
+@click.option(
+    "--ca-out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File for the CA that clients must trust.  [default: a temporary file]",
+)
 @click.option("--apps", type=click.IntRange(1, _MOST_SEEDS), help="Number of apps.  [default: 1]")
 @click.option(
     "--users", type=click.IntRange(1, _MOST_SEEDS), help="Number of users of each.  [default: 1]"
@@ -200,6 +214,8 @@ def serve(  # noqa: PLR0913 -- one for each option
     grace_seconds: float | None,
     settings: tuple[str, ...],
     seeds_of_file: tuple[seeds.Seed, ...] | None,
+    tls: bool,
+    ca_out: Path | None,
     apps: int | None,
     users: int | None,
 ) -> None:
@@ -223,39 +239,56 @@ def serve(  # noqa: PLR0913 -- one for each option
         grace_seconds = GRACE_MS / SECOND_MS
     elif rotation != Rotation.GRACE:
         raise click.UsageError("--grace belongs to --rotation grace")
+    if ca_out and not tls:
+        raise click.UsageError("--ca-out belongs to --tls")
     host, port = listen
-    server = serving(
-        host,
-        port,
-        time_scale=time_scale,
-        rotation=Rotation(rotation),
-        grace_seconds=grace_seconds,
-        switches=reduce(Switches.set, settings, DEFAULTS),
-        seeds=seeds_of_file or seeds.many(apps or 1, users or 1),
-    )
+    with ExitStack() as stack:
+        if tls and ca_out is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="holdoff-simulator-"))
+            ca_out = Path(folder, "ca.pem")
+        server = serving(
+            host,
+            port,
+            time_scale=time_scale,
+            rotation=Rotation(rotation),
+            grace_seconds=grace_seconds,
+            switches=reduce(Switches.set, settings, DEFAULTS),
+            seeds=seeds_of_file or seeds.many(apps or 1, users or 1),
+            tls=ca_out,
+        )
 
-    def ready(url: str) -> None:
-        click.echo(f"simulated Exact Online at {url} (time x {time_scale:g}, rotation {rotation})")
+        def ready(url: str) -> None:
+            ca = f", CA {ca_out}" if tls else ""
+            click.echo(
+                f"simulated Exact Online at {url} (time x {time_scale:g}, rotation {rotation}{ca})"
+            )
 
-    try:
-        asyncio.run(serve_until_signal(server, ready))
-    except OSError as error:
-        reason = (error.strerror or str(error)).rpartition(": ")[2]
-        raise _Unavailable(
-            f"cannot listen on {host}:{port}: {reason};"
-            " choose another address with --listen, port 0 picks a free one"
-        ) from error
+        try:
+            asyncio.run(serve_until_signal(server, ready))
+        except ModuleNotFoundError as error:
+            raise click.ClickException(
+                f"--tls needs the package {error.name}: pip install 'holdoff[simulator]'"
+            ) from error
+        except OSError as error:
+            if error.filename:
+                raise click.UsageError(f"--ca-out {error.filename}: {error.strerror}") from error
+            reason = (error.strerror or str(error)).rpartition(": ")[2]
+            raise _Unavailable(
+                f"cannot listen on {host}:{port}: {reason};"
+                " choose another address with --listen, port 0 picks a free one"
+            ) from error
 
 
 @simulator.command("report", epilog="Example: holdoff simulator report http://127.0.0.1:8080")
 @click.argument("url", type=_Url())
+@_ca_option
 @_output_option
-def report(url: str, output: str) -> None:
+def report(url: str, ca_file: str | None, output: str) -> None:
     """Show who broke which rule of the simulator at URL.
 
     It also shows the blocks, and the counted errors.
     """
-    document = _ask(url, "GET", "report")
+    document = _ask(url, ca_file, "GET", "report")
     if output == "json":
         click.echo(json.dumps(document, indent=2))
     else:
@@ -271,53 +304,84 @@ def report(url: str, output: str) -> None:
 @click.argument("kind", type=click.Choice([str(kind) for kind in FaultKind]), required=False)
 @click.option(
     "--path",
-    help="Prefix of the request's path.  [default: any; for lost-answer the token endpoint]",
+    help="Prefix of the request's path.  [default: /api/, for html any, for *-answer the token"
+    " endpoint]",
 )
 @click.option("--count", type=click.IntRange(1), help="How many requests.  [default: 1]")
-@click.option("--seconds", type=float, help="Simulated seconds that a hang or slow body lasts.")
+@click.option("--seconds", type=float, help="Simulated seconds that a fault with a duration lasts.")
 @click.option("--status", type=click.IntRange(500, 599), help="Status of an error.  [default: 500]")
+@click.option(
+    "--without",
+    multiple=True,
+    help="Field that a partial answer lacks. Repeatable.  [default: access_token]",
+)
 @click.option("--clear", is_flag=True, help="Discard all pending faults.")
+@_ca_option
 @_output_option
-def fault(url: str, kind: str | None, *, clear: bool, output: str, **fields: Any) -> None:
+def fault(
+    url: str, kind: str | None, *, clear: bool, ca_file: str | None, output: str, **fields: Any
+) -> None:
     """Inject a fault into the next requests to the simulator at URL.
 
     Without KIND it lists the pending faults.
 
     \b
-    error        a 5xx; the request has no effect
-    hang         no response, then the connection closes; no effect
-    reset        the connection is reset; no effect
-    slow-body    the correct response, sent slowly in small pieces
-    lost-answer  a token is issued, but the connection is reset before the response
+    The request has no effect:
+    error           a 5xx
+    hang            no response, then the connection closes
+    reset           the connection is reset
+    html            a maintenance page with status 200
+
+    \b
+    The request has its effect, for example a token is issued:
+    slow-body       the correct response, sent slowly in small pieces
+    late-answer     the correct response, later, even if the client is gone
+    partial-answer  the correct response without some fields
+    lost-answer     the connection is reset before the response
+    hung-answer     no response, then the connection closes
+    error-answer    a 5xx instead of the response
+    html-answer     a maintenance page with status 200 instead of the response
     """  # noqa: D301 -- click wants the backspace itself
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in fields.items() if value not in (None, ())}
     if kind is None and given:
         raise click.UsageError(f"--{next(iter(given))} needs a KIND of fault")
     if kind and clear:
         raise click.UsageError("--clear takes no KIND: it discards all of them")
     if kind:
-        document = _ask(url, "POST", "faults", {"fault": kind, **given})
+        document = _ask(url, ca_file, "POST", "faults", {"fault": kind, **given})
     else:
-        document = _ask(url, "DELETE" if clear else "GET", "faults")
+        document = _ask(url, ca_file, "DELETE" if clear else "GET", "faults")
     if output == "json":
         click.echo(json.dumps(document, indent=2))
     else:
         tables.show_pending(document["pending"])
 
 
-def _ask(url: str, method: str, page: str, document: dict[str, Any] | None = None) -> Any:
+def _ask(
+    url: str,
+    ca_file: str | None,
+    method: str,
+    page: str,
+    document: dict[str, Any] | None = None,
+) -> Any:
     """Ask a simulator.
 
     Raises:
         click.UsageError: it refused what was asked.
         click.ClickException: it does not answer, or is none.
     """
+    try:
+        trust = ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError as error:
+        raise click.UsageError(f"--ca-file {ca_file}: it has no certificate") from error
 
     async def ask() -> tuple[int, Any]:
         limit = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
         async with (
             aiohttp.ClientSession(timeout=limit) as session,
-            session.request(method, f"{url}/_simulator/{page}", json=document) as response,
+            session.request(
+                method, f"{url}/_simulator/{page}", json=document, ssl=trust
+            ) as response,
         ):
             return response.status, await response.json()
 
@@ -328,6 +392,11 @@ def _ask(url: str, method: str, page: str, document: dict[str, Any] | None = Non
     except (aiohttp.ContentTypeError, json.JSONDecodeError) as error:
         raise _Unavailable(
             f"the server at {url} is not a simulator; which URL did it print?"
+        ) from error
+    except aiohttp.ClientConnectorCertificateError as error:
+        raise _Unavailable(
+            f"the certificate of the simulator at {url} is not trusted;"
+            " name the file of --ca-out with --ca-file"
         ) from error
     except TimeoutError as error:
         raise _Unavailable(f"no answer from {url} within {_ANSWER_SECONDS} s") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from holdoff.simulator.accounting import Rule, Scope, TokenRequest
 from holdoff.simulator.answers import Answer, oauth_error
 from holdoff.simulator.enforcement import Enforcement, Window
-from holdoff.simulator.faults import AUTH_PATH, TOKEN_PATH, FaultKind
+from holdoff.simulator.faults import AUTH_PATH, TOKEN_PATH, Fault
 from holdoff.simulator.grants import AccessToken, Grant, RefreshToken
 from holdoff.simulator.limits import (
     ACCESS_TOKEN_LIFE_MS,
@@ -114,9 +114,7 @@ class TokenEndpoint:
         """All grants to an app."""
         return [grant for grant in self._grants if grant.seed.client_id == client_id]
 
-    def token(
-        self, form: TokenForm, agent: str, now_ms: int, fault: FaultKind | None = None
-    ) -> Answer:
+    def token(self, form: TokenForm, agent: str, now_ms: int, fault: Fault | None = None) -> Answer:
         """Answer a call of the token endpoint.
 
         When the answer carries an access token, every further request of that
@@ -140,8 +138,7 @@ class TokenEndpoint:
             answer = self._decide_token(form, grant, scope, agent, now_ms)
             self._enforcement.count_error(answer.status, scope, agent, now_ms)
 
-        lost = fault is FaultKind.LOST_ANSWER
-        if grant and grant.newest > newest and not lost:
+        if grant and grant.newest > newest and (not fault or fault.delivers("refresh_token")):
             grant.newest_received = grant.newest
         accepted = answer.issued_to is not None
         self._enforcement.ledger.token_request(
@@ -156,9 +153,9 @@ class TokenEndpoint:
                 accepted,
                 _error_of(answer),
                 gap_ms,
-                fault,
+                fault.kind if fault else None,
             ),
-            received=accepted and not lost,
+            received=accepted and (not fault or fault.delivers("access_token")),
         )
         return answer
 

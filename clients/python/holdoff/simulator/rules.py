@@ -17,7 +17,7 @@ from holdoff.simulator.answers import Answer, message
 from holdoff.simulator.authorization import AuthorizationEndpoint
 from holdoff.simulator.codes import Codes
 from holdoff.simulator.enforcement import Enforcement, Window
-from holdoff.simulator.faults import Fault, FaultKind, Faults
+from holdoff.simulator.faults import Fault, Faults
 from holdoff.simulator.limits import CALLS_PER_DAY, CALLS_PER_MINUTE, DAY_MS, GRACE_MS, MINUTE_MS
 from holdoff.simulator.oauth import Rotation, TokenEndpoint, TokenForm
 from holdoff.simulator.seeds import Seed
@@ -107,9 +107,7 @@ class Provider:
             self._enforcement.ledger.injection(Injection(now_ms, agent, path, fault.kind))
         return fault
 
-    def token(
-        self, form: TokenForm, agent: str, now_ms: int, fault: FaultKind | None = None
-    ) -> Answer:
+    def token(self, form: TokenForm, agent: str, now_ms: int, fault: Fault | None = None) -> Answer:
         """Answer a call of the token endpoint; see `TokenEndpoint.token`."""
         return self._tokens.token(form, agent, now_ms, fault)
 

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from holdoff.simulator import token_request
 from holdoff.simulator.accounting import iso
-from holdoff.simulator.answers import MALFORMED, Answer
+from holdoff.simulator.answers import MAINTENANCE, MALFORMED, Answer
 from holdoff.simulator.faults import AUTH_PATH, TOKEN_PATH, Fault, FaultKind
 from holdoff.simulator.limits import DAY_MS, GRACE_MS, SECOND_MS
 from holdoff.simulator.oauth import Rotation
@@ -26,10 +26,12 @@ from holdoff.simulator.switches import DEFAULTS, Switches
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
     from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
 
     from aiohttp.typedefs import Handler
 
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
+_INJECTED = "injected fault"
 _FAULT = web.RequestKey("fault", Fault)
 _MOST_ADVANCE_SECONDS = 3_650 * DAY_MS // SECOND_MS
 _LAST_ADVANCE_MS = 8000 * 365 * DAY_MS  # before the last year that a date can have
@@ -107,7 +109,9 @@ class Server:
             case FaultKind.HANG:
                 await self._pass_time(fault.seconds or 0)
             case FaultKind.ERROR:
-                return web.Response(status=fault.status or 500, text="injected fault")
+                return web.Response(status=fault.status or 500, text=_INJECTED)
+            case FaultKind.HTML:
+                return await self._send(request, MAINTENANCE, None)
         return _reset(request)
 
     async def _token(self, request: web.Request) -> web.StreamResponse:
@@ -128,7 +132,7 @@ class Server:
             token_request.read(request.headers.get("Authorization"), fields),
             _agent(request),
             self._now_ms(),
-            fault.kind if fault else None,
+            fault,
         )
         return await self._send_token(request, answer)
 
@@ -138,8 +142,12 @@ class Server:
 
     async def _send_token(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         """Send an answer that may have an access token."""
+        fault = request.get(_FAULT)
+        if fault is not None and fault.kind is FaultKind.HUNG_ANSWER:
+            self._provider.sent(answer, self._now_ms())  # the provider knows nothing of the hang
+            return await self._send(request, answer, fault)
         try:
-            return await self._send(request, answer, request.get(_FAULT))
+            return await self._send(request, answer, fault)
         finally:  # an answer that its client did not wait for counts too
             self._provider.sent(answer, self._now_ms())
 
@@ -159,8 +167,11 @@ class Server:
         self, request: web.Request, answer: Answer, fault: Fault | None
     ) -> web.StreamResponse:
         """Send an answer to its last byte, or as the fault has it."""
-        if fault is not None and fault.kind is FaultKind.LOST_ANSWER:
-            return _reset(request)
+        if fault is not None:
+            spoiled = await self._spoil(answer, fault)
+            if spoiled is None:
+                return _reset(request)
+            answer = spoiled
         if isinstance(answer.body, str):
             body, content_type = answer.body, "text/html"
         else:  # as compact as the provider's
@@ -173,13 +184,31 @@ class Server:
             response.force_close()
         with suppress(ConnectionError):  # its client did not wait for it
             await response.prepare(request)
-            if fault is not None:
+            if fault is not None and fault.kind is FaultKind.SLOW_BODY:
                 for n in range(len(data) - 1):
                     await response.write(data[n : n + 1])
                     await self._pass_time((fault.seconds or 0) / len(data))
                 data = data[-1:]
             await response.write_eof(data)
         return response
+
+    async def _spoil(self, answer: Answer, fault: Fault) -> Answer | None:
+        """What is sent instead of an answer; None for a reset."""
+        match fault.kind:
+            case FaultKind.LOST_ANSWER:
+                return None
+            case FaultKind.HUNG_ANSWER:
+                await self._pass_time(fault.seconds or 0)
+                return None
+            case FaultKind.LATE_ANSWER:
+                await self._pass_time(fault.seconds or 0)
+            case FaultKind.ERROR_ANSWER:
+                return Answer(fault.status or 500, _INJECTED)
+            case FaultKind.HTML_ANSWER:
+                return MAINTENANCE
+            case FaultKind.PARTIAL_ANSWER:
+                return answer.without(fault.without or ())
+        return answer
 
     async def _pass_time(self, seconds: float) -> None:
         """Wait for a simulated time, or until the server stops."""
@@ -239,6 +268,7 @@ async def serving(  # noqa: PLR0913 -- each can be left out
     grace_seconds: float = GRACE_MS / SECOND_MS,
     switches: Switches = DEFAULTS,
     seeds: Iterable[Seed] = (Seed(),),
+    tls: Path | None = None,
 ) -> AsyncIterator[str]:
     """Run a simulated provider and yield its base URL.
 
@@ -250,10 +280,19 @@ async def serving(  # noqa: PLR0913 -- each can be left out
         grace_seconds: how long a used refresh token remains valid under `Rotation.GRACE`.
         switches: the behaviours where the real one is not known.
         seeds: the grants that exist.
+        tls: where to write the certificate of the authority that clients must trust;
+            the server then listens on https. It needs `holdoff[simulator]`.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: the address cannot be listened on, or the file not be written.
+        ModuleNotFoundError: `tls` was given, and `cryptography` is not installed.
     """
+    context = None
+    if tls is not None:
+        # Only this needs more than the client does.
+        from holdoff.simulator.tls import server_context  # noqa: PLC0415
+
+        context = server_context(host, tls)
     clock = SimulatedClock(time_scale)
     provider = Provider(
         seeds,
@@ -268,9 +307,10 @@ async def serving(  # noqa: PLR0913 -- each can be left out
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, ssl_context=context).start()
         bound_port = runner.addresses[0][1]
-        yield f"http://{f'[{host}]' if ':' in host else host}:{bound_port}"
+        scheme = "https" if context else "http"
+        yield f"{scheme}://{f'[{host}]' if ':' in host else host}:{bound_port}"
     finally:
         await runner.cleanup()
 

@@ -102,8 +102,9 @@ def show_report(report: dict[str, Any]) -> None:
 
 def show_pending(faults: Sequence[dict[str, Any]]) -> None:
     """Print the faults that were asked for and not yet met."""
-    columns = ("fault", "path", "count", "seconds", "status")
-    table = _table("", columns, ([fault.get(name, "") for name in columns] for fault in faults))
+    columns = ("fault", "path", "count", "seconds", "status", "without")
+    rows = (fault | {"without": ", ".join(fault.get("without", ()))} for fault in faults)
+    table = _table("", columns, ([fault.get(name, "") for name in columns] for fault in rows))
     _print(table or Text("no faults are pending"))
 
 
