@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, parse_qsl, urlsplit
 import pytest
 
 from holdoff.simulator import Provider, Rotation, Rule, Seed, Switches
+from holdoff.simulator.api import Request
 from holdoff.simulator.limits import (
     AUTHORIZATION_CODE_LIFE_MS,
     DAY_MS,
@@ -34,7 +35,7 @@ ASK = {
 VERIFIER = "v" * 43
 CHALLENGE = base64.urlsafe_b64encode(hashlib.sha256(VERIFIER.encode()).digest()).decode()[:-1]
 INTERVAL_MS = 570_000
-ACCOUNTS = "535193/crm/Accounts"
+ACCOUNTS = "/api/v1/535193/crm/Accounts"
 
 
 def provider(rotation: Rotation = Rotation.UNTIL_USED, *settings: str) -> Provider:
@@ -82,7 +83,7 @@ def test_a_code_is_exchanged_once() -> None:
     assert (told["state"], told["from"]) == ("a b&c", "exact")
     first = exchange(p, told["code"])
     assert first.status == 200
-    assert p.call(ACCOUNTS, None, first.body["access_token"], "job/a", 0).status == 200
+    assert p.call(Request(ACCOUNTS, first.body["access_token"]), 0).status == 200
     again = exchange(p, told["code"], INTERVAL_MS)
     assert (again.status, again.body["error"]) == (400, "invalid_grant")
     assert refresh(p, first.body["refresh_token"], INTERVAL_MS - 1).status == 400
@@ -223,7 +224,7 @@ def test_a_new_chain_ends_the_old_one(rotation: Rotation, status: int) -> None:
     fresh = exchange(p, allowed(p)["code"]).body["refresh_token"]
     assert refresh(p, fresh, INTERVAL_MS).status == 200
     newest = exchange(p, allowed(p, 2 * INTERVAL_MS)["code"], 2 * INTERVAL_MS)
-    p.call(ACCOUNTS, None, newest.body["access_token"], "job/a", 2 * INTERVAL_MS)
+    p.call(Request(ACCOUNTS, newest.body["access_token"]), 2 * INTERVAL_MS)
     assert refresh(p, fresh, 3 * INTERVAL_MS).status == status
     assert refresh(p, newest.body["refresh_token"], 4 * INTERVAL_MS).status == 200
 
@@ -235,7 +236,7 @@ def test_a_revoked_chain_is_replaced_by_an_authorization() -> None:
     assert refresh(p, SEED.refresh_token, INTERVAL_MS).status == 401
     answer = exchange(p, allowed(p, INTERVAL_MS)["code"], INTERVAL_MS)
     access = answer.body["access_token"]
-    assert p.call(ACCOUNTS, None, access, "job/a", INTERVAL_MS).status == 200
+    assert p.call(Request(ACCOUNTS, access), INTERVAL_MS).status == 200
     assert refresh(p, answer.body["refresh_token"], 2 * INTERVAL_MS).status == 200
 
 
@@ -252,7 +253,7 @@ def test_the_implicit_flow_answers_in_the_fragment() -> None:
     told = allowed(p, 1, response_type="token")
     assert sorted(told) == ["access_token", "expires_in", "state", "token_type"]
     assert told["expires_in"] == "600"
-    assert p.call(ACCOUNTS, None, told["access_token"], "job/a", 1).status == 200
+    assert p.call(Request(ACCOUNTS, told["access_token"]), 1).status == 200
     assert refresh(p, SEED.refresh_token, INTERVAL_MS).status == 400
     assert refresh(p, SEED.refresh_token, INTERVAL_MS + 1).status == 200
     assert refresh(p, first.body["refresh_token"], 2 * INTERVAL_MS + 1).status == 200

@@ -195,7 +195,7 @@ class Ledger:
         self._api_statuses[status] += 1
         counts = self.agent(agent)
         counts.api_calls += 1
-        counts.api_calls_succeeded += status == 200  # noqa: PLR2004 -- HTTP's OK
+        counts.api_calls_succeeded += 200 <= status < 300  # noqa: PLR2004 -- HTTP's success
 
     def _answered(self, method: str, path: str, status: int) -> None:
         """Number a call; the rules that were broken since the last one are its own."""

@@ -21,6 +21,8 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     issued_to: Grant | None = None
     """Set when the body carries an access token: `Provider.sent` must follow."""
+    content_type: str = "text/html"
+    """Of a text."""
 
     def without(self, names: Collection[str]) -> Answer:
         """The same answer with fields left out of its JSON."""

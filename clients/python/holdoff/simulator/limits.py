@@ -32,3 +32,9 @@ COUNTED_STATUSES = frozenset({400, 401, 403, 404})
 """Statuses that count as errors (official)."""
 BLOCK_MS = HOUR_MS
 """Length of a key's first block (official)."""
+PAGE_SIZE = 60
+"""Entities in an answer; a link leads to the next ones (official)."""
+BULK_PAGE_SIZE = 1_000
+"""Entities in an answer of the bulk and sync endpoints (official)."""
+XML_PAGE_SIZE = 100
+"""Entities in an answer of the XML API (field)."""

@@ -16,6 +16,7 @@ from aiohttp import web
 from holdoff.simulator import token_request
 from holdoff.simulator.accounting import iso
 from holdoff.simulator.answers import MAINTENANCE, MALFORMED, Answer
+from holdoff.simulator.api import Request
 from holdoff.simulator.faults import AUTH_PATH, TOKEN_PATH, Fault, FaultKind
 from holdoff.simulator.limits import DAY_MS, GRACE_MS, SECOND_MS
 from holdoff.simulator.oauth import Rotation
@@ -81,13 +82,13 @@ class Server:
             [
                 web.post(TOKEN_PATH, self._token),
                 web.get(AUTH_PATH, self._authorize, allow_head=False),
-                web.get("/api/v1/{path:.+}", self._call, allow_head=False),
                 web.get("/_simulator/report", self._report, allow_head=False),
                 web.get("/_simulator/seed", self._seed, allow_head=False),
                 web.get("/_simulator/faults", self._list_faults, allow_head=False),
                 web.post("/_simulator/faults", self._add_fault),
                 web.delete("/_simulator/faults", self._clear_faults),
                 web.post("/_simulator/clock", self._advance_clock),
+                web.route("*", "/{path:(?!_simulator/).*}", self._call),
             ]
         )
         app.on_shutdown.append(self._stop)
@@ -153,14 +154,23 @@ class Server:
 
     async def _call(self, request: web.Request) -> web.StreamResponse:
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-        bearer = credentials.strip() if scheme.lower() == "bearer" else ""
-        answer = self._provider.call(
-            request.match_info["path"],
-            request.query.get("$filter"),
-            bearer,
-            _agent(request),
-            self._now_ms(),
+        body: bytes | None
+        try:
+            body = await request.read()
+        except Exception:  # noqa: BLE001 - of many kinds, as too long or wrongly encoded
+            body = None
+        call = Request(
+            path=request.rel_url.raw_path,
+            bearer=credentials.strip() if scheme.lower() == "bearer" else "",
+            agent=_agent(request),
+            query=tuple(request.query.items()),
+            method=request.method,
+            accept=request.headers.get("Accept", ""),
+            content_type=request.headers.get("Content-Type", ""),
+            body=body,
+            origin=f"{request.scheme}://{request.host}".encode("ascii", "replace").decode(),
         )
+        answer = self._provider.call(call, self._now_ms())
         return await self._send(request, answer, request.get(_FAULT))
 
     async def _send(
@@ -173,13 +183,14 @@ class Server:
                 return _reset(request)
             answer = spoiled
         if isinstance(answer.body, str):
-            body, content_type = answer.body, "text/html"
+            body, content_type = answer.body, answer.content_type
         else:  # as compact as the provider's
             body, content_type = json.dumps(answer.body, separators=(",", ":")), "application/json"
-        data = body.encode()
+        data = b"" if request.method == "HEAD" else body.encode(errors="replace")
         response = web.StreamResponse(status=answer.status, headers=answer.headers)
-        response.content_type, response.charset = content_type, "utf-8"
-        response.content_length = len(data)
+        if answer.status != 204:  # noqa: PLR2004 -- HTTP's No Content
+            response.headers["Content-Type"] = f"{content_type};charset=utf-8"
+            response.content_length = len(data)
         if answer is MALFORMED:  # the rest of the body may be as bad
             response.force_close()
         with suppress(ConnectionError):  # its client did not wait for it
@@ -231,6 +242,8 @@ class Server:
                 "user": seed.user,
                 "refresh_token": seed.refresh_token,
                 "divisions": seed.divisions,
+                "expired_divisions": seed.expired_divisions,
+                "scopes": seed.scopes,
             }
             for seed in self._provider.seeds
         ]
