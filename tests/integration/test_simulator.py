@@ -166,6 +166,9 @@ async def test_a_job_refreshes_calls_and_is_told_off(http: aiohttp.ClientSession
     assert violation["rule"] == Rule.REFRESH_INTERVAL
     assert violation["agent"] == "job/test/a/1"
     assert violation["user"] == "finance@example.com"
+    assert violation["call"] == 5
+    assert (violation["method"], violation["path"]) == ("POST", "/api/oauth2/token")
+    assert violation["status"] == 400
     assert report["token_requests"]["accepted"] == 1
     [first, second] = report["token_requests"]["requests"]
     assert first["gap_seconds"] is None

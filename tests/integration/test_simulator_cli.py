@@ -90,6 +90,9 @@ async def test_report_is_a_table() -> None:
     assert ["job/good", "1", "1", "0", "0", "0", "0", "0", "0"] in lines
     assert ["job/guilty", "11", "0", "0", "0", "11", "0", "0", "12"] in lines
     assert ["job/late", "1", "0", "0", "0", "0", "1", "0", "0"] in lines
+    request = ["POST", "/api/oauth2/token", "400", f"{SEED.user}/oauth2/token"]
+    [last] = [line for line in lines if line[3:5] == ["error_limit", "job/guilty"]]
+    assert (last[0], last[5:9]) == ("12", request)
     blocked = f"{SEED.user}/oauth2/token"
     assert [SEED.client_id] in [line[:1] for line in lines if line[-1:] == [blocked]]
 

@@ -502,6 +502,23 @@ def test_report_tells_who_broke_which_rule() -> None:
     assert report["agents"]["job/b"]["violations_by_rule"] == {Rule.REFRESH_INTERVAL: 2}
 
 
+def test_report_tells_which_call_broke_a_rule() -> None:
+    """A violation has the number, method, path and status of its call, and none of another."""
+    p = provider()
+    access = bearer(p)
+    for _ in range(ERRORS_PER_HOUR + 1):
+        call(p, MISSING, access, "job/a", START_MS)
+    refresh(p, START_MS + BLOCK_MS)
+    refresh(p, START_MS + BLOCK_MS)
+    report: Any = p.report(START_MS)
+    assert [
+        (v["rule"], v["call"], v["method"], v["path"], v["status"]) for v in report["violations"]
+    ] == [
+        (Rule.ERROR_LIMIT, 12, "GET", f"/api/v1/{MISSING}", 404),
+        (Rule.REFRESH_INTERVAL, 14, "POST", "/api/oauth2/token", 400),
+    ]
+
+
 # Switches
 
 

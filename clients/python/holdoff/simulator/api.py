@@ -101,6 +101,8 @@ class Api:
         self, access: AccessToken, request: Request, place: Place, now_ms: int
     ) -> Answer:
         seed, agent = access.grant.seed, request.agent
+        if place.endpoint in (UPLOAD, DOWNLOAD) and not place.division:
+            place = replace(place, division=str(seed.divisions[0]))
         scope = Scope(seed.client_id, seed.user, place.division, self._spelled(place.endpoint))
         if self._enforcement.blocked(scope.key, agent, now_ms):
             return self._enforcement.block_answer()
@@ -235,8 +237,7 @@ class Api:
         return _NO_CONTENT
 
     def _xml(self, seed: Seed, request: Request, place: Place, now_ms: int) -> Answer:
-        division = place.division or str(seed.divisions[0])
-        _check_division(seed, division)
+        _check_division(seed, place.division)
         query = {name.lower(): value for name, value in request.query}
         topic = xmlapi.TOPICS.get(query.get("topic", "").lower())
         if topic is None:
@@ -249,7 +250,7 @@ class Api:
             if place.endpoint == UPLOAD:
                 body = xmlapi.upload(topic, request.body, now_ms)
             else:
-                rows = self._store.rows(topic.resource, division)
+                rows = self._store.rows(topic.resource, place.division)
                 body = xmlapi.download(topic, rows, query.get("tspaging", ""))
         except xmlapi.BadDocumentError as error:
             raise _Refusal(_BAD, str(error)) from error

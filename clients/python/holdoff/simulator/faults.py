@@ -168,7 +168,7 @@ class Faults:
         if path.startswith(OWN_PATH):
             return None
         for n, fault in enumerate(self._pending):
-            if path.startswith(fault.path):
+            if path.lower().startswith(fault.path.lower()):
                 left = [replace(fault, count=fault.count - 1)] if fault.count > 1 else []
                 self._pending[n : n + 1] = left
                 return fault

@@ -87,8 +87,9 @@ class Format:
         self, page: Page, resource: Resource, query: Query, next_url: str | None
     ) -> object:
         objects = [self._object(row, resource, query) for row in page.rows]
-        if query.top is not None and query.top <= resource.page_size and not query.counted:
-            return objects  # OData's version 1, for a list that its client limits
+        limited = query.top is not None and query.top <= resource.page_size
+        if limited and query.after is None and not query.counted:
+            return objects  # in the form of OData's version 1, which knows no pages
         results: dict[str, object] = {"results": objects}
         if query.counted:
             results["__count"] = str(page.total)

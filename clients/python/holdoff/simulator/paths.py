@@ -35,10 +35,9 @@ class Place:
     """Whether the number of entities is asked for."""
 
 
-def segments(path: str) -> list[str]:
-    """The parts of a path, decoded once, without empty ones and parameters."""
-    parts = (part.partition(";")[0] for part in unquote(path).split("/"))
-    return [part for part in parts if part]
+def plain(path: str) -> str:
+    """A path that is decoded once, without empty segments and parameters."""
+    return "/" + "/".join(_segments(path))
 
 
 def locate(path: str, query: Mapping[str, str]) -> Place | None:
@@ -48,7 +47,7 @@ def locate(path: str, query: Mapping[str, str]) -> Place | None:
         path: the path of the URL, from its first slash, as it was sent.
         query: the query, of which the XML API takes the division.
     """
-    parts = segments(path)
+    parts = _segments(path)
     lower = [part.lower() for part in parts]
     if (xml := _XML.get("/".join(lower))) is not None:
         named = {name.lower(): value for name, value in query.items()}
@@ -83,3 +82,8 @@ def _rest(parts: list[str]) -> Place:
         if beyond or (resource is ME) != (not division):
             resource = None
     return Place(division, endpoint, resource, key, count)
+
+
+def _segments(path: str) -> list[str]:
+    parts = (part.partition(";")[0] for part in unquote(path).split("/"))
+    return [part for part in parts if part]

@@ -87,7 +87,7 @@ def read_query(options: tuple[tuple[str, str], ...]) -> Query:
         options,
         select=() if "*" in select else select,
         where=read_filter(given["$filter"]) if given.get("$filter") else None,
-        order=tuple(map(_order, _names(given.get("$orderby", "")))),
+        order=_order(given.get("$orderby", "")),
         top=_number("$top", given["$top"]) if given.get("$top") else None,
         skip=_number("$skip", given["$skip"]) if given.get("$skip") else 0,
         after=_literal(given["$skiptoken"]) if given.get("$skiptoken") else None,
@@ -144,20 +144,24 @@ def _quoted(text: str) -> str:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """The names of a list with commas, each perhaps with a direction."""
+    """The fields of a list with commas."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
-        word = name.split()[0].replace("/", "_")
+        word = name.replace("/", "_")
         if word != "*" and not (word.isidentifier() and word.isascii()):
             raise BadQueryError(f"Syntax error in '{name}'.")
     return names
 
 
-def _order(text: str) -> tuple[str, bool]:
-    name, _, direction = text.partition(" ")
-    if direction.strip() not in ("", "asc", "desc"):
-        raise BadQueryError(f"Syntax error in $orderby at '{text}'.")
-    return name, direction.strip() == "desc"
+def _order(text: str) -> tuple[tuple[str, bool], ...]:
+    """The fields to sort by, each perhaps with a direction."""
+    order = []
+    for part in text.split(","):
+        name, _, direction = part.strip().partition(" ")
+        if direction.strip() not in ("", "asc", "desc"):
+            raise BadQueryError(f"Syntax error in $orderby at '{part}'.")
+        order += [(field, direction.strip() == "desc") for field in _names(name)]
+    return tuple(order)
 
 
 def _number(name: str, text: str) -> int:

@@ -20,6 +20,7 @@ from holdoff.simulator.api import Request
 from holdoff.simulator.faults import AUTH_PATH, TOKEN_PATH, Fault, FaultKind
 from holdoff.simulator.limits import DAY_MS, GRACE_MS, SECOND_MS
 from holdoff.simulator.oauth import Rotation
+from holdoff.simulator.paths import plain
 from holdoff.simulator.rules import Provider
 from holdoff.simulator.seeds import Seed
 from holdoff.simulator.switches import DEFAULTS, Switches
@@ -80,15 +81,13 @@ class Server:
         app = web.Application(middlewares=[self._meet_fault])
         app.add_routes(
             [
-                web.post(TOKEN_PATH, self._token),
-                web.get(AUTH_PATH, self._authorize, allow_head=False),
                 web.get("/_simulator/report", self._report, allow_head=False),
                 web.get("/_simulator/seed", self._seed, allow_head=False),
                 web.get("/_simulator/faults", self._list_faults, allow_head=False),
                 web.post("/_simulator/faults", self._add_fault),
                 web.delete("/_simulator/faults", self._clear_faults),
                 web.post("/_simulator/clock", self._advance_clock),
-                web.route("*", "/{path:(?!_simulator/).*}", self._call),
+                web.route("*", "/{path:(?!_simulator/).*}", self._provider_path),
             ]
         )
         app.on_shutdown.append(self._stop)
@@ -100,7 +99,9 @@ class Server:
     @web.middleware
     async def _meet_fault(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Let a request meet the fault that was asked for, if there is one."""
-        fault = self._provider.fault(request.path, _agent(request), self._now_ms())
+        fault = self._provider.fault(
+            plain(request.rel_url.raw_path), _agent(request), self._now_ms()
+        )
         if fault is None:
             return await handler(request)
         if fault.acted_on:
@@ -114,6 +115,19 @@ class Server:
             case FaultKind.HTML:
                 return await self._send(request, MAINTENANCE, None)
         return _reset(request)
+
+    async def _provider_path(self, request: web.Request) -> web.StreamResponse:
+        """Answer at a path of the provider, whose spelling does not count."""
+        path = plain(request.rel_url.raw_path).lower()
+        for own, method, handler in (
+            (TOKEN_PATH, "POST", self._token),
+            (AUTH_PATH, "GET", self._authorize),
+        ):
+            if path == own:
+                if request.method != method:
+                    raise web.HTTPMethodNotAllowed(request.method, [method])
+                return await handler(request)
+        return await self._call(request)
 
     async def _token(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -171,10 +185,10 @@ class Server:
             origin=f"{request.scheme}://{request.host}".encode("ascii", "replace").decode(),
         )
         answer = self._provider.call(call, self._now_ms())
-        return await self._send(request, answer, request.get(_FAULT))
+        return await self._send(request, answer, request.get(_FAULT), close=body is None)
 
     async def _send(
-        self, request: web.Request, answer: Answer, fault: Fault | None
+        self, request: web.Request, answer: Answer, fault: Fault | None, *, close: bool = False
     ) -> web.StreamResponse:
         """Send an answer to its last byte, or as the fault has it."""
         if fault is not None:
@@ -191,7 +205,7 @@ class Server:
         if answer.status != 204:  # noqa: PLR2004 -- HTTP's No Content
             response.headers["Content-Type"] = f"{content_type};charset=utf-8"
             response.content_length = len(data)
-        if answer is MALFORMED:  # the rest of the body may be as bad
+        if close or answer is MALFORMED:  # the rest of the body may be as bad
             response.force_close()
         with suppress(ConnectionError):  # its client did not wait for it
             await response.prepare(request)

@@ -67,9 +67,18 @@ def show_report(report: dict[str, Any]) -> None:
         ),
         _table(
             f"The latest {_SHOWN} of {violations}" if violations > _SHOWN else "One by one",
-            ("time (UTC)", "rule", "agent", "where", "what"),
+            ("call", "time (UTC)", "rule", "agent", "request", "status", "where", "what"),
             (
-                (_time(v["time"]), v["rule"], v["agent"], _where(v), v["detail"])
+                (
+                    v["call"],
+                    _time(v["time"]),
+                    v["rule"],
+                    v["agent"],
+                    f"{v['method']} {v['path']}",
+                    v["status"],
+                    _where(v),
+                    v["detail"],
+                )
                 for v in report["violations"][-_SHOWN:]
             ),
         ),
