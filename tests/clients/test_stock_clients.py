@@ -7,11 +7,13 @@ starts with the token that the run before it kept, as old as the step is long.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -288,6 +290,26 @@ async def test_oauthlib_refuses_http() -> None:
     async with serving() as url:
         with OAuth2Session(SEED.client_id) as session, pytest.raises(InsecureTransportError):
             session.refresh_token(f"{url}/api/oauth2/token", refresh_token=SEED.refresh_token)
+
+
+def test_a_session_that_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulator's end closes the connection of a client that has not closed it.
+
+    Fails when it waits for the client, and leaves a socket behind.
+    """
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+
+    async def main(session: requests.Session) -> None:
+        async with serving(tls=tmp_path / "ca.pem") as url:
+            await asyncio.to_thread(session.get, f"{url}/_simulator/seed", timeout=60)
+
+    with requests.Session() as session, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gc.collect()
+        caught.clear()  # those of other tests
+        asyncio.run(main(session))
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 EXAMPLES: dict[str, str] = dict(

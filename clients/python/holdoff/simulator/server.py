@@ -339,7 +339,13 @@ async def serving(  # noqa: PLR0913 -- each can be left out
         scheme = "https" if context else "http"
         yield f"{scheme}://{f'[{host}]' if ':' in host else host}:{bound_port}"
     finally:
+        connections = runner.server.connections if runner.server else []
+        transports = [one.transport for one in connections if one.transport]
         await runner.cleanup()
+        # One with TLS waits for its client to close it too, for longer than the loop may run.
+        for transport in transports:
+            transport.abort()
+        await asyncio.sleep(0)
 
 
 async def serve_until_signal(
