@@ -43,6 +43,8 @@ client_secret = "s"
 user = "u"
 refresh_token = "r"
 divisions = [1, 2]
+expired_divisions = [2]
+scopes = ["crm.accounts", "sales.orders:read"]
 """
 TOML = [
     *(b"'", b'"', b"'''", b'"""', b"[", b"]", b"[[", b"]]", b"{", b"}", b"=", b"#", b"\n", b"\r"),

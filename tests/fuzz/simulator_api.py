@@ -41,6 +41,12 @@ def _input(method: bytes, path: bytes, accept: bytes = _JSON, body: bytes = b"")
 
 
 _ACCOUNTS = b"/api/v1/535193/crm/Accounts"
+_SHOWN = (
+    ("/docs/XMLDownload.aspx?Topic=Accounts&TSPaging=0x96", ""),
+    ("/api/v1/535193/sync/CRM/Accounts?$filter=Timestamp gt 150", "application/atom+xml"),
+    ("/api/v1/535193/crm/Accounts?$orderby=Name,Code,Amount,Due", "application/json"),
+)
+"""A list of each kind with the accounts, also those that were written."""
 VALID = [
     _input(b"GET", _ACCOUNTS + b"?$select=ID,Name&$orderby=Name desc,Code&$inlinecount=allpages"),
     _input(b"GET", _ACCOUNTS + b"?" + _FILTER, _ATOM),
@@ -79,6 +85,7 @@ WORDS = [
     *(b" and ", b" or ", b"not ", b" eq null", b" ge ", b"length(Name)", b"$", b"&", b"=", b"+"),
     *(b"9" * 400, b"-1", b"1e400", b"NaN", b"null", b"[" * 100, b'"', b"\\ud800", b'"<": 1', b"{}"),
     *(b"datetime'9999-12-31T23:59:59-23:00'", b"/Date(99999999999999)/", b"$top=0", b"HEAD"),
+    *(b'"Timestamp": ', b'"ID": ', b'"Code": ', b'"Division": '),
     *(b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"&b;", b"<a>", b"</a>", b"<?xml encoding='utf-16'?>"),
 ]
 
@@ -110,6 +117,11 @@ def opened() -> Iterator[Check]:
         assert answer.status in STATUSES, answer
         _check_body(answer)
         json.dumps(provider.report(0), allow_nan=False)
+        if method in ("POST", "PUT"):  # what was written can be read everywhere
+            for path, accept in _SHOWN:
+                shown = call(path, "GET", accept)
+                assert shown.status == 200, shown
+                _check_body(shown)
         for link in _links(answer):
             path = link.removeprefix(ORIGIN)
             assert path != link, link

@@ -160,6 +160,16 @@ def test_an_entity_lives_from_post_to_delete(client: Client) -> None:
     assert client.errors() == {("535193", "crm/Accounts"): 3}
 
 
+def test_what_follows_a_key_does_not_exist(client: Client) -> None:
+    """An entity has no navigation properties; a call of one is an error of its endpoint."""
+    [entity] = client.send(f"{ACCOUNTS}?$top=1").body["d"]
+    key = f"{ACCOUNTS}(guid'{entity['ID']}')"
+    assert client.send(key).status == 200
+    for path in (f"{key}/Contacts", f"{key}/$count", f"{key}x"):
+        assert client.send(path).status == 404
+    assert client.errors() == {("535193", "crm/Accounts"): 3}
+
+
 def test_companies_have_entities_of_their_own(client: Client) -> None:
     """What is created in one company is not in another."""
     assert client.send(ACCOUNTS, method="POST", document={"Name": "x"}).status == 201
@@ -183,10 +193,10 @@ def test_companies_have_entities_of_their_own(client: Client) -> None:
         ("POST", "/docs/XMLDownload.aspx?Topic=Items", "GET"),
     ],
 )
-def test_a_method_that_an_endpoint_has_not(
+def test_a_method_that_an_endpoint_lacks(
     client: Client, method: str, path: str, allowed: str
 ) -> None:
-    """It is answered with 405 and those there are, which is no counted error."""
+    """It gets a 405 with the methods that are allowed, and is not counted as an error."""
     answer = client.send(path, method=method, document={})
     assert (answer.status, answer.headers) == (405, {"Allow": allowed})
     assert client.errors() == {}
@@ -240,6 +250,19 @@ def test_sync_lists_changes_by_their_timestamps(client: Client) -> None:
     assert client.send(f"{ACCOUNTS}(guid'{changed}')", method="PUT", document={}).status == 204
     later = client.send(f"{path}?$filter=Timestamp gt {len(rows)}L").body["d"]["results"]
     assert [row["ID"] for row in later] == [changed]
+
+
+def test_a_client_sets_no_timestamp(client: Client) -> None:
+    """A field of that name in what a client writes does not change the order of the changes.
+
+    Fails when the field replaces the number that the download is sorted by.
+    """
+    fields = {"Timestamp": "none", "Code": ["nested"], "Division": 7}
+    assert client.send(ACCOUNTS, method="POST", document=fields).status == 201
+    path = "/docs/XMLDownload.aspx?Topic=Accounts&TSPaging=0x96"
+    assert 'count="1"' in client.send(path).body
+    [row] = client.send("535193/sync/CRM/Accounts?$filter=Timestamp gt 150").body["d"]["results"]
+    assert (row["Timestamp"], row["Division"]) == (151, 535193)
 
 
 def test_a_list_that_its_client_limits_has_no_results(client: Client) -> None:
@@ -296,7 +319,7 @@ def test_a_client_chooses_the_format(
 
 
 def test_what_a_client_wrote_is_valid_in_atom(client: Client) -> None:
-    """Markup, control characters, nested values and nulls don't break the feed."""
+    """Markup, control characters, nested values and nulls leave the feed valid."""
     fields = {"Name": "<&\x01\ud800", "Lines": [{"a": 1}], "Big": 1 << 60, "Nothing": None}
     created = client.send(ACCOUNTS, method="POST", document=fields, accept="*/*")
     entry = ET.fromstring(created.body)  # noqa: S314 -- our own

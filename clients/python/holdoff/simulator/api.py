@@ -7,7 +7,7 @@ and reports of users.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from uuid import NAMESPACE_URL, uuid5
 
@@ -42,7 +42,7 @@ class Request:
 
     path: str
     """From its first slash, as it was sent."""
-    bearer: str = ""
+    bearer: str = field(default="", repr=False)
     """The access token; empty if none was sent."""
     agent: str = "unknown"
     """Who calls, by its User-Agent."""
@@ -129,8 +129,11 @@ class Api:
 
         A 429 carries the headers of the limit that tripped and no others (field).
         """
-        known = scope.division if scope.division in map(str, seed.divisions) else ""
-        company = scope.key, known
+        known = scope.division in map(str, seed.divisions)
+        company = (
+            scope.key,
+            scope.division if known else "",
+        )  # a client can name any number of others
         day = self._days.setdefault(company, Window(DAY_MS, CALLS_PER_DAY))
         minute = self._minutes.setdefault(company, Window(MINUTE_MS, CALLS_PER_MINUTE))
         headers: dict[str, str] = {}
@@ -257,6 +260,7 @@ class Api:
         return Answer(200, body, content_type="text/xml")
 
 
+_NO_API = Answer(404, "Not Found", content_type="text/plain")
 _NO_API = Answer(404, "Not Found", content_type="text/plain")
 _NO_CONTENT = Answer(204, "")
 _NO_COMPANY = frozenset((ME.path, DIVISIONS.path, "hrm/Divisions"))

@@ -154,7 +154,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _order(text: str) -> tuple[tuple[str, bool], ...]:
-    """The fields to sort by, each perhaps with a direction."""
+    """The fields to sort by, each optionally with a direction."""
     order = []
     for part in text.split(","):
         name, _, direction = part.strip().partition(" ")

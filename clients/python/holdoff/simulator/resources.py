@@ -39,7 +39,7 @@ class Resource:
 
     @property
     def order(self) -> str:
-        """The field by which its entities are sorted, and by which pages go on."""
+        """The field by which its entities are sorted and divided into pages."""
         return "Timestamp" if self.sync else self.key
 
 

@@ -1,4 +1,4 @@
-"""The entities of each company: made up at first use, and changed by clients."""
+"""The entities of each company: generated at first use, and changed by clients."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Store:
         entities = self._table(resource, division).values()
         if resource.sync:
             changed = sorted(entities, key=lambda one: one.timestamp)
-            return [{"Timestamp": one.timestamp, **one.fields} for one in changed]
+            return [{**one.fields, "Timestamp": one.timestamp} for one in changed]
         return sorted(
             (one.fields for one in entities), key=lambda fields: str(fields[resource.key])
         )
@@ -132,7 +132,7 @@ class Store:
 
 
 def _generated(resource: Resource, division: str) -> dict[Value, _Entity]:
-    """Make up entities, always the same ones."""
+    """Generate entities, always the same ones."""
     path = resource.entities
     space = uuid5(NAMESPACE_URL, f"simulator:{division}/{path}")
     name = path.rpartition("/")[2].removesuffix("s")
