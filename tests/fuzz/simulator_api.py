@@ -27,7 +27,10 @@ STATUSES = {200, 201, 204, 400, 403, 404, 405}
 ORIGIN = "http://simulator:1"
 SEED = Seed(expired_divisions=(535194,))
 _JSON, _ATOM = b"application/json", b"application/atom+xml"
-_ENTITY = b'{"Name": "x", "Amount": 1.5, "Lines": [{"a": null}], "Due": "/Date(0)/"}'
+_ENTITY = (
+    b'{"Name": "x", "Timestamp": "x", "Code": [1], "Amount": 1.5, "Lines": [{"a": null}],'
+    b' "Due": "/Date(0)/"}'
+)
 _DOCUMENT = b'<eExact><Items><Item code="1"><Description>x</Description></Item></Items></eExact>'
 _GUID = b"guid'0fb7554c-7b77-5659-bb6f-fd0d999071a1'"
 _FILTER = (
