@@ -65,6 +65,7 @@ VALID = [
     _input(b"GET", b"/api/v1/current/Me?$select=*", _ATOM),
     _input(b"GET", b"/api/v1/1/system/Divisions(535193)"),
     _input(b"GET", b"/api/v1/535194/crm/Accounts"),
+    _input(b"GET", b"/api/v1/535193/crm/$metadata"),
     _input(b"GET", b"/docs/XMLDownload.aspx?Topic=Items&_Division_=535193&TSPaging=0x1F"),
     _input(b"POST", b"/docs/XMLUpload.aspx?Topic=Items&Division=535193", _ATOM, _DOCUMENT),
 ]

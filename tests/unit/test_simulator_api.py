@@ -337,6 +337,49 @@ def test_me_and_divisions(client: Client) -> None:
     assert client.send("535193/current/Me").status == 404
 
 
+def test_the_code_of_an_account_has_18_characters(client: Client) -> None:
+    """It is padded, also what a client wrote; a filter finds it by all of them, or trimmed."""
+    created = client.send(ACCOUNTS, method="POST", document={"Code": "9001"})
+    assert created.body["d"]["Code"] == "              9001"
+    for text in ("Code eq '              9001'", "trim(Code) eq '9001'"):
+        [row] = client.send(f"{ACCOUNTS}?$filter={text}").body["d"]["results"]
+        assert row["ID"] == created.body["d"]["ID"]
+    items = client.send("535193/logistics/Items?$filter=Code eq '1'").body["d"]["results"]
+    assert len(items) == 1
+
+
+@pytest.mark.parametrize("path", sorted(RESOURCES))
+def test_every_endpoint_answers(client: Client, path: str) -> None:
+    """Each has entities that are found by their keys, in either format."""
+    place = path if path.startswith("current") else f"535193/{path}"
+    listed = client.send(f"{place}?$inlinecount=allpages").body["d"]["results"]
+    key = RESOURCES[path].key
+    value = listed[-1][key]
+    written = str(value) if isinstance(value, int) else f"guid'{value}'"
+    found = client.send(f"{place}({written})")
+    assert found.body["d"][key] == value
+    ET.fromstring(client.send(place, accept="").body)  # noqa: S314 -- our own
+
+
+def test_a_service_describes_its_endpoints(client: Client) -> None:
+    """`$metadata` has a type and a set for each endpoint; another service does not exist."""
+    answer = client.send("535193/CRM/$metadata")
+    assert (answer.status, answer.content_type) == (200, "application/xml")
+    edm = "{http://schemas.microsoft.com/ado/2008/09/edm}"
+    document = ET.fromstring(answer.body)  # noqa: S314 -- our own
+    sets = {
+        one.attrib["Name"]: one.attrib["EntityType"] for one in document.iter(f"{edm}EntitySet")
+    }
+    assert sets["Accounts"] == "Exact.Web.Api.Models.Account"
+    assert sets["Addresses"] == "Exact.Web.Api.Models.Address"
+    types = {
+        f"Exact.Web.Api.Models.{one.attrib['Name']}" for one in document.iter(f"{edm}EntityType")
+    }
+    assert types == set(sets.values())
+    for path in ("535193/none/$metadata", "535193/crm/Accounts/$metadata"):
+        assert client.send(path).status == 404
+
+
 def test_refusals_for_a_company() -> None:
     """Another's company, and one whose licence expired, get a counted 403 with the reason."""
     client = Client(Seed(expired_divisions=(535194,)))
@@ -426,7 +469,7 @@ def test_a_download_comes_in_pages(client: Client) -> None:
         document = ET.fromstring(body)  # noqa: S314 -- our own
         topic = document.find("Topics/Topic")
         assert topic is not None
-        codes += [one.attrib["code"] for one in document.findall("Accounts/Account")]
+        codes += [one.attrib["code"].strip() for one in document.findall("Accounts/Account")]
         timestamp, count = topic.attrib["ts_d"], int(topic.attrib["count"])
         assert topic.attrib["pagesize"] == "100"
     assert codes == [str(n) for n in range(1, 151)]

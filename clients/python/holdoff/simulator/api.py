@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from uuid import NAMESPACE_URL, uuid5
 
-from holdoff.simulator import bodies, literals, xmlapi
+from holdoff.simulator import bodies, literals, metadata, xmlapi
 from holdoff.simulator.accounting import Rule, Scope
 from holdoff.simulator.answers import Answer
 from holdoff.simulator.enforcement import Enforcement, Window
@@ -162,7 +162,9 @@ class Api:
         if place.endpoint not in _NO_COMPANY:
             _check_division(seed, place.division)
         resource = place.resource
-        if resource is None:
+        if place.metadata and (document := metadata.describe(place.endpoint)):
+            return Answer(200, document, content_type="application/xml")
+        if resource is None or place.metadata:
             raise _Refusal(404, f"Resource not found for the segment '{place.endpoint}'.")
         _check_scope(seed, resource.scope, request.method)
         if request.method not in _methods(resource, place):

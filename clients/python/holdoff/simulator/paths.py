@@ -33,6 +33,8 @@ class Place:
     """What stands in the parentheses after an entity's name."""
     count: bool = False
     """Whether the number of entities is asked for."""
+    metadata: bool = False
+    """Whether the description of a service such as `crm` is asked for."""
 
 
 def plain(path: str) -> str:
@@ -72,8 +74,8 @@ def _rest(parts: list[str]) -> Place:
             beyond = not name.endswith(")") or n + 1 < len(names)
             names = [*names[:n], name.partition("(")[0]]
             break
-    count = names[-1:] == ["$count"]
-    if count:
+    option = names[-1].lower() if names else ""
+    if option in ("$count", "$metadata"):
         names = names[:-1]
     endpoint = "/".join(names)
     resource = RESOURCES.get(endpoint.lower())
@@ -81,7 +83,7 @@ def _rest(parts: list[str]) -> Place:
         endpoint = resource.path
         if beyond or (resource is ME) != (not division):
             resource = None
-    return Place(division, endpoint, resource, key, count)
+    return Place(division, endpoint, resource, key, option == "$count", option == "$metadata")
 
 
 def _segments(path: str) -> list[str]:

@@ -7,8 +7,12 @@ Names and keys: Exact Online REST API, resource overview
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from holdoff.simulator.limits import BULK_PAGE_SIZE, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 READ = ("GET",)
 ALL = ("GET", "POST", "PUT", "DELETE")
@@ -20,8 +24,6 @@ class Resource:
 
     path: str
     """What follows the division in a URL."""
-    kind: str
-    """Type of an entity."""
     scope: str
     """What an app needs a permission for; empty if it needs none."""
     key: str = "ID"
@@ -38,35 +40,52 @@ class Resource:
         return self.source or self.path
 
     @property
+    def kind(self) -> str:
+        """Type of an entity."""
+        name = self.entities.rpartition("/")[2]
+        if name.endswith("ies"):
+            return f"{name[:-3]}y"
+        return name[:-2] if name.endswith("sses") else name.removesuffix("s")
+
+    @property
     def order(self) -> str:
         """The field by which its entities are sorted and divided into pages."""
         return "Timestamp" if self.sync else self.key
 
 
-ME = Resource("current/Me", "System.Me", "", key="UserID")
+ME = Resource("current/Me", "", key="UserID")
 """The one endpoint that belongs to no company."""
-DIVISIONS = Resource("system/Divisions", "System.Division", "", key="Code")
+DIVISIONS = Resource("system/Divisions", "", key="Code")
 
-_COMPANY = (
-    Resource("crm/Accounts", "CRM.Account", "crm.accounts", methods=ALL),
-    Resource("crm/Contacts", "CRM.Contact", "crm.accounts", methods=ALL),
-    Resource(
-        "financial/GLAccounts", "Financial.GLAccount", "financial.generalledgers", methods=ALL
-    ),
-    Resource(
+_BY_SCOPE = {  # scopes that no report names are named as those that are reported
+    "crm.accounts": ("crm/Accounts", "crm/Addresses", "crm/BankAccounts", "crm/Contacts"),
+    "crm.quotes": ("crm/Quotations",),
+    "financial.costcenters": ("hrm/Costcenters", "hrm/Costunits"),
+    "financial.generalledgers": (
+        "financial/GLAccounts",
+        "financial/Journals",
         "financialtransaction/TransactionLines",
-        "FinancialTransaction.TransactionLine",
-        "financial.generalledgers",
+        "vat/VATCodes",
     ),
-    Resource("logistics/Items", "Logistics.Item", "logistics.items", methods=ALL),
-    Resource(
-        "salesinvoice/SalesInvoices",
-        "SalesInvoice.SalesInvoice",
-        "sales.invoices",
-        "InvoiceID",
-        ALL,
-    ),
-    Resource("salesorder/SalesOrders", "SalesOrder.SalesOrder", "sales.orders", "OrderID", ALL),
+    "financial.receivables": ("read/financial/ReceivablesList",),
+    "logistics.items": ("logistics/Items", "logistics/ItemGroups"),
+    "organization.administration": ("users/Users",),
+    "organization.documents": ("documents/DocumentAttachments", "documents/Documents"),
+    "project.projects": ("project/Projects",),
+    "purchase.invoices": ("purchaseentry/PurchaseEntries",),
+    "sales.invoices": ("salesentry/SalesEntries", "salesinvoice/SalesInvoices"),
+    "sales.orders": ("salesorder/SalesOrders",),
+}
+_KEYS = {  # if it is not ID
+    "crm/Quotations": "QuotationID",
+    "purchaseentry/PurchaseEntries": "EntryID",
+    "salesentry/SalesEntries": "EntryID",
+    "salesinvoice/SalesInvoices": "InvoiceID",
+    "salesorder/SalesOrders": "OrderID",
+    "users/Users": "UserID",
+}
+_READ_ONLY = frozenset(
+    ("financialtransaction/TransactionLines", "read/financial/ReceivablesList", "users/Users")
 )
 _BULK_NAMES = {  # of the bulk and sync endpoints
     "crm/Accounts": "CRM/Accounts",
@@ -79,15 +98,20 @@ _BULK_NAMES = {  # of the bulk and sync endpoints
 }
 
 
-def _in_bulk(prefix: str, one: Resource) -> Resource:
-    return replace(
-        one,
-        path=f"{prefix}/{_BULK_NAMES[one.path]}",
-        methods=READ,
-        page_size=BULK_PAGE_SIZE,
-        source=one.path,
-        sync=prefix == "sync",
-    )
+def _of_a_company(path: str, scope: str) -> Iterator[Resource]:
+    """An endpoint, and those that show its entities in bulk."""
+    one = Resource(path, scope, _KEYS.get(path, "ID"), READ if path in _READ_ONLY else ALL)
+    yield one
+    if path in _BULK_NAMES:
+        for prefix in ("bulk", "sync"):
+            yield replace(
+                one,
+                path=f"{prefix}/{_BULK_NAMES[path]}",
+                methods=READ,
+                page_size=BULK_PAGE_SIZE,
+                source=path,
+                sync=prefix == "sync",
+            )
 
 
 RESOURCES: dict[str, Resource] = {
@@ -95,12 +119,16 @@ RESOURCES: dict[str, Resource] = {
     for one in (
         ME,
         DIVISIONS,
-        Resource("hrm/Divisions", "HRM.Division", "", key="Code", source=DIVISIONS.path),
-        *_COMPANY,
-        *(_in_bulk(prefix, one) for prefix in ("bulk", "sync") for one in _COMPANY),
+        Resource("hrm/Divisions", "", key="Code", source=DIVISIONS.path),
+        *(
+            one
+            for scope in _BY_SCOPE
+            for path in _BY_SCOPE[scope]
+            for one in _of_a_company(path, scope)
+        ),
     )
 }
 """All endpoints that exist, by their paths without case."""
 
-SCOPES: tuple[str, ...] = tuple(sorted({one.scope for one in _COMPANY}))
+SCOPES: tuple[str, ...] = tuple(_BY_SCOPE)
 """Every permission that an app can have."""

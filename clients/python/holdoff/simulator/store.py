@@ -20,6 +20,7 @@ _GENERATED = {"financialtransaction/TransactionLines": 2_100}
 """Entities of an endpoint at the start: more than two pages of the bulk endpoints."""
 _GENERATED_ELSE = 150
 """More than two pages."""
+_CODE_LENGTH = 18
 _FIRST_MS = 20_000 * DAY_MS
 MOST_WRITTEN = 10_000
 """Entities that clients can create or change in all."""
@@ -80,7 +81,7 @@ class Store:
         key, now = uuid4(), literals.at(now_ms)
         entity = _Entity({}, 0)
         own = {resource.key: key, "Created": now, "Modified": now, "Division": int(division)}
-        self._write(entity, {"Code": str(len(table) + 1), **fields, **own})
+        self._write(entity, resource, {"Code": str(len(table) + 1), **fields, **own})
         self._touch(entity, resource, division)
         table[key] = entity
         return entity.fields
@@ -97,7 +98,7 @@ class Store:
         if entity is None:
             return False
         own = {name: entity.fields[name] for name in (resource.key, "Created", "Division")}
-        self._write(entity, {**fields, **own, "Modified": literals.at(now_ms)})
+        self._write(entity, resource, {**fields, **own, "Modified": literals.at(now_ms)})
         self._touch(entity, resource, division)
         return True
 
@@ -110,8 +111,8 @@ class Store:
         self._bytes -= entity.written
         return True
 
-    def _write(self, entity: _Entity, fields: dict[str, Value]) -> None:
-        merged = {**entity.fields, **fields}
+    def _write(self, entity: _Entity, resource: Resource, fields: dict[str, Value]) -> None:
+        merged = _with_code(resource, {**entity.fields, **fields})
         size = len(json.dumps(merged, default=str))
         written = self._written + (entity.written == 0)
         if written > self._most_written or self._bytes - entity.written + size > self._most_bytes:
@@ -135,7 +136,6 @@ def _generated(resource: Resource, division: str) -> dict[Value, _Entity]:
     """Generate entities, always the same ones."""
     path = resource.entities
     space = uuid5(NAMESPACE_URL, f"simulator:{division}/{path}")
-    name = path.rpartition("/")[2].removesuffix("s")
     entities: dict[Value, _Entity] = {}
     for n in range(1, _GENERATED.get(path, _GENERATED_ELSE) + 1):
         own = uuid5(space, str(n))
@@ -143,11 +143,19 @@ def _generated(resource: Resource, division: str) -> dict[Value, _Entity]:
         fields: dict[str, Value] = {
             resource.key: own,
             "Code": str(n),
-            "Description": f"{name} {n}",
-            "Name": f"{name} {n}",
+            "Description": f"{resource.kind} {n}",
+            "Name": f"{resource.kind} {n}",
             "Division": int(division),
             "Created": time,
             "Modified": time,
         }
-        entities[own] = _Entity(fields, n)
+        entities[own] = _Entity(_with_code(resource, fields), n)
     return entities
+
+
+def _with_code(resource: Resource, fields: dict[str, Value]) -> dict[str, Value]:
+    """Pad the code of an account, a number in 18 characters (official)."""
+    code = fields.get("Code")
+    if resource.entities == "crm/Accounts" and isinstance(code, str) and code.strip().isdecimal():
+        return {**fields, "Code": code.strip().rjust(_CODE_LENGTH)}
+    return fields
