@@ -19,7 +19,7 @@ SEED := $(shell echo $$RANDOM)
 PYTEST := pytest --quiet --no-header --numprocesses $(WORKERS) --hypothesis-seed $(SEED)
 SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh deploy/*.sh tests/bats/*.bats)
 
-.PHONY: help demo demo-short test test-all lint format types pyright imports unit integration model e2e proto chart pytest \
+.PHONY: help demo demo-short test test-all lint format types pyright imports unit integration clients model e2e proto chart pytest \
 	stores every-store models generate man lock dist wheels bench soak soak-short chaos chaos-short mutants \
 	fuzz fuzz-short coverage prove-bare clean
 
@@ -65,7 +65,7 @@ pytest: $(READY) ## All tests
 pytest-long: $(READY) ## All tests, with whole fleets and every version of Kubernetes
 	HOLDOFF_TEST_LENGTH=long $(PYTEST)
 
-unit integration model e2e proto chart: $(READY) ## The tests of one kind
+unit integration clients model e2e proto chart: $(READY) ## The tests of one kind
 	$(PYTEST) tests/$@
 
 STORE_TESTS := $(addprefix tests/integration/test_,leases.py queue.py budgets.py back_offs.py audit.py)
@@ -157,7 +157,7 @@ prove-bare: ## As root: `make demo` and `make test` on a Debian with only Python
 	scripts/bare-debian.sh
 
 clean: ## Remove .venv and all generated files
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache tests/clients/node_modules
 	find clients coordinator scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(DEMO_READY): requirements-demo.lock pyproject.toml scripts/bootstrap.sh
@@ -165,6 +165,6 @@ $(DEMO_READY): requirements-demo.lock pyproject.toml scripts/bootstrap.sh
 	@touch $@
 
 # It has all that the demo needs.
-$(READY): requirements.lock pyproject.toml scripts/bootstrap.sh
+$(READY): requirements.lock pyproject.toml scripts/bootstrap.sh tests/clients/package-lock.json
 	@scripts/bootstrap.sh $<
 	@touch $@ $(DEMO_READY)

@@ -66,6 +66,9 @@ VALID = [
     *(_request(b"GET /_simulator/" + path) for path in (b"report", b"seed", b"faults")),
     _request(b"POST /_simulator/faults", _FAULT, b"Content-Type: application/json"),
     _request(b"DELETE /_simulator/faults"),
+    _request(
+        b"POST /_simulator/clock", b'{"advance_seconds": 575}', b"Content-Type: application/json"
+    ),
 ]
 WORDS = [
     *(b"response_type=token", b"grant_type=authorization_code", b"code=", b"redirect_uri=x:"),

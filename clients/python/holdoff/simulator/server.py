@@ -9,15 +9,16 @@ import socket
 import struct
 import time
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from holdoff.simulator import token_request
+from holdoff.simulator.accounting import iso
 from holdoff.simulator.answers import MAINTENANCE, MALFORMED, Answer
 from holdoff.simulator.api import Request
 from holdoff.simulator.faults import AUTH_PATH, TOKEN_PATH, Fault, FaultKind
-from holdoff.simulator.limits import GRACE_MS, SECOND_MS
+from holdoff.simulator.limits import DAY_MS, GRACE_MS, SECOND_MS
 from holdoff.simulator.oauth import Rotation
 from holdoff.simulator.paths import plain
 from holdoff.simulator.rules import Provider
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 _INJECTED = "injected fault"
 _FAULT = web.RequestKey("fault", Fault)
+_MOST_ADVANCE_SECONDS = 3_650 * DAY_MS // SECOND_MS
+_LAST_ADVANCE_MS = 8000 * 365 * DAY_MS  # before the last year that a date can have
 
 
 class SimulatedClock:
@@ -49,13 +52,28 @@ class SimulatedClock:
         real_ns = time.monotonic_ns() - self._start_ns
         return self._start_ms + int(real_ns * self._time_scale / 1_000_000)
 
+    def advance(self, document: object) -> None:
+        """Step forward as asked: `{"advance_seconds": 575}`.
+
+        Raises:
+            ValueError: the request is wrong; the message names the field and says what it may be.
+        """
+        seconds: Any = document.get("advance_seconds") if isinstance(document, dict) else None
+        if type(seconds) not in (int, float) or not 0 < seconds <= _MOST_ADVANCE_SECONDS:
+            most = _MOST_ADVANCE_SECONDS
+            raise ValueError(f"advance_seconds: expected a number above 0, at most {most}")
+        if self.now_ms() > _LAST_ADVANCE_MS:
+            raise ValueError("advance_seconds: the clock is too far ahead")
+        self._start_ms += int(seconds * SECOND_MS)
+
 
 class Server:
     """Turns HTTP requests into questions to a `Provider` and its answers into responses."""
 
-    def __init__(self, provider: Provider, now_ms: Callable[[], int]) -> None:
+    def __init__(self, provider: Provider, clock: SimulatedClock) -> None:
         self._provider = provider
-        self._now_ms = now_ms
+        self._clock = clock
+        self._now_ms = clock.now_ms
         self._stopping = asyncio.Event()
 
     def application(self) -> web.Application:
@@ -68,6 +86,7 @@ class Server:
                 web.get("/_simulator/faults", self._list_faults, allow_head=False),
                 web.post("/_simulator/faults", self._add_fault),
                 web.delete("/_simulator/faults", self._clear_faults),
+                web.post("/_simulator/clock", self._advance_clock),
                 web.route("*", "/{path:(?!_simulator/).*}", self._provider_path),
             ]
         )
@@ -249,14 +268,17 @@ class Server:
 
     async def _add_fault(self, request: web.Request) -> web.Response:
         try:
-            document = await request.json()
-        except Exception:  # noqa: BLE001 - of many kinds, as too long or nested too deeply
-            return web.json_response({"error": "the body is no JSON"}, status=400)
-        try:
-            self._provider.faults.add(Fault.parse(document))
+            self._provider.faults.add(Fault.parse(await _document(request)))
         except ValueError as error:
             return web.json_response({"error": str(error)}, status=400)
         return await self._list_faults(request)
+
+    async def _advance_clock(self, request: web.Request) -> web.Response:
+        try:
+            self._clock.advance(await _document(request))
+        except ValueError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        return web.json_response({"time": iso(self._now_ms())})
 
     async def _clear_faults(self, request: web.Request) -> web.Response:
         self._provider.faults.clear()
@@ -308,7 +330,7 @@ async def serving(  # noqa: PLR0913 -- each can be left out
         switches=switches,
     )
     runner = web.AppRunner(
-        Server(provider, clock.now_ms).application(), access_log=None, shutdown_timeout=1.0
+        Server(provider, clock).application(), access_log=None, shutdown_timeout=1.0
     )
     await runner.setup()
     try:
@@ -317,7 +339,13 @@ async def serving(  # noqa: PLR0913 -- each can be left out
         scheme = "https" if context else "http"
         yield f"{scheme}://{f'[{host}]' if ':' in host else host}:{bound_port}"
     finally:
+        connections = runner.server.connections if runner.server else []
+        transports = [one.transport for one in connections if one.transport]
         await runner.cleanup()
+        # One with TLS waits for its client to close it too, for longer than the loop may run.
+        for transport in transports:
+            transport.abort()
+        await asyncio.sleep(0)
 
 
 async def serve_until_signal(
@@ -346,6 +374,18 @@ def _reset(request: web.Request) -> web.Response:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         request.transport.abort()
     return web.Response()
+
+
+async def _document(request: web.Request) -> object:
+    """Read a JSON body.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return await request.json()
+    except Exception as error:  # of many kinds, as too long or nested too deeply
+        raise ValueError("the body is no JSON") from error
 
 
 def _agent(request: web.Request) -> str:
