@@ -301,7 +301,12 @@ def report(url: str, ca_file: str | None, output: str) -> None:
     " --count 3 --path /api/oauth2/token",
 )
 @click.argument("url", type=_Url())
-@click.argument("kind", type=click.Choice([str(kind) for kind in FaultKind]), required=False)
+@click.argument(
+    "kind",
+    metavar="[KIND]",
+    type=click.Choice([str(kind) for kind in FaultKind]),
+    required=False,
+)
 @click.option(
     "--path",
     help="Prefix of the request's path.  [default: /api/, for html any, for *-answer the token"
