@@ -234,13 +234,14 @@ class Budgets:
             raise invalid("parent", "write apps/{app} and name the token in `scope`")
         size = validation.page_size(request.page_size)
         after = _read_page_token(request.page_token)
+        wanted, state = ScopeFilter(request.scope), request.state
+        only = parent.app if parent else wanted.app
         found: list[budget_pb2.Budget] = []
-        for app in [parent.app] if parent else await self._scripts.apps_with("budgets"):
+        for app in [only] if only else await self._scripts.apps_with("budgets"):
             with self._scripts.sparing(app, "budgets"):
                 ids = await self._scripts.budgets(app)
                 for start in range(0, len(ids), READ_BATCH):
                     found += await self._read(app, ids[start : start + READ_BATCH], caller)
-        wanted, state = ScopeFilter(request.scope), request.state
         matching = [
             budget
             for budget in found

@@ -222,12 +222,23 @@ class Places:
 
 
 class ScopeFilter:
-    """Which scopes somebody wants to see; an empty field matches any."""
+    """Which scopes somebody wants to see; an empty field matches any.
+
+    Raises:
+        Failure: INVALID_FIELD.
+    """
 
     def __init__(self, scope: budget_pb2.Scope) -> None:
         validation.place("scope", scope)
         self._scope = scope
         self._endpoint = folded(normal_endpoint(scope.endpoint))
+        self.app: str | None = None
+        """The only app that may have such scopes; None if any may."""
+        if scope.app:
+            app = validation.app_parent(scope.app, "scope.app")
+            self.app = app.app if app else None
+        elif scope.token:
+            self.app = validation.token_name("scope.token", scope.token).app
 
     def matches(self, scope: budget_pb2.Scope) -> bool:
         """Whether a scope is wanted."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from holdoff._core import duration
 from holdoff.policies import presets
@@ -226,3 +227,18 @@ def test_a_throttle_of_an_endpoint_shows_the_spelling_seen_first(valkey: Server)
         request = budget_service_pb2.ListBackOffsRequest(parent=app)
         [back_off] = replica.budgets.ListBackOffs(request).back_offs
     assert (back_off.scope.token, back_off.scope.endpoint) == ("", FIRST)
+
+
+def test_a_filter_with_a_token_reads_its_app_alone(replica: Replica, store: redis.Redis) -> None:
+    """Fails when such a list walks the budgets of all apps: then it finds a damaged one."""
+    token, other = replica.create_token(0.0), replica.create_token(0.0)
+    report(replica, token, FIRST)
+    app = other.split("/")[1]
+    store.set(f"holdoff:{{{app}}}:budgets", "damaged")
+    with capture_logs() as logs:
+        assert of_token(replica, token, FIRST).used == 1
+    assert app not in str(logs)
+    for wrong in (budget_pb2.Scope(token="t"), budget_pb2.Scope(app="apps/UPPER")):
+        request = budget_service_pb2.ListBudgetsRequest(scope=wrong)
+        assert refusal(replica.budgets.ListBudgets, request) == "INVALID_FIELD"
+    store.delete(f"holdoff:{{{app}}}:budgets")
