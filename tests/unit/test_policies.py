@@ -128,7 +128,12 @@ def test_presets_of_other_providers() -> None:
         ("//start.exactonline.nl/", "//[a/", "//[a/", "`token_urls[0]` must begin with"),
         ("//start.exactonline.nl/", "//a b/", "//a b/", "`token_urls[0]` must begin with"),
         ("nl/api/oauth2/token", "nl/" + "a" * 2_000, "nl/aaa", "oauth.token_urls[0]: Expected"),
-        ('  "start.exactonline.nl",', '  "Start/x",', '"Start/x"', "oauth.hosts[0]: Expected"),
+        (
+            '  "start.exactonline.nl",',
+            '  "Start/x",',
+            '"Start/x"',
+            "oauth.hosts[0]: `hosts[0]` must be a host",
+        ),
         (
             "[endpoint]",
             'authorization_scheme = "a b"\n[endpoint]',
