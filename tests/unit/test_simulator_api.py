@@ -205,7 +205,7 @@ def test_a_method_that_an_endpoint_lacks(
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ({"body": b"{", "content_type": JSON}, "no JSON"),
+        ({"body": b"{", "content_type": JSON}, "not JSON"),
         ({"body": b"{}", "content_type": "text/plain"}, "media type"),
         ({"body": b"[]", "content_type": JSON}, "JSON object"),
         ({"body": None, "content_type": JSON}, "cannot be read"),

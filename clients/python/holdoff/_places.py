@@ -35,8 +35,8 @@ def find_place(pattern: str, url: str, division_query: Iterable[str] = ()) -> tu
         pattern: Searched for in the path, whatever the host; the path begins with one slash. With
             none, or one of another release that does not compile, the endpoint is the whole path.
         url: A URL or a path.
-        division_query: Where the pattern does not fit, the parameters of the query that have the
-            division, by their names without case.
+        division_query: The names, without case, of query parameters that contain the division.
+            They are read if the pattern does not match.
     """
     url = url[:MOST_PATH_CHARACTERS].partition("#")[0]
     path, _, query = url.partition("?")
