@@ -110,8 +110,8 @@ class Refresh(_Table, frozen=True, kw_only=True):
             earliest = self.interval + self.margin
             if earliest + self.early_margin > self.access_token_life:
                 raise ValueError(
-                    "`early_margin` is too long: `interval`, `margin` and it must fit into "
-                    "`access_token_life`"
+                    "`early_margin` is too long: the sum of `interval`, `margin` and "
+                    "`early_margin` must not exceed `access_token_life`"
                 )
 
 
@@ -143,7 +143,7 @@ class OAuth(_Table, frozen=True, kw_only=True):
         for field in ("token_urls", "hosts", "client_authentication"):
             values = getattr(self, field)
             if len(set(values)) != len(values):
-                raise ValueError(f"`{field}` must name nothing twice")
+                raise ValueError(f"`{field}` must not contain a value twice")
         if not self.client_authentication:
             raise ValueError('`client_authentication` needs "basic", "body" or "query"')
 
@@ -185,7 +185,9 @@ class Limit(_Table, frozen=True, kw_only=True):
         _check_scope(self.scope)
         _expand_statuses(self)
         if bool(self.statuses) != (self.event == "errors"):
-            raise ValueError('`statuses` belongs to event = "errors", and only to it')
+            raise ValueError(
+                '`statuses` is required with event = "errors", and not allowed with others'
+            )
         if self.margin >= self.most:
             raise ValueError("`margin` must be less than `most`")
 
