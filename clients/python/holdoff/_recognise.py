@@ -102,7 +102,7 @@ class SeenBlock:
     retry_after_seconds: float | None = None
     """How long it lasts from now on; None where nobody said."""
     throttle: str = ""
-    """Name of the policy's throttle that fits; empty for its block."""
+    """Name of the policy's throttle that matches; empty for its block."""
 
 
 Seen = SeenError | SeenBlock

@@ -263,8 +263,8 @@ class Throttle(_Table, frozen=True, kw_only=True):
 class Output(_Table, frozen=True, kw_only=True):
     """How errors are recognised in what a job prints: regular expressions, line by line.
 
-    Where all that one fits has some letters in common, only lines with these are searched: it costs
-    next to nothing.
+    If each contains a fixed text, only lines with one of these texts are searched: other lines cost
+    almost nothing.
     """
 
     errors: tuple[str, ...]
