@@ -256,7 +256,7 @@ def test_rotations(tmp_path: Path, rotation: str, grace: str) -> None:
 
 
 def test_a_class_of_statuses_is_expanded(tmp_path: Path) -> None:
-    """So that those who compare statuses need not know of classes."""
+    """A class of statuses is read as all of its numbers."""
     file = tmp_path / "mine.toml"
     file.write_text(
         'name = "mine"\n[refresh]\ninterval = "0s"\n[[limit]]\nname = "e"\nevent = "errors"\n'
