@@ -103,7 +103,7 @@ async def exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 
 
 def aged(token: dict[str, Any], seconds: int) -> dict[str, Any]:
-    """Make of a token what a later run reads: its end is that much nearer."""
+    """Return a token as a later run reads it: it expires that much earlier."""
     return {**token, "expires_at": token["expires_at"] - seconds}
 
 

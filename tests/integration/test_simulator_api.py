@@ -166,7 +166,7 @@ async def test_a_body_that_cannot_be_read_is_answered_with_400(
 
 
 async def test_head_gets_no_body(client: Client) -> None:
-    """HEAD is no method of the API, and its answer has no body."""
+    """HEAD is not a method of the API, and its answer has no body."""
     status, headers, body = await client.send("HEAD", ACCOUNTS)
     assert (status, body) == (405, "")
     assert headers["Allow"] == "GET, POST"

@@ -53,7 +53,7 @@ async def test_a_client_may_refresh_after_a_step_of_the_clock() -> None:
     ],
 )
 async def test_a_malformed_step_is_answered_with_400(body: bytes) -> None:
-    """Fails when a value that is no number above 0 stops the clock or becomes a 500."""
+    """Fails when a value that is not a number above 0 stops the clock or becomes a 500."""
     async with serving() as url, aiohttp.ClientSession() as http:
         async with http.post(f"{url}/_simulator/clock", data=io.BytesIO(body)) as response:
             assert response.status == 400

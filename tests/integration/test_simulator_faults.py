@@ -226,7 +226,7 @@ async def issued(job: Job) -> bool:
 
 
 async def test_hung_answer() -> None:
-    """The token is issued, and its client hears nothing until the connection ends.
+    """The token is issued, and its client gets nothing until the connection ends.
 
     Fails when the hang delays the start of the interval.
     """
@@ -301,7 +301,7 @@ async def test_late_answer_that_its_client_does_not_wait_for() -> None:
 
 
 async def test_html() -> None:
-    """Any path gets a page with 200 instead of an answer, and nothing comes of the request."""
+    """Any path gets a page with 200 instead of an answer, and the request has no effect."""
     async with a_job() as job:
         await job.ask_for(fault="html", count=2)
         status, text = await job.refresh()

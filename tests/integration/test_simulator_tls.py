@@ -33,7 +33,7 @@ def ca(tmp_path: Path) -> Path:
 
 
 async def get(url: str, ca: Path) -> Any:
-    """Read a JSON document from a server that the authority vouches for."""
+    """Read a JSON document from a server whose certificate the authority signed."""
     trust = ssl.create_default_context(cafile=ca)
     trust.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
     async with aiohttp.ClientSession() as http, http.get(url, ssl=trust) as response:

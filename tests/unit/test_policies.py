@@ -97,8 +97,8 @@ def test_presets_of_other_providers() -> None:
             'grace = "1d"',
             '`grace` belongs to rotation = "grace" or "until-used"',
         ),
-        ('early_margin = "28s"', 'early_margin = "29s"', "early_margin", "must fit into"),
-        ('access_token_life = "600s"', "", "early_margin", "must fit into"),
+        ('early_margin = "28s"', 'early_margin = "29s"', "early_margin", "must not exceed"),
+        ('access_token_life = "600s"', "", "early_margin", "must not exceed"),
         ('idle_life = "30d"', 'idle_life = "0s"', "idle_life", "must be more than 0s: omit it"),
         (
             'idle_life = "30d"',
@@ -113,7 +113,12 @@ def test_presets_of_other_providers() -> None:
             "client_authentication[1]: ",
         ),
         ('["body", "basic"]', "[]", "client_authentication = []", 'needs "basic", "body"'),
-        ('["body", "basic"]', '["body", "body"]', '["body", "body"]', "must name nothing twice"),
+        (
+            '["body", "basic"]',
+            '["body", "body"]',
+            '["body", "body"]',
+            "must not contain a value twice",
+        ),
         (
             "https://start.exactonline.be/",
             "http://start.exactonline.be/",
@@ -128,7 +133,12 @@ def test_presets_of_other_providers() -> None:
         ("//start.exactonline.nl/", "//[a/", "//[a/", "`token_urls[0]` must begin with"),
         ("//start.exactonline.nl/", "//a b/", "//a b/", "`token_urls[0]` must begin with"),
         ("nl/api/oauth2/token", "nl/" + "a" * 2_000, "nl/aaa", "oauth.token_urls[0]: Expected"),
-        ('  "start.exactonline.nl",', '  "Start/x",', '"Start/x"', "oauth.hosts[0]: Expected"),
+        (
+            '  "start.exactonline.nl",',
+            '  "Start/x",',
+            '"Start/x"',
+            "oauth.hosts[0]: `hosts[0]` must be a host",
+        ),
         (
             "[endpoint]",
             'authorization_scheme = "a b"\n[endpoint]',
@@ -147,6 +157,7 @@ def test_presets_of_other_providers() -> None:
             'scope = ["token"]\n[block]',
             'must name "app"',
         ),
+        ("statuses = [400, 401, 403, 404]", "", "[[limit]]", "required with event"),
         ("400, 401, 403", '"4xx", "6xx"', '"4xx", "6xx"', "limit[0].statuses[1]: Invalid"),
         # Throttles.
         ("statuses = [429] ", "", '[[throttle]]\nname = "too-many', "matches everything"),
@@ -245,7 +256,7 @@ def test_rotations(tmp_path: Path, rotation: str, grace: str) -> None:
 
 
 def test_a_class_of_statuses_is_expanded(tmp_path: Path) -> None:
-    """So that those who compare statuses need not know of classes."""
+    """A class of statuses is read as all of its numbers."""
     file = tmp_path / "mine.toml"
     file.write_text(
         'name = "mine"\n[refresh]\ninterval = "0s"\n[[limit]]\nname = "e"\nevent = "errors"\n'

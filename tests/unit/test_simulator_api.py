@@ -205,7 +205,7 @@ def test_a_method_that_an_endpoint_lacks(
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ({"body": b"{", "content_type": JSON}, "no JSON"),
+        ({"body": b"{", "content_type": JSON}, "not JSON"),
         ({"body": b"{}", "content_type": "text/plain"}, "media type"),
         ({"body": b"[]", "content_type": JSON}, "JSON object"),
         ({"body": None, "content_type": JSON}, "cannot be read"),
@@ -519,7 +519,7 @@ def test_a_wrong_document_is_refused(client: Client, body: bytes | None) -> None
     "query", ["", "Topic=x", "Topic=Items&TSPaging=xyz", "Topic=Items&TSPaging=-1"]
 )
 def test_a_wrong_download_is_refused(client: Client, query: str) -> None:
-    """A topic that does not exist and a timestamp that is none get a 400."""
+    """An unknown topic and an invalid timestamp get a 400."""
     assert client.send(f"/docs/XMLDownload.aspx?{query}").status == 400
 
 

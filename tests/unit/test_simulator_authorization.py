@@ -167,7 +167,7 @@ def test_an_error_is_returned_to_the_app(more: dict[str, Any], error: str) -> No
     ],
 )
 def test_no_redirect_without_an_address(more: dict[str, Any]) -> None:
-    """An unknown app or a redirect URI that is none gets a page with a 400, not a redirect."""
+    """An unknown app or an invalid redirect URI gets a page with a 400, not a redirect."""
     answer = provider().authorize(ASK | more, "browser", 0)
     assert (answer.status, "Location" in answer.headers) == (400, False)
 

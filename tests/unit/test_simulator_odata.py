@@ -193,7 +193,7 @@ def test_a_body_has_the_fields() -> None:
     ],
 )
 def test_a_body_is_refused(body: bytes) -> None:
-    """What is no JSON object, or too much, is refused."""
+    """A body that is not a JSON object, or too large, is refused."""
     with pytest.raises(BadBodyError):
         read_fields(body, JSON)
 

@@ -2,8 +2,7 @@
 
 What a server may read as the same call is one endpoint, so that another spelling gets no budget of
 its own. If it is not known how a server reads a path, the reading is taken that counts more calls
-as one endpoint. Sources: `domain.md`, paths; RFC 3986, sections 5.2.4 and 6.2.2; OData 4.01, URL
-conventions.
+as one endpoint. Sources: RFC 3986, sections 5.2.4 and 6.2.2; OData 4.01, URL conventions.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ def find_place(pattern: str, url: str, division_query: Iterable[str] = ()) -> tu
         pattern: Searched for in the path, whatever the host; the path begins with one slash. With
             none, or one of another release that does not compile, the endpoint is the whole path.
         url: A URL or a path.
-        division_query: Where the pattern does not fit, the parameters of the query that have the
-            division, by their names without case.
+        division_query: The names, without case, of query parameters that contain the division.
+            They are read if the pattern does not match.
     """
     url = url[:MOST_PATH_CHARACTERS].partition("#")[0]
     path, _, query = url.partition("?")

@@ -38,19 +38,19 @@ MOST_SEARCHED = 4_000
 MOST_BODY_BYTES = 64 * 1024
 MOST_DIVISION_CHARACTERS = 100
 LINES_AFTER = 5
-"""So many lines after an error's the line with its place may stand. Empty ones do not count, and
-neither do those of a stack trace."""
+"""Within this many lines after an error another line may have its place. Empty lines do not count,
+and neither do those of a stack trace."""
 MOST_FRAMES = 200
-"""So many lines of a stack trace do not count."""
+"""At most this many lines of a stack trace are skipped."""
 LINES_BEFORE = 20
-"""So many lines before it a division may have been named, or a few more."""
+"""A division may have been named within this many lines before an error, or a few more."""
 EPOCH_SECONDS, EPOCH_MILLISECONDS = 10**9, 10**12
 """Numbers from here on are times, not durations."""
 MOST_RETRY_SECONDS = 366 * 24 * 3600.0
 SAME_ERROR_SECONDS = 10.0
-"""Within this time an error that a job writes to two streams is read from both."""
+"""Equal errors in two streams within this time are one error."""
 MOST_REMEMBERED = 200
-"""So many errors are compared with those of other streams."""
+"""At most this many errors are compared with those of other streams."""
 
 _MOST_LINE_BYTES = 4 * MOST_SEARCHED  # of UTF-8
 _RECENT_LINES = LINES_BEFORE + 1 + LINES_AFTER  # an error's own too, and those after it
@@ -102,7 +102,7 @@ class SeenBlock:
     retry_after_seconds: float | None = None
     """How long it lasts from now on; None where nobody said."""
     throttle: str = ""
-    """Name of the policy's throttle that fits; empty for its block."""
+    """Name of the policy's throttle that matches; empty for its block."""
 
 
 Seen = SeenError | SeenBlock
@@ -150,10 +150,9 @@ class OutputRecogniser:
     endpoint ends the wait for them, as do the line of the next error and ``flush``; if no division
     and no URL was named by then, the last division in the twenty lines before is taken. A line is
     one error at most. A line with a code and one with a status are one error too, if neither has
-    the other and no endpoint stands on a line between them: so Data Hub prints it. The lines of a
-    stack trace are passed over. An exception that such a trace names as another one for the same
-    error, and the body of a token endpoint's answer after the line with its status, are no other
-    errors.
+    the other and no line between them has an endpoint: Data Hub prints errors in this way. The
+    lines of a stack trace are skipped. An inner exception that such a trace names, and the body of
+    a token endpoint's answer after the line with its status, are not counted again.
 
     Lines end with ``\n``, ``\r\n`` or, as progress is shown, ``\r``.
 
@@ -195,7 +194,7 @@ class OutputRecogniser:
         self._lines_left = 0
         self._frames_left = 0
         self._complete = False
-        """Whether the lines before are of an error of which all is known."""
+        """Whether the last lines belong to an error of which everything is known."""
 
     @property
     def pending(self) -> bool:
@@ -306,7 +305,7 @@ class OutputRecogniser:
         if not status:
             status = self._codes.get(found.get("code", "").casefold(), 0)
         endpoint, division = self._endpoint(found), ""
-        if "token" not in found:  # a token is of no division
+        if "token" not in found:  # a token request has no division
             division = found.get("division") or self._division_in(endpoint)
             if "url" not in found or not self._endpoint_path:  # else such a call as current/Me
                 division = division or self._recent_division()
@@ -412,7 +411,7 @@ def _found(
 ) -> dict[str, str] | None:
     """Return the groups of the first text that a pattern is found in; None if it is in none.
 
-    No pattern is found in everything, a broken one in nothing.
+    An empty pattern is found in everything, a broken one in nothing.
     """
     if not pattern:
         return {}
@@ -482,9 +481,9 @@ def _printable(text: str) -> str:
 
 
 def _literals_of(pattern: str) -> set[str]:
-    """Return texts, in lower case, of which one is in everything that a pattern fits.
+    """Return texts, in lower case, of which one is in everything that a pattern matches.
 
-    The empty text, which is in everything, where none is known.
+    The empty text, which is in everything, if none is known.
     """
     if "[:" in pattern:  # a class such as [[:alpha:]], which Python reads in another way
         return {""}

@@ -67,7 +67,7 @@ def list_budgets(  # noqa: PLR0913 - one for each option
     """List budgets in use, the tightest first: all of them or those of PARENT.
 
     PARENT is an app (apps/APP) or a token (apps/APP/tokens/TOKEN); a budget of the whole app is
-    listed with the app alone. PATH is as the list shows it, case does not count.
+    listed with the app alone. Give PATH as the list shows it; case does not matter.
     """
     app, tokens, _ = (parent or "").partition("/tokens/")
     with Client(endpoint) as client:

@@ -53,4 +53,4 @@ def oauth_error(
 
 
 MALFORMED = oauth_error(400, "invalid_request", "The request cannot be read.")
-"""For a body that is no form, is too long, or in an unknown encoding."""
+"""For a body that is not a form, is too long, or has an unknown encoding."""

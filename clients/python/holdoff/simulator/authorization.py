@@ -49,7 +49,7 @@ class AuthorizationEndpoint:
         if not users:
             return _page(400, "Unknown client_id")
         if not _redirectable(redirect_uri):
-            return _page(400, "redirect_uri is no absolute URI without a fragment")
+            return _page(400, "redirect_uri is not an absolute URI without a fragment")
         if self._enforcement.blocked(client_id, agent, now_ms):
             return self._enforcement.block_answer()
 

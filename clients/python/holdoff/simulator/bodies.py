@@ -22,7 +22,7 @@ def read_fields(body: bytes | None, content_type: str) -> dict[str, Value]:
     """Read the fields of an entity.
 
     Raises:
-        BadBodyError: the body is no JSON object, or above a bound.
+        BadBodyError: the body is not a JSON object, or exceeds a limit.
     """
     if body is None:
         raise BadBodyError("The body cannot be read, or is too long.")
@@ -34,7 +34,7 @@ def read_fields(body: bytes | None, content_type: str) -> dict[str, Value]:
     except RecursionError as error:
         raise BadBodyError("Error processing request stream: nested too deeply.") from error
     except ValueError as error:  # of JSON, of UTF-8, or a number that is too long
-        raise BadBodyError("Error processing request stream: it is no JSON.") from error
+        raise BadBodyError("Error processing request stream: it is not JSON.") from error
     if not isinstance(document, dict):
         raise BadBodyError("Error processing request stream: expected a JSON object.")
     fields = {name: value for name, value in document.items() if name != "__metadata"}

@@ -175,13 +175,13 @@ def simulator() -> None:
     type=_Rotation(),
     default=str(Rotation.UNTIL_USED),
     show_default=True,
-    help="How long an old refresh token is valid; see below.",
+    help="How long an old refresh token is valid; see above.",
 )
 @click.option(
     "--grace",
     "grace_seconds",
     type=click.FloatRange(min=0, max=_MOST_GRACE_SECONDS),
-    help="Seconds that a used token remains valid under the rotation grace.  [default: 1800]",
+    help="Seconds that a used token remains valid, with --rotation grace.  [default: 1800]",
 )
 @click.option(
     "--switch",
@@ -226,12 +226,12 @@ def serve(  # noqa: PLR0913 -- one for each option
 
     \b
     A newer refresh token replaces an old one. By --rotation the old one is valid
-    none                for ever: a refresh returns no new one
-    reusable            for ever: some apps of Exact Online
+    none                forever: a refresh returns no new one
+    reusable            forever: some apps of Exact Online
     until-used          until a newer one is used: Exact Online, Shopify
     grace               for a period after its first use
-    single-use          no longer
-    single-use-revokes  no longer, and its use revokes all tokens of the chain
+    single-use          not at all
+    single-use-revokes  not at all, and its use revokes all tokens of the chain
     """  # noqa: D301 -- click wants the backspace itself
     if seeds_of_file and (apps or users):
         raise click.UsageError("--seed-file defines the apps and users: omit --apps and --users")

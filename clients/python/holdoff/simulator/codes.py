@@ -31,7 +31,7 @@ class Challenge:
     """What the verifier of a code must match.
 
     Raises:
-        ValueError: it is no challenge as RFC 7636 defines one.
+        ValueError: it is not a challenge as RFC 7636 defines it.
     """
 
     value: str

@@ -38,7 +38,7 @@ def read_filter(text: str) -> Callable[[Row], bool]:
 
     Raises:
         BadFilterError: it cannot be read. The function that is returned raises it too,
-            if the values of an entity do not fit.
+            if the values of an entity cannot be compared.
     """
     parser = _Parser(_tokens(text))
     term = parser.disjunction()
@@ -179,7 +179,7 @@ def _compare(compare: Callable[..., bool], left: Value, right: Value) -> bool:
         return compare is operator.ne if left is not right else compare is operator.eq
     left, right = _like(left, right), _like(right, left)
     if _kind(left) is not _kind(right):
-        raise BadFilterError("the types of a comparison do not fit")
+        raise BadFilterError("the types cannot be compared")
     return compare(left, right)
 
 

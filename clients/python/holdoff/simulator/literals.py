@@ -29,18 +29,18 @@ def parse(text: str) -> Value:
         return float(digits) if "." in digits else int(digits)
     prefix, quote, rest = text.partition("'")
     if not quote or not rest.endswith("'"):
-        raise ValueError(f"{text!r} is no literal")
+        raise ValueError(f"{text!r} is not a literal")
     inner = rest[:-1]
     match prefix.lower():
         case "":
             if "'" in inner.replace("''", ""):
-                raise ValueError(f"{text!r} is no literal")
+                raise ValueError(f"{text!r} is not a literal")
             return inner.replace("''", "'")
         case "guid":
             return UUID(inner)
         case "datetime" | "datetimeoffset":
             return parse_time(inner)
-    raise ValueError(f"{text!r} is no literal")
+    raise ValueError(f"{text!r} is not a literal")
 
 
 def parse_time(text: str) -> datetime:
@@ -71,7 +71,7 @@ def at(time_ms: int) -> datetime:
 
 
 def written(key: Value) -> str:
-    """A key as a literal, as it stands in an address and in `$skiptoken`."""
+    """A key as a literal, as it is in an address and in `$skiptoken`."""
     match key:
         case UUID():
             return f"guid'{key}'"

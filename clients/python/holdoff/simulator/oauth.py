@@ -353,7 +353,7 @@ class TokenEndpoint:
         value, expiry_ms = self._new_token(), now_ms + ACCESS_TOKEN_LIFE_MS
         self._access_tokens[value] = AccessToken(grant, grant.newest, expiry_ms, not fresh)
         grant.sending = True
-        # Rounded down, so that nobody trusts it too long.
+        # Rounded down, so that no client uses it for too long.
         life_seconds = math.floor(self._enforcement.real_seconds(ACCESS_TOKEN_LIFE_MS))
         digits = self._switches.expires_in is ExpiresIn.STRING
         body = {

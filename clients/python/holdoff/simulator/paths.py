@@ -30,7 +30,7 @@ class Place:
     resource: Resource | None = None
     """None if it does not exist, or is none of the REST API."""
     key: str | None = None
-    """What stands in the parentheses after an entity's name."""
+    """What is in the parentheses after an entity's name."""
     count: bool = False
     """Whether the number of entities is asked for."""
     metadata: bool = False

@@ -105,8 +105,8 @@ def page(rows: Iterable[Row], query: Query, key: str, size: int) -> Page:
         size: how many entities a page has at most.
 
     Raises:
-        BadQueryError: the query's token belongs to another order, or its entity is gone.
-        BadFilterError: the filter does not fit the entities.
+        BadQueryError: the query's token belongs to another order, or to an entity that was deleted.
+        BadFilterError: the filter compares values that cannot be compared.
     """
     found = [row for row in rows if query.where is None or query.where(row)]
     total = len(found)
@@ -122,7 +122,7 @@ def page(rows: Iterable[Row], query: Query, key: str, size: int) -> Page:
 
 
 def _position_after(found: Sequence[Row], query: Query, key: str) -> int:
-    if not query.order:  # the token's own entity may be gone
+    if not query.order:  # the token's own entity may be deleted
         after = _sortable(query.after)
         return sum(_sortable(row[key]) <= after for row in found)
     for n, row in enumerate(found):

@@ -61,7 +61,8 @@ def read(path: Path) -> tuple[Seed, ...]:
     """Read seeds from a TOML file with `[[seeds]]`, or a JSON file `{"seeds": [{…}]}`.
 
     Each has a client_id, a client_secret, a user and a refresh_token; divisions,
-    expired_divisions and scopes may be left out. The suffix `.toml` tells TOML from JSON.
+    expired_divisions and scopes may be left out. A file with the suffix `.toml` is TOML,
+    any other JSON.
 
     Raises:
         OSError: the file cannot be read.

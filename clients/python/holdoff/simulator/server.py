@@ -385,7 +385,7 @@ async def _document(request: web.Request) -> object:
     try:
         return await request.json()
     except Exception as error:  # of many kinds, as too long or nested too deeply
-        raise ValueError("the body is no JSON") from error
+        raise ValueError("the body is not JSON") from error
 
 
 def _agent(request: web.Request) -> str:

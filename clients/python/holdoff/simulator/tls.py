@@ -1,6 +1,6 @@
 """TLS of the simulated provider: a certificate of its own authority, made at each start.
 
-It needs the package `cryptography`, which `pip install 'holdoff[simulator]'` brings.
+It needs the package `cryptography`, which `pip install 'holdoff[simulator]'` installs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CLOCK_ERROR = timedelta(days=1)
 def server_context(host: str, ca_file: Path) -> ssl.SSLContext:
     """Make a certificate for a server, and write that of its authority to a file.
 
-    The authority's key is gone when this returns; that of the server stays in memory.
+    The authority's key is discarded; that of the server is kept in memory.
 
     Args:
         host: the address that the server listens on; the certificate is valid for

@@ -64,7 +64,7 @@ def read(authorization: str | None, fields: Iterable[tuple[str, str]]) -> TokenF
 
 
 def _basic(authorization: str) -> tuple[str, str] | None:
-    """The client id of a Basic header, and the secret as it was sent; None if it is no such header.
+    """The client id of a Basic header, and the secret as it was sent; None if it is another header.
 
     The RFC has both encoded as a form; many clients send the secret as it is.
     """

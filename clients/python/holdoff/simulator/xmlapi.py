@@ -62,7 +62,7 @@ TOPICS: dict[str, Topic] = {
 
 
 class BadDocumentError(ValueError):
-    """What is no document of its topic, or no timestamp."""
+    """A body that is not a document of its topic, or an invalid timestamp."""
 
 
 def download(topic: Topic, rows: Iterable[Row], ts_paging: str) -> str:
@@ -166,11 +166,11 @@ def _timestamp(text: str) -> int:
     if not digits:
         return 0
     if not digits.isalnum() or not digits.isascii() or len(digits) > 16:  # noqa: PLR2004 -- 64 bits
-        raise BadDocumentError("TSPaging is no timestamp")
+        raise BadDocumentError("TSPaging is not a timestamp")
     try:
         return int(digits, 16)
     except ValueError as failure:
-        raise BadDocumentError("TSPaging is no timestamp") from failure
+        raise BadDocumentError("TSPaging is not a timestamp") from failure
 
 
 def _number(row: Row) -> int:

@@ -138,7 +138,9 @@ class Policy(_message.Message):
 
     @_builtins.property
     def throttles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Throttle]:
-        """How an answer that blocks or throttles is recognised, the first that fits."""
+        """How an answer that blocks or throttles is recognised; the first match
+        applies.
+        """
 
     @_builtins.property
     def output(self) -> Global___OutputPolicy:
@@ -159,7 +161,7 @@ class Policy(_message.Message):
     @_builtins.property
     def division_query(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names, without case, of parameters of the query that have the division of a
-        call whose path `endpoint_path` does not fit.
+        call whose path `endpoint_path` does not match.
         """
 
     def __init__(
@@ -270,8 +272,8 @@ Global___ConcurrencyLimit: _TypeAlias = ConcurrencyLimit  # noqa: Y015
 
 @_typing.final
 class Throttle(_message.Message):
-    """How an answer that blocks or throttles is recognised: all that is given must
-    fit.
+    """How an answer that blocks or throttles is recognised: all given conditions
+    must match.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -287,7 +289,7 @@ class Throttle(_message.Message):
     """Its name in the policy."""
     body: _builtins.str
     """An RE2 regular expression that is found in the body. A group `retry_after`
-    has the seconds that it lasts, where no header says how long.
+    has the number of seconds to wait, if no header says how long.
     """
     header: _builtins.str
     """A regular expression that is found in a line `Name: value` of the headers,
@@ -309,7 +311,7 @@ class Throttle(_message.Message):
 
     @_builtins.property
     def length(self) -> _duration_pb2.Duration:
-        """How long it lasts where the answer does not say; absent means what the block
+        """How long it lasts if the answer does not say; absent means what the block
         says, longer with each repeat.
         """
 
@@ -437,7 +439,7 @@ class RefreshPolicy(_message.Message):
 
     @_builtins.property
     def early_margin(self) -> _duration_pb2.Duration:
-        """How long before its end an access token may be renewed, and is no longer
+        """How long before its end an access token may be refreshed, and is no longer
         given to a job; absent where the policy does not say.
         """
 
@@ -534,7 +536,7 @@ class BlockPolicy(_message.Message):
     MOST_FIELD_NUMBER: _builtins.int
     FORGET_AFTER_FIELD_NUMBER: _builtins.int
     factor: _builtins.float
-    """By how much a block is longer than the one before."""
+    """Each block lasts this many times as long as the one before."""
     @_builtins.property
     def scope(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Who is blocked: `app` and any of `token`, `division` and `endpoint`."""
@@ -545,11 +547,11 @@ class BlockPolicy(_message.Message):
 
     @_builtins.property
     def most(self) -> _duration_pb2.Duration:
-        """No block is taken to be longer."""
+        """The longest block, whatever an answer says."""
 
     @_builtins.property
     def forget_after(self) -> _duration_pb2.Duration:
-        """After so long without one, the next is a first one."""
+        """After this time without a block, the next one counts as the first."""
 
     def __init__(
         self,
