@@ -2,7 +2,8 @@
 
 What a server may read as the same call is one endpoint, so that another spelling gets no budget of
 its own. If it is not known how a server reads a path, the reading is taken that counts more calls
-as one endpoint. Sources: RFC 3986, sections 5.2.4 and 6.2.2; OData 4.01, URL conventions.
+as one endpoint. Sources: `domain.md`, paths; RFC 3986, sections 5.2.4 and 6.2.2; OData 4.01, URL
+conventions.
 """
 
 from __future__ import annotations
