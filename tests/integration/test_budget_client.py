@@ -156,6 +156,23 @@ def test_an_error_is_counted_once(client: holdoff.Client, token: str) -> None:
         client.get_budget(f"{budget.name}-x")
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/docs/XMLUpload.aspx?Topic=Items&_Division_=535193",
+        "https://start.exactonline.nl/docs/xmlupload.aspx?division=535193&sig=sw0rdf1sh#x",
+    ],
+)
+def test_the_division_of_a_query_is_reported(client: holdoff.Client, token: str, url: str) -> None:
+    """Calls of the XML API name it there alone. Fails when a client sends no part of the query."""
+    assert client.record_error(token, endpoint=url, status=400) == COUNTED
+    [budget] = client.list_budgets(token.partition("/tokens/")[0])
+    assert (budget.scope.division, budget.scope.endpoint.lower()) == (
+        "535193",
+        "docs/xmlupload.aspx",
+    )
+
+
 def test_budgets_are_listed_by_what_they_are_about(client: holdoff.Client, token: str) -> None:
     """More than a page of them, the tightest first; filters name one."""
     app = token.partition("/tokens/")[0]

@@ -228,7 +228,7 @@ def record_error(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Report an error that a job with the token TOKEN got from the provider.
 
-    A division in the path is recognised.
+    A division in the path, or in the query of an XML call, is recognised.
 
     If the coordinator cannot be reached, the report is stored on disk, and the exit code is 0. The
     next `holdoff run` or `holdoff budget record` on this host sends it, or `holdoff spool flush`.
