@@ -113,6 +113,7 @@ class _Remembered:
     """An error that was counted, and the streams that it was read from."""
 
     seen: Seen
+    """With all that any of the streams says of its place."""
     at_seconds: float
     sources: set[str]
 
@@ -138,6 +139,11 @@ class Duplicates:
                 and _may_be_same(one.seen, seen)
             ):
                 one.sources.add(source)
+                one.seen = replace(
+                    seen,
+                    division=one.seen.division or seen.division,
+                    endpoint=one.seen.endpoint or seen.endpoint,
+                )
                 return False
         self._remembered.append(_Remembered(seen, now_seconds, {source}))
         return True
