@@ -45,7 +45,7 @@ class Place:
         self.policy = policy
         found, self.spelled = policy.place(endpoint)
         self.endpoint = folded(self.spelled)
-        self.division = division or found
+        self.division = division.strip() or found
 
     @property
     def pair(self) -> tuple[str, str]:

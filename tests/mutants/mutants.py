@@ -768,8 +768,15 @@ MUTANTS = [
     ),
     Mutant(
         "few lines of a stack trace are passed over",
-        *(f"{CLIENT}/_recognise.py", "self._frames_left -= 1", "pass"),
+        f"{CLIENT}/_recognise.py",
+        "and _FRAME.match(text):\n                    self._frames_left -= 1",
+        "and _FRAME.match(text):\n                    pass",
         "tests/unit/test_recognise.py::test_a_url_may_follow_a_stack_trace",
+    ),
+    Mutant(
+        "an exception that a logger names after its message is another error",
+        *(f"{CLIENT}/_recognise.py", "if thrown is None or", "if True or"),
+        "tests/corpus",
     ),
     Mutant(
         "a link to help is no error",

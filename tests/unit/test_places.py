@@ -63,6 +63,9 @@ ACCOUNTS = ("535193", "crm/Accounts")
         # The paths of domain.md.
         ("/API/V1/535193/crm/Accounts", ACCOUNTS),
         ("/api/v1/beta/535193/crm/Accounts", ACCOUNTS),
+        ("/api/v1/535193", ("535193", "")),
+        ("/api/v1/535193/", ("535193", "")),
+        ("/api/v1/beta/535193/", ("535193", "")),
         ("/api/v1/535193/bulk/crm/Accounts", ("535193", "bulk/crm/Accounts")),
         ("/api/v1/535193/sync/crm/Accounts", ("535193", "sync/crm/Accounts")),
         ("/api/v1/current/Me?Division=1", ("", "current/Me")),

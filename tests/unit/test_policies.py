@@ -72,8 +72,8 @@ def test_presets_of_other_providers() -> None:
             'name = "errors"\nevent = "token_requests"',
             "limit[1].name: `limit[1].name`: this name is used twice",
         ),
-        ("(?P<endpoint>.+)", "(?P<endpoint>.+", "(?P<endpoint>.+", "not a regular expression"),
-        ("(?P<endpoint>.+)", ".+", "/)?.+", "needs a group"),
+        ("(?P<endpoint>.*)", "(?P<endpoint>.*", "(?P<endpoint>.*", "not a regular expression"),
+        ("(?P<endpoint>.*)", ".*", "|$))?.*", "needs a group"),
         ('"_Division_", ', '"", ', '"", "Division', "endpoint.division_query[0]: Expected `str`"),
         ('["app", "token"]', '["token"]', '["token"]', 'must name "app"'),
         ('name = "exact-', 'when_quiet = "rest"\nname = "exact-', '"rest"', "when_quiet: Invalid"),
@@ -184,7 +184,7 @@ def test_presets_of_other_providers() -> None:
         # Output.
         ("errors = [\n", "failures = [\n", "failures = [", "unknown field `failures`"),
         ("(?P<status>[", "(?P<number>[", "(?P<number>[", "`errors[0]` has an unknown group"),
-        ("(?P<code>itgen", "((?P<code>itgen", "((?P<code>", "`errors[2]` is not a regular"),
+        ("(?P<code>itgen", "((?P<code>itgen", "((?P<code>", "`errors[3]` is not a regular"),
         (
             "  '(?i)[?&]_?",
             "  'a{9999}', '(?i)[?&]_?",
@@ -289,6 +289,20 @@ def test_a_policy_like_a_preset(tmp_path: Path) -> None:
     }
     assert [one.name for one in mine.throttle] == ["new", *(one.name for one in exact.throttle)]
     assert presets()["exact-online"] == exact
+
+
+def test_a_policy_like_a_preset_adds_codes(tmp_path: Path) -> None:
+    """It changes single codes and adds others; the rest is the preset's."""
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'like = "exact-online"\nname = "mine"\n[output.codes]\nnew = 403\nitgenoda494 = 400\n'
+    )
+    exact = presets()["exact-online"].output
+    mine = read_policy(file).output
+    assert exact is not None
+    assert mine is not None
+    assert mine.codes == exact.codes | {"new": 403, "itgenoda494": 400}
+    assert mine.errors == exact.errors
 
 
 def test_a_policy_like_one_that_is_like_another(tmp_path: Path) -> None:

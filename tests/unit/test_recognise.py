@@ -307,6 +307,18 @@ def test_streams_that_show_the_same_error() -> None:
         assert duplicates.is_new(source, one, at) == new, (source, one, at)
 
 
+def test_errors_at_two_places_are_not_the_same_as_one_without() -> None:
+    """Once another stream says where an error was, a third one's at another place is new."""
+    duplicates = Duplicates()
+    for source, seen, new in [
+        ("stdout", SeenError(404), True),
+        ("stderr", SeenError(404, "1", "/api/v1/1/crm/Accounts"), False),
+        ("log", SeenError(404, "2", "/api/v1/2/crm/Contacts"), True),
+        ("log", SeenError(404, "1", "/api/v1/1/crm/Accounts"), False),
+    ]:
+        assert duplicates.is_new(source, seen, 0) == new, (source, seen)
+
+
 def test_what_streams_show_is_compared_for_a_time() -> None:
     """Fails when an error that another stream had long ago is lost, or when memory grows."""
     duplicates = Duplicates()

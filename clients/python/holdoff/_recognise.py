@@ -69,6 +69,10 @@ _FRAME = re.compile(
 """A line of a stack trace of .NET, in any language, of Java or of PHP: `  at Name.Of.Method(…)`."""
 _INNER = re.compile(r"\s*+(?:--->|Caused by:|Next \S)")
 """The line of another exception for the same error."""
+_THROWN = re.compile(r"\s*+(?:\w++[.$\\])++\w++: ")
+"""The type of an exception, before its message."""
+_TRACEBACK = re.compile(r"  |\t|Traceback \(most recent call last\)")
+"""A line of what Python prints before an exception; others indent such lines too."""
 
 
 @runtime_checkable
@@ -113,6 +117,7 @@ class _Remembered:
     """An error that was counted, and the streams that it was read from."""
 
     seen: Seen
+    """With all that any of the streams says of its place."""
     at_seconds: float
     sources: set[str]
 
@@ -138,6 +143,11 @@ class Duplicates:
                 and _may_be_same(one.seen, seen)
             ):
                 one.sources.add(source)
+                one.seen = replace(
+                    seen,
+                    division=one.seen.division or seen.division,
+                    endpoint=one.seen.endpoint or seen.endpoint,
+                )
                 return False
         self._remembered.append(_Remembered(seen, now_seconds, {source}))
         return True
@@ -151,8 +161,9 @@ class OutputRecogniser:
     and no URL was named by then, the last division in the twenty lines before is taken. A line is
     one error at most. A line with a code and one with a status are one error too, if neither has
     the other and no line between them has an endpoint: Data Hub prints errors in this way. The
-    lines of a stack trace are skipped. An inner exception that such a trace names, and the body of
-    a token endpoint's answer after the line with its status, are not counted again.
+    lines of a stack trace are skipped. An inner exception that such a trace names, one whose
+    message a logger wrote on the line of the error, and the body of a token endpoint's answer
+    after the line with its status, are not counted again.
 
     Lines end with ``\n``, ``\r\n`` or, as progress is shown, ``\r``.
 
@@ -195,6 +206,8 @@ class OutputRecogniser:
         self._frames_left = 0
         self._complete = False
         """Whether the last lines belong to an error of which everything is known."""
+        self._error_line = ""
+        """The last line with an error."""
 
     @property
     def pending(self) -> bool:
@@ -256,8 +269,12 @@ class OutputRecogniser:
                 return
             place = place | error
             error = None
+        if error is None and self._complete and self._frames_left and _TRACEBACK.match(line):
+            self._frames_left -= 1
+            return
         self._complete = False
         if error is not None:
+            self._error_line = line
             error = place | error
             if self._open is not None and _complement(self._open, error):
                 self._open = error | self._open
@@ -280,7 +297,13 @@ class OutputRecogniser:
         """Whether a line with an error only says more of the one before, whose status is known."""
         if not self._complete and (self._open is None or "status" not in self._open):
             return False
-        return _INNER.match(line) is not None or ("token" in found and "status" not in found)
+        if _INNER.match(line) or ("token" in found and "status" not in found):
+            return True
+        # Loggers write a message, and then the exception with its message.
+        thrown = _THROWN.match(line)
+        if thrown is None or line.strip() == self._error_line.strip():
+            return False
+        return self._error_line.rstrip().endswith(line[thrown.end() :].rstrip())
 
     def _endpoint(self, found: Mapping[str, str]) -> str:
         if "token" in found:

@@ -317,10 +317,11 @@ class Policy(_Table, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for table in _NAMED:
-            names = [one.name for one in getattr(self, table)]
-            for number, name in enumerate(names):
-                if name in names[:number]:
+            names = set[str]()
+            for number, one in enumerate(getattr(self, table)):
+                if one.name in names:
                     raise ValueError(f"`{table}[{number}].name`: this name is used twice")
+                names.add(one.name)
         patterns = self.output.errors + self.output.places if self.output else ()
         if not self.oauth.token_urls and any(
             "token" in compile_pattern(one).groups for one in patterns
@@ -372,15 +373,16 @@ def _fields_of_preset(name: object) -> dict[str, Any]:
 def _merged(preset: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Put a file's own fields over those of a preset.
 
-    A table changes single fields. A limit, concurrency or throttle changes those of the one with
-    its name; it comes before those that the file does not name, and errors keep its number.
+    A table changes single fields, and codes single ones. A limit, concurrency or throttle changes
+    those of the one with its name; it comes before those that the file does not name, and errors
+    keep its number.
     """
     merged = preset | own
     for table, value in own.items():
         match preset.get(table), value:
             case dict() as before, dict():
-                merged[table] = before | value
-            case list() as before, list():
+                merged[table] = _merged(before, value)
+            case [{"name": _}, *_] as before, list():
                 named = {one["name"]: one for one in before}
                 changed = [_changed(named, one) for one in value]
                 names = [one["name"] for one in value if isinstance(one, dict) and "name" in one]
