@@ -144,6 +144,7 @@ def test_all_divisions_of_a_token_show_one_spelling(replica: Replica) -> None:
     """Another budget of the same endpoint is opened under the spelling that is known."""
     token = replica.create_token(0.0)
     report(replica, token, FIRST)
+    report(replica, token, LATER, division=f" {DIVISION} ")
     report(replica, token, "/api/v1/9/CRM/ACCOUNTS", division="")
     request = budget_service_pb2.ListBudgetsRequest(parent=token.partition("/tokens/")[0])
     found = replica.budgets.ListBudgets(request).budgets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from holdoff.policies import (
 )
 from holdoff.policies.writing import status_words
 from holdoff.v1 import policy_pb2
-from holdoff_coordinator.policies import policy_message
+from holdoff_coordinator.policies import policy_message, read_policies
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -410,3 +411,10 @@ def test_hostile_bytes(tmp_path: Path) -> None:
     file.write_bytes(EXACT.encode()[:100] + b"\n\n\xff\xfe")
     with pytest.raises(PolicyError, match=r"mine\.toml:\d+: is not UTF-8"):
         read_policy(file)
+
+
+def test_a_pipe_in_the_directory_is_refused(tmp_path: Path) -> None:
+    """Fails when the coordinator opens it: it would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "x.toml")
+    with pytest.raises(PolicyError, match=r"x\.toml:1: this is not a file"):
+        read_policies(tmp_path)
