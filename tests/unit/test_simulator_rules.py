@@ -205,6 +205,20 @@ def test_single_use_revokes_the_chain() -> None:
     assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
 
 
+def test_calls_with_a_revoked_token_are_errors_of_its_app() -> None:
+    """A job that repeats a call with a revoked access token gets its key blocked, as when expired.
+
+    Fails when the errors are not counted because the token is not known any more.
+    """
+    p = provider(Rotation.SINGLE_USE_REVOKES)
+    access = refresh(p, START_MS).body["access_token"]
+    assert refresh(p, SECOND_REFRESH_MS).status == 401
+    for _ in range(ERRORS_PER_HOUR + 1):
+        assert call(p, ACCOUNTS, access, "job/a", SECOND_REFRESH_MS).status == 401
+    assert call(p, ACCOUNTS, access, "job/a", SECOND_REFRESH_MS).status == 403
+    assert broken(p)[Rule.ERROR_LIMIT] == 1
+
+
 def test_until_used_ends_at_a_refresh() -> None:
     """An old token is valid until a newer one was used for a refresh.
 
@@ -712,3 +726,17 @@ def test_only_a_client_that_got_a_refresh_token_is_to_blame(missing: str, violat
     assert broken(p).get(Rule.OLD_REFRESH_TOKEN, 0) == violations
     report: Any = p.report(START_MS)
     assert report["agents"]["job/a"]["tokens_received"] == (missing != "access_token")
+
+
+def test_a_block_can_end_after_the_last_date() -> None:
+    """The report shows a block that ends after the year 9999.
+
+    Fails when the report cannot be written because of it.
+    """
+    now_ms = START_MS + 7_940 * 365 * DAY_MS
+    p = switched("block-schedule=doubling", "refresh-interval=exempt")
+    for n in range(20):
+        offend(p, now_ms)
+        now_ms += BLOCK_MS << n
+    report: Any = p.report(START_MS)
+    assert report["blocks"][-1]["end"].startswith("9999-12-31T23:59:59")

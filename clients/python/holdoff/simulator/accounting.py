@@ -13,6 +13,7 @@ from holdoff.simulator.limits import HOUR_MS, SECOND_MS
 if TYPE_CHECKING:
     from holdoff.simulator.faults import FaultKind
 
+_LAST_MS = 253_402_300_799_999  # of the year 9999: a block may end later
 _KEPT = 10_000  # entries of each list in the report; the totals count on
 
 
@@ -282,5 +283,6 @@ class Ledger:
 
 
 def iso(time_ms: int) -> str:
-    """A simulated time in ISO 8601, with milliseconds."""
-    return datetime.fromtimestamp(time_ms / SECOND_MS, UTC).isoformat(timespec="milliseconds")
+    """A simulated time in ISO 8601, with milliseconds; at most the last date."""
+    time = datetime.fromtimestamp(min(time_ms, _LAST_MS) / SECOND_MS, UTC)
+    return time.isoformat(timespec="milliseconds")
