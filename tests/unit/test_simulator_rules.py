@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from holdoff.simulator import Fault, FaultKind, Provider, Rotation, Rule, Seed, Switches
+from holdoff.simulator import (
+    Fault,
+    FaultKind,
+    Provider,
+    Rotation,
+    Rule,
+    Seed,
+    Switches,
+    accounting,
+)
 from holdoff.simulator.api import Request
 from holdoff.simulator.limits import (
     BLOCK_MS,
@@ -740,3 +749,26 @@ def test_a_block_can_end_after_the_last_date() -> None:
         now_ms += BLOCK_MS << n
     report: Any = p.report(START_MS)
     assert report["blocks"][-1]["end"].startswith("9999-12-31T23:59:59")
+
+
+def test_requests_of_an_unknown_app_are_not_counted_in_a_day() -> None:
+    """More token requests than a day allows, of an app that does not exist, break no rule.
+
+    Fails when the simulator keeps a window for each name that a client makes up.
+    """
+    p = provider()
+    unknown = replace(form(), client_id="unknown")
+    for _ in range(TOKEN_CALLS_PER_DAY + 1):
+        assert refresh(p, START_MS, unknown).status == 401
+    assert broken(p) == {}
+
+
+def test_the_report_keeps_the_scopes_of_the_latest_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when errors at ever new paths fill the memory, or when a repeated one is forgotten."""
+    monkeypatch.setattr(accounting, "_KEPT", 3)
+    p = provider()
+    access = bearer(p)
+    for name in ("a", "b", "c", "a", "d", "e"):
+        assert call(p, f"535193/{name}", access, "job/a", START_MS).status == 404
+    report: Any = p.report(START_MS)
+    assert {e["endpoint"]: e["total"] for e in report["errors"]} == {"a": 2, "d": 1, "e": 1}

@@ -169,8 +169,11 @@ class Ledger:
         return self._agents.setdefault(name, AgentCounts())
 
     def errors(self, scope: Scope) -> ErrorCount:
-        """The counted errors of a scope."""
-        return self._errors.setdefault(scope, ErrorCount())
+        """The counted errors of a scope, which is the latest from now on."""
+        count = self._errors[scope] = self._errors.pop(scope, None) or ErrorCount()
+        if len(self._errors) > _KEPT:
+            del self._errors[next(iter(self._errors))]
+        return count
 
     def violation(self, violation: Violation) -> None:
         """Note a rule that is broken by the call which is noted next."""

@@ -272,6 +272,8 @@ class TokenEndpoint:
     def _count_in_day(self, scope: Scope, agent: str, now_ms: int) -> Answer | None:
         """Count a token request or a log-on; refuse it above the limit of a day."""
         user = scope.key, scope.user
+        if scope.key not in self._secrets:
+            return None  # there is no such app
         day = self._token_days.setdefault(user, Window(DAY_MS, TOKEN_CALLS_PER_DAY))
         if day.take(now_ms):
             return None
