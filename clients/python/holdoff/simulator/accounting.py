@@ -170,7 +170,7 @@ class Ledger:
 
     def errors(self, scope: Scope) -> ErrorCount:
         """The counted errors of a scope, which is the latest from now on."""
-        count = self._errors[scope] = self._errors.pop(scope, None) or ErrorCount()
+        count = self._errors[scope] = self._errors.pop(scope, ErrorCount())
         if len(self._errors) > _KEPT:
             del self._errors[next(iter(self._errors))]
         return count
