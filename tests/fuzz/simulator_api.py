@@ -44,6 +44,7 @@ def _input(method: bytes, path: bytes, accept: bytes = _JSON, body: bytes = b"")
 
 
 _ACCOUNTS = b"/api/v1/535193/crm/Accounts"
+_ITEMS = b"/api/v1/535193/bulk/Logistics/Items"
 _SHOWN = (
     ("/docs/XMLDownload.aspx?Topic=Accounts&TSPaging=0x96", ""),
     ("/api/v1/535193/sync/CRM/Accounts?$filter=Timestamp gt 150", "application/atom+xml"),
@@ -61,7 +62,7 @@ VALID = [
     _input(b"PUT", _ACCOUNTS + b"(" + _GUID + b")", _JSON, _ENTITY),
     _input(b"DELETE", _ACCOUNTS + b"(ID=" + _GUID + b")"),
     _input(b"GET", b"/api/v1/beta/535193/sync/CRM/Accounts?$filter=Timestamp gt 5L"),
-    _input(b"GET", b"/api/v1/535193/bulk/Logistics/Items?$filter=startswith(tolower(Name),'item')"),
+    _input(b"GET", _ITEMS + b"?$select=ID&$filter=startswith(tolower(Name),'item')"),
     _input(b"GET", b"/api/v1/current/Me?$select=*", _ATOM),
     _input(b"GET", b"/api/v1/1/system/Divisions(535193)"),
     _input(b"GET", b"/api/v1/535194/crm/Accounts"),

@@ -149,6 +149,10 @@ def test_wrong_options(ca: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = ca.parent / "missing" / "ca.pem"
     result = serve("--tls", "--ca-out", str(missing))
     assert (result.exit_code, f"--ca-out {missing}: No such file" in result.stderr) == (64, True)
+
+    if Path("/dev/full").exists():  # a disk that is full
+        result = serve("--tls", "--ca-out", "/dev/full")
+        assert (result.exit_code, "--ca-out /dev/full: No space" in result.stderr) == (64, True)
     monkeypatch.delitem(sys.modules, "holdoff.simulator.tls", raising=False)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     result = serve("--tls", "--ca-out", str(ca))

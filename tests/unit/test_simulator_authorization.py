@@ -138,7 +138,7 @@ def test_a_challenge_is_checked(proof: dict[str, Any]) -> None:
     """A code with a challenge needs its verifier."""
     p = provider()
     code = allowed(p, **proof)["code"]
-    for verifier in ("", "w" * 43, CHALLENGE):
+    for verifier in ("", "w" * 43, CHALLENGE, "\ud800" * 43):
         assert exchange(p, code, code_verifier=verifier).status == 400
     assert exchange(p, code, code_verifier=VERIFIER).status == 200
 

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from holdoff.simulator import Fault, FaultKind, Provider, Rotation, Rule, Seed, Switches
+from holdoff.simulator import (
+    Fault,
+    FaultKind,
+    Provider,
+    Rotation,
+    Rule,
+    Seed,
+    Switches,
+    accounting,
+)
 from holdoff.simulator.api import Request
 from holdoff.simulator.limits import (
     BLOCK_MS,
@@ -203,6 +212,20 @@ def test_single_use_revokes_the_chain() -> None:
         assert call(p, ACCOUNTS, access, "job/a", SECOND_REFRESH_MS).status == 401
     assert call(p, ACCOUNTS, theirs, "job/a", SECOND_REFRESH_MS).status == 200
     assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
+
+
+def test_calls_with_a_revoked_token_are_errors_of_its_app() -> None:
+    """A job that repeats a call with a revoked access token gets its key blocked, as when expired.
+
+    Fails when the errors are not counted because the token is not known any more.
+    """
+    p = provider(Rotation.SINGLE_USE_REVOKES)
+    access = refresh(p, START_MS).body["access_token"]
+    assert refresh(p, SECOND_REFRESH_MS).status == 401
+    for _ in range(ERRORS_PER_HOUR + 1):
+        assert call(p, ACCOUNTS, access, "job/a", SECOND_REFRESH_MS).status == 401
+    assert call(p, ACCOUNTS, access, "job/a", SECOND_REFRESH_MS).status == 403
+    assert broken(p)[Rule.ERROR_LIMIT] == 1
 
 
 def test_until_used_ends_at_a_refresh() -> None:
@@ -710,3 +733,40 @@ def test_only_a_client_that_got_a_refresh_token_is_to_blame(missing: str, violat
     assert broken(p).get(Rule.OLD_REFRESH_TOKEN, 0) == violations
     report: Any = p.report(START_MS)
     assert report["agents"]["job/a"]["tokens_received"] == (missing != "access_token")
+
+
+def test_a_block_can_end_after_the_last_date() -> None:
+    """The report shows a block that ends after the year 9999.
+
+    Fails when the report cannot be written because of it.
+    """
+    now_ms = START_MS + 7_940 * 365 * DAY_MS
+    p = switched("block-schedule=doubling", "refresh-interval=exempt")
+    for n in range(20):
+        offend(p, now_ms)
+        now_ms += BLOCK_MS << n
+    report: Any = p.report(START_MS)
+    assert report["blocks"][-1]["end"].startswith("9999-12-31T23:59:59")
+
+
+def test_requests_of_an_unknown_app_are_not_counted_in_a_day() -> None:
+    """More token requests than a day allows, of an app that does not exist, break no rule.
+
+    Fails when the simulator keeps a window for each name that a client makes up.
+    """
+    p = provider()
+    unknown = replace(form(), client_id="unknown")
+    for _ in range(TOKEN_CALLS_PER_DAY + 1):
+        assert refresh(p, START_MS, unknown).status == 401
+    assert broken(p) == {}
+
+
+def test_the_report_keeps_the_scopes_of_the_latest_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when errors at ever new paths fill the memory, or when a repeated one is forgotten."""
+    monkeypatch.setattr(accounting, "_KEPT", 3)
+    p = provider()
+    access = bearer(p)
+    for name in ("a", "b", "c", "a", "d", "e"):
+        assert call(p, f"535193/{name}", access, "job/a", START_MS).status == 404
+    report: Any = p.report(START_MS)
+    assert {e["endpoint"]: e["total"] for e in report["errors"]} == {"a": 2, "d": 1, "e": 1}

@@ -13,6 +13,7 @@ from holdoff.simulator.limits import HOUR_MS, SECOND_MS
 if TYPE_CHECKING:
     from holdoff.simulator.faults import FaultKind
 
+_LAST_MS = 253_402_300_799_999  # of the year 9999: a block may end later
 _KEPT = 10_000  # entries of each list in the report; the totals count on
 
 
@@ -168,8 +169,11 @@ class Ledger:
         return self._agents.setdefault(name, AgentCounts())
 
     def errors(self, scope: Scope) -> ErrorCount:
-        """The counted errors of a scope."""
-        return self._errors.setdefault(scope, ErrorCount())
+        """The counted errors of a scope, which is the latest from now on."""
+        count = self._errors[scope] = self._errors.pop(scope, ErrorCount())
+        if len(self._errors) > _KEPT:
+            del self._errors[next(iter(self._errors))]
+        return count
 
     def violation(self, violation: Violation) -> None:
         """Note a rule that is broken by the call which is noted next."""
@@ -282,5 +286,6 @@ class Ledger:
 
 
 def iso(time_ms: int) -> str:
-    """A simulated time in ISO 8601, with milliseconds."""
-    return datetime.fromtimestamp(time_ms / SECOND_MS, UTC).isoformat(timespec="milliseconds")
+    """A simulated time in ISO 8601, with milliseconds; at most the last date."""
+    time = datetime.fromtimestamp(min(time_ms, _LAST_MS) / SECOND_MS, UTC)
+    return time.isoformat(timespec="milliseconds")

@@ -107,7 +107,7 @@ class Api:
         if self._enforcement.blocked(scope.key, agent, now_ms):
             return self._enforcement.block_answer()
         try:
-            if now_ms >= access.expiry_ms:
+            if not access.valid(now_ms):
                 raise _unauthorized()
             self._tokens.used(access, now_ms)
             limits = self._take_call(seed, scope, agent, now_ms)
@@ -193,6 +193,9 @@ class Api:
                 if row[resource.key] == key:
                     return form.entity(row, resource, query)
             raise _missing(place)
+        small = place.count or query.top == 1 or dict(query.options).get("$select")
+        if resource.bulk and not small:
+            raise _Refusal(_BAD, "Please add a $select or a $top=1 statement to the query string.")
         found = page(rows, query, resource.order, resource.page_size)
         if place.count:
             return Answer(200, str(found.total), content_type="text/plain")
@@ -270,7 +273,7 @@ _NO_COMPANY = frozenset((ME.path, DIVISIONS.path, "hrm/Divisions"))
 
 
 def _unauthorized() -> _Refusal:
-    text = "Unauthorized: unknown or expired access token"
+    text = "Unauthorized: unknown, expired or revoked access token"
     return _Refusal(401, text, {"WWW-Authenticate": "Bearer"})
 
 

@@ -44,7 +44,7 @@ class Challenge:
     def met_by(self, verifier: str) -> bool:
         """Whether this is the challenge of a verifier."""
         if self.method is ChallengeMethod.S256:
-            digest = hashlib.sha256(verifier.encode()).digest()
+            digest = hashlib.sha256(verifier.encode(errors="surrogatepass")).digest()
             verifier = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
         return verifier == self.value
 

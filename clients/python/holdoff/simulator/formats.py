@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _DATA = "http://schemas.microsoft.com/ado/2007/08/dataservices"
 _NAMESPACES = f'xmlns="http://www.w3.org/2005/Atom" xmlns:d="{_DATA}" xmlns:m="{_DATA}/metadata"'
+_LONG = frozenset(("HID", "Timestamp"))
+"""Fields of the type Edm.Int64, which is a string in JSON."""
 _PROLOG = '<?xml version="1.0" encoding="utf-8"?>'
 
 
@@ -99,7 +101,10 @@ class Format:
 
     def _object(self, row: Row, resource: Resource, query: Query) -> dict[str, object]:
         metadata = {"uri": self._address(row, resource), "type": _type(resource)}
-        fields = {name: literals.json_value(value) for name, value in _selected(row, query)}
+        fields = {
+            name: str(value) if name in _LONG and type(value) is int else literals.json_value(value)
+            for name, value in _selected(row, query)
+        }
         return {"__metadata": metadata, **fields}
 
     def _entry(self, row: Row, resource: Resource, query: Query, namespaces: str = "") -> str:

@@ -68,3 +68,7 @@ class AccessToken:
     expiry_ms: int
     implicit: bool = False
     """Whether it came without a refresh token."""
+
+    def valid(self, now_ms: int) -> bool:
+        """Whether it is neither expired nor revoked."""
+        return now_ms < self.expiry_ms and self.number >= self.grant.oldest_valid

