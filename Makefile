@@ -50,7 +50,7 @@ lint: $(READY) ## Style of Python and of shell scripts
 
 types: $(READY) ## mypy, strict
 	mypy
-	mypy --platform win32 --follow-imports silent $(wildcard clients/python/holdoff/_*_windows.py) \
+	mypy --platform win32 --cache-dir .mypy_cache/win32 --follow-imports silent $(wildcard clients/python/holdoff/_*_windows.py) \
 		clients/python/holdoff/_job.py
 
 pyright: $(READY) ## basedpyright: the clients as a user's type checker sees them
@@ -69,8 +69,8 @@ unit integration clients model e2e proto chart: $(READY) ## The tests of one kin
 	$(PYTEST) tests/$@
 
 STORE_TESTS := $(addprefix tests/integration/test_,leases.py queue.py budgets.py back_offs.py audit.py)
-stores: $(READY) ## Leases and budgets on an embedded store, a Cluster, and Sentinel
-	for kind in embedded cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) --numprocesses 3 $(STORE_TESTS); done
+stores: $(READY) ## Leases, budgets and back-offs on a Cluster and behind Sentinel
+	for kind in cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) --numprocesses 3 $(STORE_TESTS); done
 
 every-store: $(READY) ## All tests that use a store, on each kind of store
 	for kind in embedded server cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) tests/integration; done
