@@ -19,7 +19,8 @@ SEED := $(shell echo $$RANDOM)
 PYTEST := pytest --quiet --no-header --numprocesses $(WORKERS) --hypothesis-seed $(SEED)
 SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh deploy/*.sh tests/bats/*.bats)
 
-.PHONY: help demo demo-short test test-all lint format types pyright imports unit custody integration model e2e proto chart pytest \
+.PHONY: help demo demo-short test test-all lint format types pyright imports unit custody integration clients model e2e \
+	proto chart pytest \
 	stores every-store models generate man lock dist wheels bench soak soak-short chaos chaos-short mutants \
 	fuzz fuzz-short coverage prove-bare clean
 
@@ -50,7 +51,7 @@ lint: $(READY) ## Style of Python and of shell scripts
 
 types: $(READY) ## mypy, strict
 	mypy
-	mypy --platform win32 --follow-imports silent $(wildcard clients/python/holdoff/_*_windows.py) \
+	mypy --platform win32 --cache-dir .mypy_cache/win32 --follow-imports silent $(wildcard clients/python/holdoff/_*_windows.py) \
 		clients/python/holdoff/_job.py
 
 pyright: $(READY) ## basedpyright: the clients as a user's type checker sees them
@@ -65,12 +66,12 @@ pytest: $(READY) ## All tests
 pytest-long: $(READY) ## All tests, with whole fleets and every version of Kubernetes
 	HOLDOFF_TEST_LENGTH=long $(PYTEST)
 
-unit custody integration model e2e proto chart: $(READY) ## The tests of one kind
+unit custody integration clients model e2e proto chart: $(READY) ## The tests of one kind
 	$(PYTEST) tests/$@
 
 STORE_TESTS := $(addprefix tests/integration/test_,leases.py queue.py budgets.py back_offs.py audit.py)
-stores: $(READY) ## Leases and budgets on an embedded store, a Cluster, and Sentinel
-	for kind in embedded cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) --numprocesses 3 $(STORE_TESTS); done
+stores: $(READY) ## Leases, budgets and back-offs on a Cluster and behind Sentinel
+	for kind in cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) --numprocesses 3 $(STORE_TESTS); done
 
 every-store: $(READY) ## All tests that use a store, on each kind of store
 	for kind in embedded server cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) tests/integration; done
@@ -158,7 +159,7 @@ prove-bare: ## As root: `make demo` and `make test` on a Debian with only Python
 	scripts/bare-debian.sh
 
 clean: ## Remove .venv and all generated files
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache tests/clients/node_modules
 	find clients coordinator scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(DEMO_READY): requirements-demo.lock pyproject.toml scripts/bootstrap.sh
@@ -166,6 +167,6 @@ $(DEMO_READY): requirements-demo.lock pyproject.toml scripts/bootstrap.sh
 	@touch $@
 
 # It has all that the demo needs.
-$(READY): requirements.lock pyproject.toml scripts/bootstrap.sh
+$(READY): requirements.lock pyproject.toml scripts/bootstrap.sh tests/clients/package-lock.json
 	@scripts/bootstrap.sh $<
 	@touch $@ $(DEMO_READY)

@@ -5,16 +5,16 @@
 #
 # Run as root on a Debian that has debootstrap. It builds a minimal Debian in a temporary folder,
 # gives it what this machine uses to reach packages (name servers, certificates, the configuration
-# of apt and pip), clones HEAD into it and makes each target there, in mount and process namespaces
+# of apt, pip and npm), clones HEAD into it and makes each target there, in mount and process namespaces
 # of its own, so that neither a mount nor a process outlives it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # Variables by which clients of package registries are told how to reach them.
-readonly NETWORK='^(PIP_|UV_|SSL_CERT_|REQUESTS_CA_BUNDLE=|(https?|no|all)_proxy=)'
+readonly NETWORK='^(PIP_|UV_|NPM_CONFIG_|NODE_EXTRA_CA_CERTS=|SSL_CERT_|REQUESTS_CA_BUNDLE=|(https?|no|all)_proxy=)'
 readonly CONFIGURATION=(
   /etc/resolv.conf /etc/hosts /etc/ssl/certs /usr/local/share/ca-certificates
-  /etc/apt /usr/share/keyrings /etc/pip.conf /etc/xdg/pip "$HOME/.config/pip"
+  /etc/apt /usr/share/keyrings /etc/pip.conf /etc/xdg/pip "$HOME/.config/pip" "$HOME/.npmrc"
 )
 
 fail() {

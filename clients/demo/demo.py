@@ -537,9 +537,9 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="in about half a minute, for CI")
     parser.add_argument(
         "--rotation",
-        choices=("reuse", "strict"),
-        default="reuse",
-        help="whether the provider takes old refresh tokens (default: reuse)",
+        choices=("reusable", "single-use"),
+        default="reusable",
+        help="whether the provider accepts old refresh tokens (default: reusable)",
     )
     try:
         return asyncio.run(_main(parser.parse_args()))

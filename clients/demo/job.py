@@ -113,7 +113,7 @@ class Job:
         self, url: str, form: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, Any]]:
         """Send a request; an error status is an answer too."""
-        headers = {"User-Agent": self._name, **(headers or {})}
+        headers = {"User-Agent": self._name, "Accept": "application/json", **(headers or {})}
         request = urllib.request.Request(url, form, headers)  # noqa: S310 -- the grant's own URL
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:  # noqa: S310

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from holdoff._places import normal_endpoint
+from holdoff._places import folded, normal_endpoint
 from holdoff.durations import format_duration
 from holdoff.names import AppName, TokenName
 from holdoff.v1 import admin_service_pb2, budget_pb2, budget_service_pb2, lease_pb2
@@ -68,13 +68,14 @@ class BackOffs:
         self, request: admin_service_pb2.SetBackOffRequest, caller: Caller
     ) -> admin_service_pb2.SetBackOffResponse:
         """Make a scope quiet."""
-        app, place = await self._scope("scope", request.scope)
+        app, place, spelled = await self._scope("scope", request.scope)
         length_us = validation.microseconds(
             "length", request.length, MOST_LENGTH_US, least_us=LEAST_LENGTH_US
         )
         reason, holder = validation.reason(request.reason), validation.holder(request.holder)
         facts = {
             **place,
+            "spelled": spelled,
             "reason": reason,
             **{field: getattr(holder, field) for field in ("user", "host", "job")},
         }
@@ -107,7 +108,7 @@ class BackOffs:
         self, request: budget_service_pb2.ExplainRequest, caller: Caller
     ) -> budget_service_pb2.ExplainResponse:
         """Say what stands in the way of a scope, and who caused it."""
-        app, values = await self._scope("scope", request.scope)
+        app, values, spelled = await self._scope("scope", request.scope)
         validation.printable("job", request.job, 100)
         token = TokenName(app, values["token"]) if values["token"] else None
         pairs = [(values["division"], values["endpoint"])]
@@ -123,26 +124,40 @@ class BackOffs:
             if one.name not in names and _concerns(one.scope, request.scope.token, values)
         ]
         obstacles.sort(key=lambda one: -one.remaining.ToMicroseconds())
+        budgets = await self._budgets(app, request.scope.token, values, caller)
+        errors = await self._errors(app, values)
+        scopes = [
+            *(one.scope for one in back_offs),
+            *(one.scope for one in budgets),
+            *(one.scope for one in errors),
+        ]
+        shown = (one.endpoint for one in scopes if folded(one.endpoint) == values["endpoint"])
+        spelled = next(shown, spelled)
         longest = max([start_in_us, *(one.remaining.ToMicroseconds() for one in obstacles)])
         return budget_service_pb2.ExplainResponse(
             must_wait=bool(obstacles),
             go_in=duration(longest) if obstacles else None,
             obstacles=obstacles,
-            budgets=await self._budgets(app, request.scope.token, values, caller),
-            errors=await self._errors(app, values),
-            message=_words(_scope_of(app, values), obstacles, longest),
+            budgets=budgets,
+            errors=errors,
+            message=_words(_scope_of(app, values, spelled), obstacles, longest),
             narrower=narrower,
         )
 
-    async def _scope(self, field: str, scope: budget_pb2.Scope) -> tuple[str, dict[str, str]]:
-        """Check a scope of an app or a token; return its app and its values, normal."""
+    async def _scope(self, field: str, scope: budget_pb2.Scope) -> tuple[str, dict[str, str], str]:
+        """Check a scope of an app or a token.
+
+        Returns:
+            Its app, its values as they are compared, and its endpoint as it is spelled.
+        """
         if scope.token:
             place = await self._places.find(field, scope, {})
-            return place.token.app, {
+            values = {
                 "token": place.token.token,
                 "division": place.division,
                 "endpoint": place.endpoint,
             }
+            return place.token.app, values, place.spelled
         app = validation.app_name(f"{field}.app", scope.app).app
         validation.place(field, scope)
         if app not in await self._scripts.apps():
@@ -151,11 +166,9 @@ class BackOffs:
                 f"apps/{app} has no token; create one: holdoff token create apps/{app}/tokens/…",
                 resource=str(AppName(app)),
             )
-        return app, {
-            "token": "",
-            "division": scope.division,
-            "endpoint": normal_endpoint(scope.endpoint),
-        }
+        spelled = normal_endpoint(scope.endpoint)
+        values = {"token": "", "division": scope.division, "endpoint": folded(spelled)}
+        return app, values, spelled
 
     async def _read(
         self, app: str, caller: Caller, asked: tuple[str, str, str] | None = None
@@ -245,8 +258,9 @@ class BackOffs:
         found: list[budget_pb2.RecentError] = []
         for at_us, event in await self._scripts.errors(app, values["token"]):
             facts = json.loads(event)
+            where = {**facts, "endpoint": folded(facts["endpoint"])}
             if len(found) < MOST_EXPLAINED and all(
-                value in ("", facts[field]) for field, value in values.items()
+                value in ("", where[field]) for field, value in values.items()
             ):
                 found.append(
                     budget_pb2.RecentError(
@@ -269,12 +283,12 @@ def _waiters(count: int) -> str:
     return "1 waiter" if count == 1 else f"{count} waiters"
 
 
-def _scope_of(app: str, values: dict[str, str]) -> budget_pb2.Scope:
+def _scope_of(app: str, values: dict[str, str], spelled: str) -> budget_pb2.Scope:
     return budget_pb2.Scope(
         app=str(AppName(app)),
         token=str(TokenName(app, values["token"])) if values["token"] else "",
         division=values["division"],
-        endpoint=values["endpoint"],
+        endpoint=spelled,
     )
 
 
@@ -285,7 +299,7 @@ def _concerns(scope: budget_pb2.Scope, token: str, values: dict[str, str]) -> bo
         for pair in (
             (scope.token, token),
             (scope.division, values["division"]),
-            (scope.endpoint, values["endpoint"]),
+            (folded(scope.endpoint), values["endpoint"]),
         )
     )
 

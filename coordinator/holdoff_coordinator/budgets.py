@@ -142,7 +142,7 @@ class Budgets:
         budgets = json.dumps(specs)
         # As earlier releases had it, so that a retry meets the same reservation.
         bound = [
-            {key: value for key, value in spec.items() if key not in ("by", "coarser")}
+            {key: value for key, value in spec.items() if key not in ("by", "coarser", "spelled")}
             for spec in specs
         ]
         call = (
@@ -234,13 +234,14 @@ class Budgets:
             raise invalid("parent", "write apps/{app} and name the token in `scope`")
         size = validation.page_size(request.page_size)
         after = _read_page_token(request.page_token)
+        wanted, state = ScopeFilter(request.scope), request.state
+        only = parent.app if parent else wanted.app
         found: list[budget_pb2.Budget] = []
-        for app in [parent.app] if parent else await self._scripts.apps_with("budgets"):
+        for app in [only] if only else await self._scripts.apps_with("budgets"):
             with self._scripts.sparing(app, "budgets"):
                 ids = await self._scripts.budgets(app)
                 for start in range(0, len(ids), READ_BATCH):
                     found += await self._read(app, ids[start : start + READ_BATCH], caller)
-        wanted, state = ScopeFilter(request.scope), request.state
         matching = [
             budget
             for budget in found
@@ -306,17 +307,15 @@ def _entry(event: budget_pb2.Event, place: Place) -> dict[str, Any]:
         raise invalid("events.kind", "must be ERROR, TOKEN_REQUEST, CALL or BLOCK")
     entry["budgets"] = place.specs(kind, event.status)
     if kind == "errors":
-        entry["shown"] = json.dumps(
-            {
-                "token": place.token.token,
-                "division": place.division,
-                "endpoint": place.endpoint,
-                "status": event.status,
-                "count": count,
-                "job": job,
-                "host": host,
-            }
-        )
+        entry["shown"] = {
+            "token": place.token.token,
+            "division": place.division,
+            "endpoint": place.spelled,
+            "status": event.status,
+            "count": count,
+            "job": job,
+            "host": host,
+        }
     return entry
 
 

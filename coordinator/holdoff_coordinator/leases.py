@@ -154,7 +154,9 @@ class Leases:
     ) -> None:
         """Put into an offer what its holder needs to count by itself."""
         offer.policy.CopyFrom(policy_message(await self._places.policy("token", token)))
-        offer.rooms.extend(await self._places.rooms(token, [place.pair for place in places]))
+        offer.rooms.extend(
+            await self._places.rooms(token, [(one.division, one.spelled) for one in places])
+        )
 
     async def _conversation(
         self, ask: Ask, waiter: Waiter

@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from holdoff._places import normal_endpoint
+from holdoff._places import folded, normal_endpoint
 from holdoff.durations import format_duration
 from holdoff.names import AppName
 from holdoff.v1 import lease_service_pb2
@@ -35,13 +35,17 @@ MOST_SCOPES = 100
 
 
 class Place:
-    """Where an event happened, in the normal form of its token's policy."""
+    """Where an event happened, in the normal form of its token's policy.
+
+    What is compared and stored has the folded endpoint; `spelled` is only for people.
+    """
 
     def __init__(self, token: TokenName, policy: Policy, division: str, endpoint: str) -> None:
         self.token = token
         self.policy = policy
-        found, self.endpoint = policy.place(endpoint)
-        self.division = division or found
+        found, self.spelled = policy.place(endpoint)
+        self.endpoint = folded(self.spelled)
+        self.division = division.strip() or found
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -75,6 +79,7 @@ class Place:
             "grain_us": 0 if limit.most <= EXACT_MOST else max(1, window_us // SLICES),
             "statuses": list(limit.statuses),
             **values,
+            "spelled": self.spelled if values["endpoint"] else "",
             "by": self.token.token,
             "coarser": [{"id": scope_id(limit.name, whole), **whole} for whole in wholes],
         }
@@ -100,6 +105,7 @@ class Place:
             "most_us": round(rules.most * 1e6),
             "forget_us": round(rules.forget_after * 1e6),
             **values,
+            "spelled": self.spelled if values["endpoint"] else "",
             "by": self.token.token,
             "own": scope_id("block", self._only()),
         }
@@ -197,28 +203,42 @@ class Places:
         if not pairs:
             return []
         policy = await self.policy("token", token)
-        specs = [Place(token, policy, *pair).specs("errors") for pair in pairs]
+        places = [Place(token, policy, *pair) for pair in pairs]
+        specs = [place.specs("errors") for place in places]
         ids = {one["id"] for limits in specs for spec in limits for one in (spec, *spec["coarser"])}
         reply = await self._scripts.run("read_budgets", token.app, *sorted(ids))
         budgets = {entry[0].decode(): record(entry[1]) for entry in reply.values[0]}
         rooms = []
-        for (division, endpoint), limits in zip(pairs, specs, strict=True):
+        for place, limits in zip(places, specs, strict=True):
             room = lease_service_pb2.ScopeRoom(
                 room=min((_room(spec, budgets) for spec in limits), default=0)
             )
-            room.scope.division, room.scope.endpoint = division, endpoint
+            found = (budgets.get(spec["id"], {}).get("spelled", b"").decode() for spec in limits)
+            room.scope.division = place.division
+            room.scope.endpoint = next(filter(None, found), place.spelled)
             if limits:
                 rooms.append(room)
         return rooms
 
 
 class ScopeFilter:
-    """Which scopes somebody wants to see; an empty field matches any."""
+    """Which scopes somebody wants to see; an empty field matches any.
+
+    Raises:
+        Failure: INVALID_FIELD.
+    """
 
     def __init__(self, scope: budget_pb2.Scope) -> None:
         validation.place("scope", scope)
         self._scope = scope
-        self._endpoint = normal_endpoint(scope.endpoint)
+        self._endpoint = folded(normal_endpoint(scope.endpoint))
+        self.app: str | None = None
+        """The only app that may have such scopes; None if any may."""
+        if scope.app:
+            app = validation.app_parent(scope.app, "scope.app")
+            self.app = app.app if app else None
+        elif scope.token:
+            self.app = validation.token_name("scope.token", scope.token).app
 
     def matches(self, scope: budget_pb2.Scope) -> bool:
         """Whether a scope is wanted."""
@@ -227,7 +247,7 @@ class ScopeFilter:
             wanted.app in ("", scope.app)
             and wanted.token in ("", scope.token)
             and wanted.division in ("", scope.division)
-            and self._endpoint in ("", scope.endpoint)
+            and self._endpoint in ("", folded(scope.endpoint))
         )
 
 

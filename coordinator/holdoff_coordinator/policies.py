@@ -61,6 +61,8 @@ def read_policies(directory: Path | None) -> Mapping[str, Policy]:
     for path in sorted(directory.iterdir()) if directory else ():
         if path.suffix != ".toml":
             continue
+        if not path.is_file():  # to open a pipe would wait for its writer
+            raise PolicyError(f"{path.name}:1: this is not a file: move it elsewhere")
         policy = read_policy(path)
         if policy.name in found:
             kind = "preset" if policy.name in presets() else "policy"
@@ -153,6 +155,7 @@ def policy_message(policy: Policy) -> policy_pb2.Policy:
         ],
         block=_block_message(policy.block),
         endpoint_path=policy.endpoint.path if policy.endpoint else "",
+        division_query=policy.endpoint.division_query if policy.endpoint else (),
         throttles=[
             policy_pb2.Throttle(
                 name=throttle.name,

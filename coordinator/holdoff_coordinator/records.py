@@ -471,7 +471,7 @@ def _scope(app: str, flat: Mapping[str, bytes]) -> budget_pb2.Scope:
         app=str(AppName(app)),
         token=str(TokenName(app, token)) if token else "",
         division=flat["division"].decode(),
-        endpoint=flat["endpoint"].decode(),
+        endpoint=(flat.get("spelled") or flat["endpoint"]).decode(),
     )
 
 

@@ -89,12 +89,12 @@ def parent(text: str) -> AppName | TokenName | None:
         raise invalid("parent", f"{error}; or leave it out, for all") from None
 
 
-def app_parent(text: str) -> AppName | None:
-    """Parse the parent of a listing of tokens: '' (all) or an app."""
+def app_parent(text: str, field: str = "parent") -> AppName | None:
+    """Parse which apps a listing is of: '' (all) or one."""
     try:
         return AppName.parse(text) if text else None
     except ValueError as error:
-        raise invalid("parent", f"{error}; or leave it out, for all") from None
+        raise invalid(field, f"{error}; or leave it out, for all") from None
 
 
 def page_size(value: int) -> int:

@@ -190,7 +190,7 @@ class BudgetWatches:
         wanted = ScopeFilter(request.scope)
         watched: dict[str, _Budgets] = {}
         told_all = False
-        watcher = Watcher(parent.app if parent else None, caller.knows)
+        watcher = Watcher(parent.app if parent else wanted.app, caller.knows)
         ends: dict[str, float] = {}
         """When to look at an app although nothing of it changed."""
         with self._looks.joined(watcher):

@@ -74,7 +74,7 @@ setup() {
 @test "an error is counted where it was met" {
   failing() { holdoff_error 535193 crm/Accounts 400; }
   run -0 with_lease "$TOKEN" failing
-  until holdoff budget list "${TOKEN%/tokens/*}" | grep -q crm/accounts; do sleep 0.05; done
+  until holdoff budget list "${TOKEN%/tokens/*}" | grep -q crm/Accounts; do sleep 0.05; done
 }
 
 @test "mistakes are told with their remedy" {

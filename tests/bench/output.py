@@ -1,4 +1,4 @@
-"""What it costs that a command's output passes through the wrapper, beside a direct connection.
+"""What it costs that a command's output passes through the wrapper, and that it is searched.
 
 Prints numbers with the machine's facts; asserts nothing. Run it with `make bench`.
 """
@@ -15,6 +15,9 @@ from typing import Any
 
 from holdoff._output import Passage
 from holdoff._process import Guard, which
+from holdoff._recognise import OutputRecogniser
+from holdoff.policies import presets
+from holdoff_coordinator.policies import policy_message
 
 RUNS = 7
 MEGABYTES = 200
@@ -24,6 +27,12 @@ MIB = 1 << 20
 COMMANDS = {
     "zeroes in writes of 64 KiB": f"dd if=/dev/zero bs=64k count={MEGABYTES * 16} status=none",
     "text in writes of 8 KiB": f"yes 'a line as a job may print it' | head -c {MEGABYTES}M",
+}
+LINES = {
+    "a line without interest": b"a line as a job may print it\n",
+    "a line with a call": b"GET https://start.exactonline.nl/api/v1/535193/crm/Accounts 200\n",
+    "an error and its URL": b"The remote server returned an error: (404) Not Found.\n"
+    b"https://start.exactonline.nl/api/v1/535193/crm/Accounts\n",
 }
 
 
@@ -80,6 +89,19 @@ def round_trip_us(how: str) -> float:
         return statistics.median(took)
 
 
+def searched_mib_per_second(line: bytes) -> float:
+    """Search a MiB of lines for errors, in the chunks in which output comes; the best of some."""
+    chunk = line * (65_536 // len(line))
+    recogniser = OutputRecogniser(policy_message(presets()["exact-online"]))
+    took = []
+    for _ in range(RUNS):
+        began = time.process_time()
+        for _ in range(16):
+            recogniser.feed(chunk)
+        took.append(time.process_time() - began)
+    return 16 * len(chunk) / MIB / min(took)
+
+
 def main() -> None:
     """Measure both by turns, so that noise meets both."""
     say = sys.stdout.write
@@ -95,6 +117,8 @@ def main() -> None:
             f"under a guard {MEGABYTES / direct:.0f} MiB/s, "
             f"passed on {MEGABYTES / passed:.0f} MiB/s, ratio to bare {bare / passed:.2f}\n"
         )
+    for name, line in LINES.items():
+        say(f"{name}, repeated: searched at {searched_mib_per_second(line):.0f} MiB/s\n")
     bare, passed = round_trip_us("bare"), round_trip_us("passage")
     say(f"round trip of a line through cat: bare {bare:.0f} us, passed on {passed:.0f} us\n")
 

@@ -58,7 +58,7 @@ def test_a_budget_from_its_first_error_to_its_reset(budgets: Service, token: str
     [spent] = budgets.json("budget", "list", token, "--state", "spent")["budgets"]
     assert (spent["used"], spent["most"], spent["room"]) == ("3", "4", "0")
     table = budgets.invoke("budget", "list", app).stdout
-    for words in ("errors", "spent", "3/4", "535193", "crm/accounts()", spent["name"]):
+    for words in ("errors", "spent", "3/4", "535193", "crm/Accounts", spent["name"]):
         assert words in table.splitlines()[1]
     with holdoff.Client(budgets.address) as client:
         with pytest.raises(holdoff.errors.BudgetSpent) as caught:

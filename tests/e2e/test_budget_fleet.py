@@ -96,6 +96,7 @@ class Provider:
 
     def __enter__(self) -> Self:
         command = [str(BIN / "holdoff"), "simulator", "serve", "--time-scale", str(TIME_SCALE)]
+        command += ["--rotation", "reusable"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         match = re.search(r"http://(\S+)", self._process.stdout.readline())
@@ -367,7 +368,7 @@ def test_reports_that_are_retried_count_once(two_replicas: tuple[Service, Servic
     first, second = two_replicas
     token = first.create_token("reported")
     reporters = Reporters(two_replicas, token)
-    expected = Counter((one.scope.division, one.scope.endpoint.lower()) for one in reporters.events)
+    expected = Counter((one.scope.division, one.scope.endpoint) for one in reporters.events)
     told: Counter[budget_pb2.EventOutcome.ValueType] = Counter()
     for turn, victims in enumerate(((first, second), (first,), (second,))):
         told.update(reporters.report(turn, victims))

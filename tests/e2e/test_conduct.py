@@ -112,7 +112,7 @@ class App:
 
     def spend(self, token: str) -> None:
         """Report errors at the endpoint that `CRM` declares, as many as it has room for."""
-        self.client.record_error(token, division="1", endpoint="crm/accounts", count=8)
+        self.client.record_error(token, division="1", endpoint="crm/Accounts", count=8)
 
     def used(self) -> int:
         """Return how many errors are counted."""
@@ -211,7 +211,7 @@ def test_a_paused_holder_says_why_and_for_how_long(app: App) -> None:
     wait_until(lambda: run.puppet.is_stopped)
     paused = lease_pb2.HOLDER_ACTIVITY_PAUSED
     wait_until(lambda: [one.activity for one in app.client.list_leases(token)] == [paused], 30)
-    why = f"the budget 'errors' of {token} division 1 crm/accounts is spent"
+    why = f"the budget 'errors' of {token} division 1 crm/Accounts is spent"
     wait_until(lambda: [one.activity_message for one in app.client.list_leases(token)] == [why], 30)
     app.client.reset_budget(next(app.client.list_budgets(app.name)).name, "test")
     wait_until(lambda: not run.puppet.is_stopped)
@@ -344,7 +344,7 @@ def test_paused_by_its_own_count_while_the_coordinator_is_away(app: App, killed:
     code, _, stderr = run.wait()
     assert code == 0
     assert f"the budget 'errors' of {app.name}" in stderr
-    assert "division 1 crm/accounts is spent: the command is paused" in stderr
+    assert "division 1 crm/Accounts is spent: the command is paused" in stderr
     assert run.account()["errors_seen"] == 8
     assert app.used() == 0
 
@@ -429,6 +429,22 @@ def test_of_log_and_output_one_is_counted(app: App, tmp_path: Path) -> None:
     assert app.used() == 1
 
 
+def test_of_two_streams_one_is_counted(app: App) -> None:
+    """An error on stdout and stderr counts once, and two on one of them count twice.
+
+    Fails when each stream is counted for itself.
+    """
+    run = app.start(app.token())
+    twice = f"{ERROR}\n{ERROR}"
+    run.puppet.do(f"say({twice!r})\nprint({twice!r}, file=sys.stderr)")
+    run.puppet.end()
+    code, stdout, stderr = run.wait()
+    assert (code, stdout) == (0, f"{twice}\n")
+    assert stderr.count(ERROR) == 2
+    assert run.account()["errors_seen"] == 2
+    assert app.used() == 2
+
+
 def test_output_that_is_not_to_be_read_is_not(app: App) -> None:
     """Nothing is counted, nobody is paused, and the output is there.
 
@@ -480,13 +496,13 @@ def test_now_or_not_at_all_says_what_is_spent(app: App) -> None:
     refused = app.start(token, "--no-wait", *CRM, "--", "true")
     code, _, stderr = refused.wait()
     assert code == 75
-    assert "crm/accounts" in stderr
+    assert "crm/Accounts" in stderr
     assert "division 1" in stderr
     assert re.search("earliest start in (59m|1h)", stderr), stderr
     assert f"holdoff explain {token}" in stderr
     account = refused.account()
     assert account["outcome"] == "not_granted"
-    assert "crm/accounts" in account["reason"]
+    assert "crm/Accounts" in account["reason"]
     elsewhere = app.start(token, "--no-wait", *CRM[:3], "crm/Contacts", "--", "true")
     assert elsewhere.wait()[0] == 0
 
@@ -505,7 +521,7 @@ def test_a_run_that_waits_says_why(app: App) -> None:
     assert code == 0
     # The first of them came while the token was held.
     waiting = [line for line in stderr.splitlines() if "is spent" in line][-1]
-    for words in ("waiting for", "position 1 of 1", "crm/accounts is spent", "earliest start in"):
+    for words in ("waiting for", "position 1 of 1", "crm/Accounts is spent", "earliest start in"):
         assert words in waiting, stderr
     assert f"holdoff explain {token}" in waiting
     assert waited.account()["waited_seconds"] > 0.5
@@ -525,7 +541,7 @@ def test_what_is_not_declared_is_where_the_job_erred(app: App) -> None:
     refused = app.start(token, "--job", "buggy", "--wait", "1s", "--", "true")
     code, _, stderr = refused.wait()
     assert code == 75
-    assert "crm/accounts" in stderr
+    assert "crm/Accounts" in stderr
     assert app.start(token, "--job", "healthy", "--no-wait", "--", "true").wait()[0] == 0
 
 

@@ -239,3 +239,42 @@ def test_every_question_is_in_the_contents() -> None:
     for text, anchor in links:
         assert anchor == re.sub(r"[^\w -]", "", text).lower().replace(" ", "-")
     assert [text for text, body in zip(headings, sections, strict=True) if "\n$ " not in body] == []
+
+
+def test_budgets_show_the_providers_spelling(story: tuple[Replica, datetime]) -> None:
+    """An endpoint is shown as it was spelled first, whatever the case of later calls and filters.
+
+    Fails when another spelling opens a budget of its own, is shown, or finds nothing.
+    """
+    replica, _ = story
+
+    def ask_for(method: str, request: dict[str, Any]) -> dict[str, Any]:
+        command = [str(BIN / "grpcurl"), "-plaintext", "-d", json.dumps(request), replica.address]
+        asked = subprocess.run(
+            [*command, f"holdoff.v1.{method}"], capture_output=True, check=True, timeout=40
+        )
+        found: dict[str, Any] = json.loads(asked.stdout)
+        return found
+
+    url = "https://start.exactonline.nl/api/v1/535193/CRM/accounts(guid'7-8')?$select=ID"
+    event = {
+        "id": "5e1d7a90-3c4b-4b8f-9d2e-6a7f8c9b0d1e",
+        "kind": "EVENT_KIND_ERROR",
+        "scope": {"token": FINANCE, "endpoint": url},
+        "status": 404,
+    }
+    ask_for("BudgetService/RecordEvents", {"events": [event]})
+    for spelled in ("crm/Accounts", "CRM/accounts", "crm%2FACCOUNTS/"):
+        where = {"token": FINANCE, "division": "535193", "endpoint": spelled}
+        [budget] = ask_for("BudgetService/ListBudgets", {"scope": where})["budgets"]
+        assert (budget["scope"]["endpoint"], budget["used"]) == ("crm/Accounts", "9")
+        explained = ask_for("BudgetService/Explain", {"scope": where})
+        assert "division 535193 crm/Accounts must wait" in explained["message"]
+        shown = {one["scope"]["endpoint"] for one in explained["errors"]}
+        assert (shown, len(explained["errors"])) == ({"crm/Accounts"}, 2)
+    [back_off] = ask_for("BudgetService/ListBackOffs", {})["back_offs"]
+    assert back_off["scope"]["endpoint"] == "crm/Accounts"
+    [began] = ask_for("AdminService/ListAuditEvents", {"kinds": ["AUDIT_KIND_BACK_OFF_BEGAN"]})[
+        "events"
+    ]
+    assert "crm/Accounts is spent" in began["reason"]

@@ -44,6 +44,8 @@ client_secret = "s"
 user = "u"
 refresh_token = "r"
 divisions = [1, 2]
+expired_divisions = [2]
+scopes = ["crm.accounts", "sales.orders:read"]
 """
 KEY = b"# created: 2026-11-30T12:00:00Z\na2tra2tra2tra2tra2tra2tra2tra2tra2tra2tra2s=\n"
 TOML = [

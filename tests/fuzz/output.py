@@ -55,6 +55,12 @@ LINES = [
     b"itgenoda219: the request failed in partition Example (535193)'",
     b"https://start.exactonline.nl/api/v1/535193/crm/Accounts?$select=ID",
     b"\x1b[32mprogress 10%\x1b[0m\rprogress 20%\r",
+    *(
+        b"   at System.Net.HttpWebRequest.GetResponse()",
+        b" ---> The remote server returned an error: (401)",
+    ),
+    b'Error 400: {"error":"access_denied","error_description":"access_token not expired"}',
+    b"Client error: `GET https://start.exactonline.nl/api/v1/1/a` resulted in a `404 Not Found`",
     *(b"", b"some other line", b"x" * 17_000),
 ]
 ANSWERS = [

@@ -37,6 +37,7 @@ TARGETS = {
     "answers": "tests.fuzz.output",
     "texts": "tests.fuzz.texts",
     "simulator": "tests.fuzz.simulator",
+    "simulator-api": "tests.fuzz.simulator_api",
     "commands": "tests.fuzz.commands",
 }
 """Targets, and the modules that have them in a dictionary `TARGETS`."""

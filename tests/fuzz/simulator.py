@@ -32,6 +32,10 @@ _FORM = (
     f"grant_type=refresh_token&client_id={SEED.client_id}&client_secret={SEED.client_secret}"
     f"&refresh_token={SEED.refresh_token}"
 ).encode()
+_AUTHORIZE = (
+    f"client_id={SEED.client_id}&redirect_uri=http%3A%2F%2Fa%2Fb&response_type=code&state=1"
+    f"&user={SEED.user}&code_challenge={'c' * 43}&code_challenge_method=S256"
+).encode()
 _FAULT = b'{"fault": "error", "count": 2, "status": 503}'
 _PARTS = (
     b'--x\r\nContent-Disposition: form-data; name="grant_type"\r\n\r\nrefresh_token\r\n'
@@ -51,12 +55,24 @@ VALID = [
     _request(
         b"GET /api/v1/535193/crm/Accounts?$filter=Code%20eq%20'1'", b"", b"Authorization: Bearer x"
     ),
+    _request(b"GET /api/oauth2/auth?" + _AUTHORIZE),
     _request(b"GET /api/v1/current/Me", b"", b"Authorization: Bearer x"),
+    _request(b"HEAD /api/v1/535193//CRM/Accounts/$count", b"", b"Accept: application/json"),
+    _request(b"POST /api/v1/535193/crm/Accounts", b'{"a": 1}', b"Content-Type: application/json"),
+    _request(b"PUT /api/v1/535193/crm/Accounts(guid'1')", b"{}", b"Authorization: Bearer x"),
+    _request(b"DELETE /api/v1/beta/535193/crm/Accounts(guid'1')", b"", b"Authorization: Bearer x"),
+    _request(b"GET /docs/XMLDownload.aspx?Topic=Items&_Division_=535193&TSPaging=0x1"),
+    _request(b"POST /docs/XMLUpload.aspx?Topic=Items", b"<eExact/>", b"Content-Type: text/xml"),
     *(_request(b"GET /_simulator/" + path) for path in (b"report", b"seed", b"faults")),
     _request(b"POST /_simulator/faults", _FAULT, b"Content-Type: application/json"),
     _request(b"DELETE /_simulator/faults"),
+    _request(
+        b"POST /_simulator/clock", b'{"advance_seconds": 575}', b"Content-Type: application/json"
+    ),
 ]
 WORDS = [
+    *(b"response_type=token", b"grant_type=authorization_code", b"code=", b"redirect_uri=x:"),
+    *(b"Authorization: Basic ", b"Authorization: Basic YTpi\r\n", b"=&", b"code_verifier=a"),
     *(b"\r\n", b"\n", b"\r", b"\0", b"\xff", b"\xc3", b" ", b"%", b"%00", b"%ff", b"%2e%2e/", b"&"),
     *(b"Content-Length: 5\r\n", b"Content-Length: -1\r\n", b"Transfer-Encoding: chunked\r\n"),
     *(b"0\r\n\r\n", b"ffffffffffffffff\r\n", b"Expect: 100-continue\r\n", b"Upgrade: x\r\n"),

@@ -11,8 +11,8 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from holdoff._endpoint import Endpoint
-from holdoff._places import MOST_ENDPOINT_CHARACTERS, find_place, normal_endpoint
-from holdoff._text import described, printable, quoted, without_secrets
+from holdoff._places import MOST_ENDPOINT_CHARACTERS, find_place, folded, normal_endpoint
+from holdoff._text import described, printable, quoted, to_report, without_secrets
 from holdoff.durations import format_duration, parse_duration
 from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
 from holdoff.policies import presets
@@ -108,14 +108,16 @@ def coordinators(text: str) -> None:
 
 
 def places(text: str) -> None:
-    """Check that the normal form of an endpoint is short, and its own normal form."""
+    """Check that the normal form of an endpoint is short, printable, and its own normal form."""
     normal = normal_endpoint(text)
     assert len(normal) <= MOST_ENDPOINT_CHARACTERS
+    assert normal.isprintable()
     assert normal_endpoint(normal) == normal
+    assert folded(normal_endpoint(folded(normal))) == folded(normal)
     for policy in presets().values():
         division, endpoint = policy.place(text)
         assert normal_endpoint(endpoint) == endpoint
-        assert len(division) <= len(text)
+        assert len(division) <= validation.MOST_DIVISION_CHARACTERS
     assert find_place("", text)[0] == ""
 
 
@@ -134,7 +136,9 @@ def shown(text: str) -> None:
     assert printable(printable(text)) == printable(text)
     assert len(described(text, 100)) <= 100
     password = re.sub("[/?#]", "", text)
-    assert without_secrets(f"https://user:{password}@host/path?{text}") == "https://host/path"
+    url = f"https://user:{password}@host/path?{text}"
+    assert without_secrets(url) == "https://host/path"
+    assert re.fullmatch(r"(?i)https://host/path(\?_?division_?=[0-9]{1,20})?", to_report(url))
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def test_errors_count_and_quiet_the_holder(replica: Replica) -> None:
         wait_until(lambda: not lease.wait_while_quiet(0))
         [budget] = client.list_budgets(token.partition("/tokens/")[0])
         assert (budget.used, budget.scope.division) == (8, "535193")
-        assert budget.scope.endpoint == "crm/accounts()"
+        assert budget.scope.endpoint == "crm/Accounts"
         [error, *_] = client.explain(token).errors
         assert (error.status, error.holder.job) == (404, "sync")
         assert "secret" not in str(client.explain(token))

@@ -149,11 +149,28 @@ def test_an_error_is_counted_once(client: holdoff.Client, token: str) -> None:
     assert client.record_error(token, endpoint=ACCOUNTS, status=500) == NOT_LIMITED
     assert client.record_error(token, endpoint="crm/Accounts", division="535193") == COUNTED
     [budget] = client.list_budgets(token.partition("/tokens/")[0])
-    assert (budget.used, budget.scope.endpoint) == (3, "crm/accounts")
+    assert (budget.used, budget.scope.endpoint) == (3, "crm/Accounts")
     assert client.get_budget(budget.name).used == 3
     assert client.reset_budget(budget.name, "mended").used == 0
     with pytest.raises(errors.BudgetNotFound):
         client.get_budget(f"{budget.name}-x")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/docs/XMLUpload.aspx?Topic=Items&_Division_=535193",
+        "https://start.exactonline.nl/docs/xmlupload.aspx?division=535193&sig=sw0rdf1sh#x",
+    ],
+)
+def test_the_division_of_a_query_is_reported(client: holdoff.Client, token: str, url: str) -> None:
+    """Calls of the XML API name it there alone. Fails when a client sends no part of the query."""
+    assert client.record_error(token, endpoint=url, status=400) == COUNTED
+    [budget] = client.list_budgets(token.partition("/tokens/")[0])
+    assert (budget.scope.division, budget.scope.endpoint.lower()) == (
+        "535193",
+        "docs/xmlupload.aspx",
+    )
 
 
 def test_budgets_are_listed_by_what_they_are_about(client: holdoff.Client, token: str) -> None:
@@ -172,7 +189,7 @@ def test_budgets_are_listed_by_what_they_are_about(client: holdoff.Client, token
     client.record_events(events[100:])
     listed = list(client.list_budgets(app))
     assert len({budget.name for budget in listed}) == 105
-    assert listed[0].scope.endpoint == "crm/e7"
+    assert listed[0].scope.endpoint == "crm/E7"
     assert [b.name for b in client.list_budgets(app, state="spent")] == [listed[0].name]
     assert [b.name for b in client.list_budgets(endpoint="CRM/E7", token=token)] == [listed[0].name]
     assert len(list(client.list_budgets(app, division="0"))) == 53

@@ -159,7 +159,7 @@ def test_an_event_counts_once(budgets: Budgets) -> None:
     budget = budgets.errors()
     assert (budget.used, budget.room, budget.state) == (2, 6, budget_pb2.BUDGET_STATE_OPEN)
     assert budget.scope.division == "535193"
-    assert budget.scope.endpoint == "crm/accounts"
+    assert budget.scope.endpoint == "crm/Accounts"
     assert budget.scope.token == budgets.token
 
 
@@ -390,4 +390,4 @@ def test_errors_are_kept_for_people(budgets: Budgets, store: redis.Redis) -> Non
     app = budgets.token.split("/")[1]
     [(_, kept)] = cast("Any", store.xrange(f"holdoff:{{{app}}}:errors:t"))
     shown = json.loads(kept[b"event"])
-    assert (shown["job"], shown["status"], shown["endpoint"]) == ("nightly", 400, "crm/accounts")
+    assert (shown["job"], shown["status"], shown["endpoint"]) == ("nightly", 400, "crm/Accounts")

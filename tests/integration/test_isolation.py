@@ -532,7 +532,7 @@ def test_the_wrapper_proves_its_lease(app: App, guarded: Replica, tmp_path: Path
         reporter = Reporter(client.record_events, Spool(tmp_path / "spool"))
         conduct = Conduct(reporter, app.a, "nightly", "finish", print)
         conduct._lease = lease
-        conduct._report([SeenBlock(403)])
+        conduct._report("stdout", [SeenBlock(403)])
         assert reporter.close(30) == 0
         assert 200 < waits(app.on_b, app.b) <= 300
 

@@ -24,12 +24,14 @@ def shard(token: str) -> str:
 def make_old(
     store: redis.Redis, token: str, request: lease_service_pb2.AcquireLeaseRequest
 ) -> None:
-    """Take away what schema 1 did not have."""
+    """Take away what schema 1 did not have, at once: a sweep may upgrade at any time."""
     key = shard(token)
-    store.hdel(key, "schema", "changes")
-    store.delete(f"{key}:changes", f"{key}:history:t")
-    store.hdel(f"{key}:token:t", "cooling")
-    store.hdel(f"{key}:request:{request_hash(request)}", "holder", "queued_us")
+    with store.pipeline() as change:
+        change.hdel(key, "schema", "changes")
+        change.delete(f"{key}:changes", f"{key}:history:t")
+        change.hdel(f"{key}:token:t", "cooling")
+        change.hdel(f"{key}:request:{request_hash(request)}", "holder", "queued_us")
+        change.execute()
 
 
 def test_an_older_release_is_upgraded(replica: Replica, store: redis.Redis) -> None:

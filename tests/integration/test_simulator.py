@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import io
 import json
 import re
 import signal
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +62,7 @@ PART = b'--B\r\nContent-Disposition: form-data; name="grant_type"\r\n\r\nrefresh
         (FORM, b"grant_type=\xff", ""),
         (FORM, b"&a=b" * 300_000, ""),
         (FORM, b"no gzip", "gzip"),
+        ("application/json", b"{}", ""),
         ("multipart/form-data", PART, ""),
         ("multipart/form-data; boundary=C", PART, ""),
         ("multipart/form-data; boundary=B", PART[:50], ""),
@@ -82,6 +85,25 @@ async def test_a_malformed_form_is_answered_with_400(
             assert (await response.json())["error"] == "invalid_request"
         async with http.post(token_url, data=form) as response:
             assert response.status == 200
+
+
+@pytest.mark.parametrize("way", ["basic", "body", "query", "multipart", "charset"])
+async def test_ways_to_send_a_token_request(http: aiohttp.ClientSession, way: str) -> None:
+    """The credentials come by Basic, in the body or in the query; the body is any kind of form."""
+    async with serving() as url:
+        token_url, form = await grant(http, url)
+        more: dict[str, Any] = {"data": form}
+        if way == "basic":
+            header = aiohttp.encode_basic_auth(form.pop("client_id"), form.pop("client_secret"))
+            more["headers"] = {"Authorization": header}
+        elif way == "query":
+            more = {"params": form}
+        elif way == "multipart":
+            more["data"] = aiohttp.FormData(form, default_to_multipart=True)
+        elif way == "charset":
+            more["headers"] = {"Content-Type": "Application/X-WWW-Form-Urlencoded; charset=UTF-8"}
+        async with http.post(token_url, **more) as response:
+            assert response.status == 200, await response.text()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +131,7 @@ async def test_a_job_refreshes_calls_and_is_told_off(http: aiohttp.ClientSession
 
     Fails when the server forgets to report that an answer left.
     """
-    async with serving(rotation=Rotation.REUSE) as url:
+    async with serving(rotation=Rotation.REUSABLE) as url:
         token_url, form = await grant(http, url)
         async with http.post(token_url, data=form) as response:
             assert response.status == 200
@@ -130,7 +152,9 @@ async def test_a_job_refreshes_calls_and_is_told_off(http: aiohttp.ClientSession
 
         async with http.post(token_url, data=form) as response:
             assert response.status == 400
-            assert response.headers["Reason"].startswith("TooEarlyToRefreshTokens")
+            assert response.headers["Reason"] == (
+                "TooEarlyToRefreshTokens: Rate limit exceeded: access_token not expired"
+            )
             assert await response.text() == (
                 '{"error":"access_denied",'
                 '"error_description":"Rate limit exceeded: access_token not expired"}'
@@ -142,6 +166,9 @@ async def test_a_job_refreshes_calls_and_is_told_off(http: aiohttp.ClientSession
     assert violation["rule"] == Rule.REFRESH_INTERVAL
     assert violation["agent"] == "job/test/a/1"
     assert violation["user"] == "finance@example.com"
+    assert violation["call"] == 5
+    assert (violation["method"], violation["path"]) == ("POST", "/api/oauth2/token")
+    assert violation["status"] == 400
     assert report["token_requests"]["accepted"] == 1
     [first, second] = report["token_requests"]["requests"]
     assert first["gap_seconds"] is None
@@ -156,12 +183,48 @@ async def test_a_job_refreshes_calls_and_is_told_off(http: aiohttp.ClientSession
         assert secret not in text
 
 
+async def test_an_app_is_allowed_in_a_browser(http: aiohttp.ClientSession) -> None:
+    """The page's first link redirects with a code, which the token endpoint exchanges."""
+    async with serving() as url:
+        token_url, form = await grant(http, url)
+        callback = "http://127.0.0.1:1/callback"
+        ask = {
+            "client_id": form["client_id"],
+            "redirect_uri": callback,
+            "response_type": "code",
+            "state": "x",
+        }
+        async with http.get(f"{url}/api/oauth2/auth", params=ask) as response:
+            assert response.content_type == "text/html"
+            link = re.search(r'href="([^"]+)"', await response.text())
+        assert link
+        address = f"{url}/api/oauth2/auth{html.unescape(link[1])}"
+        async with http.get(address, allow_redirects=False) as response:
+            assert response.status == 302
+            location = response.headers["Location"]
+        assert location.startswith(f"{callback}?code=")
+        code = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(location).query))["code"]
+        data = {
+            "grant_type": "authorization_code",
+            "code": code,
+            "redirect_uri": callback,
+            "client_id": form["client_id"],
+            "client_secret": form["client_secret"],
+        }
+        async with http.post(token_url, data=data) as response:
+            assert response.status == 200
+            assert "refresh_token" in await response.json()
+        async with http.post(token_url, data=form) as response:
+            assert response.status == 400
+            assert "Reason" in response.headers
+
+
 async def test_scaled_time_lets_a_refresh_through_sooner(http: aiohttp.ClientSession) -> None:
     """At 600 times the speed the interval of 570 s is over within a second or so.
 
     Fails when the rules are asked with unscaled time.
     """
-    async with serving(time_scale=600) as url:
+    async with serving(time_scale=600, rotation=Rotation.REUSABLE) as url:
         token_url, form = await grant(http, url)
 
         async def status() -> int:
@@ -177,7 +240,7 @@ async def test_scaled_time_lets_a_refresh_through_sooner(http: aiohttp.ClientSes
 
 async def test_concurrent_refreshes_give_one_token(http: aiohttp.ClientSession) -> None:
     """Of twenty refreshes at once one gets a token, and the eleventh refusal blocks the key."""
-    async with serving(rotation=Rotation.STRICT) as url:
+    async with serving(rotation=Rotation.SINGLE_USE) as url:
         token_url, form = await grant(http, url)
 
         async def status() -> int:

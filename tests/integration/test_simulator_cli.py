@@ -90,6 +90,9 @@ async def test_report_is_a_table() -> None:
     assert ["job/good", "1", "1", "0", "0", "0", "0", "0", "0"] in lines
     assert ["job/guilty", "11", "0", "0", "0", "11", "0", "0", "12"] in lines
     assert ["job/late", "1", "0", "0", "0", "0", "1", "0", "0"] in lines
+    request = ["POST", "/api/oauth2/token", "400", f"{SEED.user}/oauth2/token"]
+    [last] = [line for line in lines if line[3:5] == ["error_limit", "job/guilty"]]
+    assert (last[0], last[5:9]) == ("12", request)
     blocked = f"{SEED.user}/oauth2/token"
     assert [SEED.client_id] in [line[:1] for line in lines if line[-1:] == [blocked]]
 
@@ -143,11 +146,19 @@ async def test_fault_from_the_command_line() -> None:
     assert ["error", "1"] in [line.split() for line in report.stdout.splitlines()]
 
 
+async def test_fields_that_a_partial_answer_lacks() -> None:
+    """Each `--without` names a field; the list of pending faults shows them."""
+    async with serving() as url:
+        fields = ("--without", "access_token", "--without", "expires_in")
+        asked = await aside("fault", url, "partial-answer", *fields)
+        assert "access_token, expires_in" in asked.stdout
+
+
 async def test_wrong_faults_are_refused() -> None:
     """What the simulator refuses is a usage error with its words; so is what contradicts itself."""
     async with serving() as url:
         for arguments, says in (
-            (["reset", "--seconds", "3"], "seconds: reset takes no time; hang, slow-body do"),
+            (["reset", "--seconds", "3"], "seconds: reset has none; hang, slow-body"),
             (["error", "--path", "/x"], "path: expected a beginning such as /api/oauth2/token"),
             (["rest"], "'rest'"),
             (["--count", "3"], "--count needs a KIND"),
@@ -241,11 +252,16 @@ def test_wrong_options_of_serve(tmp_path: Path) -> None:
     file.write_text('[[seeds]]\nclient_id = "app"\n')
     missing = tmp_path / "missing"
     for arguments, says in (
-        (["--switch", "error-windows=sliding"], "none of the switches error-window, old-token"),
+        (["--switch", "error-windows=sliding"], "none of the switches error-window, used-at"),
         (["--switch", "error-window=hour"], "error-window is one of sliding, clock-hour"),
         (["--seed-file", str(file)], f"{file}: seeds[0].client_secret: expected a text"),
         (["--seed-file", str(missing)], f"{missing}: No such file or directory"),
         (["--apps", "0"], "--apps"),
+        (["--rotation", "reuse"], "'reuse' is now 'reusable'"),
+        (["--rotation", "strict"], "'strict' is now 'single-use'"),
+        (["--rotation", "once"], "'reusable', 'until-used', 'grace', 'single-use'"),
+        (["--switch", "old-token-dies=issue"], "--rotation single-use"),
+        (["--grace", "60"], "--grace belongs to --rotation grace"),
         (["--listen", "nowhere"], "--listen"),
     ):
         result = holdoff("serve", *arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import json
 import time
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -194,7 +195,7 @@ async def test_lost_answer() -> None:
 
     Fails when the request is not acted on, or the client blamed for the old token.
     """
-    async with a_job(rotation=Rotation.STRICT) as job:
+    async with a_job(rotation=Rotation.SINGLE_USE) as job:
         await job.ask_for(fault="lost-answer")
         with was_reset():
             await job.refresh()
@@ -215,6 +216,100 @@ async def test_lost_answer_of_the_api() -> None:
             await job.http.get(f"{job.url}/api/v1/535193/crm/Accounts")
         report = await job.report()
     assert report["api_calls"]["by_status"] == {"401": 1}
+
+
+async def issued(job: Job) -> bool:
+    """Whether the first request got a token from the provider, seen from the next ones."""
+    statuses = [(await job.refresh())[0] for _ in range(2)]
+    report = await job.report()
+    return statuses == [401, 401] and report["token_requests"]["accepted"] == 1
+
+
+async def test_hung_answer() -> None:
+    """The token is issued, and its client gets nothing until the connection ends.
+
+    Fails when the hang delays the start of the interval.
+    """
+    async with a_job(time_scale=100, rotation=Rotation.SINGLE_USE) as job:
+        await job.ask_for(fault="hung-answer", seconds=30)
+        began = time.monotonic()
+        with was_reset():
+            await job.refresh()
+        assert time.monotonic() - began >= 0.3
+        assert await issued(job)
+        [first, *_] = (await job.report())["token_requests"]["requests"]
+        assert (first["fault"], first["status"]) == ("hung-answer", 200)
+        gap = (await job.report())["token_requests"]["requests"][1]["gap_seconds"]
+        assert gap >= 30
+
+
+async def test_error_answer() -> None:
+    """The token is issued, and its client gets a 5xx."""
+    async with a_job(rotation=Rotation.SINGLE_USE) as job:
+        await job.ask_for(fault="error-answer", status=502)
+        assert await job.refresh() == (502, "injected fault")
+        assert await issued(job)
+
+
+async def test_html_answer() -> None:
+    """The token is issued, and its client gets a page with 200."""
+    async with a_job(rotation=Rotation.SINGLE_USE) as job:
+        await job.ask_for(fault="html-answer")
+        status, text = await job.refresh()
+        assert (status, "<h1>Maintenance" in text) == (200, True)
+        assert await issued(job)
+
+
+async def test_partial_answer() -> None:
+    """The token is issued, and its answer lacks the fields that were named."""
+    async with a_job(rotation=Rotation.SINGLE_USE) as job:
+        await job.ask_for(fault="partial-answer", without=["access_token", "expires_in"])
+        status, text = await job.refresh()
+        assert status == 200
+        assert sorted(json.loads(text)) == ["refresh_token", "token_type"]
+        assert await issued(job)
+
+
+async def test_late_answer() -> None:
+    """The right answer comes after the time asked for, and starts the 570 s."""
+    async with a_job(time_scale=100) as job:
+        await job.ask_for(fault="late-answer", seconds=50)
+        began = time.monotonic()
+        status, text = await job.refresh()
+        assert time.monotonic() - began >= 0.5
+        assert (status, "access_token" in text) == (200, True)
+        assert (await job.refresh())[0] == 400
+        most = (time.monotonic() - began) * 100 - 50
+        gap = (await job.report())["token_requests"]["requests"][1]["gap_seconds"]
+        assert gap <= most + 1
+
+
+async def test_late_answer_that_its_client_does_not_wait_for() -> None:
+    """The token is issued although the client is gone, and it is sent when the time has passed."""
+    async with a_job(time_scale=100) as job:
+        await job.ask_for(fault="late-answer", seconds=50)
+        giving_up = asyncio.ensure_future(job.refresh())
+        async with asyncio.timeout(10):
+            while not (await job.report())["token_requests"]["accepted"]:
+                pass
+            giving_up.cancel()
+            while True:
+                assert (await job.refresh())[0] in (400, 403)
+                if (await job.report())["token_requests"]["requests"][-1]["gap_seconds"]:
+                    break
+                await asyncio.sleep(0.1)
+
+
+async def test_html() -> None:
+    """Any path gets a page with 200 instead of an answer, and the request has no effect."""
+    async with a_job() as job:
+        await job.ask_for(fault="html", count=2)
+        status, text = await job.refresh()
+        assert (status, "<h1>Maintenance" in text) == (200, True)
+        async with job.http.get(f"{job.url}/docs/XMLDownload.aspx") as response:
+            assert (response.status, response.content_type) == (200, "text/html")
+        assert (await job.report())["faults"]["injected"] == {"html": 2}
+        assert (await job.refresh())[0] == 200
 
 
 @pytest.mark.parametrize("body", [b"{", b'{"fault": "reset", "count": -1}', b"\xff"])

@@ -722,9 +722,69 @@ MUTANTS = [
         "tests/unit/test_recognise.py::test_what_only_looks_like_a_marker",
     ),
     Mutant(
-        "the pattern of a key is linear",
-        *(f"{CLIENT}/_places.py", "'[^']*+'|[^()']++)*+", "'(?:[^']|'')*'|[^()'])*"),
-        "tests/unit/test_patterns.py -k _KEY",
+        "dots of a path are followed before a key is cut",
+        f"{CLIENT}/_places.py",
+        '_KEY.split("/".join(_segments(path)), maxsplit=1)[0]',
+        "_KEY.split(path, maxsplit=1)[0]",
+        "tests/unit/test_places.py::test_a_call_is_placed",
+    ),
+    Mutant(
+        "a path is decoded once",
+        *(f"{CLIENT}/_places.py", ' and one != "%"', ""),
+        "tests/unit/test_places.py::test_a_normal_form_stays",
+    ),
+    Mutant(
+        "each token has spellings of its own",
+        *(f"{LUA}/backoffs.lua", "':spellings:' .. token, endpoint", "':spellings:', endpoint"),
+        f"{TESTS}/test_spellings.py::test_a_tokens_spelling_says_nothing_of_another",
+    ),
+    Mutant(
+        "what the store compares has no case",
+        *(f"{COORDINATOR}/places.py", "folded(self.spelled)", "self.spelled"),
+        f"{TESTS}/test_spellings.py",
+    ),
+    Mutant(
+        "endpoints are compared without case",
+        *(f"{CLIENT}/_places.py", "return endpoint.casefold()", "return endpoint"),
+        f"{TESTS}/test_budgets.py::test_one_endpoint_has_one_budget",
+    ),
+    Mutant(
+        "an error that two streams show counts once",
+        *(
+            f"{CLIENT}/cli/_conduct.py",
+            "if not self._duplicates.is_new(source, one, now):",
+            "if 0:",
+        ),
+        "tests/e2e/test_conduct.py::test_of_two_streams_one_is_counted",
+    ),
+    Mutant(
+        "two equal errors of one stream are two",
+        *(f"{CLIENT}/_recognise.py", "source not in one.sources\n                and", ""),
+        "tests/unit/test_recognise.py::test_streams_that_show_the_same_error",
+    ),
+    Mutant(
+        "an endpoint is a path without its host",
+        *(f"{CLIENT}/_recognise.py", "text = without_host(text)", "pass"),
+        "tests/unit/test_recognise.py::test_an_endpoint_is_its_path_alone",
+    ),
+    Mutant(
+        "few lines of a stack trace are passed over",
+        f"{CLIENT}/_recognise.py",
+        "and _FRAME.match(text):\n                    self._frames_left -= 1",
+        "and _FRAME.match(text):\n                    pass",
+        "tests/unit/test_recognise.py::test_a_url_may_follow_a_stack_trace",
+    ),
+    Mutant(
+        "an exception that a logger names after its message is another error",
+        *(f"{CLIENT}/_recognise.py", "if thrown is None or", "if True or"),
+        "tests/corpus",
+    ),
+    Mutant(
+        "a link to help is no error",
+        f"{CLIENT}/policies/exact-online.toml",
+        r"(?:^|[^\w'%/=.-])(?P<code>itgen(?:(?:oda|eor|clr)\d{3}|exl150))(?:[^\w'%/=-]|$)",
+        r"\b(?P<code>itgen(?:(?:oda|eor|clr)\d{3}|exl150))\b",
+        "tests/corpus/test_readings.py -k link",
     ),
     Mutant(
         "a search for fields begins at a word",

@@ -106,7 +106,7 @@ def test_show_tells_the_rules(holdoff: Holdoff) -> None:
         "429: the app + division, as Retry-After or X-RateLimit-Minutely-Reset or",
         "X-RateLimit-Reset says, else for 1m",
         "403, body with",
-        "itgeneor229 = 429, itgeneor429 = 429",
+        "itgeneor228 = 403, itgeneor229 = 429",
         "back-off, a run          is paused",
         "error in output",
         "preset",

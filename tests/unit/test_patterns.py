@@ -24,7 +24,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdoff._patterns import MOST_PATTERN_CHARACTERS, PatternError, compile_pattern, try_compile
-from holdoff._places import normal_endpoint
 from holdoff._recognise import OutputRecogniser
 from holdoff.policies import presets
 from holdoff.v1 import policy_pb2
@@ -411,16 +410,6 @@ def test_the_engine_finds_what_re_finds(text: str) -> None:
         assert engine._end(engine.tree, 0) == (match.end() if match else None)
 
 
-# Keys of OData ----------------------------------------------------------------------------------
-
-
-@given(st.text("(')a/", max_size=40))
-def test_the_linear_pattern_of_a_key_is_equal(text: str) -> None:
-    """It finds the keys that the exponential one found, which read doubled quotes as a pair."""
-    exponential = re.sub(r"\((?:'(?:[^']|'')*'|[^()'])*\)", "()", text)
-    assert normal_endpoint(text) == exponential.strip("/").casefold()
-
-
 # RE2 --------------------------------------------------------------------------------------------
 
 
@@ -432,18 +421,6 @@ def cpu_seconds(work: Callable[[], object]) -> float:
         work()
         found.append(time.thread_time() - began)
     return min(found)
-
-
-def test_an_endpoint_of_quotes_is_normal_at_once() -> None:
-    """Fails when the time doubles with each pair of quotes."""
-    one, two = ("('" + "''" * pairs + "(" for pairs in (10, 20))
-    assert normal_endpoint(two) == two
-    least, most = (
-        cpu_seconds(lambda: normal_endpoint(one)),
-        cpu_seconds(lambda: normal_endpoint(two)),
-    )
-    assert most < 20 * least + 0.01
-    assert normal_endpoint("(" * 100_000) == "(" * 200
 
 
 @pytest.mark.parametrize(

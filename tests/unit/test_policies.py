@@ -1,16 +1,15 @@
-"""Policy files: what they say, how a call is placed, and errors that point at the line."""
+"""Policy files: what they say, and errors that point at the line."""
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from holdoff._places import find_place, normal_endpoint
+from holdoff._places import find_place
 from holdoff.policies import (
     Block,
     PolicyError,
@@ -21,7 +20,7 @@ from holdoff.policies import (
 )
 from holdoff.policies.writing import status_words
 from holdoff.v1 import policy_pb2
-from holdoff_coordinator.policies import policy_message
+from holdoff_coordinator.policies import policy_message, read_policies
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,33 +54,6 @@ def test_presets_of_other_providers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "place"),
-    [
-        ("/api/v1/535193/crm/Accounts", ("535193", "crm/accounts")),
-        (
-            "https://start.exactonline.nl/api/v1/535193/crm/Accounts(guid'1-2')?$filter=a",
-            ("535193", "crm/accounts()"),
-        ),
-        ("/api/v1/1/a/B(Id=1,Name='x(y''z)')/C/", ("1", "a/b()/c")),
-        ("/api/v1/1/read/B?x=/api/v1/2/c", ("1", "read/b")),
-        ("crm/Accounts", ("", "crm/accounts")),
-        ("", ("", "")),
-    ],
-)
-def test_a_call_is_placed(path: str, place: tuple[str, str]) -> None:
-    """One endpoint has one name, however it was called."""
-    assert presets()["exact-online"].place(path) == place
-
-
-@given(st.text())
-def test_a_normal_form_stays(text: str) -> None:
-    """What has its normal form keeps it, and nothing is too long or breaks."""
-    once = normal_endpoint(text)
-    assert normal_endpoint(once) == once
-    assert len(once) <= 200
-
-
-@pytest.mark.parametrize(
     ("right", "wrong", "at", "says"),
     [
         ("most = 10 ", "most = 0 ", "most = 0 ", "limit[0].most: Expected `int` >= 1"),
@@ -101,8 +73,9 @@ def test_a_normal_form_stays(text: str) -> None:
             'name = "errors"\nevent = "token_requests"',
             "limit[1].name: `limit[1].name`: this name is used twice",
         ),
-        ("(?P<endpoint>.+)", "(?P<endpoint>.+", "(?P<endpoint>.+", "not a regular expression"),
-        ("(?P<endpoint>.+)", ".+", "[^/]+)/.+", "needs a group"),
+        ("(?P<endpoint>.*)", "(?P<endpoint>.*", "(?P<endpoint>.*", "not a regular expression"),
+        ("(?P<endpoint>.*)", ".*", "|$))?.*", "needs a group"),
+        ('"_Division_", ', '"", ', '"", "Division', "endpoint.division_query[0]: Expected `str`"),
         ('["app", "token"]', '["token"]', '["token"]', 'must name "app"'),
         ('name = "exact-', 'when_quiet = "rest"\nname = "exact-', '"rest"', "when_quiet: Invalid"),
         # Refreshes, and where they are made.
@@ -125,8 +98,8 @@ def test_a_normal_form_stays(text: str) -> None:
             'grace = "1d"',
             '`grace` belongs to rotation = "grace" or "until-used"',
         ),
-        ('early_margin = "28s"', 'early_margin = "29s"', "early_margin", "must fit into"),
-        ('access_token_life = "600s"', "", "early_margin", "must fit into"),
+        ('early_margin = "28s"', 'early_margin = "29s"', "early_margin", "must not exceed"),
+        ('access_token_life = "600s"', "", "early_margin", "must not exceed"),
         ('idle_life = "30d"', 'idle_life = "0s"', "idle_life", "must be more than 0s: omit it"),
         (
             'idle_life = "30d"',
@@ -141,7 +114,12 @@ def test_a_normal_form_stays(text: str) -> None:
             "client_authentication[1]: ",
         ),
         ('["body", "basic"]', "[]", "client_authentication = []", 'needs "basic", "body"'),
-        ('["body", "basic"]', '["body", "body"]', '["body", "body"]', "must name nothing twice"),
+        (
+            '["body", "basic"]',
+            '["body", "body"]',
+            '["body", "body"]',
+            "must not contain a value twice",
+        ),
         (
             "https://start.exactonline.be/",
             "http://start.exactonline.be/",
@@ -156,7 +134,12 @@ def test_a_normal_form_stays(text: str) -> None:
         ("//start.exactonline.nl/", "//[a/", "//[a/", "`token_urls[0]` must begin with"),
         ("//start.exactonline.nl/", "//a b/", "//a b/", "`token_urls[0]` must begin with"),
         ("nl/api/oauth2/token", "nl/" + "a" * 2_000, "nl/aaa", "oauth.token_urls[0]: Expected"),
-        ('  "start.exactonline.nl",', '  "Start/x",', '"Start/x"', "oauth.hosts[0]: Expected"),
+        (
+            '  "start.exactonline.nl",',
+            '  "Start/x",',
+            '"Start/x"',
+            "oauth.hosts[0]: `hosts[0]` must be a host",
+        ),
         (
             "[endpoint]",
             'authorization_scheme = "a b"\n[endpoint]',
@@ -175,6 +158,7 @@ def test_a_normal_form_stays(text: str) -> None:
             'scope = ["token"]\n[block]',
             'must name "app"',
         ),
+        ("statuses = [400, 401, 403, 404]", "", "[[limit]]", "required with event"),
         ("400, 401, 403", '"4xx", "6xx"', '"4xx", "6xx"', "limit[0].statuses[1]: Invalid"),
         # Throttles.
         ("statuses = [429] ", "", '[[throttle]]\nname = "too-many', "matches everything"),
@@ -201,18 +185,18 @@ def test_a_normal_form_stays(text: str) -> None:
         # Output.
         ("errors = [\n", "failures = [\n", "failures = [", "unknown field `failures`"),
         ("(?P<status>[", "(?P<number>[", "(?P<number>[", "`errors[0]` has an unknown group"),
-        ("(?P<code>itgen", "((?P<code>itgen", "((?P<code>", "`errors[1]` is not a regular"),
+        ("(?P<code>itgen", "((?P<code>itgen", "((?P<code>", "`errors[3]` is not a regular"),
         (
             "  '(?i)[?&]_?",
             "  'a{9999}', '(?i)[?&]_?",
             "a{999",
-            "`places[2]` is not a regular",
+            "`places[4]` is not a regular",
         ),
         (
             "  '(?i)[?&]_?",
             "  '%s', '(?i)[?&]_?" % ("(" * 5000),
             "((((",
-            "`places[2]` is not a regular",
+            "`places[4]` is not a regular",
         ),
         (
             "  '(?i)[?&]_?",
@@ -224,9 +208,9 @@ def test_a_normal_form_stays(text: str) -> None:
         ("blocked\\b'", "blocked\\Z'", "blocked\\Z", "write \\z for the end of the text"),
         ("blocked\\b'", "(?>a)'", "(?>a)", "so it has no atomic groups"),
         ("blocked\\b'", "a++b'", "a++b", "so it has no possessive repeats"),
-        ("  '(?i)[?&]_?", "  '', '(?i)[?&]_?", "  '', ", "`places[2]` matches everything"),
-        ("(?P<url>", "(?P<status>", "(?P<status>https", "`places[0]` needs groups"),
-        ("  '(?i)[?&]_?", "  7, '(?i)[?&]_?", "  7, ", "output.places[2]: Expected `str`"),
+        ("  '(?i)[?&]_?", "  '', '(?i)[?&]_?", "  '', ", "`places[4]` matches everything"),
+        ("'(?i)(?P<url>", "'(?i)(?P<status>", "(?P<status>https", "`places[0]` needs groups"),
+        ("  '(?i)[?&]_?", "  7, '(?i)[?&]_?", "  7, ", "output.places[4]: Expected `str`"),
         ("itgenexl150 = 429", "itgenexl150 = 42", "150 = 42", "output.codes.itgenexl150: "),
         ("itgenexl150 = 429", "'itgenexl150' = '429'", "150' = ", "must be an HTTP status"),
         ("itgenexl150 = 429", "'a b' = 429", "[output.codes]", "letters, digits"),
@@ -273,7 +257,7 @@ def test_rotations(tmp_path: Path, rotation: str, grace: str) -> None:
 
 
 def test_a_class_of_statuses_is_expanded(tmp_path: Path) -> None:
-    """So that those who compare statuses need not know of classes."""
+    """A class of statuses is read as all of its numbers."""
     file = tmp_path / "mine.toml"
     file.write_text(
         'name = "mine"\n[refresh]\ninterval = "0s"\n[[limit]]\nname = "e"\nevent = "errors"\n'
@@ -306,6 +290,20 @@ def test_a_policy_like_a_preset(tmp_path: Path) -> None:
     }
     assert [one.name for one in mine.throttle] == ["new", *(one.name for one in exact.throttle)]
     assert presets()["exact-online"] == exact
+
+
+def test_a_policy_like_a_preset_adds_codes(tmp_path: Path) -> None:
+    """It changes single codes and adds others; the rest is the preset's."""
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'like = "exact-online"\nname = "mine"\n[output.codes]\nnew = 403\nitgenoda494 = 400\n'
+    )
+    exact = presets()["exact-online"].output
+    mine = read_policy(file).output
+    assert exact is not None
+    assert mine is not None
+    assert mine.codes == exact.codes | {"new": 403, "itgenoda494": 400}
+    assert mine.errors == exact.errors
 
 
 def test_a_policy_like_one_that_is_like_another(tmp_path: Path) -> None:
@@ -413,3 +411,10 @@ def test_hostile_bytes(tmp_path: Path) -> None:
     file.write_bytes(EXACT.encode()[:100] + b"\n\n\xff\xfe")
     with pytest.raises(PolicyError, match=r"mine\.toml:\d+: is not UTF-8"):
         read_policy(file)
+
+
+def test_a_pipe_in_the_directory_is_refused(tmp_path: Path) -> None:
+    """Fails when the coordinator opens it: it would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "x.toml")
+    with pytest.raises(PolicyError, match=r"x\.toml:1: this is not a file"):
+        read_policies(tmp_path)

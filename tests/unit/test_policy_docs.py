@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from holdoff import policies
 from holdoff.durations import format_duration
-from holdoff.policies import Policy, Seconds, presets, read_policy
+from holdoff.policies import Policy, PolicyError, Seconds, presets, read_policy
 from holdoff.policies.writing import FIELDS, write_policy
 from holdoff.v1 import policy_pb2
+from holdoff_coordinator.policies import policy_message
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
 TABLES: dict[str, type[msgspec.Struct]] = {
@@ -111,6 +112,16 @@ def test_any_text_is_read_back(text: str) -> None:
     assert all(line.isprintable() for line in written.split("\n"))
     read = tomllib.loads(written)
     assert (read.get("title", ""), read["throttle"][0].get("body", "")) == (text, text)
+
+
+def test_the_error_in_the_document(tmp_path: Path) -> None:
+    """The error that the document shows is that of a printed file with its mistake."""
+    file = tmp_path / "my-provider.toml"
+    written = write_policy(policy_message(presets()["xero"]))
+    file.write_text(written.replace('rotation = "single-use"', 'rotation = "grace"'))
+    with pytest.raises(PolicyError) as error:
+        read_policy(file)
+    assert f"$ holdoff policy check {file.name}\nholdoff: {error.value}\n" in DOCUMENT
 
 
 def test_the_examples_are_read(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Answer:
     seconds: float
     """How long the pause lasts."""
     scope: tuple[str, ...]
-    """Who pauses."""
+    """What pauses."""
     headers: Mapping[str, str] = field(default_factory=dict)
     body: str = ""
 
@@ -305,7 +305,7 @@ ORDINARY = [
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=lambda one: f"{one.preset}-{one.status}")
 def test_a_throttle_is_recognised_from_its_documented_answer(answer: Answer) -> None:
-    """Fails when another throttle fits, it lasts another time, or others pause."""
+    """Fails when another throttle matches, lasts another time, or pauses another scope."""
     policy = presets()[answer.preset]
     found = recognise_answer(
         policy_message(policy),

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdoff._patterns import compile_pattern
-from holdoff._recognise import OutputRecogniser, SeenBlock, SeenError, recognise_answer
+from holdoff._recognise import (
+    MOST_FRAMES,
+    MOST_REMEMBERED,
+    SAME_ERROR_SECONDS,
+    Duplicates,
+    OutputRecogniser,
+    SeenBlock,
+    SeenError,
+    recognise_answer,
+)
 from holdoff.policies import presets
 from holdoff.v1 import policy_pb2
 from holdoff_coordinator.policies import policy_message
@@ -19,7 +28,10 @@ EXACT = policy_message(presets()["exact-online"])
 BAD_REQUEST = "The remote server returned an error: (400) Bad Request."
 DUTCH = "De externe server heeft een fout geretourneerd: (401) Niet gemachtigd."
 XML = "https://start.exactonline.nl/Docs/XMLDownload.aspx"
-ACCOUNTS = "https://start.exactonline.nl/api/v1/535193/crm/Accounts"
+HOST = "https://start.exactonline.nl"
+XML_PATH = "/Docs/XMLDownload.aspx"
+PATH = "/api/v1/535193/crm/Accounts"
+ACCOUNTS = f"{HOST}{PATH}"
 CAPACITY = (
     "Er is geen capaciteit meer beschikbaar voor API-gebruik op partitie 'ACME (NL) (535193)'."
 )
@@ -39,53 +51,62 @@ def seen(
 @pytest.mark.parametrize(
     ("output", "found"),
     [
-        (f"{BAD_REQUEST}\n{ACCOUNTS}?$select=ID\n", [SeenError(400, "535193", ACCOUNTS)]),
-        (f"{BAD_REQUEST}\r\n\r\n{ACCOUNTS}\r\n", [SeenError(400, "535193", ACCOUNTS)]),
-        (f"{BAD_REQUEST} {ACCOUNTS}.", [SeenError(400, "535193", ACCOUNTS)]),
+        (f"{BAD_REQUEST}\n{ACCOUNTS}?$select=ID\n", [SeenError(400, "535193", PATH)]),
+        (f"{BAD_REQUEST}\r\n\r\n{ACCOUNTS}\r\n", [SeenError(400, "535193", PATH)]),
+        (f"{BAD_REQUEST} {ACCOUNTS}.", [SeenError(400, "535193", PATH)]),
+        # Calls whose path has no division.
+        (
+            f"partitie 'ACME (77)'\n{BAD_REQUEST}\n{HOST}/api/v1/current/Me\n",
+            [SeenError(400, "", "/api/v1/current/Me")],
+        ),
+        (
+            f"{BAD_REQUEST}\n{HOST}/docs/XMLUpload.aspx?Topic=Items&_Division_=535193\n",
+            [SeenError(400, "535193", "/docs/XMLUpload.aspx")],
+        ),
         # One error each: a line with both; the code, then the message; the division in between.
-        (f"partitie 'ACME (77)'\nitgenoda494: {BAD_REQUEST}\nno url\n", [SeenError(400, "77", "")]),
-        (f"itgenclr083\n{BAD_REQUEST}\n{ACCOUNTS}\n", [SeenError(400, "535193", ACCOUNTS)]),
-        (f"itgenclr083 {ACCOUNTS}\n{BAD_REQUEST}\nx\n", [SeenError(400, "535193", ACCOUNTS)]),
-        (f"{BAD_REQUEST}\nitgenclr083\n{ACCOUNTS}\n", [SeenError(400, "535193", ACCOUNTS)]),
+        (f"partitie 'ACME (77)'\nitgenoda060: {BAD_REQUEST}\nno url\n", [SeenError(400, "77", "")]),
+        (f"itgenclr083\n{BAD_REQUEST}\n{ACCOUNTS}\n", [SeenError(400, "535193", PATH)]),
+        (f"itgenclr083 {ACCOUNTS}\n{BAD_REQUEST}\nx\n", [SeenError(400, "535193", PATH)]),
+        (f"{BAD_REQUEST}\nitgenclr083\n{ACCOUNTS}\n", [SeenError(400, "535193", PATH)]),
         (
             f"itgeneor429\n{CAPACITY}\n{BAD_REQUEST.replace('(400)', '(429)')}\n",
             [SeenBlock(429, "535193", "", None, "too-many-calls")],
         ),
         (
             f"itgenclr083\n{DUTCH}\n{XML}?Topic=balances&Division=999999\n",
-            [SeenError(401, "999999", XML)],
+            [SeenError(401, "999999", XML_PATH)],
         ),
         # Two errors each.
         (f"{BAD_REQUEST}\n{BAD_REQUEST}\n", [SeenError(400), SeenError(400)]),
         ("itgenclr083\nitgenoda055\n", [SeenError(0), SeenError(408)]),
         (
             f"itgenclr083\n{ACCOUNTS}\n{BAD_REQUEST}\n",
-            [SeenError(0, "535193", ACCOUNTS), SeenError(400, "")],
+            [SeenError(0, "535193", PATH), SeenError(400, "")],
         ),
         # The status of a code; of an unknown one it is not known.
-        (f"itgenoda055\n{ACCOUNTS}\n", [SeenError(408, "535193", ACCOUNTS)]),
+        (f"itgenoda055\n{ACCOUNTS}\n", [SeenError(408, "535193", PATH)]),
         (
             f"Itgenexl150 too many\n{ACCOUNTS}\n",
-            [SeenBlock(429, "535193", ACCOUNTS, None, "too-many-calls")],
+            [SeenBlock(429, "535193", PATH, None, "too-many-calls")],
         ),
-        (f"itgenoda999: new\n{ACCOUNTS}\n", [SeenError(0, "535193", ACCOUNTS)]),
+        (f"itgenoda999: new\n{ACCOUNTS}\n", [SeenError(0, "535193", PATH)]),
         # A place too far away, or no place of a call.
         (f"{BAD_REQUEST}\n" + "line\n" * 5 + ACCOUNTS, [SeenError(400)]),
-        (f"{BAD_REQUEST}\n" + "line\n\n" * 4 + ACCOUNTS, [SeenError(400, "535193", ACCOUNTS)]),
+        (f"{BAD_REQUEST}\n" + "line\n\n" * 4 + ACCOUNTS, [SeenError(400, "535193", PATH)]),
         ("partitie 'A (7)'\n" + "line\n" * 26 + f"{BAD_REQUEST}\n", [SeenError(400)]),
         ("partitie 'A (7)'\n" + "line\n\n" * 20 + f"{BAD_REQUEST}\n", [SeenError(400, "7")]),
         (f"{BAD_REQUEST}\nsee https://forums.invantive.com/t/404\n", [SeenError(400)]),
         # No errors of a call.
         ("(400) Bad Request without more\nitgendhb005: no connection\nrow (400) read", []),
         # Progress, colours, and bytes that are no text.
-        ("10 %\r" * 2000 + f"{BAD_REQUEST}\r{ACCOUNTS}\n", [SeenError(400, "535193", ACCOUNTS)]),
+        ("10 %\r" * 2000 + f"{BAD_REQUEST}\r{ACCOUNTS}\n", [SeenError(400, "535193", PATH)]),
         (
             f"{BAD_REQUEST}\x1b[0m\n\x1b[1m{ACCOUNTS}\x1b[0m\n",
-            [SeenError(400, "535193", ACCOUNTS)],
+            [SeenError(400, "535193", PATH)],
         ),
         (
             b"\xff\xfe\0\n\xc3" + f"{BAD_REQUEST}\0\n{ACCOUNTS}\0".encode() + b"\xff",
-            [SeenError(400, "535193", ACCOUNTS + "\ufffd")],
+            [SeenError(400, "535193", PATH + "\ufffd")],
         ),
     ],
 )
@@ -100,6 +121,10 @@ def test_data_hub(output: str | bytes, found: list[object]) -> None:
 @pytest.mark.parametrize(
     ("line", "found"),
     [
+        (
+            f"HOLDOFF-ERROR endpoint={HOST}/docs/XMLUpload.aspx?Division=7 status=404",
+            SeenError(404, "7", "/docs/XMLUpload.aspx"),
+        ),
         (
             'HOLDOFF-ERROR division=535193 endpoint="crm/A b" status=400 count=3',
             SeenError(400, "535193", "crm/A b", 3),
@@ -185,7 +210,7 @@ def test_no_secret_of_a_url_is_kept() -> None:
     Fails when the URL is kept as it was printed.
     """
     secret = "https://me:hush@start.exactonline.nl/api/v1/1/a?access_token=hush#hush"
-    expected = SeenError(400, "1", "https://start.exactonline.nl/api/v1/1/a")
+    expected = SeenError(400, "1", "/api/v1/1/a")
     assert seen(f"{BAD_REQUEST}\n{secret}\n") == [expected]
     assert "hush" not in repr(seen(f"HOLDOFF-ERROR key={KEY} endpoint={secret}"))
 
@@ -208,6 +233,103 @@ def test_what_is_seen_can_be_reported(text: bytes) -> None:
         assert len(one.endpoint) <= 2000
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        ACCOUNTS,
+        f"https://gateway.local:8377{PATH}",
+        f"HTTP://me:hush@[::1]:8377{PATH}?x=https://a/b#c",
+        PATH,
+    ],
+)
+def test_an_endpoint_is_its_path_alone(url: str) -> None:
+    """A call through a gateway is a call of the same endpoint. Fails when its host is kept."""
+    assert seen(f"HOLDOFF-ERROR key={KEY} endpoint={url}") == [SeenError(0, "535193", PATH)]
+    if url != PATH:
+        assert seen(f"{BAD_REQUEST}\n{url}\n") == [SeenError(400, "535193", PATH)]
+
+
+def test_a_url_may_follow_a_stack_trace() -> None:
+    """So does a division before it. Fails when lines of the trace count, or without a limit."""
+    frame = "   at Name.Of.Method(String url)\n"
+    trace = f"partitie 'A (7)'\n{BAD_REQUEST}\n" + frame * MOST_FRAMES
+    assert seen(f"{trace}{ACCOUNTS}\n") == [SeenError(400, "535193", PATH)]
+    assert seen(f"{trace}text\n") == [SeenError(400, "7")]
+    assert seen(f"{trace}{frame * 5}{ACCOUNTS}\n") == [SeenError(400, "7")]
+
+
+@pytest.mark.parametrize("place", ["", f" {ACCOUNTS}", f"\n{ACCOUNTS}"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        f" ---> System.Net.WebException: {BAD_REQUEST}\n   at A.B()\n",
+        f"   at A.B()\nCaused by: a.b.C: {BAD_REQUEST}\n",
+    ],
+)
+def test_an_inner_exception_is_the_same_error(place: str, more: str) -> None:
+    """Fails when an error counts again with each exception that its trace names."""
+    expected = SeenError(400, "535193", PATH) if place else SeenError(400)
+    assert seen(f"{BAD_REQUEST}{place}\n{more}") == [expected]
+    assert seen(f"{BAD_REQUEST}{place}\n{more}{BAD_REQUEST}\n") == [expected, SeenError(400)]
+    assert seen(f"{BAD_REQUEST}{place}\ntext\n" + "text\n" * 5 + more) == [expected, SeenError(400)]
+
+
+def test_a_token_request_is_of_no_division() -> None:
+    """All that follow each other are in one budget. Fails when it gets the last one's division."""
+    body = '{"error":"unauthorized_client","error_description":"Old refresh token used."}'
+    url = "https://gateway.local/api/oauth2/token"
+    expected = SeenError(400, "", "/api/oauth2/token")
+    for lines in (
+        f"{BAD_REQUEST}\n{url}",
+        f"{BAD_REQUEST} {url}\n{body}",
+        f"{BAD_REQUEST}\n{body}",
+    ):
+        assert seen(f"partitie 'A (7)'\n{lines}\n{ACCOUNTS}\n") == [expected], lines
+    expected = SeenError(401, "", "/api/oauth2/token")
+    assert seen(f"{body}\n{body}\n") == [expected, expected]
+
+
+def test_streams_that_show_the_same_error() -> None:
+    """Each of them shows it once; two equal errors of one stream are two.
+
+    Fails when an error counts once for each stream, or when a stream's own errors are one.
+    """
+    full, short = SeenError(404, "1", "/a"), SeenError(404)
+    duplicates = Duplicates()
+    shown: list[tuple[str, SeenError | SeenBlock, float, bool]] = [
+        *(("log", full, 0, True), ("stdout", short, 1, False), ("stderr", full, 1, False)),
+        *(("log", full, 2, True), ("stdout", full, 2, False), ("stdout", full, 3, True)),
+        *(("log", SeenError(404, "2", "/a"), 3, True), ("stderr", SeenError(400, "1"), 3, True)),
+        *(("log", SeenBlock(429), 4, True), ("stdout", SeenBlock(429), 5, False)),
+        *(("log", SeenError(404, count=2), 5, True), ("stdout", SeenBlock(404), 5, True)),
+    ]
+    for source, one, at, new in shown:
+        assert duplicates.is_new(source, one, at) == new, (source, one, at)
+
+
+def test_errors_at_two_places_are_not_the_same_as_one_without() -> None:
+    """Once another stream says where an error was, a third one's at another place is new."""
+    duplicates = Duplicates()
+    for source, seen, new in [
+        ("stdout", SeenError(404), True),
+        ("stderr", SeenError(404, "1", "/api/v1/1/crm/Accounts"), False),
+        ("log", SeenError(404, "2", "/api/v1/2/crm/Contacts"), True),
+        ("log", SeenError(404, "1", "/api/v1/1/crm/Accounts"), False),
+    ]:
+        assert duplicates.is_new(source, seen, 0) == new, (source, seen)
+
+
+def test_what_streams_show_is_compared_for_a_time() -> None:
+    """Fails when an error that another stream had long ago is lost, or when memory grows."""
+    duplicates = Duplicates()
+    assert duplicates.is_new("log", SeenError(404), 0)
+    assert not duplicates.is_new("stdout", SeenError(404), SAME_ERROR_SECONDS - 0.1)
+    assert duplicates.is_new("stderr", SeenError(404), SAME_ERROR_SECONDS)
+    for number in range(3 * MOST_REMEMBERED):
+        assert duplicates.is_new("log", SeenError(400, str(number)), 20)
+    assert len(duplicates._remembered) == MOST_REMEMBERED
+
+
 def test_markers_need_no_policy() -> None:
     """Fails when only a policy with patterns is looked for anything."""
     line = f"HOLDOFF-ERROR key={KEY} status=500\n"
@@ -227,6 +349,8 @@ LINES = st.lists(
                 "y" * 3_990,
             ),
             *("text\n" * 24, "\n" * 70, BAD_REQUEST.rjust(4_000, "é"), BAD_REQUEST.rjust(4_040)),
+            *(f" ---> {BAD_REQUEST}", f"{BAD_REQUEST} {ACCOUNTS}", "   at A.B()\n" * 30),
+            '{"error":"access_denied","error_description":"access_token not expired"}',
         ]
     ),
     max_size=12,

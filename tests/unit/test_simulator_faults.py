@@ -14,11 +14,21 @@ ACCOUNTS_PATH = "/api/v1/535193/crm/Accounts"
 
 
 def test_a_fault_has_defaults() -> None:
-    """Only the kind has to be told; a lost answer is one of the token endpoint."""
+    """Only the kind is required; a fault of an answer is one of the token endpoint."""
     assert Fault.parse({"fault": "reset"}) == Fault(FaultKind.RESET, "/api/", 1)
     assert Fault.parse({"fault": "error"}) == Fault(FaultKind.ERROR, "/api/", 1, None, 500)
     assert Fault.parse({"fault": "hang"}).seconds
-    assert Fault.parse({"fault": "lost-answer"}).path == TOKEN_PATH
+    for kind in ("lost", "hung", "error", "html", "late", "partial"):
+        assert Fault.parse({"fault": f"{kind}-answer"}).path == TOKEN_PATH
+    assert Fault.parse({"fault": "error-answer"}).status == 500
+    assert Fault.parse({"fault": "partial-answer"}).without == ("access_token",)
+    assert Fault.parse({"fault": "html"}).path == "/"
+
+
+def test_which_faults_are_acted_on() -> None:
+    """Only four kinds prevent the request's effect."""
+    prevented = {kind for kind in FaultKind if not Fault(kind).acted_on}
+    assert prevented == {"error", "hang", "reset", "html"}
 
 
 @pytest.mark.parametrize("kind", FaultKind)
@@ -32,7 +42,7 @@ def test_what_is_listed_can_be_asked_for_again(kind: FaultKind) -> None:
     ("document", "says"),
     [
         ([], "expected a JSON object"),
-        ({}, "fault: expected one of error, hang, reset, slow-body, lost-answer"),
+        ({}, "fault: expected one of error, hang, reset, html, slow-body, late-answer"),
         ({"fault": "rest"}, "fault: expected one of"),
         ({"fault": ["reset"]}, "fault: expected one of"),
         ({"fault": "reset", "times": 3}, "times: unknown; the fields are fault, path, count"),
@@ -40,11 +50,16 @@ def test_what_is_listed_can_be_asked_for_again(kind: FaultKind) -> None:
         ({"fault": "reset", "count": True}, "count: expected"),
         ({"fault": "reset", "path": "/_simulator/report"}, "path: expected"),
         ({"fault": "reset", "path": 1}, "path: expected"),
-        ({"fault": "reset", "seconds": 1}, "seconds: reset takes no time"),
+        ({"fault": "reset", "seconds": 1}, "seconds: reset has none; hang, slow-body"),
         ({"fault": "hang", "seconds": -1}, "seconds: expected"),
         ({"fault": "hang", "seconds": float("inf")}, "seconds: expected"),
         ({"fault": "hang", "seconds": "1"}, "seconds: expected"),
-        ({"fault": "hang", "status": 500}, "status: only error"),
+        ({"fault": "hang", "status": 500}, "status: hang has none; error, error-answer do"),
+        ({"fault": "error-answer", "status": 200}, "status: expected 500 to 599"),
+        ({"fault": "lost-answer", "without": ["a"]}, "without: lost-answer has none"),
+        ({"fault": "partial-answer", "without": "a"}, "without: expected a list of 1 to 10"),
+        ({"fault": "partial-answer", "without": []}, "without: expected a list of 1 to 10"),
+        ({"fault": "partial-answer", "without": [1]}, "without: expected a list of 1 to 10"),
         ({"fault": "error", "status": 404}, "status: expected 500 to 599"),
     ],
 )
@@ -75,6 +90,9 @@ def test_faults_go_to_requests_in_order() -> None:
     assert [fault.get("count") for fault in faults.pending()] == [1, 1, 1]
     assert [taken(ACCOUNTS_PATH) for _ in range(3)] == ["error", "hang", None]
     assert [taken(TOKEN_PATH) for _ in range(2)] == ["reset", None]
+    faults.add(Fault.parse({"fault": "html"}))
+    assert taken("/_simulator/report") is None
+    assert taken("/docs/XMLUpload.aspx") == "html"
     faults.add(Fault.parse({"fault": "reset"}))
     faults.clear()
     assert (taken(TOKEN_PATH), faults.pending()) == (None, [])

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from holdoff.simulator import FaultKind, Provider, Rotation, Rule, Seed, Switches
+from holdoff.simulator import (
+    Fault,
+    FaultKind,
+    Provider,
+    Rotation,
+    Rule,
+    Seed,
+    Switches,
+    accounting,
+)
+from holdoff.simulator.api import Request
 from holdoff.simulator.limits import (
     BLOCK_MS,
     CALLS_PER_DAY,
@@ -24,7 +34,7 @@ from holdoff.simulator.limits import (
     SECOND_MS,
     TOKEN_CALLS_PER_DAY,
 )
-from holdoff.simulator.rules import TokenForm
+from holdoff.simulator.oauth import TokenForm
 
 SEED = Seed()
 START_MS = 20_000 * DAY_MS  # a midnight, so that every window starts full
@@ -32,7 +42,7 @@ ACCOUNTS = "535193/crm/Accounts"
 MISSING = "535193/crm/Nothing"
 
 
-def provider(rotation: Rotation = Rotation.REUSE, *seeds: Seed, **more: Any) -> Provider:
+def provider(rotation: Rotation = Rotation.REUSABLE, *seeds: Seed, **more: Any) -> Provider:
     """Make a provider whose tokens are numbered."""
     numbers = count(1)
     return Provider(
@@ -50,7 +60,7 @@ def form(refresh_token: str = SEED.refresh_token, seed: Seed = SEED) -> TokenFor
 
 
 def refresh(
-    p: Provider, now_ms: int, fields: TokenForm | None = None, fault: FaultKind | None = None
+    p: Provider, now_ms: int, fields: TokenForm | None = None, fault: Fault | None = None
 ) -> Any:
     """Ask for a token, the answer leaving at once."""
     answer = p.token(fields or form(), "job/a", now_ms, fault)
@@ -63,7 +73,15 @@ def bearer(p: Provider, now_ms: int = START_MS, seed: Seed = SEED) -> str:
     return str(refresh(p, now_ms, form(seed.refresh_token, seed)).body["access_token"])
 
 
-def switched(*settings: str, rotation: Rotation = Rotation.REUSE) -> Provider:
+def call(  # noqa: PLR0913, PLR0917 -- what was asked, by whom and when
+    p: Provider, path: str, access: str, agent: str, now_ms: int, odata_filter: str | None = None
+) -> Any:
+    """Call the REST API for an entity."""
+    query = (("$top", "1"), ("$filter", odata_filter or ""))
+    return p.call(Request(f"/api/v1/{path}", access, agent, query), now_ms)
+
+
+def switched(*settings: str, rotation: Rotation = Rotation.REUSABLE) -> Provider:
     """Make a provider with some switches set."""
     return provider(rotation, switches=reduce(Switches.set, settings, Switches()))
 
@@ -72,7 +90,7 @@ def offend(p: Provider, now_ms: int, fields: TokenForm | None = None) -> None:
     """Get a token and make one error more than an hour allows."""
     access = str(refresh(p, now_ms, fields).body["access_token"])
     for _ in range(ERRORS_PER_HOUR + 1):
-        assert p.call(MISSING, None, access, "job/a", now_ms).status == 404
+        assert call(p, MISSING, access, "job/a", now_ms).status == 404
 
 
 def broken(p: Provider) -> dict[str, int]:
@@ -99,7 +117,8 @@ def test_interval_counts_from_the_last_byte() -> None:
             "error_description": "Rate limit exceeded: access_token not expired",
         },
     )
-    assert early.headers["Reason"].startswith("TooEarlyToRefreshTokens")
+    reason = "TooEarlyToRefreshTokens: Rate limit exceeded: access_token not expired"
+    assert early.headers["Reason"] == reason
     assert broken(p) == {Rule.REFRESH_INTERVAL: 1}
     assert refresh(p, sent_ms + 570_000).status == 200
 
@@ -126,35 +145,128 @@ def test_answer_carries_a_new_refresh_token_and_seconds_as_digits() -> None:
     assert answer.body["expires_in"] == "5"
 
 
-def test_reuse_takes_an_old_refresh_token_for_ever() -> None:
-    """Under `reuse` the first refresh token works on, also after months."""
-    p = provider()
-    refresh(p, START_MS)
-    assert refresh(p, START_MS + 90 * DAY_MS).status == 200
+@pytest.mark.parametrize("rotation", [Rotation.NONE, Rotation.REUSABLE])
+def test_rotations_without_an_end(rotation: Rotation) -> None:
+    """Under `none` and `reusable` the first refresh token remains valid, also after months."""
+    p = provider(rotation)
+    for now_ms in (START_MS, START_MS + DAY_MS, START_MS + 90 * DAY_MS):
+        answer = refresh(p, now_ms)
+        assert answer.status == 200
+        assert ("refresh_token" in answer.body) == (rotation is Rotation.REUSABLE)
     assert broken(p) == {}
 
 
-def test_strict_refuses_an_old_refresh_token() -> None:
-    """Under `strict` a used token gets a 401 and is a broken rule, its successor works.
+SECOND_REFRESH_MS = START_MS + 570_000
+THIRD_REFRESH_MS = SECOND_REFRESH_MS + 570_000
+GRACE_S = 600
 
-    Fails when strict rotation lets the used token through.
+
+def refreshed(
+    rotation: Rotation = Rotation.UNTIL_USED, *settings: str, **more: Any
+) -> tuple[Provider, str, str]:
+    """Refresh once: the provider, the new refresh token and the access token."""
+    p = provider(rotation, switches=reduce(Switches.set, settings, Switches()), **more)
+    body = refresh(p, START_MS).body
+    return p, body["refresh_token"], body["access_token"]
+
+
+@pytest.mark.parametrize("rotation", [Rotation.SINGLE_USE, Rotation.SINGLE_USE_REVOKES])
+def test_single_use_refuses_an_old_refresh_token(rotation: Rotation) -> None:
+    """A used token gets a 401 and breaks a rule.
+
+    Fails when a single-use token is accepted twice.
     """
-    p = provider(Rotation.STRICT)
-    fresh = str(refresh(p, START_MS).body["refresh_token"])
-    old = refresh(p, START_MS + 570_000)
+    p, _, _ = refreshed(rotation)
+    old = refresh(p, SECOND_REFRESH_MS)
     assert (old.status, old.body) == (
         401,
         {"error": "unauthorized_client", "error_description": "Old refresh token used."},
     )
     assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
-    assert refresh(p, START_MS + 570_000, form(fresh)).status == 200
 
 
-def test_strict_refresh_token_expires_unused() -> None:
-    """Under `strict` a refresh token dies after 30 days unused, with both times in the text."""
+def test_single_use_leaves_the_chain() -> None:
+    """After the use of an old token the newest one and its access token are valid."""
+    p, fresh, access = refreshed(Rotation.SINGLE_USE)
+    assert refresh(p, START_MS).status == 401
+    assert call(p, ACCOUNTS, access, "job/a", START_MS).status == 200
+    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
+
+
+def test_single_use_revokes_the_chain() -> None:
+    """The use of an old token revokes the newest one and all access tokens, of this chain only.
+
+    Fails when anything of the chain still works, or when another user's tokens are revoked too.
+    """
+    other = Seed(user="sales@example.com", refresh_token="other")
+    p = provider(Rotation.SINGLE_USE_REVOKES, SEED, other)
+    first = refresh(p, START_MS).body
+    theirs = bearer(p, START_MS, other)
+    second = refresh(p, SECOND_REFRESH_MS, form(first["refresh_token"])).body
+    assert call(p, ACCOUNTS, first["access_token"], "job/a", SECOND_REFRESH_MS).status == 200
+
+    assert refresh(p, THIRD_REFRESH_MS).status == 401
+    revoked = refresh(p, THIRD_REFRESH_MS, form(second["refresh_token"]))
+    assert (revoked.status, revoked.body["error"]) == (400, "invalid_grant")
+    for access in (first["access_token"], second["access_token"]):
+        assert call(p, ACCOUNTS, access, "job/a", SECOND_REFRESH_MS).status == 401
+    assert call(p, ACCOUNTS, theirs, "job/a", SECOND_REFRESH_MS).status == 200
+    assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
+
+
+def test_calls_with_a_revoked_token_are_errors_of_its_app() -> None:
+    """A job that repeats a call with a revoked access token gets its key blocked, as when expired.
+
+    Fails when the errors are not counted because the token is not known any more.
+    """
+    p = provider(Rotation.SINGLE_USE_REVOKES)
+    access = refresh(p, START_MS).body["access_token"]
+    assert refresh(p, SECOND_REFRESH_MS).status == 401
+    for _ in range(ERRORS_PER_HOUR + 1):
+        assert call(p, ACCOUNTS, access, "job/a", SECOND_REFRESH_MS).status == 401
+    assert call(p, ACCOUNTS, access, "job/a", SECOND_REFRESH_MS).status == 403
+    assert broken(p)[Rule.ERROR_LIMIT] == 1
+
+
+def test_until_used_ends_at_a_refresh() -> None:
+    """An old token is valid until a newer one was used for a refresh.
+
+    Fails when it is refused earlier, or accepted later.
+    """
+    for setting in ("used-at=refresh-or-call", "used-at=refresh"):
+        p, fresh, _ = refreshed(Rotation.UNTIL_USED, setting)
+        assert refresh(p, SECOND_REFRESH_MS).status == 200
+
+        p, fresh, _ = refreshed(Rotation.UNTIL_USED, setting)
+        assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
+        assert refresh(p, THIRD_REFRESH_MS).status == 401
+        assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
+
+
+@pytest.mark.parametrize(("used_at", "status"), [("refresh-or-call", 401), ("refresh", 200)])
+def test_switch_used_at(used_at: str, status: int) -> None:
+    """A call with the new access token ends the old refresh token, or does not."""
+    p, fresh, access = refreshed(Rotation.UNTIL_USED, f"used-at={used_at}")
+    call(p, ACCOUNTS, access, "job/a", START_MS)
+    assert refresh(p, SECOND_REFRESH_MS).status == status
+    assert refresh(p, THIRD_REFRESH_MS, form(fresh)).status == 200
+
+
+def test_grace_ends_after_its_period() -> None:
+    """An old token is valid for the period after its first use, to the millisecond."""
+    for late_ms, status in ((-1, 200), (0, 401)):
+        p, fresh, access = refreshed(Rotation.GRACE, grace_ms=GRACE_S * SECOND_MS)
+        call(p, ACCOUNTS, access, "job/a", START_MS)
+        assert refresh(p, START_MS + GRACE_S * SECOND_MS + late_ms).status == status
+        assert refresh(p, START_MS + DAY_MS, form(fresh)).status == 200
+
+
+@pytest.mark.parametrize("rotation", sorted(set(Rotation) - {Rotation.NONE, Rotation.REUSABLE}))
+def test_refresh_token_expires_unused(rotation: Rotation) -> None:
+    """A refresh token expires after 30 days without use, with both times in the text."""
     expiry_ms = START_MS + REFRESH_TOKEN_IDLE_MS
-    assert refresh(provider(Rotation.STRICT), expiry_ms - 1).status == 200
-    answer = refresh(provider(Rotation.STRICT), expiry_ms)
+    assert refresh(provider(rotation), expiry_ms - 1).status == 200
+    answer = refresh(provider(rotation), expiry_ms)
     assert answer.status == 400
     assert answer.body == {
         "error": "invalid_request",
@@ -186,13 +298,13 @@ def test_tenth_error_is_allowed_and_the_eleventh_blocks() -> None:
     p = provider()
     access = bearer(p)
     for _ in range(ERRORS_PER_HOUR):
-        assert p.call(MISSING, None, access, "job/a", START_MS).status == 404
+        assert call(p, MISSING, access, "job/a", START_MS).status == 404
     assert broken(p) == {}
-    assert p.call(ACCOUNTS, None, access, "job/a", START_MS).status == 200
+    assert call(p, ACCOUNTS, access, "job/a", START_MS).status == 200
 
-    assert p.call(MISSING, None, access, "job/guilty", START_MS).status == 404
+    assert call(p, MISSING, access, "job/guilty", START_MS).status == 404
     assert broken(p) == {Rule.ERROR_LIMIT: 1}
-    assert p.call(ACCOUNTS, None, access, "job/a", START_MS).status == 403
+    assert call(p, ACCOUNTS, access, "job/a", START_MS).status == 403
     assert refresh(p, START_MS + 570_000).status == 403
 
     report: Any = p.report(START_MS)
@@ -213,16 +325,16 @@ def test_error_hour_slides() -> None:
         p = provider()
         access = bearer(p, first_ms)
         for _ in range(ERRORS_PER_HOUR):
-            p.call(MISSING, None, access, "job/a", first_ms)
+            call(p, MISSING, access, "job/a", first_ms)
         access = bearer(p, last_ms)
-        p.call(MISSING, None, access, "job/a", last_ms)
+        call(p, MISSING, access, "job/a", last_ms)
         assert (broken(p) == {Rule.ERROR_LIMIT: 1}) is blocked
 
 
 def test_errors_are_counted_apart_by_endpoint_division_and_user() -> None:
     """Ten errors on each of several scopes block nobody."""
     other = Seed(user="sales@example.com", refresh_token="other")
-    p = provider(Rotation.REUSE, SEED, other)
+    p = provider(Rotation.REUSABLE, SEED, other)
     mine, theirs = bearer(p), bearer(p, seed=other)
     minutes = count()
     for access, path in (
@@ -233,7 +345,7 @@ def test_errors_are_counted_apart_by_endpoint_division_and_user() -> None:
     ):
         now_ms = START_MS + next(minutes) * MINUTE_MS
         for _ in range(ERRORS_PER_HOUR):
-            assert p.call(path, None, access, "job/a", now_ms).status == 404
+            assert call(p, path, access, "job/a", now_ms).status == 404
     assert broken(p) == {}
 
 
@@ -272,13 +384,13 @@ def test_sixty_first_call_of_a_minute_gets_429() -> None:
     access = bearer(p)
     now_ms = START_MS + 15 * SECOND_MS
     for left in reversed(range(CALLS_PER_MINUTE)):
-        answer = p.call(ACCOUNTS, None, access, "job/a", now_ms)
+        answer = call(p, ACCOUNTS, access, "job/a", now_ms)
         assert answer.status == 200
         assert answer.headers["X-RateLimit-Minutely-Remaining"] == str(left)
     assert answer.headers["X-RateLimit-Remaining"] == "4940"
     assert answer.headers["X-RateLimit-Reset"] == str(START_MS + DAY_MS)
 
-    refused = p.call(ACCOUNTS, None, access, "job/a", now_ms)
+    refused = call(p, ACCOUNTS, access, "job/a", now_ms)
     assert refused.status == 429
     assert refused.headers == {
         "X-RateLimit-Minutely-Limit": "60",
@@ -287,14 +399,14 @@ def test_sixty_first_call_of_a_minute_gets_429() -> None:
         "Retry-After": "2",  # 45 simulated seconds, in real ones, rounded up
     }
     assert broken(p) == {Rule.CALLS_PER_MINUTE: 1}
-    assert p.call("535194/crm/Accounts", None, access, "job/a", now_ms).status == 200
-    assert p.call(ACCOUNTS, None, access, "job/a", START_MS + MINUTE_MS).status == 200
+    assert call(p, "535194/crm/Accounts", access, "job/a", now_ms).status == 200
+    assert call(p, ACCOUNTS, access, "job/a", START_MS + MINUTE_MS).status == 200
 
 
 def test_token_requests_of_a_day() -> None:
     """The 201st token request of a day breaks a rule, the next day is new."""
     users = tuple(Seed(user=f"{n}@example.com", refresh_token=f"r{n}") for n in range(2))
-    p = provider(Rotation.REUSE, *users)
+    p = provider(Rotation.REUSABLE, *users)
     first, second = (form(seed.refresh_token) for seed in users)
     # A key may make ten errors an hour, so 200 requests take most of the day.
     for n in range(TOKEN_CALLS_PER_DAY):
@@ -313,7 +425,6 @@ def test_token_requests_of_a_day() -> None:
         ("current/Me", None, 200),
         (ACCOUNTS, "Code eq 'X' and Modified gt datetime'2026-01-01'", 200),
         (ACCOUNTS, "substringof('x',Name) eq true", 200),
-        ("535193/crm/Accounts(guid'0')", None, 200),
         (ACCOUNTS, "Code eq", 400),
         ("999/crm/Accounts", None, 403),
         (MISSING, None, 404),
@@ -322,7 +433,7 @@ def test_token_requests_of_a_day() -> None:
 def test_api_answers(path: str, odata_filter: str | None, status: int) -> None:
     """A job can provoke a 400, a 403 and a 404, and each counts as an error."""
     p = provider()
-    assert p.call(path, odata_filter, bearer(p), "job/a", START_MS).status == status
+    assert call(p, path, bearer(p), "job/a", START_MS, odata_filter).status == status
     report: Any = p.report(START_MS)
     assert report["agents"]["job/a"]["errors"] == (status != 200)
 
@@ -331,8 +442,8 @@ def test_access_token_lives_600_seconds() -> None:
     """An access token works until 600 s after its issue; an expired one is an error, counted."""
     p = provider()
     access = bearer(p)
-    assert p.call(ACCOUNTS, None, access, "job/a", START_MS + 599_999).status == 200
-    assert p.call(ACCOUNTS, None, access, "job/a", START_MS + 600_000).status == 401
+    assert call(p, ACCOUNTS, access, "job/a", START_MS + 599_999).status == 200
+    assert call(p, ACCOUNTS, access, "job/a", START_MS + 600_000).status == 401
     report: Any = p.report(START_MS)
     assert report["agents"]["job/a"]["errors"] == 1
 
@@ -341,7 +452,7 @@ def test_unknown_access_token_is_nobodys_error() -> None:
     """A bearer that belongs to no key gets a 401 and can block no key."""
     p = provider()
     for _ in range(ERRORS_PER_HOUR + 1):
-        assert p.call(ACCOUNTS, None, "made-up", "job/a", START_MS).status == 401
+        assert call(p, ACCOUNTS, "made-up", "job/a", START_MS).status == 401
     assert broken(p) == {}
 
 
@@ -351,16 +462,16 @@ def test_calls_of_a_day() -> None:
     Fails when the limit is off by one, or counted per user instead of per app and company.
     """
     other = Seed(user="sales@example.com", refresh_token="other")
-    p = provider(Rotation.REUSE, SEED, other)
+    p = provider(Rotation.REUSABLE, SEED, other)
     now_ms = START_MS
     for n in range(CALLS_PER_DAY):
         now_ms = START_MS + n // CALLS_PER_MINUTE * MINUTE_MS
         if n % (10 * CALLS_PER_MINUTE) == 0:  # a token lives ten minutes
             accesses = bearer(p, now_ms), bearer(p, now_ms, other)
-        assert p.call(ACCOUNTS, None, accesses[n % 2], "job/a", now_ms).status == 200
+        assert call(p, ACCOUNTS, accesses[n % 2], "job/a", now_ms).status == 200
 
     now_ms += MINUTE_MS
-    refused = p.call(ACCOUNTS, None, accesses[0], "job/a", now_ms)
+    refused = call(p, ACCOUNTS, accesses[0], "job/a", now_ms)
     assert refused.status == 429
     assert refused.headers == {
         "X-RateLimit-Limit": "5000",
@@ -369,9 +480,9 @@ def test_calls_of_a_day() -> None:
         "Retry-After": str((START_MS + DAY_MS - now_ms) // SECOND_MS),
     }
     assert broken(p) == {Rule.CALLS_PER_DAY: 1}
-    assert p.call("535194/crm/Accounts", None, accesses[0], "job/a", now_ms).status == 200
+    assert call(p, "535194/crm/Accounts", accesses[0], "job/a", now_ms).status == 200
     now_ms = START_MS + DAY_MS
-    assert p.call(ACCOUNTS, None, bearer(p, now_ms), "job/a", now_ms).status == 200
+    assert call(p, ACCOUNTS, bearer(p, now_ms), "job/a", now_ms).status == 200
 
 
 def test_report_tells_the_most_errors_of_any_hour() -> None:
@@ -385,9 +496,9 @@ def test_report_tells_the_most_errors_of_any_hour() -> None:
     for at_ms, errors in ((half_past_ms, 4), (half_past_ms + 40 * MINUTE_MS, 5)):
         access = bearer(p, at_ms)
         for _ in range(errors):
-            p.call(MISSING, None, access, "job/a", at_ms)
+            call(p, MISSING, access, "job/a", at_ms)
     late_ms = START_MS + 5 * HOUR_MS
-    p.call(MISSING, None, bearer(p, late_ms), "job/a", late_ms)
+    call(p, MISSING, bearer(p, late_ms), "job/a", late_ms)
     report: Any = p.report(late_ms)
     assert report["errors"] == [
         {
@@ -407,8 +518,28 @@ def test_report_tells_who_broke_which_rule() -> None:
     for agent in ("job/a", "job/b", "job/b"):
         p.sent(p.token(form(), agent, START_MS), START_MS)
     report: Any = p.report(START_MS)
+    assert [(v["call"], v["method"], v["path"], v["status"]) for v in report["violations"]] == [
+        (n, "POST", "/api/oauth2/token", 400) for n in (2, 3)
+    ]
     assert report["agents"]["job/a"]["violations_by_rule"] == {}
     assert report["agents"]["job/b"]["violations_by_rule"] == {Rule.REFRESH_INTERVAL: 2}
+
+
+def test_report_tells_which_call_broke_a_rule() -> None:
+    """A violation has the number, method, path and status of its call, and none of another."""
+    p = provider()
+    access = bearer(p)
+    for _ in range(ERRORS_PER_HOUR + 1):
+        call(p, MISSING, access, "job/a", START_MS)
+    refresh(p, START_MS + BLOCK_MS)
+    refresh(p, START_MS + BLOCK_MS)
+    report: Any = p.report(START_MS)
+    assert [
+        (v["rule"], v["call"], v["method"], v["path"], v["status"]) for v in report["violations"]
+    ] == [
+        (Rule.ERROR_LIMIT, 12, "GET", f"/api/v1/{MISSING}", 404),
+        (Rule.REFRESH_INTERVAL, 14, "POST", "/api/oauth2/token", 400),
+    ]
 
 
 # Switches
@@ -422,66 +553,17 @@ def test_switch_error_window(window: str, *, blocked: bool) -> None:
     access = bearer(p, before_ms)
     for n in range(ERRORS_PER_HOUR + 1):
         now_ms = before_ms + n // 5 * MINUTE_MS
-        assert p.call(MISSING, None, access, "job/a", now_ms).status == 404
+        assert call(p, MISSING, access, "job/a", now_ms).status == 404
     assert broken(p) == ({Rule.ERROR_LIMIT: 1} if blocked else {})
     for _ in range(ERRORS_PER_HOUR):  # and a clock's hour allows ten, not more
-        p.call(MISSING, None, access, "job/a", now_ms)
+        call(p, MISSING, access, "job/a", now_ms)
     assert broken(p) == {Rule.ERROR_LIMIT: 1}
-
-
-def strict(setting: str) -> tuple[Provider, str, str]:
-    """Refresh once under strict rotation: the provider, the new refresh and access token."""
-    p = switched(setting, rotation=Rotation.STRICT)
-    body = refresh(p, START_MS).body
-    return p, body["refresh_token"], body["access_token"]
-
-
-SECOND_REFRESH_MS = START_MS + 570_000
-THIRD_REFRESH_MS = SECOND_REFRESH_MS + 570_000
-
-
-def test_switch_old_token_dies_at_the_first_refresh() -> None:
-    """The old token works until the new one was used for a refresh, whatever is called before.
-
-    Fails when a call of the API kills it, or when it outlives the refresh.
-    """
-    p, fresh, access = strict("old-token-dies=first-refresh")
-    p.call(ACCOUNTS, None, access, "job/a", START_MS)
-    assert refresh(p, SECOND_REFRESH_MS).status == 200
-
-    p, fresh, access = strict("old-token-dies=first-refresh")
-    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
-    assert refresh(p, THIRD_REFRESH_MS).status == 401
-    assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
-
-
-def test_switch_old_token_dies_at_the_first_call() -> None:
-    """The old token works until the new access token was used, whatever is refreshed before.
-
-    Fails when a refresh kills it, or when it outlives the call.
-    """
-    p, fresh, access = strict("old-token-dies=first-call")
-    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
-    assert refresh(p, THIRD_REFRESH_MS).status == 200
-
-    p, fresh, access = strict("old-token-dies=first-call")
-    p.call(ACCOUNTS, None, access, "job/a", START_MS)
-    assert refresh(p, SECOND_REFRESH_MS).status == 401
-    assert broken(p) == {Rule.OLD_REFRESH_TOKEN: 1}
-    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
-
-
-def test_switch_old_token_dies_at_issue() -> None:
-    """The old token is dead as soon as there is a new one, and nothing has to be done with it."""
-    p, fresh, _ = strict("old-token-dies=issue")
-    assert refresh(p, SECOND_REFRESH_MS).status == 401
-    assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
 
 
 @pytest.mark.parametrize("status", [401, 400])
 def test_switch_old_token_status(status: int) -> None:
     """A dead refresh token is refused with either status, and the same text."""
-    p, _, _ = strict(f"old-token-status={status}")
+    p, _, _ = refreshed(Rotation.SINGLE_USE, f"old-token-status={status}")
     old = refresh(p, SECOND_REFRESH_MS)
     assert (old.status, old.body["error_description"]) == (status, "Old refresh token used.")
 
@@ -491,16 +573,33 @@ def test_switch_early_refresh() -> None:
 
     Fails when the token in a refused answer does not work, or the old one goes on to.
     """
-    p, fresh, _ = strict("early-refresh=error-only")
+    p, fresh, _ = refreshed(Rotation.SINGLE_USE, "early-refresh=error-only")
     assert "refresh_token" not in refresh(p, START_MS, form(fresh)).body
     assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 200
 
-    p, fresh, _ = strict("early-refresh=new-token")
+    p, fresh, _ = refreshed(Rotation.SINGLE_USE, "early-refresh=new-token")
     early = refresh(p, START_MS, form(fresh))
     assert (early.status, early.body["error"]) == (400, "access_denied")
     assert "access_token" not in early.body
     assert refresh(p, SECOND_REFRESH_MS, form(fresh)).status == 401
     assert refresh(p, SECOND_REFRESH_MS, form(early.body["refresh_token"])).status == 200
+
+
+@pytest.mark.parametrize("status", [400, 401])
+def test_switch_early_status(status: int) -> None:
+    """A refresh that is too early is refused with either status, and counts as an error."""
+    p = switched(f"early-status={status}")
+    refresh(p, START_MS)
+    assert refresh(p, START_MS).status == status
+    report: Any = p.report(START_MS)
+    assert report["agents"]["job/a"]["errors"] == 1
+
+
+def test_switch_refresh_interval() -> None:
+    """An app that is exempt may refresh at any time."""
+    p = switched("refresh-interval=exempt")
+    assert [refresh(p, START_MS).status for _ in range(3)] == [200] * 3
+    assert broken(p) == {}
 
 
 @pytest.mark.parametrize(("kind", "value"), [("string", "600"), ("number", 600)])
@@ -531,9 +630,9 @@ def test_switch_block_answer() -> None:
         p = switched(f"block-answer={setting}")
         access = bearer(p)
         for _ in range(ERRORS_PER_HOUR + 1):
-            p.call(MISSING, None, access, "job/a", START_MS)
+            call(p, MISSING, access, "job/a", START_MS)
         for answer in (
-            p.call(ACCOUNTS, None, access, "job/a", START_MS),
+            call(p, ACCOUNTS, access, "job/a", START_MS),
             refresh(p, SECOND_REFRESH_MS),
         ):
             assert answer.status == status
@@ -554,7 +653,9 @@ def test_switch_block_answer() -> None:
 def test_switch_block_schedule(schedule: str, hours: list[int]) -> None:
     """Each repeat's block is as long as the schedule says, to the millisecond; apps are apart."""
     app = Seed(client_id="other", client_secret="s", refresh_token="other")
-    p = provider(Rotation.REUSE, SEED, app, switches=Switches().set(f"block-schedule={schedule}"))
+    p = provider(
+        Rotation.REUSABLE, SEED, app, switches=Switches().set(f"block-schedule={schedule}")
+    )
     now_ms = START_MS
     for length in hours:
         offend(p, now_ms)
@@ -574,9 +675,10 @@ def test_switch_block_schedule(schedule: str, hours: list[int]) -> None:
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("error-windows=sliding", "error-window, old-token-dies"),
+        ("error-windows=sliding", "error-window, used-at"),
         ("error-window=hour", "error-window is one of sliding, clock-hour, not 'hour'"),
         ("error-window", "sliding, clock-hour"),
+        ("old-token-dies=issue", "--rotation single-use"),
         ("", "none of the switches"),
     ],
 )
@@ -596,20 +698,23 @@ def test_report_tells_the_switches() -> None:
 # Faults
 
 
-def test_lost_token_is_issued_and_its_client_not_to_blame() -> None:
-    """A lost answer kills the old token; its client cannot know the new one, and broke no rule.
+@pytest.mark.parametrize(
+    "kind", ["lost-answer", "hung-answer", "error-answer", "html-answer", "late-answer"]
+)
+def test_lost_token_is_issued_and_its_client_not_to_blame(kind: str) -> None:
+    """A lost answer ends the old token; its client cannot know the new one, and broke no rule.
 
     Fails when the token of a lost answer is not issued, or its interval not kept, or when the
     refusal of the old one counts as a violation.
     """
-    p = provider(Rotation.STRICT)
-    lost = refresh(p, START_MS, fault=FaultKind.LOST_ANSWER)
+    p = provider(Rotation.SINGLE_USE)
+    lost = refresh(p, START_MS, fault=Fault(FaultKind(kind)))
     for _ in range(2):
         assert refresh(p, SECOND_REFRESH_MS).status == 401
     assert broken(p) == {}
     report: Any = p.report(START_MS)
     assert report["token_requests"]["accepted"] == 1
-    assert report["token_requests"]["requests"][0]["fault"] == "lost-answer"
+    assert report["token_requests"]["requests"][0]["fault"] == kind
     assert report["agents"]["job/a"]["tokens_received"] == 0
     assert report["agents"]["job/a"]["errors"] == 2
 
@@ -617,3 +722,51 @@ def test_lost_token_is_issued_and_its_client_not_to_blame() -> None:
     assert refresh(p, SECOND_REFRESH_MS, form(lost.body["refresh_token"])).status == 200
     assert refresh(p, SECOND_REFRESH_MS).status == 401
     assert broken(p) == {Rule.REFRESH_INTERVAL: 1, Rule.OLD_REFRESH_TOKEN: 1}
+
+
+@pytest.mark.parametrize(("missing", "violations"), [("access_token", 1), ("refresh_token", 0)])
+def test_only_a_client_that_got_a_refresh_token_is_to_blame(missing: str, violations: int) -> None:
+    """An answer without its refresh token leaves the client with an old one, and no blame."""
+    p = provider(Rotation.SINGLE_USE)
+    refresh(p, START_MS, fault=Fault(FaultKind.PARTIAL_ANSWER, without=(missing,)))
+    assert refresh(p, SECOND_REFRESH_MS).status == 401
+    assert broken(p).get(Rule.OLD_REFRESH_TOKEN, 0) == violations
+    report: Any = p.report(START_MS)
+    assert report["agents"]["job/a"]["tokens_received"] == (missing != "access_token")
+
+
+def test_a_block_can_end_after_the_last_date() -> None:
+    """The report shows a block that ends after the year 9999.
+
+    Fails when the report cannot be written because of it.
+    """
+    now_ms = START_MS + 7_940 * 365 * DAY_MS
+    p = switched("block-schedule=doubling", "refresh-interval=exempt")
+    for n in range(20):
+        offend(p, now_ms)
+        now_ms += BLOCK_MS << n
+    report: Any = p.report(START_MS)
+    assert report["blocks"][-1]["end"].startswith("9999-12-31T23:59:59")
+
+
+def test_requests_of_an_unknown_app_are_not_counted_in_a_day() -> None:
+    """More token requests than a day allows, of an app that does not exist, break no rule.
+
+    Fails when the simulator keeps a window for each name that a client makes up.
+    """
+    p = provider()
+    unknown = replace(form(), client_id="unknown")
+    for _ in range(TOKEN_CALLS_PER_DAY + 1):
+        assert refresh(p, START_MS, unknown).status == 401
+    assert broken(p) == {}
+
+
+def test_the_report_keeps_the_scopes_of_the_latest_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when errors at ever new paths fill the memory, or when a repeated one is forgotten."""
+    monkeypatch.setattr(accounting, "_KEPT", 3)
+    p = provider()
+    access = bearer(p)
+    for name in ("a", "b", "c", "a", "d", "e"):
+        assert call(p, f"535193/{name}", access, "job/a", START_MS).status == 404
+    report: Any = p.report(START_MS)
+    assert {e["endpoint"]: e["total"] for e in report["errors"]} == {"a": 2, "d": 1, "e": 1}

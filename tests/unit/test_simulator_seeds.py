@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from holdoff.simulator import Provider, Seed, seeds
-from holdoff.simulator.rules import TokenForm
+from holdoff.simulator.oauth import TokenForm
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +29,8 @@ client_secret = "s"
 user = "ann@example.com"
 refresh_token = "r1"
 divisions = [1, 2]
+expired_divisions = [2]
+scopes = ["crm.accounts", "sales.orders:read"]
 
 [[seeds]]
 client_id = "app"
@@ -64,6 +66,10 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
         ("bob@example.com", Seed().divisions),
     ]
     listed = [{**asdict(seed), "token_url": "http://h/t", "api_url": "http://h/a"} for seed in read]
+    assert (read[0].expired_divisions, read[0].scopes) == (
+        (2,),
+        ("crm.accounts", "sales.orders:read"),
+    )
     as_json.write_text(json.dumps({"seeds": listed}))
     assert seeds.read(as_json) == read
 
@@ -79,6 +85,10 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
         ([{**GOOD, "divisons": [1]}], "seeds[0].divisons: unknown; the fields are client_id"),
         ([{**GOOD, "divisions": ["1"]}], "seeds[0].divisions: expected a list of whole numbers"),
         ([{**GOOD, "divisions": [10**18]}], "seeds[0].divisions: expected a list of whole numbers"),
+        ([{**GOOD, "expired_divisions": [7]}], "expected a list of some of its divisions"),
+        ([{**GOOD, "expired_divisions": 7}], "seeds[0].expired_divisions: expected a list"),
+        ([{**GOOD, "scopes": ["crm"]}], "seeds[0].scopes: expected a list of crm.accounts, crm."),
+        ([{**GOOD, "scopes": "crm.accounts"}], "seeds[0].scopes: expected a list"),
         ([{**GOOD, "divisions": []}], "seeds[0].divisions: expected a list of whole numbers"),
         ([GOOD, GOOD], "seeds[1].user: seeds[0] is this user's grant to this app"),
         ([GOOD, {**GOOD, "user": "b"}], "seeds[1].refresh_token: the same as that of seeds[0]"),

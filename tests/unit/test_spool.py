@@ -192,6 +192,15 @@ def test_nothing_but_the_event_is_written(spool: Spool, folder: Path) -> None:
     assert document.keys() == {"event", "boot", "boot_ns", "wall_ns"}
 
 
+def test_the_division_of_a_query_is_written(spool: Spool, folder: Path) -> None:
+    """Of a query it alone is kept. Fails when it is lost, or anything else is written."""
+    spool.append(an_event("/docs/XMLUpload.aspx?token=sw0rdf1sh&Division=7&x=1"))
+    [path] = folder.iterdir()
+    assert "sw0rdf1sh" not in path.read_text()
+    [one] = spool.waiting()
+    assert one.event.scope.endpoint == "/docs/XMLUpload.aspx?Division=7"
+
+
 @pytest.mark.parametrize("cut", [1, 2, 40, 150])
 def test_a_torn_line_costs_itself_alone(folder: Path, cut: int) -> None:
     """A last line that was cut off anywhere is left out, without a word; the others are there.

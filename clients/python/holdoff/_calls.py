@@ -13,7 +13,7 @@ from google.protobuf import timestamp_pb2
 from google.protobuf.message import Message
 
 from holdoff._core import WITHDRAWAL_SECONDS, duration, here
-from holdoff._text import MOST_JOB_CHARACTERS, described, without_secrets
+from holdoff._text import MOST_JOB_CHARACTERS, described, to_report
 from holdoff.v1 import (
     admin_service_pb2,
     audit_pb2,
@@ -202,7 +202,7 @@ def record_events(
 
 def scope(token: str, division: str, endpoint: str) -> budget_pb2.Scope:
     """Say where something happens; an empty text means any."""
-    return budget_pb2.Scope(token=token, division=division, endpoint=without_secrets(endpoint))
+    return budget_pb2.Scope(token=token, division=division, endpoint=to_report(endpoint))
 
 
 def scope_of(token_or_app: str, division: str, endpoint: str) -> budget_pb2.Scope:
@@ -212,7 +212,7 @@ def scope_of(token_or_app: str, division: str, endpoint: str) -> budget_pb2.Scop
         app=app,
         token=token_or_app if tokens else "",
         division=division,
-        endpoint=without_secrets(endpoint),
+        endpoint=to_report(endpoint),
     )
 
 

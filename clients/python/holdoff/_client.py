@@ -404,7 +404,7 @@ class Client(Connection):
 
         Args:
             token: `apps/{app}/tokens/{token}`; its policy says which errors are limited.
-            division: The provider's name of a company; found in the endpoint if that has it.
+            division: The provider's name of a company; by default that in the path.
             endpoint: The path or URL of the call.
             status: HTTP status; 0 when it is not known, which counts.
             count: How often it happened: at most 10,000.
@@ -456,7 +456,7 @@ class Client(Connection):
         Args:
             token: `apps/{app}/tokens/{token}`; its policy says which scope backs off, and
                 for how long at most.
-            division: The provider's name of a company; found in the endpoint if that has it.
+            division: The provider's name of a company; by default that in the path.
             endpoint: The path or URL of the call.
             status: HTTP status of the answer; 0 when it is not known.
             retry_after_seconds: How long it lasts, as the provider said; None where it said
@@ -665,7 +665,7 @@ class Client(Connection):
 
         Args:
             token: `apps/{app}/tokens/{token}`; its policy says what is limited.
-            division: The provider's name of a company; found in the endpoint if that has it.
+            division: The provider's name of a company; by default that in the path.
             endpoint: The path or URL of the call.
             kind: "call", or "token_request" for the provider's token endpoint.
             count: How many calls.
@@ -764,7 +764,7 @@ class Client(Connection):
 
         Args:
             token: `apps/{app}/tokens/{token}`; its policy says what is limited.
-            division: The provider's name of a company; found in the endpoint if that has it.
+            division: The provider's name of a company; by default that in the path.
             endpoint: The path or URL of the call.
             kind: "call", or "token_request" for the provider's token endpoint.
             count: How many calls.

@@ -10,6 +10,7 @@ from holdoff import _calls
 from holdoff._core import LONGEST_SLEEP_SECONDS
 from holdoff._forks import Owner
 from holdoff._log import log
+from holdoff._places import find_place
 from holdoff._platform import boottime_ns
 from holdoff._proof import lease_proof, secret_hash
 from holdoff._recognise import recognise_answer
@@ -144,8 +145,10 @@ class Held:
     ) -> budget_pb2.Event | None:
         """Return what an answer of the provider is to the policy; None if it is nothing bad."""
         token, job = self.name.partition("/leases/")[0], self._offer.lease.holder.job
-        where = _calls.scope(token, "", url)
-        block = recognise_answer(self.policy, status, headers, body, now_epoch_seconds=time.time())
+        rules = self.policy
+        division = find_place(rules.endpoint_path, url, rules.division_query)[0]
+        where = _calls.scope(token, division, url)
+        block = recognise_answer(rules, status, headers, body, now_epoch_seconds=time.time())
         if block:
             event = _calls.block_event(
                 where,
@@ -154,7 +157,7 @@ class Held:
                 throttle=block.throttle,
                 job=job,
             )
-        elif any(status in limit.statuses for limit in self.policy.limits):
+        elif any(status in limit.statuses for limit in rules.limits):
             event = _calls.error_event(where, status=status, job=job)
         else:
             return None

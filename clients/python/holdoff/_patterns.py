@@ -10,8 +10,12 @@ Patterns of our own code use `re`, which is imported anyway. Each of them is lin
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
 
 MOST_PATTERN_CHARACTERS = 2_000
 _MOST_PROGRAM = 10_000
@@ -96,6 +100,24 @@ def try_compile(text: str, *, ignore_case: bool = False) -> Pattern | None:
         return compile_pattern(text, ignore_case=ignore_case)
     except PatternError:
         return None
+
+
+def search_for(texts: Collection[bytes]) -> Callable[[bytes], object]:
+    """Return a search for any of some texts, in ASCII and without case; it finds None if none is.
+
+    All are searched for at once: more of them take no more time.
+    """
+    import re2  # noqa: PLC0415 - as above
+
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = _MOST_MEMORY_BYTES
+    options.case_sensitive = False
+    options.encoding = re2.Options.Encoding.LATIN1
+    try:
+        return re2.compile(b"|".join(map(re.escape, texts)), options).search  # type: ignore[no-any-return]
+    except re2.error:  # too many
+        return lambda _: True
 
 
 def _reason(error: bytes) -> str:

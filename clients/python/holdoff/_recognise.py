@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from holdoff._patterns import try_compile
-from holdoff._places import MOST_PATH_CHARACTERS, find_place
+from holdoff._patterns import search_for, try_compile
+from holdoff._places import MOST_PATH_CHARACTERS, find_place, without_host
 from holdoff._text import without_secrets
 
 if TYPE_CHECKING:
@@ -38,12 +38,19 @@ MOST_SEARCHED = 4_000
 MOST_BODY_BYTES = 64 * 1024
 MOST_DIVISION_CHARACTERS = 100
 LINES_AFTER = 5
-"""So many lines after an error's the line with its place may stand. Empty ones do not count."""
+"""Within this many lines after an error another line may have its place. Empty lines do not count,
+and neither do those of a stack trace."""
+MOST_FRAMES = 200
+"""At most this many lines of a stack trace are skipped."""
 LINES_BEFORE = 20
-"""So many lines before it a division may have been named, or a few more."""
+"""A division may have been named within this many lines before an error, or a few more."""
 EPOCH_SECONDS, EPOCH_MILLISECONDS = 10**9, 10**12
 """Numbers from here on are times, not durations."""
 MOST_RETRY_SECONDS = 366 * 24 * 3600.0
+SAME_ERROR_SECONDS = 10.0
+"""Equal errors in two streams within this time are one error."""
+MOST_REMEMBERED = 200
+"""At most this many errors are compared with those of other streams."""
 
 _MOST_LINE_BYTES = 4 * MOST_SEARCHED  # of UTF-8
 _RECENT_LINES = LINES_BEFORE + 1 + LINES_AFTER  # an error's own too, and those after it
@@ -56,6 +63,16 @@ _TERMINAL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*+[ -/]*+[@-~]")
 _COUNT = re.compile(r"[0-9]{1,18}")
 _NUMBER = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
 _STATUS = re.compile(r"[0-9]{3}")
+_FRAME = re.compile(
+    r"\s*+(?:(?:[^\W\d_]{1,3}|\ufffd) [^\s(.:/]++\.[^\s(:]*+ ?\(|#\d++ |--- |\.\.\. \d|Stack trace)"
+)
+"""A line of a stack trace of .NET, in any language, of Java or of PHP: `  at Name.Of.Method(…)`."""
+_INNER = re.compile(r"\s*+(?:--->|Caused by:|Next \S)")
+"""The line of another exception for the same error."""
+_THROWN = re.compile(r"\s*+(?:\w++[.$\\])++\w++: ")
+"""The type of an exception, before its message."""
+_TRACEBACK = re.compile(r"  |\t|Traceback \(most recent call last\)")
+"""A line of what Python prints before an exception; others indent such lines too."""
 
 
 @runtime_checkable
@@ -75,8 +92,7 @@ class SeenError:
     """HTTP status; 0 when it is not known."""
     division: str = ""
     endpoint: str = ""
-    """URL or path as it was printed, but for what never counts and may be secret: the query, and
-    a password."""
+    """The path as it was printed, whatever the host. The query, which may be secret, is cut off."""
     count: int = 1
 
 
@@ -90,10 +106,51 @@ class SeenBlock:
     retry_after_seconds: float | None = None
     """How long it lasts from now on; None where nobody said."""
     throttle: str = ""
-    """Name of the policy's throttle that fits; empty for its block."""
+    """Name of the policy's throttle that matches; empty for its block."""
 
 
 Seen = SeenError | SeenBlock
+
+
+@dataclass(slots=True)
+class _Remembered:
+    """An error that was counted, and the streams that it was read from."""
+
+    seen: Seen
+    """With all that any of the streams says of its place."""
+    at_seconds: float
+    sources: set[str]
+
+
+class Duplicates:
+    """Finds errors that a job writes to more than one stream, such as its log and the console.
+
+    An error counts once if a stream repeats what another one showed less than ten seconds before.
+    Two errors are the same if they differ in nothing but that one lacks a division or an endpoint.
+    Each is compared once for each stream: two equal errors of one stream are two errors, and
+    remain two if another stream repeats both.
+    """
+
+    def __init__(self) -> None:
+        self._remembered: deque[_Remembered] = deque(maxlen=MOST_REMEMBERED)
+
+    def is_new(self, source: str, seen: Seen, now_seconds: float) -> bool:
+        """Whether no other stream has shown this error, and remember it."""
+        for one in self._remembered:
+            if (
+                source not in one.sources
+                and now_seconds - one.at_seconds < SAME_ERROR_SECONDS
+                and _may_be_same(one.seen, seen)
+            ):
+                one.sources.add(source)
+                one.seen = replace(
+                    seen,
+                    division=one.seen.division or seen.division,
+                    endpoint=one.seen.endpoint or seen.endpoint,
+                )
+                return False
+        self._remembered.append(_Remembered(seen, now_seconds, {source}))
+        return True
 
 
 class OutputRecogniser:
@@ -101,9 +158,12 @@ class OutputRecogniser:
 
     An error's line is followed, within five lines, by those with its URL and division. The first
     endpoint ends the wait for them, as do the line of the next error and ``flush``; if no division
-    was named by then, the last one in the twenty lines before is taken. A line is one error at
-    most. A line with a code and one with a status are one error too, if neither has the other
-    and no endpoint stands on a line between them: so Data Hub prints it.
+    and no URL was named by then, the last division in the twenty lines before is taken. A line is
+    one error at most. A line with a code and one with a status are one error too, if neither has
+    the other and no line between them has an endpoint: Data Hub prints errors in this way. The
+    lines of a stack trace are skipped. An inner exception that such a trace names, one whose
+    message a logger wrote on the line of the error, and the body of a token endpoint's answer
+    after the line with its status, are not counted again.
 
     Lines end with ``\n``, ``\r\n`` or, as progress is shown, ``\r``.
 
@@ -125,6 +185,8 @@ class OutputRecogniser:
         self._places = _compiled(output.places)
         self._codes = {code.casefold(): status for code, status in output.codes.items()}
         self._endpoint_path = policy.endpoint_path
+        self._division_query = tuple(policy.division_query)
+        self._token_url = next(iter(policy.oauth.token_urls), "")
         self._throttle_names = {throttle.name for throttle in policy.throttles}
         self._throttles = {
             status: throttle.name
@@ -134,12 +196,18 @@ class OutputRecogniser:
         }
         literals = {"holdoff-"}.union(*(_literals_of(one.text) for one in self._errors))
         self._literals = [one.encode() for one in literals]
+        self._may_interest = search_for(self._literals)
         self._rest = b""
         self._recent: deque[bytes | str] = deque(maxlen=_RECENT_LINES)
         """The last lines, or the divisions that were found in them."""
         self._open: dict[str, str] | None = None
         """What is known of the error whose place may still follow, by names of groups."""
         self._lines_left = 0
+        self._frames_left = 0
+        self._complete = False
+        """Whether the last lines belong to an error of which everything is known."""
+        self._error_line = ""
+        """The last line with an error."""
 
     @property
     def pending(self) -> bool:
@@ -166,48 +234,80 @@ class OutputRecogniser:
 
     def _lines(self, whole: bytes) -> Iterator[Seen]:
         """Take in whole lines. Those without anything of interest cost next to nothing."""
-        lower = whole.lower()
-        if self._open is None and not self._may_interest(lower):
+        if not self._in_error and not self._may_interest(whole):
             # Seldom more are empty than not.
             last = [line for line in whole.rsplit(b"\n", 3 * _RECENT_LINES)[1:] if line]
             if len(last) < _RECENT_LINES:
                 last = [line for line in whole.split(b"\n") if line]
             self._recent.extend(line[:_MOST_LINE_BYTES] for line in last[-_RECENT_LINES:])
             return
-        for line, lower_line in zip(whole.split(b"\n"), lower.split(b"\n"), strict=True):
+        for line in whole.split(b"\n"):
             if not line:
                 continue
-            if self._open is not None or self._may_interest(lower_line):
-                yield from self._line(_readable(line))
+            if self._in_error or self._may_interest(line):
+                text = _readable(line)
+                if self._in_error and self._frames_left and _FRAME.match(text):
+                    self._frames_left -= 1
+                    continue
+                yield from self._line(text)
             self._recent.append(line[:_MOST_LINE_BYTES])
 
-    def _may_interest(self, lower: bytes) -> bool:
-        return any(literal in lower for literal in self._literals)
+    @property
+    def _in_error(self) -> bool:
+        """Whether the next line may belong to an error."""
+        return self._open is not None or self._complete
 
     def _line(self, line: str) -> Iterator[Seen]:
         if (match := _MARKER.match(line)) and self._counts(match[2] or ""):
             yield from self._close()
+            self._complete = False
             yield self._marked(match[1], match[3])
             return
         error, place = _search(self._errors, line), _search(self._places, line) or {}
+        if error is not None and self._is_detail(line, place | error):
+            if self._complete:
+                return
+            place = place | error
+            error = None
+        if error is None and self._complete and self._frames_left and _TRACEBACK.match(line):
+            self._frames_left -= 1
+            return
+        self._complete = False
         if error is not None:
+            self._error_line = line
             error = place | error
             if self._open is not None and _complement(self._open, error):
                 self._open = error | self._open
             else:
                 yield from self._close()
                 self._open = error
-            self._lines_left = LINES_AFTER
-            if "status" in self._open and self._endpoint():
-                yield from self._close()
+            self._lines_left, self._frames_left = LINES_AFTER, MOST_FRAMES
         elif self._open is not None:
             self._open = place | self._open
             self._lines_left -= 1
-            if self._endpoint() or not self._lines_left:
-                yield from self._close()
+        if self._open is None:
+            return
+        complete = bool("status" in self._open and self._endpoint(self._open))
+        has_place = "url" in self._open or "endpoint" in self._open
+        if complete or (error is None and (has_place or not self._lines_left)):
+            yield from self._close()
+            self._complete = complete
 
-    def _endpoint(self) -> str:
-        found = self._open or {}
+    def _is_detail(self, line: str, found: Mapping[str, str]) -> bool:
+        """Whether a line with an error only says more of the one before, whose status is known."""
+        if not self._complete and (self._open is None or "status" not in self._open):
+            return False
+        if _INNER.match(line) or ("token" in found and "status" not in found):
+            return True
+        # Loggers write a message, and then the exception with its message.
+        thrown = _THROWN.match(line)
+        if thrown is None or line.strip() == self._error_line.strip():
+            return False
+        return self._error_line.rstrip().endswith(line[thrown.end() :].rstrip())
+
+    def _endpoint(self, found: Mapping[str, str]) -> str:
+        if "token" in found:
+            return self._token_url
         return found.get("endpoint") or found.get("url") or ""
 
     def _recent_division(self) -> str:
@@ -223,12 +323,19 @@ class OutputRecogniser:
     def _close(self) -> Iterator[Seen]:
         if self._open is None:
             return
-        found, endpoint, self._open = self._open, self._endpoint(), None
+        found, self._open = self._open, None
         status = _status(found.get("status", ""))
         if not status:
             status = self._codes.get(found.get("code", "").casefold(), 0)
-        division = found.get("division") or find_place(self._endpoint_path, endpoint)[0]
-        yield self._seen(status, division or self._recent_division(), endpoint, 1)
+        endpoint, division = self._endpoint(found), ""
+        if "token" not in found:  # a token request has no division
+            division = found.get("division") or self._division_in(endpoint)
+            if "url" not in found or not self._endpoint_path:  # else such a call as current/Me
+                division = division or self._recent_division()
+        yield self._seen(status, division, endpoint, 1)
+
+    def _division_in(self, url: str) -> str:
+        return find_place(self._endpoint_path, url, self._division_query)[0]
 
     def _seen(self, status: int, division: str, endpoint: str, count: int) -> Seen:
         division, endpoint = _clean_division(division), _clean_endpoint(endpoint)
@@ -246,7 +353,8 @@ class OutputRecogniser:
     def _marked(self, kind: str, text: str) -> Seen:
         fields = {name: quoted or plain for name, quoted, plain in _FIELD.findall(text)}
         status = _status(fields.get("status", ""))
-        division, endpoint = fields.get("division", ""), fields.get("endpoint", "")
+        endpoint = fields.get("endpoint", "")
+        division = fields.get("division") or self._division_in(endpoint)
         if kind == "ERROR":
             count = fields.get("count", "")
             number = min(int(count), MOST_COUNT) if _COUNT.fullmatch(count) else 1
@@ -326,7 +434,7 @@ def _found(
 ) -> dict[str, str] | None:
     """Return the groups of the first text that a pattern is found in; None if it is in none.
 
-    No pattern is found in everything, a broken one in nothing.
+    An empty pattern is found in everything, a broken one in nothing.
     """
     if not pattern:
         return {}
@@ -347,6 +455,14 @@ def _search(patterns: Iterable[Pattern], line: str) -> dict[str, str] | None:
         if groups is not None:
             found = {name: text for name, text in groups.items() if text} | (found or {})
     return found
+
+
+def _may_be_same(one: Seen, other: Seen) -> bool:
+    """Whether two streams may have shown one error, perhaps one of them with less detail."""
+    for first, second in ((one.division, other.division), (one.endpoint, other.endpoint)):
+        if first and second and first.casefold() != second.casefold():
+            return False
+    return one == replace(other, division=one.division, endpoint=one.endpoint)
 
 
 def _complement(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
@@ -372,10 +488,14 @@ def _clean_division(text: str) -> str:
 
 
 def _clean_endpoint(text: str) -> str:
-    """A URL or path as the coordinator takes it, without what does not belong to it in a text."""
+    """The path of a URL as the coordinator takes it, without what does not belong to it in a text.
+
+    Only the path: the host may be the provider's or a gateway's.
+    """
     text = without_secrets(_printable(text)).strip(" \"'.,;:")
+    text = without_host(text)
     if text.count(")") > text.count("("):
-        text = text.removesuffix(")")
+        text = text.removesuffix(")").rstrip("'")
     return text[:MOST_PATH_CHARACTERS]
 
 
@@ -384,9 +504,9 @@ def _printable(text: str) -> str:
 
 
 def _literals_of(pattern: str) -> set[str]:
-    """Return texts, in lower case, of which one is in everything that a pattern fits.
+    """Return texts, in lower case, of which one is in everything that a pattern matches.
 
-    The empty text, which is in everything, where none is known.
+    The empty text, which is in everything, if none is known.
     """
     if "[:" in pattern:  # a class such as [[:alpha:]], which Python reads in another way
         return {""}

@@ -32,7 +32,7 @@ from google.protobuf import json_format
 from holdoff import _files
 from holdoff._platform import boottime_ns
 from holdoff._state import state_folder
-from holdoff._text import without_secrets
+from holdoff._text import to_report
 from holdoff.v1 import budget_pb2
 
 if sys.platform != "win32":
@@ -112,7 +112,7 @@ class Waiting:
         """Take an event that is to wait from now on, without what may be a secret in its URL."""
         own = budget_pb2.Event()
         own.CopyFrom(event)
-        own.scope.endpoint = without_secrets(event.scope.endpoint)
+        own.scope.endpoint = to_report(event.scope.endpoint)
         return cls(own, Moment.now())
 
     def age_ns(self, now: Moment) -> int:

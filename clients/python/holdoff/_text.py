@@ -44,6 +44,9 @@ def described(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+_DIVISION = re.compile(r"[?&](_?division_?=[0-9]{1,20})(?![^&])", re.IGNORECASE)
+
+
 def without_secrets(url: str) -> str:
     """Cut off what may be a secret in a path or URL: its query, fragment, user and password.
 
@@ -51,3 +54,12 @@ def without_secrets(url: str) -> str:
     """
     path = re.split(r"[?#]", url, maxsplit=1)[0]
     return re.sub(r"//[^/]*@", "//", path)
+
+
+def to_report(url: str) -> str:
+    """Return what is sent of a path or URL: of its query only the number of a division.
+
+    Some paths have it there alone (`domain.md`, paths of the XML API).
+    """
+    division = _DIVISION.search(url.partition("#")[0])
+    return without_secrets(url) + (f"?{division[1]}" if division else "")

@@ -196,10 +196,33 @@ local function keep_back_off(one)
   for _, key in ipairs({BACK_OFFS, back_off_key(one.id)}) do keep(key, kept) end
 end
 
+local spelling
+
+do -- its own locals: Lua allows 200 in all
+  local SPELLINGS_MOST = 1000 -- of a token; then all of them are forgotten
+
+  local function known(key, endpoint, spelled)
+    local first = redis.call('HGET', key, endpoint)
+    if not first and spelled then
+      if redis.call('HLEN', key) >= SPELLINGS_MOST then redis.call('DEL', key) end
+      redis.call('HSET', key, endpoint, spelled)
+    end
+    keep(key, TOUCHED_US + SECOND)
+    return first
+  end
+
+  -- How people see an endpoint, which is compared without case: as it was spelled first in a scope of
+  -- this token, or in one that tokens share, while that is remembered. `spelled` is how it is now.
+  function spelling(token, endpoint, spelled)
+    if endpoint == '' then return '' end
+    return spare('spellings/' .. token, known, SHARD .. ':spellings:' .. token, endpoint, spelled) or spelled
+  end
+end
+
 local function audit_back_off(kind, one, facts)
   audit(kind, '/backOffs/' .. one.id, {
     cause = one.cause, limit = one.limit, status = one.status, reason = facts.reason,
-    token = one.token, division = one.division, endpoint = one.endpoint,
+    token = one.token, division = one.division, endpoint = one.spelled or one.endpoint,
     user = facts.user, host = facts.host, job = facts.job,
   }, true)
 end
@@ -227,7 +250,7 @@ do -- its own locals: Lua allows 200 in all
   function be_quiet(id, facts)
     local by = facts.from or facts.token
     if not redis.call('ZSCORE', BACK_OFFS, id) and not may_back_off(by) then
-      id, facts.token, facts.division, facts.endpoint = 'many-' .. redis.sha1hex(by), by, '', ''
+      id, facts.token, facts.division, facts.endpoint, facts.spelled = 'many-' .. redis.sha1hex(by), by, '', '', ''
       facts.reason = 'too many scopes back off'
       facts.until_us = math.max(facts.until_us, number(redis.call('HGET', back_off_key(id), 'until_us')))
     end
@@ -304,33 +327,37 @@ local function touched(token, who)
   return spare('touched/' .. token .. ':' .. who, read) or {}
 end
 
-local erred = {} -- by token and job: where it erred, by the part of the place that is given
+local places_of
 
--- Where a job of a token erred within a week, at places that a less specific place includes.
-local function erred_within(token, job, place)
-  local of_job = within(within(erred, token), job)
-  if not of_job[''] then
-    of_job[''] = {}
-    for _, one in ipairs(touched(token, job)) do
-      for _, key in ipairs({'', '1' .. one[1], '2' .. one[2]}) do table.insert(within(of_job, key), one) end
-    end
-  end
-  local key = place[1] ~= '' and '1' .. place[1] or place[2] ~= '' and '2' .. place[2] or ''
-  return of_job[key] or {}
-end
+do -- its own locals: Lua allows 200 in all
+  local erred = {} -- by token and job: where it erred, by the part of the place that is given
 
--- The places of a job's calls: those it declared, and for what it left open those
--- where jobs of its name erred within a week, with the same token.
-local function places_of(token, declared, job)
-  local places = {{'', ''}}
-  if not next(back_offs()) then return places end
-  for _, place in ipairs(declared and declared ~= '' and cjson.decode(declared) or {{'', ''}}) do
-    places[#places + 1] = place
-    if job and job ~= '' and (place[1] == '' or place[2] == '') then
-      for _, one in ipairs(erred_within(token, job, place)) do places[#places + 1] = one end
+  -- Where a job of a token erred within a week, at places that a less specific place includes.
+  local function erred_within(token, job, place)
+    local of_job = within(within(erred, token), job)
+    if not of_job[''] then
+      of_job[''] = {}
+      for _, one in ipairs(touched(token, job)) do
+        for _, key in ipairs({'', '1' .. one[1], '2' .. one[2]}) do table.insert(within(of_job, key), one) end
+      end
     end
+    local key = place[1] ~= '' and '1' .. place[1] or place[2] ~= '' and '2' .. place[2] or ''
+    return of_job[key] or {}
   end
-  return places
+
+  -- The places of a job's calls: those it declared, and for what it left open those
+  -- where jobs of its name erred within a week, with the same token.
+  function places_of(token, declared, job)
+    local places = {{'', ''}}
+    if not next(back_offs()) then return places end
+    for _, place in ipairs(declared and declared ~= '' and cjson.decode(declared) or {{'', ''}}) do
+      places[#places + 1] = place
+      if job and job ~= '' and (place[1] == '' or place[2] == '') then
+        for _, one in ipairs(erred_within(token, job, place)) do places[#places + 1] = one end
+      end
+    end
+    return places
+  end
 end
 
 -- Whether nobody came before a caller who still asks, and whom nothing else holds.

@@ -2,8 +2,8 @@
 -- reserved, how much room is left, and what follows for the scope.
 --
 -- A budget is given as {id, limit, kind, most, margin, window_us, grain_us,
--- statuses, token, division, endpoint, by, coarser}, which the coordinator works
--- out from the policy. `by` is the token whose event it is. `coarser` are the
+-- statuses, token, division, endpoint, spelled, by, coarser}, which the coordinator
+-- works out from the policy. `by` is the token whose event it is. `coarser` are the
 -- scopes, each {id, token, division, endpoint}, in which it counts instead if that
 -- token has opened too many; the last of them is the whole token. The events of a
 -- budget are kept in a log of at most the window's length. A log that is exact has
@@ -90,6 +90,7 @@ local function load_budget(id, spec)
   for _, field in ipairs(spec and SPEC or {}) do
     budget[field] = type(spec[field]) == 'number' and us(spec[field]) or spec[field]
   end
+  if spec then budget.spelled = spelling(spec.token, spec.endpoint, budget.spelled or spec.spelled) end
   if spec and spec.coarse then budget.coarse = '1' end
   if spec and spec.by and spec.token == '' then budget.users = with_user(budget.users, spec.by) end
   if budget.limit then leave(id, budget) end
@@ -98,7 +99,7 @@ end
 
 local function save(id, budget, changes)
   for _, field in ipairs(SPEC) do changes[field] = budget[field] end
-  changes.gained_us, changes.coarse, changes.users = budget.gained_us, budget.coarse, budget.users
+  for _, field in ipairs({'gained_us', 'coarse', 'users', 'spelled'}) do changes[field] = budget[field] end
   put(budget_key(id), budget, changes)
   moved('budget ' .. id)
 end
@@ -151,7 +152,7 @@ local function check_spent(id, budget)
   end
   local one = back_off_record(id)
   local facts = {
-    token = budget.token, division = budget.division, endpoint = budget.endpoint,
+    token = budget.token, division = budget.division, endpoint = budget.endpoint, spelled = budget.spelled,
     cause = 'SPENT', kind = budget.kind, limit = budget.limit, users = budget.users,
     reason = budget.coarse and 'too many scopes to count each' or '',
     since_us = one.state == 'QUIET' and number(one.since_us) or now, until_us = until_us,
@@ -378,6 +379,7 @@ do -- its own locals: Lua allows 200 in all
     local named = told.retry_after_us >= 0 and at + math.min(told.retry_after_us, most)
     local facts = {
       token = scope.token, division = scope.division, endpoint = scope.endpoint,
+      spelled = spelling(scope.token, scope.endpoint, one.spelled or scope.spelled),
       cause = 'BLOCKED', kind = '', reason = told.reason, probes = '1', forget_us = told.forget_us,
       claim = claim or '', users = with_user(one.users, told.by),
     }

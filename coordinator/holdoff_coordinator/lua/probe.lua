@@ -15,7 +15,7 @@ for _, command in ipairs({
   {'DEL', key}, {'SET', key, '1', 'PX', '1000'}, {'GET', key}, {'EXISTS', key}, {'TTL', key}, {'PTTL', key},
   {'EXPIRE', key, '1'}, {'PEXPIRE', key, '1000'},
   {'HSET', key, 'a', '1'}, {'HGET', key, 'a'}, {'HMGET', key, 'a'}, {'HGETALL', key}, {'HDEL', key, 'a'},
-  {'HINCRBY', key, 'a', '1'}, {'HSTRLEN', key, 'a'},
+  {'HINCRBY', key, 'a', '1'}, {'HLEN', key}, {'HSTRLEN', key, 'a'},
   {'LPUSH', key, '1'}, {'LRANGE', key, '0', '0'}, {'RPOP', key},
   {'SADD', key, 'a'}, {'SMEMBERS', key},
   {'ZADD', key, '1', 'a'}, {'ZINCRBY', key, '1', 'a'}, {'ZCARD', key}, {'ZPOPMIN', key}, {'ZRANGE', key, '0', '0'},

@@ -2,7 +2,7 @@
 -- ARGV 7   JSON: {id, token, age_us, count, budgets, shown, error, block, cause} an event.
 --         `shown` is kept for people. `error` is {place, touched}: where an
 --         error or a block was met, and for whom that is remembered. `block` is {id, token, division,
---         endpoint, reason, retry_after_us, sent_age_us, first_us, factor, most_us,
+--         endpoint, spelled, reason, retry_after_us, sent_age_us, first_us, factor, most_us,
 --         forget_us, by, own, for_app, lease}, -1 for what is not known: `own` is the id of the
 --         back-off of the token `by` alone, `for_app` says that the reporter may report for the
 --         whole app, and `lease` is the lease of the token that the reporter has proved to hold.
@@ -20,7 +20,9 @@ local function take_in(event, at)
   if event.block then block(event.block, at) end
   if event.shown ~= '' then
     local errors, erring = SHARD .. ':errors:' .. event.token, SHARD .. ':erring'
-    redis.call('XADD', errors, 'MAXLEN', '~', ERRORS_MOST, '*', 'at_us', us(at), 'event', event.shown)
+    event.shown.endpoint = spelling(event.token, event.error.place[2], event.shown.endpoint)
+    local shown = cjson.encode(event.shown)
+    redis.call('XADD', errors, 'MAXLEN', '~', ERRORS_MOST, '*', 'at_us', us(at), 'event', shown)
     redis.call('ZADD', erring, us(now), event.token)
     redis.call('ZREMRANGEBYSCORE', erring, '-inf', us(now - TOUCHED_US))
     for _, key in ipairs({errors, erring}) do keep(key, TOUCHED_US) end

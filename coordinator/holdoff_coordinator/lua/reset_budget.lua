@@ -12,7 +12,7 @@ keep_budget(id, 2 * OLDEST_US + number(budget.window_us))
 moved('budget ' .. id)
 audit('BUDGET_RESET', '/budgets/' .. id, {
   reason = ARGV[9], user = ARGV[8], limit = budget.limit, token = budget.token,
-  division = budget.division, endpoint = budget.endpoint,
+  division = budget.division, endpoint = budget.spelled or budget.endpoint,
 }, true)
 if back_offs()[id] then
   put(back_off_key(id), found[id], {until_us = math.min(number(found[id].until_us), now)})

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from holdoff import _calls
 from holdoff._outcome import BACKING_OFF
-from holdoff._places import find_place
-from holdoff._recognise import OutputRecogniser, SeenBlock
+from holdoff._places import find_place, folded
+from holdoff._recognise import Duplicates, OutputRecogniser, SeenBlock
 from holdoff.durations import format_duration
 from holdoff.v1 import budget_pb2, lease_service_pb2, policy_pb2
 
@@ -53,7 +53,7 @@ class Rooms:
 
     def refill(self, rooms: Iterable[lease_service_pb2.ScopeRoom]) -> None:
         """Take in what the coordinator says, who knew of our errors; forget the rest."""
-        self._left = {(one.scope.division, one.scope.endpoint): one.room for one in rooms}
+        self._left = {(one.scope.division, folded(one.scope.endpoint)): one.room for one in rooms}
 
     def take(self, place: tuple[str, str], status: int, count: int) -> str:
         """Count errors at a place; return the limit that is spent then, or ''."""
@@ -67,8 +67,10 @@ class Rooms:
             return ""
         tightest = min(limits, key=lambda limit: limit.most - limit.margin)
         most = tightest.most - tightest.margin
-        self._left[place] = self._left.get(place, most) - count
-        return "" if self._left[place] > 0 else tightest.name
+        division, endpoint = place
+        where = division, folded(endpoint)
+        self._left[where] = self._left.get(where, most) - count
+        return "" if self._left[where] > 0 else tightest.name
 
 
 class Conduct:
@@ -108,6 +110,7 @@ class Conduct:
         self._lock = threading.RLock()
         self._recognisers: dict[Source, OutputRecogniser] = {}
         self._seen_at: dict[Source, float] = {}
+        self._duplicates = Duplicates()
         self._rooms = Rooms(policy_pb2.Policy())
         self._notice: lease_service_pb2.FollowLeaseResponse | None = None
         self._own_count_at: float | None = None
@@ -149,7 +152,7 @@ class Conduct:
                 )
                 self._recognisers[source] = recogniser
             self._seen_at[source] = time.monotonic()
-            self._report(recogniser.feed(data))
+            self._report(source, recogniser.feed(data))
             self._warn_of_markers(recogniser)
 
     def on_notice(self, notice: lease_service_pb2.FollowLeaseResponse) -> None:
@@ -166,8 +169,8 @@ class Conduct:
         if self._thread.ident is not None:
             self._thread.join()
         with self._lock:
-            for recogniser in self._recognisers.values():
-                self._report(recogniser.finish())
+            for source, recogniser in self._recognisers.items():
+                self._report(source, recogniser.finish())
                 self._warn_of_markers(recogniser)
 
     def _warn_of_markers(self, recogniser: OutputRecogniser) -> None:
@@ -179,9 +182,12 @@ class Conduct:
                 "--trust-output if the command prints no data from others"
             )
 
-    def _report(self, seen: Iterable[Seen]) -> None:
+    def _report(self, source: Source, seen: Iterable[Seen]) -> None:
         events: list[budget_pb2.Event] = []
+        now = time.monotonic()
         for one in seen:
+            if not self._duplicates.is_new(source, one, now):
+                continue
             where = _calls.scope(self._token, one.division, one.endpoint)
             if isinstance(one, SeenBlock):
                 event = _calls.block_event(
@@ -197,8 +203,9 @@ class Conduct:
             else:
                 event = _calls.error_event(where, status=one.status, count=one.count, job=self._job)
                 self.errors += one.count
-                division, endpoint = find_place(self._rooms.policy.endpoint_path, one.endpoint)
-                place = (one.division or division, endpoint)
+                # Its division was found with it: the query is cut off by now.
+                endpoint = find_place(self._rooms.policy.endpoint_path, one.endpoint)[1]
+                place = (one.division, endpoint)
                 limit, spent = self._rooms.take(place, one.status, one.count), ""
                 if limit:
                     scope = budget_pb2.Scope(
@@ -220,7 +227,7 @@ class Conduct:
                 for source, recogniser in self._recognisers.items():
                     late = time.monotonic() - self._seen_at[source] > _PLACE_FOLLOWS_SECONDS
                     if recogniser.pending and late:
-                        self._report(recogniser.flush())
+                        self._report(source, recogniser.flush())
                 self._judge()
 
     def _judge(self) -> None:

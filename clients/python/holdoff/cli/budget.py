@@ -67,7 +67,7 @@ def list_budgets(  # noqa: PLR0913 - one for each option
     """List budgets in use, the tightest first: all of them or those of PARENT.
 
     PARENT is an app (apps/APP) or a token (apps/APP/tokens/TOKEN); a budget of the whole app is
-    listed with the app alone. PATH is as the list shows it, case does not count.
+    listed with the app alone. Give PATH as the list shows it; case does not matter.
     """
     app, tokens, _ = (parent or "").partition("/tokens/")
     with Client(endpoint) as client:
@@ -228,7 +228,7 @@ def record_error(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Report an error that a job with the token TOKEN got from the provider.
 
-    A division in the path is recognised.
+    A division in the path, or in the query of an XML call, is recognised.
 
     If the coordinator cannot be reached, the report is stored on disk, and the exit code is 0. The
     next `holdoff run` or `holdoff budget record` on this host sends it, or `holdoff spool flush`.

@@ -77,7 +77,7 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
             ("access token life", duration_text(refresh, "access_token_life")),
             ("early margin", duration_text(refresh, "early_margin")),
             ("refresh tokens", enum_text(refresh, "rotation")),
-            ("used ones work for", duration_text(refresh, "grace")),
+            ("used ones stay valid", duration_text(refresh, "grace")),
             ("idle life", duration_text(refresh, "idle_life")),
             ("absolute life", duration_text(refresh, "absolute_life")),
             *(("token URL", url) for url in found.oauth.token_urls),
@@ -100,6 +100,7 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
             *(("scope in output", pattern) for pattern in found.output.places),
             ("codes in output", _codes_text(found.output)),
             ("endpoint path", found.endpoint_path or NOTHING),
+            ("division in query", ", ".join(found.division_query) or NOTHING),
         ]
     )
 

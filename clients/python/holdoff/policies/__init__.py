@@ -1,7 +1,7 @@
 r"""The rules of providers, as files: presets beside this module, and those of operators.
 
-A policy file is TOML. What each field means stands here, and for operators in docs/policies.md;
-where a preset's value comes from, in its file.
+A policy file is TOML. This module says what each field means, and docs/policies.md says it for
+operators. A preset's file says where its values come from.
 
 Patterns are RE2 regular expressions (https://github.com/google/re2/wiki/Syntax): a search takes
 time in proportion to the text, whatever the pattern. RE2 has no lookahead, lookbehind or
@@ -36,11 +36,9 @@ DEFAULT_POLICY = "exact-online"
 ScopeField = Literal["app", "token", "division", "endpoint"]
 Id = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9-]{1,63}\Z")]
 HeaderName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}\Z")]
+QueryName = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 Status = Annotated[int, msgspec.Meta(ge=100, le=599)]
 Url = Annotated[str, msgspec.Meta(max_length=2_000)]
-Host = Annotated[
-    str, msgspec.Meta(pattern=r"\A[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?(?::\d{1,5})?\Z")
-]
 Scheme = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}\Z")]
 
 if TYPE_CHECKING:
@@ -52,8 +50,9 @@ _MOST_BITS = 64
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _NAMED = ("limit", "concurrency", "throttle")
 """Tables of which there may be several, each with a name."""
-_PLACE_GROUPS = frozenset({"url", "division", "endpoint"})
+_PLACE_GROUPS = frozenset({"url", "division", "endpoint", "token"})
 _CODE = re.compile(r"[\w.-]{1,63}")
+_HOST = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?(?::[0-9]{1,5})?")
 
 
 class PolicyError(ValueError):
@@ -65,7 +64,7 @@ class Seconds(float):
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A table of the file; a field that nobody knows is an error."""
+    """A table of the file; an unknown field is an error."""
 
 
 class Refresh(_Table, frozen=True, kw_only=True):
@@ -80,7 +79,7 @@ class Refresh(_Table, frozen=True, kw_only=True):
     access_token_life: Seconds = Seconds(0)
     """0 where it is not known: a run then always counts as refreshed at its end."""
     early_margin: Seconds | None = None
-    """How long before its end an access token may be renewed, and is no longer given to a job."""
+    """How long before its end an access token may be refreshed, and is no longer given to a job."""
     rotation: Literal[
         "none", "reusable", "until-used", "grace", "single-use", "single-use-revokes"
     ] = "single-use"
@@ -111,8 +110,8 @@ class Refresh(_Table, frozen=True, kw_only=True):
             earliest = self.interval + self.margin
             if earliest + self.early_margin > self.access_token_life:
                 raise ValueError(
-                    "`early_margin` is too long: `interval`, `margin` and it must fit into "
-                    "`access_token_life`"
+                    "`early_margin` is too long: the sum of `interval`, `margin` and "
+                    "`early_margin` must not exceed `access_token_life`"
                 )
 
 
@@ -121,7 +120,7 @@ class OAuth(_Table, frozen=True, kw_only=True):
 
     token_urls: tuple[Url, ...] = ()
     """Token endpoints, one for each region; none where they differ for each account."""
-    hosts: tuple[Host, ...] = ()
+    hosts: tuple[str, ...] = ()
     """Hosts of the API, as `host` or `host:port`; none where they differ for each account."""
     client_authentication: tuple[Literal["basic", "body", "query"], ...] = ("basic",)
     """Where the client id and secret go, the preferred way first. RFC 6749 requires "basic"."""
@@ -135,19 +134,32 @@ class OAuth(_Table, frozen=True, kw_only=True):
                     f"`token_urls[{number}]` must begin with https://, or with http:// on this "
                     "machine, and have a path, no user, no query and no fragment"
                 )
+        for number, host in enumerate(self.hosts):
+            if not _HOST.fullmatch(host):
+                raise ValueError(
+                    f"`hosts[{number}]` must be a host in lower case, or host:port, without "
+                    "https:// and path"
+                )
         for field in ("token_urls", "hosts", "client_authentication"):
             values = getattr(self, field)
             if len(set(values)) != len(values):
-                raise ValueError(f"`{field}` must name nothing twice")
+                raise ValueError(f"`{field}` must not contain a value twice")
         if not self.client_authentication:
             raise ValueError('`client_authentication` needs "basic", "body" or "query"')
 
 
 class Endpoint(_Table, frozen=True, kw_only=True):
-    """How a call's division and endpoint are found in its path or URL."""
+    """How a call's division and endpoint are found in its path or URL.
+
+    Host, keys, path parameters (`;x=1`), dots and empty segments are gone by then, and
+    percent-encoding is decoded; the path begins with one slash. Case stays.
+    """
 
     path: str
     """A regular expression with the group `endpoint` and, if there are any, `division`."""
+    division_query: tuple[QueryName, ...] = ()
+    """Names, without case, of parameters of the query that have the division: the first that is
+    there counts. Only if `path` does not match."""
 
     def __post_init__(self) -> None:
         groups = _groups_of("path", self.path)
@@ -173,7 +185,9 @@ class Limit(_Table, frozen=True, kw_only=True):
         _check_scope(self.scope)
         _expand_statuses(self)
         if bool(self.statuses) != (self.event == "errors"):
-            raise ValueError('`statuses` belongs to event = "errors", and only to it')
+            raise ValueError(
+                '`statuses` is required with event = "errors", and not allowed with others'
+            )
         if self.margin >= self.most:
             raise ValueError("`margin` must be less than `most`")
 
@@ -191,17 +205,17 @@ class Concurrency(_Table, frozen=True, kw_only=True):
 
 
 class Block(_Table, frozen=True, kw_only=True):
-    """How long a block lasts where the provider does not say."""
+    """How long a block lasts if the provider does not say."""
 
     scope: tuple[ScopeField, ...] = ("app",)
     first: Seconds = Seconds(60)
-    """Ours, as all that is not given: `domain.md` has no such numbers for most providers."""
+    """Ours, as all that is not given: most providers publish no such numbers."""
     factor: Annotated[float, msgspec.Meta(ge=1)] = 2.0
-    """By how much a block is longer than the one before."""
+    """Each block lasts this many times as long as the one before."""
     most: Seconds = Seconds(3600)
-    """No block is taken to be longer, whatever the provider's answer says."""
+    """The longest block, whatever the provider's answer says."""
     forget_after: Seconds = Seconds(86400)
-    """After so long without a block the next one is a first one."""
+    """After this time without a block, the next one counts as the first."""
 
     def __post_init__(self) -> None:
         _check_scope(self.scope)
@@ -210,7 +224,7 @@ class Block(_Table, frozen=True, kw_only=True):
 
 
 class Throttle(_Table, frozen=True, kw_only=True):
-    """How an answer that blocks or throttles is recognised: all that is given must fit."""
+    """How an answer that blocks or throttles is recognised: all given conditions must match."""
 
     name: Id
     statuses: Statuses = ()
@@ -218,7 +232,7 @@ class Throttle(_Table, frozen=True, kw_only=True):
     body: str = ""
     """A regular expression that is found in the body.
 
-    A group `retry_after` has the seconds that it lasts, where no header says how long.
+    A group `retry_after` has the number of seconds to wait, if no header says how long.
     """
     header: str = ""
     """A regular expression that is found in a line `Name: value` of the headers, without case."""
@@ -249,15 +263,16 @@ class Throttle(_Table, frozen=True, kw_only=True):
 class Output(_Table, frozen=True, kw_only=True):
     """How errors are recognised in what a job prints: regular expressions, line by line.
 
-    Where all that one fits has some letters in common, only lines with these are searched: it costs
-    next to nothing.
+    If each contains a fixed text, only lines with one of these texts are searched: other lines cost
+    almost nothing.
     """
 
     errors: tuple[str, ...]
     """A line with an error. A group `status` has its HTTP status, a group `code` one of `codes`;
     with neither the status is not known. The groups of `places` may be there too."""
     places: tuple[str, ...] = ()
-    """A line near it that says where: groups `url`, `division` or `endpoint`."""
+    """A line near it that says where: groups `url`, `division` or `endpoint`, or a group `token` if
+    the call was to the first of `oauth.token_urls`."""
     codes: dict[str, Any] = {}
     """HTTP statuses of codes, whose case does not count."""
 
@@ -272,7 +287,9 @@ class Output(_Table, frozen=True, kw_only=True):
             field = f"places[{number}]"
             groups = _groups_of(field, pattern)
             if not groups or groups - _PLACE_GROUPS:
-                raise ValueError(f"`{field}` needs groups (?P<url>…), (?P<division>…) or endpoint")
+                raise ValueError(
+                    f"`{field}` needs groups (?P<url>…), (?P<division>…), endpoint or token"
+                )
         for code, status in self.codes.items():  # of which msgspec would not say the wrong one
             if not _CODE.fullmatch(code):
                 raise ValueError(f"`codes` are letters, digits, '.', '_' and '-': {quoted(code)}")
@@ -300,14 +317,21 @@ class Policy(_Table, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for table in _NAMED:
-            names = [one.name for one in getattr(self, table)]
-            for number, name in enumerate(names):
-                if name in names[:number]:
+            names = set[str]()
+            for number, one in enumerate(getattr(self, table)):
+                if one.name in names:
                     raise ValueError(f"`{table}[{number}].name`: this name is used twice")
+                names.add(one.name)
+        patterns = self.output.errors + self.output.places if self.output else ()
+        if not self.oauth.token_urls and any(
+            "token" in compile_pattern(one).groups for one in patterns
+        ):
+            raise ValueError("`oauth.token_urls` is missing: the group `token` needs one")
 
     def place(self, path: str) -> tuple[str, str]:
         """Find a call's (division, endpoint) in its path or URL, each in its one normal form."""
-        return find_place(self.endpoint.path if self.endpoint else "", path)
+        rules = self.endpoint
+        return find_place(rules.path, path, rules.division_query) if rules else find_place("", path)
 
 
 def read_policy(path: Path | Traversable) -> Policy:
@@ -349,15 +373,16 @@ def _fields_of_preset(name: object) -> dict[str, Any]:
 def _merged(preset: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Put a file's own fields over those of a preset.
 
-    A table changes single fields. A limit, concurrency or throttle changes those of the one with
-    its name; it comes before those that the file does not name, and errors keep its number.
+    A table changes single fields, and codes single ones. A limit, concurrency or throttle changes
+    those of the one with its name; it comes before those that the file does not name, and errors
+    keep its number.
     """
     merged = preset | own
     for table, value in own.items():
         match preset.get(table), value:
             case dict() as before, dict():
-                merged[table] = before | value
-            case list() as before, list():
+                merged[table] = _merged(before, value)
+            case [{"name": _}, *_] as before, list():
                 named = {one["name"]: one for one in before}
                 changed = [_changed(named, one) for one in value]
                 names = [one["name"] for one in value if isinstance(one, dict) and "name" in one]

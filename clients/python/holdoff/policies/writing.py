@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from holdoff.v1 import policy_pb2
 
 FIELDS = {
-    "name": ("Its name: a-z, 0-9 and -. That of a preset is taken: choose another.", '"mine"'),
+    "name": ("Its name: a-z, 0-9 and -. It must differ from the names of the presets.", '"mine"'),
     "title": ("The provider, for people.", '"My provider"'),
     "when_quiet": (
         'What `holdoff run` does in a back-off: "pause", "finish" or "terminate".',
@@ -32,7 +32,7 @@ FIELDS = {
     "refresh.margin": ("Added to the interval, unless a token has an interval of its own.", '"0s"'),
     "refresh.at": ('A run counts as refreshed at its "end", or at its "start".', '"end"'),
     "refresh.access_token_life": ('Life of an access token; "0s" if it is not known.', '"1h"'),
-    "refresh.early_margin": ("How long before its end it may be renewed.", '"60s"'),
+    "refresh.early_margin": ("How long before its end it may be refreshed.", '"60s"'),
     "refresh.rotation": (
         (
             'A used refresh token: "none" (a refresh returns no other), "reusable", "until-used" '
@@ -42,11 +42,14 @@ FIELDS = {
         '"single-use"',
     ),
     "refresh.grace": (
-        'How long it stays valid, with "grace"; with "until-used" at most so long.',
+        'How long a used one stays valid, with "grace"; with "until-used" the longest time.',
         '"10m"',
     ),
     "refresh.idle_life": ("How long an unused refresh token lives.", '"30d"'),
-    "refresh.absolute_life": ("After so long a person must authorize again.", '"365d"'),
+    "refresh.absolute_life": (
+        "How long a grant lives; then a person must authorize again.",
+        '"365d"',
+    ),
     "oauth.token_urls": ("Token endpoints.", '["https://login.example.com/oauth/token"]'),
     "oauth.hosts": ("Hosts of the API.", '["api.example.com"]'),
     "oauth.client_authentication": (
@@ -58,55 +61,65 @@ FIELDS = {
         '"Bearer"',
     ),
     "endpoint.path": (
-        "RE2: finds `endpoint`, and `division` if there is one, in a path or URL.",
+        "RE2: finds `endpoint`, and `division` if there is one, in the path of a call.",
         "'/api/(?P<division>[^/]+)/(?P<endpoint>.+)'",
     ),
-    "limit.name": ("At most so many events in a window.", '"errors"'),
+    "endpoint.division_query": (
+        "Query parameters that contain the division, if `path` does not match.",
+        '["division"]',
+    ),
+    "limit.name": ("The most events in a window.", '"errors"'),
     "limit.event": ('What is counted: "errors", "token_requests" or "calls".', '"errors"'),
     "limit.most": ("How many.", "10"),
-    "limit.window": ("In which sliding window.", '"1h"'),
-    "limit.scope": ('For each of what: "app", "token", "division", "endpoint".', '["app"]'),
+    "limit.window": ("Length of the sliding window.", '"1h"'),
+    "limit.scope": (
+        'Each combination has a limit of its own: "app", "token", "division", "endpoint".',
+        '["app"]',
+    ),
     "limit.statuses": (
-        'HTTP statuses that count, with event = "errors"; "4xx" is all of them.',
+        'HTTP statuses that count, only with event = "errors"; "4xx" is 400 to 499.',
         '[400, 401, 403, 404, "5xx"]',
     ),
     "limit.margin": ("The part of `most` that is kept free.", "0"),
-    "concurrency.name": ("At most so many calls at a time. Not enforced yet.", '"calls-at-a-time"'),
+    "concurrency.name": ("The most calls at a time. Not enforced yet.", '"calls-at-a-time"'),
     "concurrency.most": ("How many.", "5"),
-    "concurrency.scope": ("For each of what.", '["app"]'),
-    "block.scope": ("Who backs off when the provider blocks.", '["app"]'),
-    "block.first": ("How long, where the provider does not say.", '"1m"'),
-    "block.factor": ("By how much the next block is longer.", "2.0"),
-    "block.most": ("No block is taken to be longer.", '"1h"'),
-    "block.forget_after": ("After so long without a block the next is a first one.", '"1d"'),
+    "concurrency.scope": ("Each combination has a limit of its own.", '["app"]'),
+    "block.scope": ("What backs off when the provider blocks.", '["app"]'),
+    "block.first": ("Length of the first block, if the provider does not say.", '"1m"'),
+    "block.factor": ("How many times as long each next block is.", "2.0"),
+    "block.most": ("The longest block, whatever an answer says.", '"1h"'),
+    "block.forget_after": (
+        "After this time without a block, the next one counts as the first.",
+        '"1d"',
+    ),
     "throttle.name": (
-        "An answer that blocks or throttles, the first that fits: all that is given must fit.",
+        "An answer that blocks or throttles, the first that matches: all conditions must match.",
         '"too-many-calls"',
     ),
     "throttle.statuses": ("HTTP statuses.", "[429]"),
     "throttle.body": (
-        "RE2, found in the body; a group `retry_after` has the seconds.",
+        "RE2, found in the body. A group `retry_after` has the seconds to wait.",
         r"""'(?i)try again in (?P<retry_after>\d{1,6}) seconds'""",
     ),
     "throttle.header": (
-        "RE2 without case, found in a line `Name: value`.",
+        "RE2, found in a header line `Name: value`; case does not matter.",
         "'^X-Problem: minute'",
     ),
-    "throttle.scope": ("Who backs off.", '["app"]'),
-    "throttle.until": ("Headers that say until when.", '["Retry-After"]'),
+    "throttle.scope": ("What backs off.", '["app"]'),
+    "throttle.until": ("Headers that say how long.", '["Retry-After"]'),
     "throttle.length": (
-        "How long, where the answer does not say; else as [block] says.",
+        "How long, if the answer does not say. Without it, as [block] says.",
         '"1m"',
     ),
     "output.errors": (
-        "RE2: a line of a job's output with an error. Groups: `status`, or `code`, one of `codes`.",
+        "RE2: a line of a job's output with an error. Groups: `status`, or `code` for `codes`.",
         "['failed with status (?P<status>[45]\\d\\d)']",
     ),
     "output.places": (
-        "RE2: a line near it that says where. Groups: `url`, `division`, `endpoint`.",
+        "RE2: a line near it that says where. Groups: `url`, `division`, `endpoint`, `token`.",
         "['(?P<url>https://api\\.example\\.com/\\S+)']",
     ),
-    "output.codes": ("HTTP statuses of codes.", "{ E42 = 429 }"),
+    "output.codes": ("The HTTP status of each code.", "{ E42 = 429 }"),
 }
 """What each field means, in short, and an example; docs/policies.md says it in full."""
 
@@ -126,8 +139,9 @@ _WIDTH = 100
 def write_policy(policy: policy_pb2.Policy) -> str:
     """Return the text of a file with this policy; `read_policy` reads the same from it."""
     values = dict(_values(policy))
-    if path := values.pop("endpoint_path", ""):
-        values["endpoint"] = {"path": path}
+    path, query = values.pop("endpoint_path", ""), values.pop("division_query", [])
+    if path:
+        values["endpoint"] = {"path": path} | ({"division_query": query} if query else {})
     tables = dict.fromkeys(name.partition(".")[0] for name in FIELDS if "." in name)
     tables |= {name: None for name, value in values.items() if _is_table(value)}
     lines = [*_lines("", {name: value for name, value in values.items() if name not in tables})]

@@ -6,7 +6,8 @@ which rule when. It knows nothing of Holdoff.
 
 from holdoff.simulator.accounting import Rule
 from holdoff.simulator.faults import Fault, FaultKind
-from holdoff.simulator.rules import Provider, Rotation
+from holdoff.simulator.oauth import Rotation
+from holdoff.simulator.rules import Provider
 from holdoff.simulator.seeds import Seed
 from holdoff.simulator.server import serving
 from holdoff.simulator.switches import Switches

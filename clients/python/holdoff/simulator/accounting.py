@@ -13,6 +13,7 @@ from holdoff.simulator.limits import HOUR_MS, SECOND_MS
 if TYPE_CHECKING:
     from holdoff.simulator.faults import FaultKind
 
+_LAST_MS = 253_402_300_799_999  # of the year 9999: a block may end later
 _KEPT = 10_000  # entries of each list in the report; the totals count on
 
 
@@ -50,10 +51,23 @@ class Violation:
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """A call that was answered. Its path has no query."""
+
+    number: int
+    """Calls are numbered from 1 in the order of their arrival."""
+    method: str
+    path: str
+    status: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokenRequest:
     """A call of the token endpoint; `error` is the refusal's code, where it has one."""
 
     time_ms: int
+    method: str
+    path: str
     key: str
     user: str
     agent: str
@@ -138,7 +152,10 @@ class Ledger:
     def __init__(self) -> None:
         self.blocks: list[Block] = []
         self._errors: dict[Scope, ErrorCount] = {}
-        self._violations: deque[Violation] = deque(maxlen=_KEPT)
+        self._calls = 0
+        self._violations: deque[tuple[Violation, Call]] = deque(maxlen=_KEPT)
+        self._unanswered: list[Violation] = []
+        """Those of the call that is being answered."""
         self._violations_by_rule: Counter[Rule] = Counter()
         self._token_requests: deque[TokenRequest] = deque(maxlen=_KEPT)
         self._token_totals: Counter[bool] = Counter()
@@ -152,12 +169,15 @@ class Ledger:
         return self._agents.setdefault(name, AgentCounts())
 
     def errors(self, scope: Scope) -> ErrorCount:
-        """The counted errors of a scope."""
-        return self._errors.setdefault(scope, ErrorCount())
+        """The counted errors of a scope, which is the latest from now on."""
+        count = self._errors[scope] = self._errors.pop(scope, ErrorCount())
+        if len(self._errors) > _KEPT:
+            del self._errors[next(iter(self._errors))]
+        return count
 
     def violation(self, violation: Violation) -> None:
-        """Note a broken rule."""
-        self._violations.append(violation)
+        """Note a rule that is broken by the call which is noted next."""
+        self._unanswered.append(violation)
         self._violations_by_rule[violation.rule] += 1
         counts = self.agent(violation.agent)
         counts.violations += 1
@@ -166,18 +186,27 @@ class Ledger:
 
     def token_request(self, request: TokenRequest, *, received: bool) -> None:
         """Note a call of the token endpoint, and whether its client gets a token by it."""
+        self._answered(request.method, request.path, request.status)
         self._token_requests.append(request)
         self._token_totals[request.accepted] += 1
         counts = self.agent(request.agent)
         counts.token_requests += 1
         counts.tokens_received += received
 
-    def api_call(self, status: int, agent: str) -> None:
-        """Note a call of the API."""
+    def api_call(self, method: str, path: str, status: int, agent: str) -> None:
+        """Note a call of the API, by its path without a query."""
+        self._answered(method, path, status)
         self._api_statuses[status] += 1
         counts = self.agent(agent)
         counts.api_calls += 1
-        counts.api_calls_succeeded += status == 200  # noqa: PLR2004 -- HTTP's OK
+        counts.api_calls_succeeded += 200 <= status < 300  # noqa: PLR2004 -- HTTP's success
+
+    def _answered(self, method: str, path: str, status: int) -> None:
+        """Number a call; the rules that were broken since the last one are its own."""
+        self._calls += 1
+        call = Call(self._calls, method, path, status)
+        self._violations.extend((violation, call) for violation in self._unanswered)
+        self._unanswered.clear()
 
     def injection(self, injection: Injection) -> None:
         """Note a request that got a fault."""
@@ -195,10 +224,14 @@ class Ledger:
                     "rule": str(v.rule),
                     "time": iso(v.time_ms),
                     "agent": v.agent,
+                    "call": call.number,
+                    "method": call.method,
+                    "path": call.path,
+                    "status": call.status,
                     **asdict(v.scope),
                     "detail": v.detail,
                 }
-                for v in self._violations
+                for v, call in self._violations
             ],
             "blocks": [
                 {
@@ -253,5 +286,6 @@ class Ledger:
 
 
 def iso(time_ms: int) -> str:
-    """A simulated time in ISO 8601, with milliseconds."""
-    return datetime.fromtimestamp(time_ms / SECOND_MS, UTC).isoformat(timespec="milliseconds")
+    """A simulated time in ISO 8601, with milliseconds; at most the last date."""
+    time = datetime.fromtimestamp(min(time_ms, _LAST_MS) / SECOND_MS, UTC)
+    return time.isoformat(timespec="milliseconds")

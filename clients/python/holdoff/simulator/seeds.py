@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from holdoff import _toml
+from holdoff.simulator.resources import SCOPES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,12 +25,18 @@ class Seed:
     user: str = "finance@example.com"
     refresh_token: str = "simulated-refresh-token-0"  # noqa: S105 -- opens nothing
     divisions: tuple[int, ...] = (535193, 535194)
+    expired_divisions: tuple[int, ...] = ()
+    """Companies whose licence expired: calls of them are answered with 403."""
+    scopes: tuple[str, ...] = ()
+    """What the app may do, such as `crm.accounts` or `crm.accounts:read`; all if it is empty."""
 
 
 _MOST_DIVISION = 10**18
 _FIELDS = tuple(field.name for field in fields(Seed))
+_TEXTS = ("client_id", "client_secret", "user", "refresh_token")
+_SCOPES = tuple(scope + rights for scope in SCOPES for rights in ("", ":read"))
 # The addresses in what /_simulator/seed tells, so that its answer can be kept as a file.
-_IGNORED = frozenset({"token_url", "api_url"})
+_IGNORED = frozenset({"auth_url", "token_url", "api_url"})
 
 
 def many(apps: int, users: int) -> tuple[Seed, ...]:
@@ -53,8 +60,9 @@ def many(apps: int, users: int) -> tuple[Seed, ...]:
 def read(path: Path) -> tuple[Seed, ...]:
     """Read seeds from a TOML file with `[[seeds]]`, or a JSON file `{"seeds": [{…}]}`.
 
-    Each has a client_id, a client_secret, a user and a refresh_token; divisions
-    may be left out. The suffix `.toml` tells TOML from JSON.
+    Each has a client_id, a client_secret, a user and a refresh_token; divisions,
+    expired_divisions and scopes may be left out. A file with the suffix `.toml` is TOML,
+    any other JSON.
 
     Raises:
         OSError: the file cannot be read.
@@ -93,13 +101,26 @@ def _seed(where: str, entry: object) -> Seed:
     if unknown := sorted(values.keys() - set(_FIELDS)):
         raise ValueError(f"{where}.{unknown[0]}: unknown; the fields are {', '.join(_FIELDS)}")
     divisions = values.pop("divisions", list(Seed().divisions))
-    for name in _FIELDS:
-        if name != "divisions" and not (isinstance(values.get(name), str) and values[name]):
+    expired = values.pop("expired_divisions", [])
+    scopes = values.pop("scopes", [])
+    for name in _TEXTS:
+        if not (isinstance(values.get(name), str) and values[name]):
             raise ValueError(f"{where}.{name}: expected a text")
-    if (
-        not isinstance(divisions, list)
-        or not divisions
-        or any(type(one) is not int or not 0 <= one < _MOST_DIVISION for one in divisions)
-    ):
+    if not divisions or not _are_divisions(divisions):
         raise ValueError(f"{where}.divisions: expected a list of whole numbers")
-    return Seed(**values, divisions=tuple(divisions))
+    if not _are_divisions(expired) or not set(expired) <= set(divisions):
+        raise ValueError(f"{where}.expired_divisions: expected a list of some of its divisions")
+    if not isinstance(scopes, list) or any(one not in _SCOPES for one in scopes):
+        raise ValueError(f"{where}.scopes: expected a list of {', '.join(_SCOPES)}")
+    return Seed(
+        **values,
+        divisions=tuple(divisions),
+        expired_divisions=tuple(expired),
+        scopes=tuple(scopes),
+    )
+
+
+def _are_divisions(listed: object) -> bool:
+    return isinstance(listed, list) and all(
+        type(one) is int and 0 <= one < _MOST_DIVISION for one in listed
+    )

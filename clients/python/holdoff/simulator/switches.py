@@ -20,16 +20,15 @@ class ErrorWindow(StrEnum):
     CLOCK_HOUR = "clock-hour"
 
 
-class OldTokenDies(StrEnum):
-    """When a used refresh token becomes invalid under strict rotation.
+class UsedAt(StrEnum):
+    """When a new refresh token counts as used, under the rotation until-used.
 
-    Either as soon as its successor is issued, when a successor is used for a
-    refresh, or when a successor's access token is used for an API call.
+    Either at a refresh or at an API call with the access token that came with
+    it, or at a refresh only.
     """
 
-    ISSUE = "issue"
-    FIRST_REFRESH = "first-refresh"
-    FIRST_CALL = "first-call"
+    REFRESH_OR_CALL = "refresh-or-call"
+    REFRESH = "refresh"
 
 
 class OldTokenStatus(StrEnum):
@@ -39,10 +38,24 @@ class OldTokenStatus(StrEnum):
     BAD_REQUEST = "400"
 
 
+class RefreshInterval(StrEnum):
+    """Whether the app must wait 570 s between access tokens; support can exempt an app."""
+
+    ENFORCED = "enforced"
+    EXEMPT = "exempt"
+
+
+class EarlyStatus(StrEnum):
+    """The status for a refresh that is too early; older reports have 401."""
+
+    BAD_REQUEST = "400"
+    UNAUTHORIZED = "401"
+
+
 class EarlyRefresh(StrEnum):
     """Whether the refusal of a refresh that is too early contains a new refresh token.
 
-    If so, under strict rotation, only the new one is valid.
+    If so, the new one replaces the refused one, as after a refresh.
     """
 
     ERROR_ONLY = "error-only"
@@ -61,6 +74,17 @@ class DailyTokenStatus(StrEnum):
 
     TOO_MANY_REQUESTS = "429"
     BAD_REQUEST = "400"
+
+
+class Consent(StrEnum):
+    """Who allows an app at the authorization endpoint.
+
+    Either the user who is chosen on its page or in the parameter user, or
+    without a page the first user of the app.
+    """
+
+    PAGE = "page"
+    AUTO = "auto"
 
 
 class BlockAnswer(StrEnum):
@@ -87,11 +111,14 @@ class Switches:
     """One behaviour chosen for each open rule."""
 
     error_window: ErrorWindow = ErrorWindow.SLIDING
-    old_token_dies: OldTokenDies = OldTokenDies.ISSUE
+    used_at: UsedAt = UsedAt.REFRESH_OR_CALL
     old_token_status: OldTokenStatus = OldTokenStatus.UNAUTHORIZED
+    refresh_interval: RefreshInterval = RefreshInterval.ENFORCED
+    early_status: EarlyStatus = EarlyStatus.BAD_REQUEST
     early_refresh: EarlyRefresh = EarlyRefresh.ERROR_ONLY
     expires_in: ExpiresIn = ExpiresIn.STRING
     daily_token_status: DailyTokenStatus = DailyTokenStatus.TOO_MANY_REQUESTS
+    consent: Consent = Consent.PAGE
     block_answer: BlockAnswer = BlockAnswer.JSON_403
     block_schedule: BlockSchedule = BlockSchedule.DOUBLING
 
@@ -102,6 +129,11 @@ class Switches:
             ValueError: there is no such switch or value; the message lists those there are.
         """
         name, _, value = text.partition("=")
+        if name == "old-token-dies":
+            raise ValueError(
+                "old-token-dies was replaced by --rotation single-use (for 'issue')"
+                " and by --rotation until-used with --switch used-at=refresh-or-call|refresh"
+            )
         kind = _KINDS.get(name)
         if kind is None:
             raise ValueError(f"{name!r} is none of the switches {', '.join(_KINDS)}")

@@ -67,9 +67,18 @@ def show_report(report: dict[str, Any]) -> None:
         ),
         _table(
             f"The latest {_SHOWN} of {violations}" if violations > _SHOWN else "One by one",
-            ("time (UTC)", "rule", "agent", "where", "what"),
+            ("call", "time (UTC)", "rule", "agent", "request", "status", "where", "what"),
             (
-                (_time(v["time"]), v["rule"], v["agent"], _where(v), v["detail"])
+                (
+                    v["call"],
+                    _time(v["time"]),
+                    v["rule"],
+                    v["agent"],
+                    f"{v['method']} {v['path']}",
+                    v["status"],
+                    _where(v),
+                    v["detail"],
+                )
                 for v in report["violations"][-_SHOWN:]
             ),
         ),
@@ -102,8 +111,9 @@ def show_report(report: dict[str, Any]) -> None:
 
 def show_pending(faults: Sequence[dict[str, Any]]) -> None:
     """Print the faults that were asked for and not yet met."""
-    columns = ("fault", "path", "count", "seconds", "status")
-    table = _table("", columns, ([fault.get(name, "") for name in columns] for fault in faults))
+    columns = ("fault", "path", "count", "seconds", "status", "without")
+    rows = (fault | {"without": ", ".join(fault.get("without", ()))} for fault in faults)
+    table = _table("", columns, ([fault.get(name, "") for name in columns] for fault in rows))
     _print(table or Text("no faults are pending"))
 
 

@@ -222,7 +222,8 @@ class Scope(_message.Message):
     """The provider's name of a company, tenant or realm."""
     endpoint: _builtins.str
     """The path of the call after the division, or a whole URL: the policy gives
-    it its normal form (no query, OData keys as `()`, lower case).
+    it its normal form (no host, query or OData key; decoded). It is compared
+    without case, and shown as it was spelled first.
     """
     def __init__(
         self,

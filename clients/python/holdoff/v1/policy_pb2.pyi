@@ -109,6 +109,7 @@ class Policy(_message.Message):
     LONGEST_TTL_FIELD_NUMBER: _builtins.int
     OAUTH_FIELD_NUMBER: _builtins.int
     CONCURRENCY_LIMITS_FIELD_NUMBER: _builtins.int
+    DIVISION_QUERY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The policy's name, such as `exact-online`; tokens refer to it."""
     title: _builtins.str
@@ -117,7 +118,7 @@ class Policy(_message.Message):
     """It ships with Holdoff; else an operator wrote it."""
     endpoint_path: _builtins.str
     """An RE2 regular expression with the group `endpoint` and, if there
-    are any, `division`, that finds both in the path or URL of a call.
+    are any, `division`, that finds both in the path of a call.
     """
     when_quiet: Global___WhenQuiet.ValueType
     """What a run does while one of its scopes backs off."""
@@ -137,7 +138,9 @@ class Policy(_message.Message):
 
     @_builtins.property
     def throttles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Throttle]:
-        """How an answer that blocks or throttles is recognised, the first that fits."""
+        """How an answer that blocks or throttles is recognised; the first match
+        applies.
+        """
 
     @_builtins.property
     def output(self) -> Global___OutputPolicy:
@@ -155,6 +158,12 @@ class Policy(_message.Message):
     def concurrency_limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConcurrencyLimit]:
         """How many calls there may be at a time."""
 
+    @_builtins.property
+    def division_query(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names, without case, of parameters of the query that have the division of a
+        call whose path `endpoint_path` does not match.
+        """
+
     def __init__(
         self,
         *,
@@ -171,10 +180,11 @@ class Policy(_message.Message):
         longest_ttl: _duration_pb2.Duration | None = ...,
         oauth: Global___OAuthPolicy | None = ...,
         concurrency_limits: _abc.Iterable[Global___ConcurrencyLimit] | None = ...,
+        division_query: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "longest_ttl", b"longest_ttl", "oauth", b"oauth", "output", b"output", "refresh", b"refresh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "concurrency_limits", b"concurrency_limits", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "name", b"name", "oauth", b"oauth", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "concurrency_limits", b"concurrency_limits", "division_query", b"division_query", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "name", b"name", "oauth", b"oauth", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -262,8 +272,8 @@ Global___ConcurrencyLimit: _TypeAlias = ConcurrencyLimit  # noqa: Y015
 
 @_typing.final
 class Throttle(_message.Message):
-    """How an answer that blocks or throttles is recognised: all that is given must
-    fit.
+    """How an answer that blocks or throttles is recognised: all given conditions
+    must match.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -279,7 +289,7 @@ class Throttle(_message.Message):
     """Its name in the policy."""
     body: _builtins.str
     """An RE2 regular expression that is found in the body. A group `retry_after`
-    has the seconds that it lasts, where no header says how long.
+    has the number of seconds to wait, if no header says how long.
     """
     header: _builtins.str
     """A regular expression that is found in a line `Name: value` of the headers,
@@ -301,7 +311,7 @@ class Throttle(_message.Message):
 
     @_builtins.property
     def length(self) -> _duration_pb2.Duration:
-        """How long it lasts where the answer does not say; absent means what the block
+        """How long it lasts if the answer does not say; absent means what the block
         says, longer with each repeat.
         """
 
@@ -363,7 +373,9 @@ class OutputPolicy(_message.Message):
 
     @_builtins.property
     def places(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """A line near it that says where: groups `url`, `division` or `endpoint`."""
+        """A line near it that says where: groups `url`, `division`, `endpoint` or
+        `token`. The last one says that the call was to the first token URL.
+        """
 
     @_builtins.property
     def codes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
@@ -427,7 +439,7 @@ class RefreshPolicy(_message.Message):
 
     @_builtins.property
     def early_margin(self) -> _duration_pb2.Duration:
-        """How long before its end an access token may be renewed, and is no longer
+        """How long before its end an access token may be refreshed, and is no longer
         given to a job; absent where the policy does not say.
         """
 
@@ -524,7 +536,7 @@ class BlockPolicy(_message.Message):
     MOST_FIELD_NUMBER: _builtins.int
     FORGET_AFTER_FIELD_NUMBER: _builtins.int
     factor: _builtins.float
-    """By how much a block is longer than the one before."""
+    """Each block lasts this many times as long as the one before."""
     @_builtins.property
     def scope(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Who is blocked: `app` and any of `token`, `division` and `endpoint`."""
@@ -535,11 +547,11 @@ class BlockPolicy(_message.Message):
 
     @_builtins.property
     def most(self) -> _duration_pb2.Duration:
-        """No block is taken to be longer."""
+        """The longest block, whatever an answer says."""
 
     @_builtins.property
     def forget_after(self) -> _duration_pb2.Duration:
-        """After so long without one, the next is a first one."""
+        """After this time without a block, the next one counts as the first."""
 
     def __init__(
         self,
