@@ -32,6 +32,7 @@ from holdoff.v1 import (
     token_service_pb2_grpc,
 )
 from holdoff_coordinator import cli, hub
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +63,13 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
 
 
 class Replica(CoordinatorThread):
-    """A coordinator in a thread of its own, and the stubs to speak with it."""
+    """A coordinator in a thread of its own, and the stubs to speak with it.
+
+    By default its port is one that stays free while it is stopped, so that it can be started again.
+    """
+
+    def __init__(self, store_url: str, **options: Any) -> None:
+        super().__init__(store_url, **{"listen": f"127.0.0.1:{free_port()}", **options})
 
     def __enter__(self) -> Self:
         super().__enter__()

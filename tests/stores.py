@@ -10,9 +10,7 @@ import asyncio
 import contextlib
 import functools
 import os
-import random
 import re
-import socket
 import ssl
 import subprocess
 import tempfile
@@ -32,6 +30,7 @@ from holdoff_coordinator import embedded
 from tests.cable import Cable
 from tests.e2e.service import Service
 from tests.harness import wait_until
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -40,14 +39,6 @@ SILENCE_MS = 10_000
 SHORT_SILENCE_MS = 1500
 """Time without a sign of life after which a server counts as gone."""
 START_SECONDS = 20.0
-
-
-def free_port() -> int:
-    """Return a port that nothing uses, below those that the system gives to connections."""
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 @dataclass(frozen=True, slots=True)

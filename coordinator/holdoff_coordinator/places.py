@@ -222,7 +222,7 @@ class Places:
 
 
 class ScopeFilter:
-    """Which scopes somebody wants to see; an empty field matches any.
+    """The scopes that a caller asks for; an empty field matches any.
 
     Raises:
         Failure: INVALID_FIELD.

@@ -24,6 +24,7 @@ import holdoff
 from tests import stores
 from tests.cable import Cable
 from tests.harness import wait_until
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     import signal
@@ -170,7 +171,7 @@ class Coordinator:
 
     def launch(self) -> tuple[subprocess.Popen[bytes], str]:
         """Start a process and return it with its address."""
-        address = f"127.0.0.1:{stores.free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         process = subprocess.Popen(
             [
                 *(sys.executable, "-c", WITH_CHILDREN, json.dumps(self._of_children)),

@@ -17,7 +17,7 @@ from tests.chart.helm import DEPLOY
 from tests.chart.test_running import listens
 from tests.e2e.service import BIN
 from tests.harness import wait_until
-from tests.stores import free_port
+from tests.ports import free_port
 
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
 PATH = {"PATH": f"{BIN}:{os.environ['PATH']}"}

@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.chart.helm import Rendering, render
 from tests.e2e.service import BIN
 from tests.harness import LONG, NO_PROXY, wait_until
-from tests.stores import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -18,6 +18,7 @@ from holdoff.cli import main
 from holdoff.cli.output import resource
 from holdoff.durations import parse_duration
 from tests.harness import wait_until
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,7 +70,7 @@ class Service:
             self.environment["HOLDOFF_POLICY_DIR"] = str(policy_dir)
         self.app = "apps/e2e"
         """Where `create_token` makes tokens."""
-        self.address = "127.0.0.1:0"
+        self.address = f"127.0.0.1:{free_port()}"  # which is still free when it starts again
         self.log: list[str] = []
         self._commands: list[subprocess.Popen[str]] = []
 

@@ -22,7 +22,7 @@ from holdoff.cli import main
 from holdoff.durations import parse_duration
 from holdoff.v1 import lease_service_pb2
 from tests.harness import Replica, Waiter, ask, refusal, wait_until
-from tests.stores import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

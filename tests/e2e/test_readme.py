@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.service import BIN
 from tests.harness import wait_until
-from tests.stores import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

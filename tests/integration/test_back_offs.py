@@ -117,10 +117,10 @@ class App:
         return one
 
     def end_quiet(self) -> None:
-        """Let the quiet time of the only back-off be over."""
+        """Let the quiet time of the only back-off have been over for a second."""
         seconds, microseconds = self.store.time()
         key = f"{self.shard}:backoff:{self.only().name.rpartition('/')[2]}"
-        self.store.hset(key, "until_us", seconds * 1_000_000 + microseconds)
+        self.store.hset(key, "until_us", (seconds - 1) * 1_000_000 + microseconds)
 
     def wait(self, token: str, replica: int = 0, **options: Any) -> Waiter:
         """Wait for a lease."""

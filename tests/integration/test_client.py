@@ -240,7 +240,7 @@ def test_interrupted_while_it_accepts_it_gives_the_lease_back(replica: Replica) 
 def test_a_wait_survives_its_coordinator(valkey: Server, replica: Replica) -> None:
     """A client whose replica goes away asks again with the same request id."""
     token = replica.create_token(0.1)
-    leaving = Replica(valkey.url, listen="127.0.0.1:0")
+    leaving = Replica(valkey.url)
     with leaving:
         client = holdoff.Client(leaving.address)
         unreachable: list[errors.Unavailable] = []

@@ -124,7 +124,7 @@ def test_every_answer_shows_the_spelling_seen_first(replica: Replica) -> None:
     assert spelled(str(refused.value.details())) == {FIRST}
     clear = admin_service_pb2.ClearBackOffRequest(name=paused.name, reason="it is over")
     reset = admin_service_pb2.ResetBudgetRequest(
-        name=of_token(replica, token, LATER).name, reason="it is mended"
+        name=of_token(replica, token, LATER).name, reason="the bug is fixed"
     )
     assert spelled(replica.admin.ClearBackOff(clear), replica.admin.ResetBudget(reset)) == {FIRST}
     offer = replica.acquire(token, scopes=[(DIVISION, LATER)]).offer

@@ -31,7 +31,7 @@ from holdoff_coordinator.scripts import Scripts
 from holdoff_coordinator.store import Epoch, StoreAwayError
 from tests.cable import Cable
 from tests.harness import NO_PROXY, Replica, refusal, token_to_create, wait_until
-from tests.stores import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from tests.conftest import StartValkey

@@ -33,6 +33,7 @@ from holdoff_coordinator.wakeups import WakeUps
 from tests import stores
 from tests.cable import Cable
 from tests.harness import Replica, Waiter, ask, coordinator_command, refusal, wait_until
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -199,7 +200,7 @@ async def test_no_sentinel_is_forgotten(watched_primary: Store) -> None:
     Fails when calls share the order in which Sentinels are asked, as in redis-py.
     """
     _, *others = watched_primary.sentinels
-    away, *there = [stores.free_port(), *(one.port for one in others)]
+    away, *there = [free_port(), *(one.port for one in others)]
     hosts = ",".join(f"127.0.0.1:{port}" for port in sorted([away, *there]))
     first = ",".join(f"127.0.0.1:{port}" for port in (away, *there))
     async with opened(f"redis+sentinel://{first}/main") as client:

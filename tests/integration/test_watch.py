@@ -193,7 +193,7 @@ def test_a_change_of_a_token_hides_none_of_its_app(
 ) -> None:
     """A change of one token and a quarantine that one look finds are both told.
 
-    Fails when a watcher that goes on to the change does not look at the whole app again.
+    Fails when a watcher that reaches the change does not read the whole app again.
     """
     token, told = token_of(watcher), len(watcher.snapshots)
     looks, both_happened = threading.Event(), threading.Event()

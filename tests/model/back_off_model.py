@@ -292,11 +292,13 @@ class Model(model.Model):
 
     def _end(self, token: Token, state: str, refreshed: int | None) -> None:
         assert token.lease
+        self.settle_all()  # what is due at this instant too comes first
         self._caller_ended(token.lease.request, well=state == "RELEASED")
         super()._end(token, state, refreshed)
 
     def _take_back(self, token: Token, *, lapsed: bool = False) -> None:
         assert token.lease
+        self.settle_all()
         self._caller_ended(token.lease.request, well=False)
         super()._take_back(token, lapsed=lapsed)
 

@@ -617,7 +617,7 @@ MUTANTS = [
         f"{TESTS}/test_gate.py::test_a_stream_is_asked_once_where_it_comes_from",
     ),
     Mutant(
-        "a watcher that goes on to a change looks at the whole app again",
+        "a watcher that reaches a change reads the whole app again",
         *(f"{COORDINATOR}/watches.py", "if moved or (app.at and", "if (app.at and"),
         f"{TESTS}/test_watch.py::test_a_change_of_a_token_hides_none_of_its_app",
     ),

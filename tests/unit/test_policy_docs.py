@@ -103,7 +103,7 @@ def test_the_document_lists_every_preset() -> None:
 @example("'a\\'")
 @example('\\s"\x7f\u2028')
 def test_any_text_is_read_back(text: str) -> None:
-    """A title or pattern in a printed file is what it was, and has nothing that a terminal obeys.
+    """A printed file keeps titles and patterns unchanged, and has no control characters.
 
     Fails when a quote ends it, or a character is not escaped.
     """
