@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import msgspec
 import structlog
 
-from holdoff.names import TokenName
 from holdoff.v1 import custody_service_pb2, grant_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.custody.grants import grant_not_found
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
+    from holdoff.names import TokenName
     from holdoff.policies import Policy
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.custody.grants import Terms
@@ -166,7 +166,7 @@ def stand_of(  # noqa: PLR0913, PLR0917 - what a look shows, and what was known 
     status = status_of(name, msgspec.structs.replace(held, record=counted), has_key=has_key)
     look_in_us = REPAIR_US if is_usable and has_key else LOOK_US
     ends = usable_until_us - looked_us, status.until_time.ToMicroseconds() - held.now_us
-    look_in_us = min(look_in_us, *(max(one, SOONEST_US) for one in ends if one > 0))
+    look_in_us = min([look_in_us, *(max(one, SOONEST_US) for one in ends if one > 0)])
     return Stand(
         version,
         status,
@@ -321,7 +321,7 @@ class HandOuts:
         await self._wake_ups.listen_forever(self._woken)
 
     async def _woken(self, app: str, token: str) -> None:
-        served = self._served[app].get(token) if app in self._served else None
+        served = self._served.get(app, {}).get(token)
         if served:
             served.look_at = 0.0
             self._look_soon(app)
@@ -339,7 +339,7 @@ class HandOuts:
 
     def _due(self, app: str) -> list[_Served]:
         now = time.monotonic()
-        tokens = self._served[app] if app in self._served else {}
+        tokens = self._served.get(app, {})
         return [served for served in tokens.values() if served.look_at <= now]
 
     def _look_soon(self, app: str) -> None:
@@ -354,6 +354,8 @@ class HandOuts:
                     await self._look_at(app, due[start : start + READ_BATCH])
         except Exception:
             log.exception("access tokens were not looked at", app=app)
+            for served in self._served.get(app, {}).values():
+                served.look_at = time.monotonic() + LOOK_US / 1e6
         finally:
             del self._looking[app]
 
