@@ -84,6 +84,7 @@ COUNTED = ("watches", "waits", "follows", "access-tokens", "calls")
 _STREAMS: Mapping[type[Message], str] = {
     lease_service_pb2.WatchLeasesRequest: "watches",
     budget_service_pb2.WatchBudgetsRequest: "watches",
+    custody_service_pb2.WatchGrantRequest: "watches",
     lease_service_pb2.AcquireLeaseRequest: "waits",
     lease_service_pb2.FollowLeaseRequest: "follows",
     custody_service_pb2.GetAccessTokenRequest: "access-tokens",

@@ -351,6 +351,13 @@ class CustodyService(_Adapter, custody_service_pb2_grpc.CustodyServiceServicer):
         """End custody."""
         return await self._answer(self._handlers.grants.delete, request, context)
 
+    async def WatchGrant(  # noqa: N802
+        self, request: custody_service_pb2.WatchGrantRequest, context: Context
+    ) -> AsyncIterator[custody_service_pb2.WatchGrantResponse]:
+        """Tell every change."""
+        async for response in self._stream(self._handlers.hand_outs.watch, request, context):
+            yield response
+
     async def GetAccessToken(  # noqa: N802
         self, request: custody_service_pb2.GetAccessTokenRequest, context: Context
     ) -> AsyncIterator[custody_service_pb2.GetAccessTokenResponse]:

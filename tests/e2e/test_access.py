@@ -69,7 +69,7 @@ resources = ["apps/a"]
 """
 
 SEE = frozenset(ROLES)
-REPORT, HOLD = {"reporter", "holder", "admin"}, {"holder", "admin"}
+REPORT, HOLD = {"reporter", "holder", "gateway", "admin"}, {"holder", "admin"}
 KEEP, ADMINISTER = {"custodian", "admin"}, {"admin"}
 WHOLE_APP: set[str] = set()  # a role on one token is not enough
 TOKEN, SCOPE = token_pb2.Token(name=OURS), budget_pb2.Scope(token=OURS)
@@ -119,6 +119,11 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
         SEE,
     ),
     "CustodyService/DeleteGrant": (custody_service_pb2.DeleteGrantRequest(name=GRANT), KEEP),
+    "CustodyService/WatchGrant": (custody_service_pb2.WatchGrantRequest(name=GRANT), SEE),
+    "CustodyService/GetAccessToken": (
+        custody_service_pb2.GetAccessTokenRequest(name=GRANT),
+        {"gateway", "admin"},
+    ),
     "BudgetService/RecordEvents": (
         budget_service_pb2.RecordEventsRequest(events=[budget_pb2.Event(scope=SCOPE)]),
         REPORT,

@@ -1,5 +1,7 @@
 """Hands out access tokens: one look at the store, and one open copy, for all streams of a token.
 
+Streams that watch a grant are served from the same looks; for them nothing is opened.
+
 A token is looked at when the first stream of it opens, when the store announces a change of its
 grant, when its state ends by itself, and now and then, which repairs announcements that were lost.
 Streams have no timers: a look that finds something new wakes those of its token.
@@ -14,7 +16,7 @@ import contextlib
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
@@ -23,7 +25,7 @@ import structlog
 from holdoff.v1 import custody_service_pb2, grant_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.custody.grants import grant_not_found
-from holdoff_coordinator.custody.messages import status_of
+from holdoff_coordinator.custody.messages import grant_message, status_of
 from holdoff_coordinator.custody.records import ReadGrants, ask, held_of, read
 from holdoff_coordinator.custody.sealing import (
     AccessSecrets,
@@ -77,28 +79,43 @@ class Users(Protocol):
 class Stand:
     """What a look showed of a grant. Instants are µs of this machine's boot clock."""
 
-    version: tuple[str, int]
-    """Chain and generation."""
+    held: Held
+    """The grant as it was read."""
     status: grant_pb2.GrantStatus
     usable_until_us: int
     """From then on no call begins with its access token; 0 if it has none."""
     margin_us: int
     """How much longer that lives."""
-    api_hosts: tuple[str, ...]
     secrets: AccessSecrets | None
-    """None if there is no access token, or not the key that opens it."""
+    """None if there is no access token, it was not opened, or there is no key for that."""
     look_in_seconds: float
     """How long after the look to look again."""
 
     @property
+    def version(self) -> tuple[str, int]:
+        """Chain and generation, to which an access token belongs."""
+        return self.held.record.chain, self.held.record.generation
+
+    @property
+    def changes(self) -> tuple[object, ...]:
+        """What has to change for those who watch the grant to be told."""
+        record, is_usable = self.held.record, self.usable_until_us > 0
+        return *self._said, self.version, is_usable, record.attempt, record.attempt_step
+
+    @property
     def news(self) -> tuple[object, ...]:
-        """What has to change for a stream to be told."""
+        """What has to change for a stream of access tokens to be told."""
+        version = self.version if self.usable_until_us else None
+        return *self._said, version, self.secrets is None
+
+    @property
+    def _said(self) -> tuple[object, ...]:
+        """What is said of the grant, to people."""
         status = self.status
         # The end of a lease moves with each of its renewals: no news.
         moves = status.state == grant_pb2.GRANT_STATE_HELD
         until_us = 0 if moves else status.until_time.ToMicroseconds()
-        version = self.version if self.usable_until_us else None
-        return status.state, status.message, until_us, version, self.secrets is None
+        return status.state, status.message, until_us
 
     def is_usable(self, now_us: int) -> bool:
         """Whether calls may begin with its access token."""
@@ -129,7 +146,7 @@ class Stand:
             remaining_us = self.usable_until_us + self.margin_us - now_us
             response.access_token.remaining.CopyFrom(duration(remaining_us))
             response.access_token.early_margin.CopyFrom(duration(self.margin_us))
-            response.access_token.api_hosts.extend(self.api_hosts)
+            response.access_token.api_hosts.extend(self.held.record.public.api_hosts)
         return response
 
 
@@ -168,11 +185,10 @@ def stand_of(  # noqa: PLR0913, PLR0917 - what a look shows, and what was known 
     ends = usable_until_us - looked_us, status.until_time.ToMicroseconds() - held.now_us
     look_in_us = min([look_in_us, *(max(one, SOONEST_US) for one in ends if one > 0)])
     return Stand(
-        version,
+        held,
         status,
         usable_until_us if is_usable else 0,
         margin_us,
-        record.public.api_hosts,
         secrets if is_usable else None,
         look_in_us / 1e6,
     )
@@ -192,9 +208,10 @@ class _Served:
 
     def __init__(self, name: TokenName) -> None:
         self.name = name
-        self.streams = 0
-        self.kept = contextlib.ExitStack()
-        """What lasts as long as a stream is open."""
+        self.streams = self.users = 0
+        """Users are those streams that get the access token."""
+        self.kept, self.used = contextlib.ExitStack(), contextlib.ExitStack()
+        """What lasts as long as there is a stream, and a user."""
         self.stand: Stand | None = None
         self.failure: Failure | None = None
         """Why its streams end."""
@@ -205,7 +222,10 @@ class _Served:
 
     def take(self, stand: Stand) -> None:
         """Take in what a look showed."""
-        is_news = self.stand is None or self.stand.news != stand.news
+        if not self.users:  # the last one left during the look
+            stand = replace(stand, secrets=None)
+        before = self.stand
+        is_news = before is None or (before.news, before.changes) != (stand.news, stand.changes)
         self.stand = stand
         if is_news:
             self.wake()
@@ -271,15 +291,9 @@ class HandOuts:
         self._terms.require_closed()
         had: tuple[str, int] | None = None
         told: tuple[object, ...] | None = None
-        with self._joined(name) as served:
+        with self._joined(name) as served, self._used(served):
             while True:
-                self._hub.check()
-                if served.failure:
-                    raise served.failure
-                changed, stand = served.changed, served.stand
-                if stand is None or stand.news == told:
-                    await changed.wait()
-                    continue
+                stand = await self._next(served, lambda stand: stand.news, told)
                 if stand.hands_out(self._boot_us(), had):
                     await self._note(caller, name)
                 now_us = self._boot_us()
@@ -289,6 +303,44 @@ class HandOuts:
                     had = stand.version
                 yield response
 
+    async def watch(
+        self, request: custody_service_pb2.WatchGrantRequest, _: Caller
+    ) -> AsyncGenerator[custody_service_pb2.WatchGrantResponse, None]:
+        """Say how a grant stands, then every change.
+
+        Raises:
+            Failure: GRANT_NOT_FOUND, STORE_…, or DRAINING.
+        """
+        name = validation.grant_name("name", request.name).token_name
+        told: tuple[object, ...] | None = None
+        with self._joined(name) as served:
+            while True:
+                stand = await self._next(served, lambda stand: stand.changes, told)
+                told = stand.changes
+                grant = grant_message(name, stand.held, self._terms.keys())
+                grant.status.CopyFrom(stand.status)
+                yield custody_service_pb2.WatchGrantResponse(grant=grant)
+
+    async def _next(
+        self,
+        served: _Served,
+        news: Callable[[Stand], tuple[object, ...]],
+        told: tuple[object, ...] | None,
+    ) -> Stand:
+        """Return how a grant stands as soon as that is news.
+
+        Raises:
+            Failure: The stream has to end.
+        """
+        while True:
+            self._hub.check()
+            if served.failure:
+                raise served.failure
+            changed, stand = served.changed, served.stand
+            if stand is not None and news(stand) != told:
+                return stand
+            await changed.wait()
+
     @contextlib.contextmanager
     def _joined(self, name: TokenName) -> Iterator[_Served]:
         """Serve a token for as long as the block lasts."""
@@ -296,8 +348,6 @@ class HandOuts:
         if served is None:
             served = self._served[name.app][name.token] = _Served(name)
             served.kept.enter_context(self._wake_ups.wanted(name.app))
-            if self._users:
-                served.kept.enter_context(self._users.in_use(name))
             self._look_soon(name.app)
         served.streams += 1
         try:
@@ -307,6 +357,25 @@ class HandOuts:
             if not served.streams:
                 self._forget(served)
                 served.kept.close()
+
+    @contextlib.contextmanager
+    def _used(self, served: _Served) -> Iterator[None]:
+        """Count a token as used for as long as the block lasts, and open its access token."""
+        if not served.users:
+            if self._users:
+                served.used.enter_context(self._users.in_use(served.name))
+            served.stand = None  # those who only watched had no need to open it
+            served.look_at = 0.0
+            self._look_soon(served.name.app)
+        served.users += 1
+        try:
+            yield
+        finally:
+            served.users -= 1
+            if not served.users:
+                if served.stand:
+                    served.stand = replace(served.stand, secrets=None)
+                served.used.close()
 
     def _forget(self, served: _Served) -> None:
         """Let the next stream of a token begin anew."""
@@ -419,7 +488,7 @@ class HandOuts:
         margin_us = before.margin_us if before and is_known else await self._margin(served.name)
         keys = self._terms.keys()
         has_key = held.record.public.key_id in keys
-        if held.record.sealed_access and secrets is None:
+        if held.record.sealed_access and secrets is None and served.users:
             try:
                 secrets = _opened(Keyring(keys, None), served.name, held)
             except KeyMissingError:

@@ -251,6 +251,52 @@ class DeleteGrantResponse(_message.Message):
 Global___DeleteGrantResponse: _TypeAlias = DeleteGrantResponse  # noqa: Y015
 
 @_typing.final
+class WatchGrantRequest(_message.Message):
+    """Asks for a grant and its changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/tokens/{token}/grant`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchGrantRequest: _TypeAlias = WatchGrantRequest  # noqa: Y015
+
+@_typing.final
+class WatchGrantResponse(_message.Message):
+    """The grant as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def grant(self) -> _grant_pb2.Grant:
+        """The grant."""
+
+    def __init__(
+        self,
+        *,
+        grant: _grant_pb2.Grant | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchGrantResponse: _TypeAlias = WatchGrantResponse  # noqa: Y015
+
+@_typing.final
 class GetAccessTokenRequest(_message.Message):
     """Asks for the access token of a grant."""
 
