@@ -109,17 +109,18 @@ async def test_the_asyncio_client_does_the_same(custodian: Custodian, url: str) 
     """Fails when its token is not renewed, or it does not end with its client."""
     # In threads: the scripts run in event loops of their own.
     one = await asyncio.to_thread(Refreshed, custodian, url)
+    heard: asyncio.Queue[Usable] = asyncio.Queue()
     async with (
         holdoff.aio.Client(custodian.address) as client,
-        client.access_token(one.token) as access,
+        client.access_token(one.token, on_renewed=heard.put_nowait) as access,
     ):
         with pytest.raises(errors.NoAccessToken):
             await access.current(wait_seconds=0)
         for _ in range(2):
             renewed = await asyncio.to_thread(one.refresh)
             async with asyncio.timeout(30):
-                while await access.current() != renewed:
-                    await asyncio.sleep(0.01)
+                assert (await heard.get()).access_token == renewed
+            assert await access.current() == renewed
         async with contextlib.aclosing(client.grants.watch(one.token)) as watched:
             assert (await anext(watched)).grant.generation == 3
     with pytest.raises(errors.HoldoffError, match="was closed"):
