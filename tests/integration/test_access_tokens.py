@@ -15,6 +15,7 @@ from click.testing import CliRunner, _NamedTextIOWrapper
 import holdoff
 from holdoff import errors
 from holdoff.cli import exits, main
+from holdoff.custody.files import AccessTokenFile
 from tests.custodian import Custodian, key_directory
 from tests.harness import wait_until
 from tests.integration.test_hand_out import ACCESS, Refreshed
@@ -188,3 +189,27 @@ def test_the_command_that_watches_never_shows_the_token(custodian: Custodian, ur
     lines = [json.loads(line) for line in out.splitlines()]
     assert {line["name"] for line in lines} == {f"{one.token}/grant"}
     assert ACCESS not in out + err
+
+
+def test_a_file_is_kept_current(
+    client: holdoff.Client, custodian: Custodian, url: str, tmp_path: Path
+) -> None:
+    """Only its owner can read it; without a usable token, and at the end, there is none."""
+    one = Refreshed(custodian, url)
+    path, said, stop = tmp_path / "access.token", list[str](), threading.Event()
+    with client.access_token(one.token) as access, AccessTokenFile(path, said.append) as file:
+        thread = threading.Thread(target=file.keep, args=(access, stop))
+        thread.start()
+        wait_until(lambda: any("access token of" in reason for reason in said))
+        assert not path.exists()
+        for _ in range(2):
+            renewed = one.refresh()
+            wait_until(lambda renewed=renewed: path.exists() and path.read_text() == f"{renewed}\n")
+            assert path.stat().st_mode & 0o777 == 0o600
+        custodian.put(one.token, replace=True)
+        wait_until(lambda: not path.exists())
+        path.write_text("planted")
+        stop.set()
+        thread.join(30)
+    assert not path.exists()
+    assert not list(tmp_path.iterdir())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -18,9 +19,10 @@ from holdoff.cli._live import (
     live_table,
     show_lines,
     show_table,
+    sigterm,
     wants_lines,
 )
-from holdoff.cli._voice import confirm
+from holdoff.cli._voice import confirm, say
 from holdoff.cli.output import (
     NOTHING,
     emit_json,
@@ -32,6 +34,7 @@ from holdoff.cli.output import (
     time_text,
 )
 from holdoff.cli.params import Duration, Name
+from holdoff.custody.files import AccessTokenFile
 from holdoff.durations import format_duration
 from holdoff.names import AppName, TokenName
 
@@ -211,14 +214,26 @@ def delete_grant(endpoint: str, token: str, etag: str, yes: bool) -> None:
     help="Wait at most this long for an access token.",
 )
 @click.option("--force", is_flag=True, help="Print it also on a terminal.")
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
+    help="Write it to this file, and keep that current until the command is ended.",
+)
 @click.pass_obj
-def access_token(endpoint: str, token: str, wait: float, force: bool) -> None:
+def access_token(endpoint: str, token: str, wait: float, force: bool, file: Path | None) -> None:
     """Print the current access token of TOKEN, for a script.
 
     It takes the role `gateway`. The token is refreshed if necessary. Get it anew for each run: it
     lives for minutes only, and others use it too. Do not pass it on as an argument, which other
     users of the host can see.
+
+    With --file it goes to a file that only you can read, for programs that read it before each
+    call. The file is replaced at each renewal. It is removed when there is no access token, and
+    when the command ends.
     """
+    if file:
+        with Client(endpoint) as client:
+            _keep(client, token, file)
     if sys.stdout.isatty() and not force:
         raise click.UsageError(
             "an access token would stay visible on the terminal: redirect the output, or give "
@@ -227,6 +242,20 @@ def access_token(endpoint: str, token: str, wait: float, force: bool) -> None:
     with Client(endpoint) as client, client.access_token(token) as access:
         current = access.current(wait)
     click.echo(current)
+
+
+def _keep(client: Client, token: str, path: Path) -> NoReturn:
+    """Keep the access token of a token in a file, until a signal."""
+    try:
+        kept = AccessTokenFile(path, say)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--file") from None
+    with sigterm() as ended, kept as file, client.access_token(token) as access:
+        try:
+            file.keep(access, ended)
+        except OSError as error:
+            raise click.UsageError(f"cannot write {path}: {error.strerror}") from None
+    raise click.exceptions.Exit(exits.SIGNAL_BASE + signal.SIGTERM)
 
 
 @grant.command("watch", epilog=example("holdoff grant watch apps/exact-nl/tokens/finance"))
