@@ -1,4 +1,4 @@
-"""What streams of access tokens cost a coordinator: memory, and the time and processor of a renewal.
+"""What streams of access tokens cost a coordinator: memory, and time and processor of a renewal.
 
 Prints numbers with the machine's facts; asserts nothing:
 

@@ -71,7 +71,7 @@ MARGIN_US: Final = 10_000_000
 class Users(Protocol):
     """Is told which tokens are used, so that they are refreshed."""
 
-    def in_use(self, token: TokenName) -> AbstractContextManager[object]:
+    def in_use(self, token: TokenName, /) -> AbstractContextManager[object]:
         """Count a token as used for as long as the block lasts."""
 
 
