@@ -115,8 +115,8 @@ def test_a_state_beside_a_current_token_is_news() -> None:
 
 def test_a_lease_that_is_renewed_is_no_news() -> None:
     """Fails when each of its renewals is told to each stream."""
-    none = {"expires_us": 0, "sealed_access": "", "not_before_us": NOW, "reason": "LEASED"}
-    one, other = (stand(until_us=NOW + end * SECOND, **none) for end in (30, 60))
+    none: dict[str, Any] = {"expires_us": 0, "sealed_access": "", "not_before_us": NOW}
+    one, other = (stand(reason="LEASED", until_us=NOW + end * SECOND, **none) for end in (30, 60))
     assert (state(one), one.news) == ("HELD", other.news)
 
 
@@ -136,7 +136,11 @@ def test_it_looks_again_when_a_state_ends_and_never_at_once() -> None:
     none: dict[str, Any] = {"expires_us": 0, "sealed_access": ""}
     assert stand(**none).look_in_seconds == 2
     assert stand(not_before_us=NOW + 1, **none).look_in_seconds == 0.1
-    passed = {"attempt": "a", "attempt_step": "BEGUN", "attempt_begun_us": NOW - 500 * SECOND}
+    passed: dict[str, Any] = {
+        "attempt": "a",
+        "attempt_step": "BEGUN",
+        "attempt_begun_us": NOW - 500 * SECOND,
+    }
     assert stand(**none, **passed).look_in_seconds == 2
 
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import queue
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -191,6 +192,11 @@ def test_the_command_that_watches_never_shows_the_token(custodian: Custodian, ur
     assert ACCESS not in out + err
 
 
+def holds(path: Path, access_token: str) -> bool:
+    """Tell whether a file has an access token."""
+    return path.exists() and path.read_text() == f"{access_token}\n"
+
+
 def test_a_file_is_kept_current(
     client: holdoff.Client, custodian: Custodian, url: str, tmp_path: Path
 ) -> None:
@@ -203,8 +209,7 @@ def test_a_file_is_kept_current(
         wait_until(lambda: any("access token of" in reason for reason in said))
         assert not path.exists()
         for _ in range(2):
-            renewed = one.refresh()
-            wait_until(lambda renewed=renewed: path.exists() and path.read_text() == f"{renewed}\n")
+            wait_until(partial(holds, path, one.refresh()))
             assert path.stat().st_mode & 0o777 == 0o600
         custodian.put(one.token, replace=True)
         wait_until(lambda: not path.exists())
