@@ -1045,4 +1045,46 @@ MUTANTS = [
         ),
         "tests/integration/test_sending.py::test_the_provider_ends_the_connection_first",
     ),
+    Mutant(
+        "no access token is handed out within its margin",
+        *(f"{CUSTODY}/handout.py", "- held.now_us - margin_us", "- held.now_us"),
+        "tests/custody/test_handout.py::test_no_token_is_handed_out_within_its_margin",
+    ),
+    Mutant(
+        "a store whose clock goes back makes no access token younger",
+        *(
+            f"{CUSTODY}/handout.py",
+            "min(usable_until_us, before.usable_until_us)",
+            "usable_until_us",
+        ),
+        "tests/custody/test_handout.py::test_a_clock_of_the_store_that_goes_back_makes_no_token_younger",
+    ),
+    Mutant(
+        "only a gateway gets access tokens",
+        f"{COORDINATOR}/access.py",
+        "GetAccessTokenRequest: (Role.GATEWAY,",
+        "GetAccessTokenRequest: (Role.VIEWER,",
+        f"{TESTS}/test_hand_out.py::test_only_a_gateway_gets_tokens_until_its_role_ends",
+    ),
+    Mutant(
+        "who watches a grant causes no access token to be opened",
+        *(
+            f"{CUSTODY}/handout.py",
+            " and secrets is None and served.users:",
+            " and secrets is None:",
+        ),
+        f"{TESTS}/test_access_tokens.py::test_a_grant_is_watched_without_its_token",
+    ),
+    Mutant(
+        "an access token that was delayed seems no younger",
+        f"{CLIENT}/custody/access.py",
+        "min(self.clock(), self._opened_ns + age_ns + round(age_ns * _DRIFT))",
+        "self.clock()",
+        "tests/unit/test_access_token.py::test_a_delayed_response_counts_from_when_it_was_sent",
+    ),
+    Mutant(
+        "an access token that is withdrawn is not used",
+        *(f"{CLIENT}/custody/access.py", "elif not response.has_access_token:", "elif False:"),
+        "tests/unit/test_access_token.py::test_a_state_alone_leaves_the_token",
+    ),
 ]
