@@ -1067,15 +1067,6 @@ MUTANTS = [
         f"{TESTS}/test_hand_out.py::test_only_a_gateway_gets_tokens_until_its_role_ends",
     ),
     Mutant(
-        "who watches a grant causes no access token to be opened",
-        *(
-            f"{CUSTODY}/handout.py",
-            " and secrets is None and served.users:",
-            " and secrets is None:",
-        ),
-        f"{TESTS}/test_access_tokens.py::test_a_grant_is_watched_without_its_token",
-    ),
-    Mutant(
         "an access token that was delayed seems no younger",
         f"{CLIENT}/custody/access.py",
         "min(self.clock(), self._opened_ns + age_ns + round(age_ns * _DRIFT))",
