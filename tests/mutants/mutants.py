@@ -947,7 +947,7 @@ MUTANTS = [
     ),
     Mutant(
         "nobody changes custody who is not known, from the network",
-        *(f"{COORDINATOR}/custody/grants.py", "if not self._terms.is_closed:", "if False:"),
+        *(f"{COORDINATOR}/custody/grants.py", "if not self.is_closed:", "if False:"),
         f"{TESTS}/test_grants.py::test_an_open_coordinator_changes_nothing",
     ),
     Mutant(
