@@ -54,6 +54,8 @@ class Role(StrEnum):
     """Also report events and reserve."""
     HOLDER = "holder"
     """Also take leases."""
+    GATEWAY = "gateway"
+    """See, report and reserve, and receive access tokens of grants in custody."""
     CUSTODIAN = "custodian"
     """See everything, create and change tokens, and put grants into custody and delete them."""
     ADMIN = "admin"
@@ -65,6 +67,7 @@ _INCLUDES: Mapping[Role, frozenset[Role]] = {
     Role.VIEWER: frozenset({Role.VIEWER}),
     Role.REPORTER: frozenset({Role.VIEWER, Role.REPORTER}),
     Role.HOLDER: frozenset({Role.VIEWER, Role.REPORTER, Role.HOLDER}),
+    Role.GATEWAY: frozenset({Role.VIEWER, Role.REPORTER, Role.GATEWAY}),
     Role.CUSTODIAN: frozenset({Role.VIEWER, Role.CUSTODIAN}),
     Role.ADMIN: frozenset(Role),
 }
@@ -373,7 +376,9 @@ NEEDS: Mapping[type[Message], tuple[Role, bool, Callable[[Any], tuple[Place, ...
     custody_service_pb2.PutGrantRequest: (Role.CUSTODIAN, _WHOLE, _new_grant),
     custody_service_pb2.GetGrantRequest: (Role.VIEWER, _WHOLE, _name_of_grant),
     custody_service_pb2.ListGrantsRequest: (Role.VIEWER, _PART, _parent),
+    custody_service_pb2.WatchGrantRequest: (Role.VIEWER, _WHOLE, _name_of_grant),
     custody_service_pb2.DeleteGrantRequest: (Role.CUSTODIAN, _WHOLE, _name_of_grant),
+    custody_service_pb2.GetAccessTokenRequest: (Role.GATEWAY, _WHOLE, _name_of_grant),
     budget_service_pb2.RecordEventsRequest: (Role.REPORTER, _WHOLE, _events),
     budget_service_pb2.ReserveRequest: (Role.REPORTER, _WHOLE, _scope),
     # Their ids are secrets of the caller who reserved; the store compares its identity.

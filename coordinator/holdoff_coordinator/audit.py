@@ -1,9 +1,9 @@
 """The audit trail: who did what, from where, when and why, as the store keeps it and as our log.
 
-The script that makes a change adds its entry; the coordinator adds refused calls and changes of the
-access file. Operators' actions, automatic events, credentials and refusals have separate streams of
-bounded length, so that none displaces entries of another. Repeated events of one caller become one
-entry with a count.
+The script that makes a change adds its entry; the coordinator adds refused calls, changes of the
+access file, and hand-outs of access tokens. Operators' actions, automatic events, credentials and
+refusals have separate streams of bounded length, so that none displaces entries of another.
+Repeated events of one caller become one entry with a count.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from holdoff_coordinator.scripts import CREDENTIAL_CHANGES, REFUSALS, audit_keys
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from holdoff.names import TokenName
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.scripts import Scripts
 
@@ -34,9 +35,10 @@ log = structlog.get_logger()
 
 FIRST_WINDOW_SECONDS = 60.0
 LONGEST_WINDOW_SECONDS = 3600.0
-"""Refusals of one caller for one reason are counted for this long, each time twice as long."""
+"""Refusals of one caller for one reason are counted for this long, each time twice as long.
+Hand-outs of one access token to one caller are counted for an hour."""
 MOST_DIFFERENT = 10
-"""How many different ones get their own entries in that time."""
+"""How many different refusals get their own entries in that time."""
 _FLUSH_SECONDS = 1.0
 _LAST = (1 << 62, 0, "")
 _POWER_OF_TEN = re.compile(rb"10*")
@@ -45,8 +47,9 @@ _PLACE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})/([a-z0-9{}:-]{1,100})")
 
 @dataclass(slots=True)
 class _Repeated:
-    """Repeated refusals, which are not in the trail yet."""
+    """Repeated events, which are not in the trail yet."""
 
+    stream: str
     window_seconds: float
     until: float
     known: set[tuple[str, ...]] = field(default_factory=set)
@@ -61,7 +64,7 @@ class AuditTrail:
 
     def __init__(self, scripts: Scripts) -> None:
         self._scripts = scripts
-        self._repeated: dict[tuple[str, str], _Repeated] = {}
+        self._repeated: dict[tuple[str, ...], _Repeated] = {}
         self.on_event: Callable[[Mapping[bytes, bytes]], None] = lambda _: None
         """Called with each event that this replica saw."""
         scripts.on_audit = self._note
@@ -118,14 +121,32 @@ class AuditTrail:
         }
         self.on_event({b"kind": b"CALL_REFUSED", b"resource": b""})
         host = caller.peer.rpartition(":")[0]
-        repeated = self._repeated.setdefault(
-            (caller.identity, reason),
-            _Repeated(FIRST_WINDOW_SECONDS, time.monotonic() + FIRST_WINDOW_SECONDS),
-        )
-        this = host, call, where
+        kept = _Repeated(REFUSALS, FIRST_WINDOW_SECONDS, time.monotonic() + FIRST_WINDOW_SECONDS)
+        repeated = self._repeated.setdefault((caller.identity, reason), kept)
+        await self._repeat(repeated, (host, call, where), entry)
+
+    async def handed_out(self, caller: Caller, token: TokenName) -> None:
+        """Add that a caller is given an access token; others within the hour are only counted."""
+        entry = {
+            "kind": "ACCESS_TOKEN_HANDED_OUT",
+            "resource": str(token),
+            "identity": caller.identity,
+            "peer": caller.peer,
+        }
+        self.on_event({b"kind": b"ACCESS_TOKEN_HANDED_OUT", b"resource": str(token).encode()})
+        _, stream = audit_keys(token.app)
+        until = time.monotonic() + LONGEST_WINDOW_SECONDS
+        kept = _Repeated(stream, LONGEST_WINDOW_SECONDS, until)
+        repeated = self._repeated.setdefault(("", caller.identity, str(token)), kept)
+        await self._repeat(repeated, (), entry)
+
+    async def _repeat(
+        self, repeated: _Repeated, this: tuple[str, ...], entry: Mapping[str, str]
+    ) -> None:
+        """Add an event, or count it if there were some like it, or too many."""
         if this not in repeated.known and len(repeated.known) < MOST_DIFFERENT:
             repeated.known.add(this)
-            await self._add(REFUSALS, entry)
+            await self._add(repeated.stream, entry)
             return
         repeated.count += 1
         repeated.first_us = repeated.first_us or time.time_ns() // 1000
@@ -138,13 +159,13 @@ class AuditTrail:
         await self._add(CREDENTIAL_CHANGES, entry)
 
     async def flush_forever(self) -> None:
-        """Add the counts of refusals whose time is over."""
+        """Add the counts of events whose time is over."""
         while True:
             await asyncio.sleep(_FLUSH_SECONDS)
             await self.flush(time.monotonic())
 
     async def flush(self, now: float) -> None:
-        """Add the refusals whose time is over at an instant."""
+        """Add the counts of events whose time is over at an instant."""
         for key, one in list(self._repeated.items()):
             if now < one.until:
                 continue
@@ -153,8 +174,8 @@ class AuditTrail:
                 continue
             entry = {**one.last, "count": str(one.count), "first_us": str(one.first_us)}
             longer = min(2 * one.window_seconds, LONGEST_WINDOW_SECONDS)
-            self._repeated[key] = _Repeated(longer, now + longer)
-            await self._add(REFUSALS, entry)
+            self._repeated[key] = _Repeated(one.stream, longer, now + longer)
+            await self._add(one.stream, entry)
 
     async def _add(self, stream: str, entry: Mapping[str, str]) -> None:
         try:

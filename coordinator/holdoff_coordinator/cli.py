@@ -214,7 +214,7 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     multiple=True,
     callback=lambda _context, _option, given: ",".join(given) or None,
     help="Change a limit on what one caller may use; repeatable. NAME: watches, waits, follows, "
-    "calls, calls-per-second, reservations, scope-bytes, connections or streams. In "
+    "access-tokens, calls, calls-per-second, reservations, scope-bytes, connections or streams. In "
     "HOLDOFF_LIMIT, separated by commas.",
 )
 @click.option(

@@ -61,6 +61,7 @@ LIMITS: Mapping[str, Limit] = {
     "watches": Limit(50, "open watches", "end one, or share one"),
     "waits": Limit(10_000, "waits for a lease at a time", "start fewer jobs at a time"),
     "follows": Limit(10_000, "leases followed at a time", "start fewer jobs at a time"),
+    "access-tokens": Limit(10_000, "streams of access tokens", "share one among jobs of a host"),
     "calls": Limit(200, "calls in progress", "wait for answers before the next call"),
     "calls-per-second": Limit(500, "calls a second", "call less often"),
     "reservations": Limit(
@@ -77,14 +78,16 @@ LIMITS: Mapping[str, Limit] = {
 """All limits, by name. gRPC enforces the last two without an error: it closes a connection beyond
 the limit, and the client's gRPC delays a call beyond it."""
 
-COUNTED = ("watches", "waits", "follows", "calls")
+COUNTED = ("watches", "waits", "follows", "access-tokens", "calls")
 """Limits on what a caller has at once at this replica."""
 
 _STREAMS: Mapping[type[Message], str] = {
     lease_service_pb2.WatchLeasesRequest: "watches",
     budget_service_pb2.WatchBudgetsRequest: "watches",
+    custody_service_pb2.WatchGrantRequest: "watches",
     lease_service_pb2.AcquireLeaseRequest: "waits",
     lease_service_pb2.FollowLeaseRequest: "follows",
+    custody_service_pb2.GetAccessTokenRequest: "access-tokens",
 }
 _OF_LEASES = (lease_service_pb2.RenewLeaseRequest, lease_service_pb2.ReleaseLeaseRequest)
 _LONG = (

@@ -781,7 +781,7 @@ class Scripts:
         return entries
 
     async def add_audit(self, key: str, entry: Mapping[str, str]) -> bytes:
-        """Add an entry to a stream of the trail that belongs to no app; return its id."""
+        """Add an entry to a stream of the trail; return its id."""
         fields: Any = dict(entry)
         added: bytes = await self._answer(
             self.redis.xadd(key, fields, maxlen=AUDIT_KEPT, approximate=True)

@@ -16,6 +16,7 @@ from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.custody.grants import Grants, Terms
+from holdoff_coordinator.custody.handout import HandOuts
 from holdoff_coordinator.durability import NO_COPIES
 from holdoff_coordinator.failures import Failure, store_trouble
 from holdoff_coordinator.followers import Followers
@@ -161,6 +162,10 @@ class Coordinator:
         self._gate = Gate(Credentials(redis), access, trail, client_identity)
         self._followers = Followers(self.scripts, self.hub, places, self.limits)
         looks = Looks(self.scripts, self.hub)
+        terms = custody or Terms()
+        self._hand_outs = HandOuts(
+            self.scripts, self.hub, self.policies, terms, trail.handed_out, boot_us=boot_us
+        )
         handlers = Handlers(
             gate=self._gate,
             limits=self.limits,
@@ -169,7 +174,8 @@ class Coordinator:
             followers=self._followers,
             watches=Watches(self.scripts, self.hub, looks, self.limits),
             tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
-            grants=Grants(self.scripts, self.policies, custody or Terms()),
+            grants=Grants(self.scripts, self.policies, terms),
+            hand_outs=self._hand_outs,
             budgets=Budgets(self.scripts, places, self._replays, self.limits),
             back_offs=BackOffs(self.scripts, places),
             budget_watches=BudgetWatches(self.scripts, self.hub, looks, self.limits),
@@ -195,6 +201,8 @@ class Coordinator:
             self.hub.tick_forever,
             self._followers.tick_forever,
             self.hub.listen_forever,
+            self._hand_outs.look_forever,
+            self._hand_outs.listen_forever,
             self._sweeper.sweep_forever,
             self._replays.replay_forever,
             self._trail.flush_forever,

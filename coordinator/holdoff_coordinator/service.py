@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.budgets import Budgets
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.custody.grants import Grants
+    from holdoff_coordinator.custody.handout import HandOuts
     from holdoff_coordinator.followers import Followers
     from holdoff_coordinator.gate import Admitted, Gate
     from holdoff_coordinator.leases import Leases
@@ -84,6 +85,7 @@ class Handlers:
     watches: Watches
     tokens: Tokens
     grants: Grants
+    hand_outs: HandOuts
     budgets: Budgets
     back_offs: BackOffs
     budget_watches: BudgetWatches
@@ -348,6 +350,20 @@ class CustodyService(_Adapter, custody_service_pb2_grpc.CustodyServiceServicer):
     ) -> custody_service_pb2.DeleteGrantResponse:
         """End custody."""
         return await self._answer(self._handlers.grants.delete, request, context)
+
+    async def WatchGrant(  # noqa: N802
+        self, request: custody_service_pb2.WatchGrantRequest, context: Context
+    ) -> AsyncIterator[custody_service_pb2.WatchGrantResponse]:
+        """Tell every change."""
+        async for response in self._stream(self._handlers.hand_outs.watch, request, context):
+            yield response
+
+    async def GetAccessToken(  # noqa: N802
+        self, request: custody_service_pb2.GetAccessTokenRequest, context: Context
+    ) -> AsyncIterator[custody_service_pb2.GetAccessTokenResponse]:
+        """Hand out access tokens."""
+        async for response in self._stream(self._handlers.hand_outs.hand_out, request, context):
+            yield response
 
 
 class BudgetService(_Adapter, budget_service_pb2_grpc.BudgetServiceServicer):

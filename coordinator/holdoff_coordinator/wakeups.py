@@ -36,14 +36,21 @@ LOOK_SECONDS: Final = 1.0
 """How often to see whether each app is still heard where it is."""
 SILENCE_SECONDS: Final = 2.0
 """A node that says nothing for so long is asked whether it is there."""
-_SUFFIX: Final = ":wake"
+CHANNEL: Final = ":wake"
+"""What follows the key of an app in the name of its channel."""
 
 
 class WakeUps:
-    """Hears the apps for which somebody waits or holds at this replica."""
+    """Hears the apps for which somebody waits or holds at this replica.
 
-    def __init__(self, store: StoreClient) -> None:
+    Args:
+        store: The store.
+        channel: What follows the key of an app in the name of the channel.
+    """
+
+    def __init__(self, store: StoreClient, channel: str = CHANNEL) -> None:
         self._store = store
+        self._channel = channel
         self._wanted: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self._heard: set[str] = set()
@@ -89,7 +96,7 @@ class WakeUps:
         for node in [node for node, line in self._lines.items() if line.ended or node not in apps]:
             await self._lines.pop(node).close()
         for node, some in apps.items():
-            line = self._lines[node] = self._lines.get(node) or _Line(node)
+            line = self._lines[node] = self._lines.get(node) or _Line(node, self._channel)
             try:
                 await line.hear(some, take)
             except RedisError as error:
@@ -111,8 +118,9 @@ class _Channel(PubSub):
 class _Line:
     """The connection to one node on which it tells of the apps that it serves."""
 
-    def __init__(self, node: Redis) -> None:
+    def __init__(self, node: Redis, suffix: str) -> None:
         self._channel = _Channel(node.connection_pool)
+        self._suffix = suffix
         self._apps: set[str] = set()
         self._leaving: Counter[str] = Counter()
         self._task: asyncio.Task[None] | None = None
@@ -126,10 +134,10 @@ class _Line:
         """Hear these apps; one command each, since they have slots of their own."""
         before, self._apps = self._apps, set(apps)
         for app in apps - before:
-            await self._channel.ssubscribe(f"{shard_key(app)}{_SUFFIX}")
+            await self._channel.ssubscribe(f"{shard_key(app)}{self._suffix}")
         for app in before - apps:
             self._leaving[app] += 1
-            await self._channel.sunsubscribe(f"{shard_key(app)}{_SUFFIX}")
+            await self._channel.sunsubscribe(f"{shard_key(app)}{self._suffix}")
         if self._task is None:
             self._task = asyncio.create_task(self._read(take))
 
@@ -163,7 +171,8 @@ class _Line:
     async def _follow(self, message: Mapping[str, Any], take: Take) -> None:
         if message["type"] not in ("smessage", "sunsubscribe"):
             return
-        app = message["channel"].decode().removeprefix("holdoff:{").removesuffix("}:wake")
+        key = message["channel"].decode().removesuffix(self._suffix)
+        app = key.removeprefix("holdoff:{").removesuffix("}")
         if message["type"] == "smessage":
             await take(app, message["data"].decode())
         elif self._leaving[app]:

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 OURS, NEIGHBOUR, THEIRS = "apps/a/tokens/ours", "apps/a/tokens/theirs", "apps/b/tokens/t"
-ROLES = ("viewer", "reporter", "holder", "custodian", "admin")
+ROLES = ("viewer", "reporter", "holder", "custodian", "gateway", "admin")
 GRANTS = "".join(
     f"""
 [[grants]]
@@ -69,7 +69,7 @@ resources = ["apps/a"]
 """
 
 SEE = frozenset(ROLES)
-REPORT, HOLD = {"reporter", "holder", "admin"}, {"holder", "admin"}
+REPORT, HOLD = {"reporter", "holder", "gateway", "admin"}, {"holder", "admin"}
 KEEP, ADMINISTER = {"custodian", "admin"}, {"admin"}
 WHOLE_APP: set[str] = set()  # a role on one token is not enough
 TOKEN, SCOPE = token_pb2.Token(name=OURS), budget_pb2.Scope(token=OURS)
@@ -119,6 +119,11 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
         SEE,
     ),
     "CustodyService/DeleteGrant": (custody_service_pb2.DeleteGrantRequest(name=GRANT), KEEP),
+    "CustodyService/WatchGrant": (custody_service_pb2.WatchGrantRequest(name=GRANT), SEE),
+    "CustodyService/GetAccessToken": (
+        custody_service_pb2.GetAccessTokenRequest(name=GRANT),
+        {"gateway", "admin"},
+    ),
     "BudgetService/RecordEvents": (
         budget_service_pb2.RecordEventsRequest(events=[budget_pb2.Event(scope=SCOPE)]),
         REPORT,
@@ -271,7 +276,7 @@ def test_the_matrix_names_every_call() -> None:
 
 @pytest.mark.parametrize("shown", ["credential", "certificate"])
 def test_every_role_may_do_its_own(tmp_path: Path, shown: str) -> None:
-    """34 calls by 5 roles, and by 3 who have no role for the token: allowed or refused.
+    """38 calls by 6 roles, and by 3 who have no role for the token: allowed or refused.
 
     Fails when any entry of the coordinator's table is another, when it compares a token's name
     without its app, and when a role on a token is taken for one on its app.
@@ -649,7 +654,7 @@ def test_an_access_file_that_is_wrong_is_refused_at_the_start(
     assert done.exit_code == 64
     assert str(path) in done.stderr
     assert says in done.stderr
-    assert "viewer, reporter, holder, custodian, admin" in done.stderr or "no type" in says
+    assert "viewer, reporter, holder, gateway, custodian, admin" in done.stderr or "no type" in says
 
 
 def test_without_an_access_file_nobody_is_asked(tmp_path: Path) -> None:

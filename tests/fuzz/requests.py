@@ -119,6 +119,7 @@ BUDGET = scope_id("errors", {"token": "held", "division": "535193", "endpoint": 
 NAMES = {
     "Lease": [f"{HELD}/leases/{_LEASE}"] * 2 + [f"{HELD}/leases/1", f"{FREE}/leases/{_LEASE}"],
     "Grant": [f"{FREE}/grant", f"{HELD}/grant", f"{NONE}/grant", FREE],
+    "AccessToken": [f"{FREE}/grant", f"{HELD}/grant", f"{NONE}/grant", FREE],
     "Budget": [f"apps/{_APP}/budgets/{BUDGET}", f"apps/{_APP}/budgets/errors-x"],
     "BackOff": [f"apps/{_APP}/backOffs/{scope_id('operator', DIVISION)}"],
     "Policy": ["exact-online", "xero", "none"],

@@ -225,7 +225,7 @@ class Builder:
                 return str(self._pick(["", target.app, target.name]))
             case "lease":
                 return str(self._pick(["", *target.leases]))
-            case "name" if "Grant" in kind:
+            case "name" if "Grant" in kind or "AccessToken" in kind:
                 return str(target.grant["name"])
             case "client_id" | "token_url":
                 return str(target.grant[one.name])

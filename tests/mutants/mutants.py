@@ -947,7 +947,7 @@ MUTANTS = [
     ),
     Mutant(
         "nobody changes custody who is not known, from the network",
-        *(f"{COORDINATOR}/custody/grants.py", "if not self._terms.is_closed:", "if False:"),
+        *(f"{COORDINATOR}/custody/grants.py", "if not self.is_closed:", "if False:"),
         f"{TESTS}/test_grants.py::test_an_open_coordinator_changes_nothing",
     ),
     Mutant(
@@ -1044,5 +1044,38 @@ MUTANTS = [
             "                pass\n",
         ),
         "tests/integration/test_sending.py::test_the_provider_ends_the_connection_first",
+    ),
+    Mutant(
+        "no access token is handed out within its margin",
+        *(f"{CUSTODY}/handout.py", "- held.now_us - margin_us", "- held.now_us"),
+        "tests/custody/test_handout.py::test_no_token_is_handed_out_within_its_margin",
+    ),
+    Mutant(
+        "a store whose clock goes back makes no access token younger",
+        *(
+            f"{CUSTODY}/handout.py",
+            "min(usable_until_us, before.usable_until_us)",
+            "usable_until_us",
+        ),
+        "tests/custody/test_handout.py::test_a_clock_of_the_store_that_goes_back_makes_no_token_younger",
+    ),
+    Mutant(
+        "only a gateway gets access tokens",
+        f"{COORDINATOR}/access.py",
+        "GetAccessTokenRequest: (Role.GATEWAY,",
+        "GetAccessTokenRequest: (Role.VIEWER,",
+        f"{TESTS}/test_hand_out.py::test_only_a_gateway_gets_tokens_until_its_role_ends",
+    ),
+    Mutant(
+        "an access token that was delayed seems no younger",
+        f"{CLIENT}/custody/access.py",
+        "min(self.clock(), self._opened_ns + age_ns + round(age_ns * _DRIFT))",
+        "self.clock()",
+        "tests/unit/test_access_token.py::test_a_delayed_response_counts_from_when_it_was_sent",
+    ),
+    Mutant(
+        "an access token that is withdrawn is not used",
+        *(f"{CLIENT}/custody/access.py", "elif not response.has_access_token:", "elif False:"),
+        "tests/unit/test_access_token.py::test_a_state_alone_leaves_the_token",
     ),
 ]

@@ -9,7 +9,8 @@ import pytest
 
 import holdoff
 from holdoff._client import BudgetGuard
-from holdoff.custody import aio_grants
+from holdoff.custody import aio_access_tokens, aio_grants
+from holdoff.custody.access_tokens import AccessToken
 from holdoff.custody.grants import Grants
 
 PAIRS = [
@@ -17,12 +18,14 @@ PAIRS = [
     (holdoff.HeldLease, holdoff.aio.HeldLease),
     (BudgetGuard, holdoff.aio.BudgetGuard),
     (Grants, aio_grants.Grants),
+    (AccessToken, aio_access_tokens.AccessToken),
 ]
 CONTEXT = {"__enter__": "__aenter__", "__exit__": "__aexit__"}
 PLAIN = {
     "HeldLease.check",
     "HeldLease.command_paused",
     "HeldLease.command_started",
+    "Client.access_token",
     "Client.budget_guard",
     "BudgetGuard.cancel",
 }

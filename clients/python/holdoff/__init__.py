@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from holdoff import aio, errors
     from holdoff._client import BudgetGuard, Client
     from holdoff._lease import HeldLease
+    from holdoff.custody.access_tokens import AccessToken
     from holdoff.errors import (
         AlreadyExists,
         BudgetSpent,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AccessToken",
     "AlreadyExists",
     "BudgetGuard",
     "BudgetSpent",
@@ -47,7 +49,12 @@ __all__ = [
 ]
 
 
-_MODULES = {"BudgetGuard": "_client", "Client": "_client", "HeldLease": "_lease"}
+_MODULES = {
+    "AccessToken": "custody.access_tokens",
+    "BudgetGuard": "_client",
+    "Client": "_client",
+    "HeldLease": "_lease",
+}
 
 
 # Only where nobody checks types: a checker that saw it would take any name for known.

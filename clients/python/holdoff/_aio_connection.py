@@ -16,7 +16,11 @@ from holdoff._route import Route
 from holdoff._timing import SECOND
 from holdoff._tracing import headers
 from holdoff.errors import HoldoffError, NotFound, Unavailable
-from holdoff.v1 import budget_service_pb2_grpc, lease_service_pb2_grpc
+from holdoff.v1 import (
+    budget_service_pb2_grpc,
+    custody_service_pb2_grpc,
+    lease_service_pb2_grpc,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
@@ -39,6 +43,7 @@ class Line:
         self.channel = channel
         self.leases = lease_service_pb2_grpc.LeaseServiceStub(channel)
         self.budgets = budget_service_pb2_grpc.BudgetServiceStub(channel)
+        self.custody = custody_service_pb2_grpc.CustodyServiceStub(channel)
 
 
 class Connection:

@@ -30,6 +30,7 @@ from holdoff._held import Callbacks
 from holdoff._lease import Conversation, HeldLease
 from holdoff._platform import boottime_ns
 from holdoff._timing import DEFAULT_TTL_SECONDS, Timing
+from holdoff.custody.access_tokens import AccessToken
 from holdoff.custody.grants import Grants
 from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, OfferExpired, Unavailable
 from holdoff.v1 import (
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
     from types import TracebackType
+
+    from holdoff.custody.access import Usable
 
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
@@ -98,6 +101,33 @@ class Client(Connection):
     def grants(self) -> Grants:
         """The OAuth grants that the coordinator keeps in custody."""
         return Grants(self)
+
+    def access_token(
+        self,
+        token: str,
+        *,
+        on_renewed: Callable[[Usable], None] | None = None,
+        on_unreachable: Callable[[Unavailable], None] | None = None,
+    ) -> AccessToken:
+        """Keep the access token of a token in custody current, until it is closed.
+
+        ::
+
+            with client.access_token("apps/exact-nl/tokens/finance") as access:
+                headers = {"Authorization": f"Bearer {access.current()}"}
+
+        It is renewed in the background, also over other connections.
+
+        Args:
+            token: `apps/{app}/tokens/{token}`.
+            on_renewed: Called with each access token that comes. Runs in a thread of its own, so
+                it must be quick.
+            on_unreachable: Called whenever the coordinator cannot be reached; it retries.
+
+        Raises:
+            InvalidRequest: The access token would be sent over a network without TLS.
+        """
+        return AccessToken(self, token, on_renewed, on_unreachable)
 
     def acquire(  # noqa: PLR0913 - each is part of the question
         self,

@@ -42,6 +42,7 @@ from holdoff._guarding import Guarding
 from holdoff._held import Callbacks
 from holdoff._platform import boottime_ns
 from holdoff._timing import DEFAULT_TTL_SECONDS, Timing
+from holdoff.custody.aio_access_tokens import AccessToken
 from holdoff.custody.aio_grants import Grants
 from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, OfferExpired, Unavailable
 from holdoff.v1 import (
@@ -68,7 +69,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-__all__ = ["BudgetGuard", "Client", "HeldLease"]
+    from holdoff.custody.access import Usable
+
+__all__ = ["AccessToken", "BudgetGuard", "Client", "HeldLease"]
 
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
@@ -120,6 +123,33 @@ class Client(Connection):
     def grants(self) -> Grants:
         """The OAuth grants that the coordinator keeps in custody."""
         return Grants(self)
+
+    def access_token(
+        self,
+        token: str,
+        *,
+        on_renewed: Callable[[Usable], None] | None = None,
+        on_unreachable: Callable[[Unavailable], None] | None = None,
+    ) -> AccessToken:
+        """Keep the access token of a token in custody current, until it is closed.
+
+        ::
+
+            async with client.access_token("apps/exact-nl/tokens/finance") as access:
+                headers = {"Authorization": f"Bearer {await access.current()}"}
+
+        It is renewed in the background, also over other connections.
+
+        Args:
+            token: `apps/{app}/tokens/{token}`.
+            on_renewed: Called with each access token that comes. Runs in the event loop, so
+                it must be quick.
+            on_unreachable: Called whenever the coordinator cannot be reached; it retries.
+
+        Raises:
+            InvalidRequest: The access token would be sent over a network without TLS.
+        """
+        return AccessToken(self, token, on_renewed, on_unreachable)
 
     async def acquire(  # noqa: PLR0913 - each is part of the question
         self,

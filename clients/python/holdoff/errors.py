@@ -92,6 +92,10 @@ class TokenBusy(NotGranted):
     REASON = "TOKEN_BUSY"
 
 
+class NoAccessToken(NotGranted):
+    """A token in custody has no access token now: the message says why, `metadata` its `state`."""
+
+
 class TooManyEvents(NotGranted):
     """The token has too many events to remember."""
 

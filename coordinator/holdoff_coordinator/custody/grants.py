@@ -66,6 +66,18 @@ class Terms:
     loopback_http: bool = False
     """Token URLs may be http:// on this host."""
 
+    def require_closed(self) -> None:
+        """Refuse callers from the network whom nobody knows.
+
+        Raises:
+            Failure: CUSTODY_OFF.
+        """
+        if not self.is_closed:
+            raise seals.off(
+                "it listens beyond loopback without an access file, so that everybody could use "
+                "the tokens. Start it with --access-file FILE"
+            )
+
 
 class Grants:
     """Put, get, list and delete grants."""
@@ -81,7 +93,7 @@ class Grants:
     ) -> custody_service_pb2.PutGrantResponse:
         """Take a grant into custody: its secrets are sealed at once, and nowhere kept."""
         name = validation.grant_name("grant.name", request.grant.name).token_name
-        self._require_closed()
+        self._terms.require_closed()
         condition = _condition(request.WhichOneof("condition") or "", request)
         chain = uuid.uuid4().hex
         if request.request_id:
@@ -161,21 +173,13 @@ class Grants:
     ) -> custody_service_pb2.DeleteGrantResponse:
         """End custody of a token."""
         name = validation.grant_name("name", request.name).token_name
-        self._require_closed()
+        self._terms.require_closed()
         condition = _condition("etag" if request.etag else "", request)
         wanted = DeleteGrant(token=name.token, takeover_us=TAKEOVER_US, **condition)
         answer = await ask(self._scripts, name.app, wanted, caller)
         if answer.status != "OK":
             _refuse(name, answer, caller)
         return custody_service_pb2.DeleteGrantResponse()
-
-    def _require_closed(self) -> None:
-        """Refuse to change anything for callers from the network whom nobody knows."""
-        if not self._terms.is_closed:
-            raise seals.off(
-                "it listens beyond loopback without an access file, so that everybody could use "
-                "the tokens. Start it with --access-file FILE"
-            )
 
     async def _policy(self, name: TokenName) -> Policy:
         policy = await self._scripts.policy(name.app, name.token)
@@ -218,7 +222,7 @@ class Grants:
     async def _read(self, name: TokenName) -> grant_pb2.Grant:
         held = await read(self._scripts, name)
         if held is None:
-            raise _not_found(name)
+            raise grant_not_found(name)
         return grant_message(name, held, self._seals.ids())
 
     async def _held(self, app: str, last: str, caller: Caller) -> AsyncIterator[Held]:
@@ -277,7 +281,8 @@ def _allowed(
     return tuple(wanted)
 
 
-def _not_found(name: TokenName) -> Failure:
+def grant_not_found(name: TokenName) -> Failure:
+    """Say that a token has no grant."""
     return Failure(
         "GRANT_NOT_FOUND",
         f"no grant of {name} is in custody; to put one: holdoff grant put {name}",
@@ -292,7 +297,7 @@ def _refuse(name: TokenName, answer: Answer, caller: Caller) -> NoReturn:
         case "TOKEN_NOT_FOUND":
             raise token_not_found(name)
         case "GONE":
-            raise _not_found(name)
+            raise grant_not_found(name)
         case "EXISTS":
             raise Failure(
                 "GRANT_EXISTS",

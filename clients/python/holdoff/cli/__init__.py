@@ -21,7 +21,7 @@ _COMMANDS = {
     "run": ("holdoff.cli.run", "Run a command under a lease."),
     "watch": ("holdoff.cli.watch", "Watch tokens and leases, live."),
     "token": ("holdoff.cli.token", "Create, update, show and list tokens; queues and history."),
-    "grant": ("holdoff.cli.grant", "Put OAuth grants into custody; show, list and delete them."),
+    "grant": ("holdoff.cli.grant", "Put OAuth grants into custody, and get access tokens."),
     "lease": ("holdoff.cli.lease", "Show, list and break leases."),
     "budget": ("holdoff.cli.budget", "Show the use of limits; report errors, and reset budgets."),
     "spool": ("holdoff.cli.spool", "Show and send error reports that are stored on this host."),

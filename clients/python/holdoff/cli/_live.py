@@ -123,7 +123,7 @@ def show_table(endpoint: str, watch: Watch[ResponseT], board: Board[ResponseT]) 
             inbox.put(error)
 
     screen = _Screen(endpoint, board)
-    with _sigterm() as ended, contextlib.closing(screen), screen.live:
+    with sigterm() as ended, contextlib.closing(screen), screen.live:
         threading.Thread(target=listen, daemon=True).start()
         while not ended.is_set():
             with contextlib.suppress(queue.Empty):
@@ -227,7 +227,7 @@ def line(value: str, style: str = "") -> Text:
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[threading.Event]:
+def sigterm() -> Iterator[threading.Event]:
     """Say that a SIGTERM came, so that the terminal is left as it was, with a cursor.
 
     An exception out of the handler would come in the midst of whatever is being drawn.

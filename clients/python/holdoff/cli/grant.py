@@ -1,17 +1,28 @@
-"""`holdoff grant`: put OAuth grants into custody, show, list and delete them."""
+"""`holdoff grant`: put OAuth grants into custody, show, list and delete them; get access tokens."""
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from holdoff import Client
 from holdoff.cli import exits
 from holdoff.cli._help import example
-from holdoff.cli._voice import confirm
+from holdoff.cli._live import (
+    live_output_option,
+    live_table,
+    show_lines,
+    show_table,
+    sigterm,
+    wants_lines,
+)
+from holdoff.cli._voice import confirm, say
 from holdoff.cli.output import (
     NOTHING,
     emit_json,
@@ -23,11 +34,18 @@ from holdoff.cli.output import (
     time_text,
 )
 from holdoff.cli.params import Duration, Name
+from holdoff.custody.files import AccessTokenFile
+from holdoff.durations import format_duration
 from holdoff.names import AppName, TokenName
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from holdoff.cli._live import Part
     from holdoff.custody.calls import ClientAuthentication
-    from holdoff.v1 import grant_pb2
+    from holdoff.v1 import custody_service_pb2, grant_pb2
 
 _MOST_BYTES = 64 * 1024
 _SECRET_FILE = click.Path(dir_okay=False, allow_dash=True)
@@ -35,9 +53,9 @@ _SECRET_FILE = click.Path(dir_okay=False, allow_dash=True)
 
 @click.group(epilog=example("holdoff grant list"))
 def grant() -> None:
-    """Put OAuth grants into custody; show, list and delete them.
+    """Put OAuth grants into custody; show, list and delete them; get access tokens.
 
-    The coordinator keeps them encrypted. No command shows a secret.
+    The coordinator keeps them encrypted. No command but `access-token` shows a secret.
     """
 
 
@@ -181,6 +199,114 @@ def delete_grant(endpoint: str, token: str, etag: str, yes: bool) -> None:
                 raise click.exceptions.Exit(exits.DECLINED)
         client.grants.delete(token, etag=etag)
     click.echo(f"deleted: the grant of {token}", err=True)
+
+
+@grant.command(
+    "access-token",
+    epilog=example("holdoff grant access-token apps/exact-nl/tokens/finance | ./upload"),
+)
+@click.argument("token", type=Name(TokenName))
+@click.option(
+    "--wait",
+    type=Duration(),
+    default=30.0,
+    show_default="30s",
+    help="Wait at most this long for an access token.",
+)
+@click.option("--force", is_flag=True, help="Print it also on a terminal.")
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
+    help="Write it to this file, and keep that current until the command is ended.",
+)
+@click.pass_obj
+def access_token(endpoint: str, token: str, wait: float, force: bool, file: Path | None) -> None:
+    """Print the current access token of TOKEN, for a script.
+
+    It takes the role `gateway`. The token is refreshed if necessary. Get it anew for each run: it
+    lives for minutes only, and others use it too. Do not pass it on as an argument, which other
+    users of the host can see.
+
+    With --file it goes to a file that only you can read, for programs that read it before each
+    call. The file is replaced at each renewal. It is removed when there is no access token, and
+    when the command ends.
+    """
+    if file:
+        with Client(endpoint) as client:
+            _keep(client, token, file)
+    if sys.stdout.isatty() and not force:
+        raise click.UsageError(
+            "an access token would stay visible on the terminal: redirect the output, or give "
+            "--force"
+        )
+    with Client(endpoint) as client, client.access_token(token) as access:
+        current = access.current(wait)
+    click.echo(current)
+
+
+def _keep(client: Client, token: str, path: Path) -> NoReturn:
+    """Keep the access token of a token in a file, until a signal."""
+    try:
+        kept = AccessTokenFile(path, say)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--file") from None
+    with sigterm() as ended, kept as file, client.access_token(token) as access:
+        try:
+            file.keep(access, ended)
+        except OSError as error:
+            raise click.UsageError(f"cannot write {path}: {error.strerror}") from None
+    raise click.exceptions.Exit(exits.SIGNAL_BASE + signal.SIGTERM)
+
+
+@grant.command("watch", epilog=example("holdoff grant watch apps/exact-nl/tokens/finance"))
+@click.argument("token", type=Name(TokenName))
+@live_output_option
+@click.pass_obj
+def watch_grant(endpoint: str, token: str, output: str) -> None:
+    """Watch the grant of TOKEN: its state, generation, and how long its access token lives.
+
+    On a terminal a live table shows it. Otherwise each line is a JSON document: the grant as it
+    is, then after each change. The access token itself is not read, and watching does not count
+    as using it. Ctrl-C ends the command.
+    """
+    with Client(endpoint) as client:
+        watched = partial(client.grants.watch, token)
+        if wants_lines(output):
+            show_lines(watched, lambda response, _: [resource(response.grant)])
+        else:
+            show_table(client.endpoint, watched, _Board())
+
+
+class _Board:
+    """A grant as a table."""
+
+    nothing = "no grant"
+
+    def __init__(self) -> None:
+        self._grant: grant_pb2.Grant | None = None
+
+    def take(self, response: custody_service_pb2.WatchGrantResponse, _: int) -> None:
+        """Take in a grant."""
+        self._grant = response.grant
+
+    def picture(self, _height: int, _now_ns: int) -> Sequence[Part]:
+        """Return a table of one row."""
+        return [partial(_table, self._grant)] if self._grant else []
+
+
+def _table(one: grant_pb2.Grant, *, short: bool) -> Table:
+    left = one.expire_time.ToSeconds() - time.time() if one.HasField("expire_time") else 0
+    status = one.status
+    row = (
+        enum_text(status, "state"),
+        time_text(status, "since_time"),
+        time_text(status, "until_time"),
+        str(one.generation),
+        format_duration(round(left)) if left > 0 else NOTHING,
+        "" if short else status.message,
+    )
+    headings = ("STATE", "SINCE", "UNTIL", "GENERATION", "LEFT", "BECAUSE")
+    return live_table(headings, [row], yielding=("BECAUSE",))
 
 
 def _secret(what: str, path: str) -> str:

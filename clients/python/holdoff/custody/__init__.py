@@ -1,1 +1,1 @@
-"""Grants in custody, for both clients: `holdoff.Client.grants` and its asyncio twin."""
+"""Grants in custody and their access tokens, for both clients: `holdoff.Client` and its twin."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from holdoff._core import Listening
 from holdoff.custody import calls
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
     from holdoff._aio_connection import Connection
-    from holdoff.v1 import grant_pb2
+    from holdoff.errors import Unavailable
+    from holdoff.v1 import custody_service_pb2, grant_pb2
 
 
 class Grants:
@@ -94,6 +96,31 @@ class Grants:
     def list(self, parent: str = "") -> AsyncIterator[grant_pb2.Grant]:
         """Yield all grants, or those of an app."""
         return self._connection._items(calls.list_grants(parent))  # noqa: SLF001
+
+    def watch(
+        self, token: str, *, on_unreachable: Callable[[Unavailable], None] | None = None
+    ) -> AsyncGenerator[custody_service_pb2.WatchGrantResponse, None]:
+        """Yield the grant of a token as it is, then after each change, forever.
+
+        It reconnects by itself. That does not count as a use of the token. Close the iterator, with
+        `contextlib.aclosing`, or cancel its task, to end the watch.
+
+        Args:
+            token: The token.
+            on_unreachable: Called whenever the coordinator cannot be reached; the watch continues.
+
+        Raises:
+            GrantNotFound: None is in custody, or not any more.
+        """
+        request = calls.watch_grant(token)
+        return self._connection._listen(  # noqa: SLF001
+            Listening(),
+            lambda line: line.custody.WatchGrant(
+                request,
+                metadata=self._connection._metadata(),  # noqa: SLF001
+            ),
+            on_unreachable,
+        )
 
     async def delete(self, token: str, *, etag: str = "") -> None:
         """End custody of a token; its secrets are deleted, and its cooldown continues.

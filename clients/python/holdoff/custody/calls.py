@@ -103,6 +103,11 @@ def list_grants(parent: str, page_token: str = "") -> Call[Any, Page[grant_pb2.G
     )
 
 
+def watch_grant(token: str) -> custody_service_pb2.WatchGrantRequest:
+    """Ask for a grant and its changes."""
+    return custody_service_pb2.WatchGrantRequest(name=_name(token))
+
+
 def delete_grant(token: str, etag: str) -> Call[Any, None]:
     """End custody of a token."""
     return Call(

@@ -71,6 +71,10 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     """Custody of a token was ended."""
     AUDIT_KIND_GRANT_REFRESHED: _AuditKind.ValueType  # 21
     """The result of a request for an access token was stored."""
+    AUDIT_KIND_ACCESS_TOKEN_HANDED_OUT: _AuditKind.ValueType  # 22
+    """An access token was handed out: one entry for the first time in an hour, and
+    one with the count of all others in it.
+    """
 
 class AuditKind(_AuditKind, metaclass=_AuditKindEnumTypeWrapper):
     """The kinds of entries in the audit trail."""
@@ -121,6 +125,10 @@ AUDIT_KIND_GRANT_DELETED: AuditKind.ValueType  # 20
 """Custody of a token was ended."""
 AUDIT_KIND_GRANT_REFRESHED: AuditKind.ValueType  # 21
 """The result of a request for an access token was stored."""
+AUDIT_KIND_ACCESS_TOKEN_HANDED_OUT: AuditKind.ValueType  # 22
+"""An access token was handed out: one entry for the first time in an hour, and
+one with the count of all others in it.
+"""
 Global___AuditKind: _TypeAlias = AuditKind  # noqa: Y015
 
 @_typing.final

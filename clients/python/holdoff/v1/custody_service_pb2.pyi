@@ -249,3 +249,118 @@ class DeleteGrantResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteGrantResponse: _TypeAlias = DeleteGrantResponse  # noqa: Y015
+
+@_typing.final
+class WatchGrantRequest(_message.Message):
+    """Asks for a grant and its changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/tokens/{token}/grant`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchGrantRequest: _TypeAlias = WatchGrantRequest  # noqa: Y015
+
+@_typing.final
+class WatchGrantResponse(_message.Message):
+    """The grant as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def grant(self) -> _grant_pb2.Grant:
+        """The grant."""
+
+    def __init__(
+        self,
+        *,
+        grant: _grant_pb2.Grant | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchGrantResponse: _TypeAlias = WatchGrantResponse  # noqa: Y015
+
+@_typing.final
+class GetAccessTokenRequest(_message.Message):
+    """Asks for the access token of a grant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/tokens/{token}/grant`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAccessTokenRequest: _TypeAlias = GetAccessTokenRequest  # noqa: Y015
+
+@_typing.final
+class GetAccessTokenResponse(_message.Message):
+    """The access token, or why there is none. Sent at the beginning, and whenever
+    something of it changes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
+    HAS_ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
+    STREAM_AGE_FIELD_NUMBER: _builtins.int
+    has_access_token: _builtins.bool
+    """Whether there is an access token: the one in this response, or else the one
+    that the stream had last. If not, none of them may be used any more.
+    """
+    @_builtins.property
+    def status(self) -> _grant_pb2.GrantStatus:
+        """Whether an access token can be had now, since when, until when, and why."""
+
+    @_builtins.property
+    def access_token(self) -> _grant_pb2.AccessToken:
+        """Set if the stream has not had this access token yet. It is a secret."""
+
+    @_builtins.property
+    def stream_age(self) -> _duration_pb2.Duration:
+        """How long the stream was open when the response was sent, by the boot clock
+        of the coordinator. The client adds it to the instant at which it opened the
+        stream, so that it notices a response that was delayed.
+        """
+
+    def __init__(
+        self,
+        *,
+        status: _grant_pb2.GrantStatus | None = ...,
+        access_token: _grant_pb2.AccessToken | None = ...,
+        has_access_token: _builtins.bool = ...,
+        stream_age: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "status", b"status", "stream_age", b"stream_age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "has_access_token", b"has_access_token", "status", b"status", "stream_age", b"stream_age"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAccessTokenResponse: _TypeAlias = GetAccessTokenResponse  # noqa: Y015

@@ -55,6 +55,16 @@ class CustodyServiceStub:
                 request_serializer=holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantResponse.FromString,
                 _registered_method=True)
+        self.WatchGrant = channel.unary_stream(
+                '/holdoff.v1.CustodyService/WatchGrant',
+                request_serializer=holdoff_dot_v1_dot_custody__service__pb2.WatchGrantRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_custody__service__pb2.WatchGrantResponse.FromString,
+                _registered_method=True)
+        self.GetAccessToken = channel.unary_stream(
+                '/holdoff.v1.CustodyService/GetAccessToken',
+                request_serializer=holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenResponse.FromString,
+                _registered_method=True)
 
 
 class CustodyServiceServicer:
@@ -91,6 +101,23 @@ class CustodyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchGrant(self, request, context):
+        """Watches one grant: as it is, then after each change, without its secrets.
+        That does not count as a use of the token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAccessToken(self, request, context):
+        """Hands out the access token of a grant: the current one, then each renewal,
+        and why there is none, for as long as the stream is open. The coordinator
+        refreshes tokens that a stream is open for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CustodyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +140,16 @@ def add_CustodyServiceServicer_to_server(servicer, server):
                     servicer.DeleteGrant,
                     request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantResponse.SerializeToString,
+            ),
+            'WatchGrant': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchGrant,
+                    request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.WatchGrantRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_custody__service__pb2.WatchGrantResponse.SerializeToString,
+            ),
+            'GetAccessToken': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetAccessToken,
+                    request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +261,60 @@ class CustodyService:
             '/holdoff.v1.CustodyService/DeleteGrant',
             holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantRequest.SerializeToString,
             holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchGrant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/holdoff.v1.CustodyService/WatchGrant',
+            holdoff_dot_v1_dot_custody__service__pb2.WatchGrantRequest.SerializeToString,
+            holdoff_dot_v1_dot_custody__service__pb2.WatchGrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAccessToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/holdoff.v1.CustodyService/GetAccessToken',
+            holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenRequest.SerializeToString,
+            holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenResponse.FromString,
             options,
             channel_credentials,
             insecure,

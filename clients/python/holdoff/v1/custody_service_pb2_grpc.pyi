@@ -45,6 +45,15 @@ class CustodyServiceStub:
     """Ends custody of a token, and deletes the secrets. The cooldown of the token
     continues.
     """
+    WatchGrant: _grpc.UnaryStreamMultiCallable[_custody_service_pb2.WatchGrantRequest, _custody_service_pb2.WatchGrantResponse]
+    """Watches one grant: as it is, then after each change, without its secrets.
+    That does not count as a use of the token.
+    """
+    GetAccessToken: _grpc.UnaryStreamMultiCallable[_custody_service_pb2.GetAccessTokenRequest, _custody_service_pb2.GetAccessTokenResponse]
+    """Hands out the access token of a grant: the current one, then each renewal,
+    and why there is none, for as long as the stream is open. The coordinator
+    refreshes tokens that a stream is open for.
+    """
 
 @_typing.type_check_only
 class CustodyServiceAsyncStub(CustodyServiceStub):
@@ -62,6 +71,15 @@ class CustodyServiceAsyncStub(CustodyServiceStub):
     DeleteGrant: _aio.UnaryUnaryMultiCallable[_custody_service_pb2.DeleteGrantRequest, _custody_service_pb2.DeleteGrantResponse]  # type: ignore[assignment]
     """Ends custody of a token, and deletes the secrets. The cooldown of the token
     continues.
+    """
+    WatchGrant: _aio.UnaryStreamMultiCallable[_custody_service_pb2.WatchGrantRequest, _custody_service_pb2.WatchGrantResponse]  # type: ignore[assignment]
+    """Watches one grant: as it is, then after each change, without its secrets.
+    That does not count as a use of the token.
+    """
+    GetAccessToken: _aio.UnaryStreamMultiCallable[_custody_service_pb2.GetAccessTokenRequest, _custody_service_pb2.GetAccessTokenResponse]  # type: ignore[assignment]
+    """Hands out the access token of a grant: the current one, then each renewal,
+    and why there is none, for as long as the stream is open. The coordinator
+    refreshes tokens that a stream is open for.
     """
 
 class CustodyServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -101,6 +119,27 @@ class CustodyServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_custody_service_pb2.DeleteGrantResponse, _abc.Awaitable[_custody_service_pb2.DeleteGrantResponse]]:
         """Ends custody of a token, and deletes the secrets. The cooldown of the token
         continues.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchGrant(
+        self,
+        request: _custody_service_pb2.WatchGrantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_custody_service_pb2.WatchGrantResponse], _abc.AsyncIterator[_custody_service_pb2.WatchGrantResponse]]:
+        """Watches one grant: as it is, then after each change, without its secrets.
+        That does not count as a use of the token.
+        """
+
+    @_abc_1.abstractmethod
+    def GetAccessToken(
+        self,
+        request: _custody_service_pb2.GetAccessTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_custody_service_pb2.GetAccessTokenResponse], _abc.AsyncIterator[_custody_service_pb2.GetAccessTokenResponse]]:
+        """Hands out the access token of a grant: the current one, then each renewal,
+        and why there is none, for as long as the stream is open. The coordinator
+        refreshes tokens that a stream is open for.
         """
 
 def add_CustodyServiceServicer_to_server(servicer: CustodyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -22,26 +22,29 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16holdoff/v1/grant.proto\x12\nholdoff.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xad\x04\n\x05Grant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x10\n\x08\x63hain_id\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x11\n\tclient_id\x18\x05 \x01(\t\x12\x11\n\ttoken_url\x18\x06 \x01(\t\x12\x11\n\tapi_hosts\x18\x07 \x03(\t\x12?\n\x15\x63lient_authentication\x18\x08 \x01(\x0e\x32 .holdoff.v1.ClientAuthentication\x12\x0e\n\x06key_id\x18\t \x01(\t\x12\'\n\x06status\x18\n \x01(\x0b\x32\x17.holdoff.v1.GrantStatus\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0crefresh_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0fnot_before_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10idle_expire_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_attempt\x18\x10 \x01(\x0b\x32\x1a.holdoff.v1.RefreshAttempt\"\xa5\x01\n\x0bGrantStatus\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.holdoff.v1.GrantState\x12.\n\nsince_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nuntil_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x95\x01\n\x0eRefreshAttempt\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12.\n\nbegin_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x04step\x18\x04 \x01(\x0e\x32\x17.holdoff.v1.RefreshStep\x12\x0f\n\x07outcome\x18\x05 \x01(\t*\x9f\x01\n\x14\x43lientAuthentication\x12%\n!CLIENT_AUTHENTICATION_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x43LIENT_AUTHENTICATION_BASIC\x10\x01\x12\x1e\n\x1a\x43LIENT_AUTHENTICATION_BODY\x10\x02\x12\x1f\n\x1b\x43LIENT_AUTHENTICATION_QUERY\x10\x03*\xfb\x01\n\nGrantState\x12\x1b\n\x17GRANT_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11GRANT_STATE_READY\x10\x01\x12\x1a\n\x16GRANT_STATE_REFRESHING\x10\x02\x12\x17\n\x13GRANT_STATE_COOLING\x10\x03\x12\x14\n\x10GRANT_STATE_HELD\x10\x04\x12\x1b\n\x17GRANT_STATE_REAUTHORIZE\x10\x05\x12\x1d\n\x19GRANT_STATE_CONFIGURATION\x10\x06\x12\x1b\n\x17GRANT_STATE_KEY_MISSING\x10\x07\x12\x15\n\x11GRANT_STATE_STALE\x10\x08*\xaf\x01\n\x0bRefreshStep\x12\x1c\n\x18REFRESH_STEP_UNSPECIFIED\x10\x00\x12\x16\n\x12REFRESH_STEP_BEGUN\x10\x01\x12\x19\n\x15REFRESH_STEP_INTENDED\x10\x02\x12\x1b\n\x17REFRESH_STEP_NOT_ISSUED\x10\x03\x12\x19\n\x15REFRESH_STEP_UNPROVEN\x10\x04\x12\x17\n\x13REFRESH_STEP_STORED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16holdoff/v1/grant.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xad\x04\n\x05Grant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x10\n\x08\x63hain_id\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x11\n\tclient_id\x18\x05 \x01(\t\x12\x11\n\ttoken_url\x18\x06 \x01(\t\x12\x11\n\tapi_hosts\x18\x07 \x03(\t\x12?\n\x15\x63lient_authentication\x18\x08 \x01(\x0e\x32 .holdoff.v1.ClientAuthentication\x12\x0e\n\x06key_id\x18\t \x01(\t\x12\'\n\x06status\x18\n \x01(\x0b\x32\x17.holdoff.v1.GrantStatus\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0crefresh_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0fnot_before_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10idle_expire_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_attempt\x18\x10 \x01(\x0b\x32\x1a.holdoff.v1.RefreshAttempt\"\xa5\x01\n\x0bGrantStatus\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.holdoff.v1.GrantState\x12.\n\nsince_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nuntil_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x95\x01\n\x0eRefreshAttempt\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12.\n\nbegin_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x04step\x18\x04 \x01(\x0e\x32\x17.holdoff.v1.RefreshStep\x12\x0f\n\x07outcome\x18\x05 \x01(\t\"\xa9\x01\n\x0b\x41\x63\x63\x65ssToken\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12,\n\tremaining\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x65\x61rly_margin\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tapi_hosts\x18\x05 \x03(\t*\x9f\x01\n\x14\x43lientAuthentication\x12%\n!CLIENT_AUTHENTICATION_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x43LIENT_AUTHENTICATION_BASIC\x10\x01\x12\x1e\n\x1a\x43LIENT_AUTHENTICATION_BODY\x10\x02\x12\x1f\n\x1b\x43LIENT_AUTHENTICATION_QUERY\x10\x03*\xfb\x01\n\nGrantState\x12\x1b\n\x17GRANT_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11GRANT_STATE_READY\x10\x01\x12\x1a\n\x16GRANT_STATE_REFRESHING\x10\x02\x12\x17\n\x13GRANT_STATE_COOLING\x10\x03\x12\x14\n\x10GRANT_STATE_HELD\x10\x04\x12\x1b\n\x17GRANT_STATE_REAUTHORIZE\x10\x05\x12\x1d\n\x19GRANT_STATE_CONFIGURATION\x10\x06\x12\x1b\n\x17GRANT_STATE_KEY_MISSING\x10\x07\x12\x15\n\x11GRANT_STATE_STALE\x10\x08*\xaf\x01\n\x0bRefreshStep\x12\x1c\n\x18REFRESH_STEP_UNSPECIFIED\x10\x00\x12\x16\n\x12REFRESH_STEP_BEGUN\x10\x01\x12\x19\n\x15REFRESH_STEP_INTENDED\x10\x02\x12\x1b\n\x17REFRESH_STEP_NOT_ISSUED\x10\x03\x12\x19\n\x15REFRESH_STEP_UNPROVEN\x10\x04\x12\x17\n\x13REFRESH_STEP_STORED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdoff.v1.grant_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CLIENTAUTHENTICATION']._serialized_start=952
-  _globals['_CLIENTAUTHENTICATION']._serialized_end=1111
-  _globals['_GRANTSTATE']._serialized_start=1114
-  _globals['_GRANTSTATE']._serialized_end=1365
-  _globals['_REFRESHSTEP']._serialized_start=1368
-  _globals['_REFRESHSTEP']._serialized_end=1543
-  _globals['_GRANT']._serialized_start=72
-  _globals['_GRANT']._serialized_end=629
-  _globals['_GRANTSTATUS']._serialized_start=632
-  _globals['_GRANTSTATUS']._serialized_end=797
-  _globals['_REFRESHATTEMPT']._serialized_start=800
-  _globals['_REFRESHATTEMPT']._serialized_end=949
+  _globals['_CLIENTAUTHENTICATION']._serialized_start=1156
+  _globals['_CLIENTAUTHENTICATION']._serialized_end=1315
+  _globals['_GRANTSTATE']._serialized_start=1318
+  _globals['_GRANTSTATE']._serialized_end=1569
+  _globals['_REFRESHSTEP']._serialized_start=1572
+  _globals['_REFRESHSTEP']._serialized_end=1747
+  _globals['_GRANT']._serialized_start=104
+  _globals['_GRANT']._serialized_end=661
+  _globals['_GRANTSTATUS']._serialized_start=664
+  _globals['_GRANTSTATUS']._serialized_end=829
+  _globals['_REFRESHATTEMPT']._serialized_start=832
+  _globals['_REFRESHATTEMPT']._serialized_end=981
+  _globals['_ACCESSTOKEN']._serialized_start=984
+  _globals['_ACCESSTOKEN']._serialized_end=1153
 # @@protoc_insertion_point(module_scope)

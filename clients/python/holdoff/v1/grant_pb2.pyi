@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -331,3 +332,47 @@ class RefreshAttempt(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RefreshAttempt: _TypeAlias = RefreshAttempt  # noqa: Y015
+
+@_typing.final
+class AccessToken(_message.Message):
+    """An access token that is handed out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    REMAINING_FIELD_NUMBER: _builtins.int
+    EARLY_MARGIN_FIELD_NUMBER: _builtins.int
+    API_HOSTS_FIELD_NUMBER: _builtins.int
+    access_token: _builtins.str
+    """The secret."""
+    generation: _builtins.int
+    """Of the grant; it rises with each refresh."""
+    @_builtins.property
+    def remaining(self) -> _duration_pb2.Duration:
+        """How long it still lives. Its life counts from when it was requested."""
+
+    @_builtins.property
+    def early_margin(self) -> _duration_pb2.Duration:
+        """So long before its end no call begins with it any more."""
+
+    @_builtins.property
+    def api_hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Hosts that it may be sent to."""
+
+    def __init__(
+        self,
+        *,
+        access_token: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        remaining: _duration_pb2.Duration | None = ...,
+        early_margin: _duration_pb2.Duration | None = ...,
+        api_hosts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["early_margin", b"early_margin", "remaining", b"remaining"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "api_hosts", b"api_hosts", "early_margin", b"early_margin", "generation", b"generation", "remaining", b"remaining"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccessToken: _TypeAlias = AccessToken  # noqa: Y015

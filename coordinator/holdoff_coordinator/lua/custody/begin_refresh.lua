@@ -30,4 +30,5 @@ keep_grant(grant, {
   attempt = ask.attempt, attempt_replica = ask.replica, attempt_begun_us = now, attempt_step = 'BEGUN',
   attempt_outcome = '',
 })
+redis.call('SPUBLISH', SHARD .. ':custody', id)
 return answer('BEGUN', {grant = grant})

@@ -41,4 +41,5 @@ keep_grant(grant, {
 })
 mirror(id, token, lease)
 audit('GRANT_PUT', token_name(id), {reason = kept and 'replaced' or ''}, true)
+redis.call('SPUBLISH', SHARD .. ':custody', id)
 return answer('OK')

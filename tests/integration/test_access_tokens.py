@@ -1,0 +1,220 @@
+"""Both clients and the commands keep an access token current, against a real coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import threading
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner, _NamedTextIOWrapper
+
+import holdoff
+from holdoff import errors
+from holdoff.cli import exits, main
+from holdoff.custody.files import AccessTokenFile
+from tests.custodian import Custodian, key_directory
+from tests.harness import wait_until
+from tests.integration.test_hand_out import ACCESS, Refreshed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from holdoff.custody.access import Usable
+    from tests.conftest import StartValkey
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a directory with one master key."""
+    return key_directory(tmp_path_factory.mktemp("keys"), "first")
+
+
+@pytest.fixture(scope="module")
+def url(start_valkey: StartValkey) -> str:
+    """Give a store of its own: its coordinators share a fingerprint key."""
+    return start_valkey().url
+
+
+@pytest.fixture(scope="module")
+def custodian(url: str, keys: Path) -> Iterator[Custodian]:
+    """Give a coordinator with keys, which tests share, each with apps of its own."""
+    with Custodian(url, keys) as one:
+        yield one
+
+
+@pytest.fixture
+def client(custodian: Custodian) -> Iterator[holdoff.Client]:
+    """Give a client of it."""
+    with holdoff.Client(custodian.address) as client:
+        yield client
+
+
+def test_a_token_is_kept_current(client: holdoff.Client, custodian: Custodian, url: str) -> None:
+    """It waits for the first one; each renewal comes by itself."""
+    one = Refreshed(custodian, url)
+    heard: queue.SimpleQueue[Usable] = queue.SimpleQueue()
+    with client.access_token(one.token, on_renewed=heard.put) as access:
+        with pytest.raises(errors.NoAccessToken):
+            access.current(wait_seconds=0)
+        first = one.refresh()
+        assert access.current(wait_seconds=30) == first
+        usable = access.usable(wait_seconds=0)
+        assert (usable.generation, usable.api_hosts) == (2, ("api.xero.com",))
+        second = one.refresh()
+        assert heard.get(timeout=30).access_token == first
+        assert heard.get(timeout=30).access_token == second
+        assert access.current() == second
+        assert access.status
+    with pytest.raises(errors.HoldoffError, match="was closed"):
+        access.current()
+
+
+def test_it_says_why_there_is_none(client: holdoff.Client, custodian: Custodian, url: str) -> None:
+    """A lease is told with the remedy; a grant that is deleted ends it."""
+    one = Refreshed(custodian, url)
+    offer = custodian.hold(one.token)
+    with client.access_token(one.token) as access:
+        wait_until(lambda: access.status)
+        with pytest.raises(errors.NoAccessToken, match="a lease on the token lives") as caught:
+            access.current(wait_seconds=0.1)
+        assert caught.value.metadata == {"state": "HELD"}
+        custodian.release(offer, unused=True)
+        custodian.delete(one.token)
+        with pytest.raises(errors.GrantNotFound):
+            access.current(wait_seconds=30)
+
+
+def test_it_moves_to_another_replica(url: str, keys: Path) -> None:
+    """The current token stays usable meanwhile, and the next comes from the other one."""
+    with Custodian(url, keys) as first, Custodian(url, keys) as second:
+        one = Refreshed(first, url)
+        access_token = one.refresh()
+        with (
+            holdoff.Client(f"{first.address},{second.address}") as client,
+            client.access_token(one.token) as access,
+        ):
+            assert access.current(30) == access_token
+            served = [replica.coordinator._hand_outs._served for replica in (first, second)]
+            (first if served[0] else second).stop()
+            assert access.current(0) == access_token
+            renewed = one.refresh()
+            wait_until(lambda: access.current(0) == renewed)
+
+
+async def test_the_asyncio_client_does_the_same(custodian: Custodian, url: str) -> None:
+    """Fails when its token is not renewed, or it does not end with its client."""
+    # In threads: the scripts run in event loops of their own.
+    one = await asyncio.to_thread(Refreshed, custodian, url)
+    heard: asyncio.Queue[Usable] = asyncio.Queue()
+    async with (
+        holdoff.aio.Client(custodian.address) as client,
+        client.access_token(one.token, on_renewed=heard.put_nowait) as access,
+    ):
+        with pytest.raises(errors.NoAccessToken):
+            await access.current(wait_seconds=0)
+        for _ in range(2):
+            renewed = await asyncio.to_thread(one.refresh)
+            async with asyncio.timeout(30):
+                assert (await heard.get()).access_token == renewed
+            assert await access.current() == renewed
+        async with contextlib.aclosing(client.grants.watch(one.token)) as watched:
+            assert (await anext(watched)).grant.generation == 3
+    with pytest.raises(errors.HoldoffError, match="was closed"):
+        await access.current()
+
+
+def test_a_grant_is_watched_without_its_token(
+    client: holdoff.Client, custodian: Custodian, url: str
+) -> None:
+    """Fails when a watch opens the access token, or misses a step of a refresh."""
+    one = Refreshed(custodian, url)
+    one.refresh()
+    with contextlib.closing(client.grants.watch(one.token)) as watched:
+        first = next(watched)
+        assert (first.grant.generation, ACCESS in str(first)) == (2, False)
+        app, token = one.scripts.name.app, one.scripts.name.token
+        served = custodian.coordinator._hand_outs._served[app][token]
+        assert served.stand
+        assert served.stand.secrets is None
+        with client.access_token(one.token) as access:
+            assert access.current(30).startswith(ACCESS)
+        one.begin()
+        wait_until(lambda: next(watched).grant.status.state == 2)
+        one.end()
+        wait_until(lambda: next(watched).grant.generation == 3)
+
+
+def run(custodian: Custodian, *arguments: str) -> tuple[int, str, str]:
+    """Run a command; return its exit code and both outputs."""
+    done = CliRunner().invoke(main, ["--endpoint", custodian.address, "grant", *arguments])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_a_script_gets_the_current_token(
+    custodian: Custodian, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal with --force only; without a token it says why, with exit code 75."""
+    one = Refreshed(custodian, url)
+    code, out, err = run(custodian, "access-token", one.token, "--wait", "0s")
+    assert (code, out) == (exits.NOT_GRANTED, "")
+    assert "access token" in err
+    access = one.refresh()
+    assert run(custodian, "access-token", one.token) == (0, f"{access}\n", "")
+    monkeypatch.setattr(_NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+    code, out, err = run(custodian, "access-token", one.token)
+    assert (code, out, "--force" in err) == (exits.USAGE, "", True)
+    assert run(custodian, "access-token", one.token, "--force") == (0, f"{access}\n", "")
+
+
+def test_the_command_that_watches_never_shows_the_token(custodian: Custodian, url: str) -> None:
+    """Each line is the grant; the end of the grant ends the command."""
+    one = Refreshed(custodian, url)
+    one.refresh()
+    done: list[tuple[int, str, str]] = []
+    thread = threading.Thread(target=lambda: done.append(run(custodian, "watch", one.token)))
+    thread.start()
+    served = custodian.coordinator._hand_outs._served
+    app, token = one.scripts.name.app, one.scripts.name.token
+    wait_until(lambda: served.get(app, {}).get(token))
+    one.refresh()
+    custodian.delete(one.token)
+    thread.join(30)
+    [(code, out, err)] = done
+    assert (code, "no grant of" in err) == (exits.REFUSED, True)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert {line["name"] for line in lines} == {f"{one.token}/grant"}
+    assert ACCESS not in out + err
+
+
+def holds(path: Path, access_token: str) -> bool:
+    """Tell whether a file has an access token."""
+    return path.exists() and path.read_text() == f"{access_token}\n"
+
+
+def test_a_file_is_kept_current(
+    client: holdoff.Client, custodian: Custodian, url: str, tmp_path: Path
+) -> None:
+    """Only its owner can read it; without a usable token, and at the end, there is none."""
+    one = Refreshed(custodian, url)
+    path, said, stop = tmp_path / "access.token", list[str](), threading.Event()
+    with client.access_token(one.token) as access, AccessTokenFile(path, said.append) as file:
+        thread = threading.Thread(target=file.keep, args=(access, stop))
+        thread.start()
+        wait_until(lambda: any("access token of" in reason for reason in said))
+        assert not path.exists()
+        for _ in range(2):
+            wait_until(partial(holds, path, one.refresh()))
+            assert path.stat().st_mode & 0o777 == 0o600
+        custodian.put(one.token, replace=True)
+        wait_until(lambda: not path.exists())
+        path.write_text("planted")
+        stop.set()
+        thread.join(30)
+    assert not path.exists()
+    assert not list(tmp_path.iterdir())
