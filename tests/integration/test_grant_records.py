@@ -15,7 +15,6 @@ from holdoff.names import TokenName
 from holdoff.v1 import admin_service_pb2, budget_pb2
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.custody.records import (
-    TAKEOVER_US,
     Answer,
     BeginRefresh,
     DeleteGrant,
@@ -28,7 +27,7 @@ from holdoff_coordinator.custody.records import (
     ask,
     read,
 )
-from holdoff_coordinator.custody.rules import SECOND, Condition
+from holdoff_coordinator.custody.rules import SECOND, TAKEOVER_US, Condition
 from holdoff_coordinator.scripts import Scripts
 from tests.harness import end_cooldown
 
@@ -159,6 +158,7 @@ class Grant:
             "sealed_grant": "bmV3",
             "sealed_access": "YWNjZXNz",
             "fingerprint": uuid.uuid4().hex,
+            "facts": FACTS,
         }
         return self.do(EndRefresh(**{**defaults, **fields}))
 

@@ -24,6 +24,7 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "The policy": Policy,
     "`[refresh]`": policies.Refresh,
     "`[oauth]`": policies.OAuth,
+    "`[[refusal]]`": policies.Refusal,
     "`[endpoint]`": policies.Endpoint,
     "`[[limit]]`": policies.Limit,
     "`[[concurrency]]`": policies.Concurrency,

@@ -42,7 +42,7 @@ class Answer:
 
     status: int
     headers: Mapping[str, str]
-    body: bytes = field(repr=False)
+    body: bytes | bytearray = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ def _why(error: str, document: Mapping[str, Any], reading: Reading) -> Refusal:
     return Refusal.CLIENT if code == "invalid_client" else Refusal.OTHER
 
 
-def _document(body: bytes) -> Mapping[str, Any]:
+def _document(body: bytes | bytearray) -> Mapping[str, Any]:
     try:
         document = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
