@@ -67,8 +67,8 @@ class Terms:
     loopback_http: bool = False
     """Token URLs may be http:// on this host."""
     spool: Path | None = None
-    """Where answers of token URLs lie until they are stored: a directory of this replica alone. Without
-    it, access tokens are not requested."""
+    """Where answers of token URLs lie until they are stored: a directory of this replica alone.
+    Without it, this replica requests no access tokens."""
 
 
 class Grants:

@@ -23,7 +23,7 @@ import structlog
 
 from holdoff.names import TokenName
 from holdoff_coordinator.custody import outcomes, spool
-from holdoff_coordinator.custody.answers import Issued, Refused, Unproven, Verdict
+from holdoff_coordinator.custody.answers import Issued, NotSent, Unproven, Verdict
 from holdoff_coordinator.custody.outcomes import Failure as Why
 from holdoff_coordinator.custody.outcomes import boottime_us
 from holdoff_coordinator.custody.records import (
@@ -346,7 +346,7 @@ class Refresher:
     async def _finish(self, work: _Work, verdict: Verdict, times: Times, made_us: int) -> None:
         """Store what a verdict makes of the grant; `made_us` is `times.now_us` by our clock."""
         attempt = work.attempt
-        if isinstance(verdict, Unproven):
+        if isinstance(verdict, Unproven) and not has_secrets(verdict):
             # It may have been answered until its right ends, also if the connection was reset.
             over_us = attempt.record.attempt_begun_us + TAKEOVER_US
             times = replace(times, last_us=max(times.last_us, over_us))
@@ -454,7 +454,7 @@ class Refresher:
             last_us = min(held.now_us, envelope.begun_us + TAKEOVER_US)
             times = Times(held.now_us, sent_us=envelope.begun_us, last_us=last_us)
         verdict = verdict_of(found.outcome, reading_of(policy))
-        if has_secrets(verdict) or held.record.attempt == attempt_id:
+        if has_secrets(verdict) or (held.record.attempt == attempt_id and held.record.under_way):
             await self._finish(work, verdict, times, made_us)
         _remove(path)
 
@@ -498,7 +498,7 @@ class _Work:
         record, public = self.attempt.record, self.attempt.record.public
         next_one = msgspec.structs.replace(self.binding, generation=record.generation + 1)
         old = self.ring.open(_blob(record.sealed_grant), self.binding, GrantSecrets)
-        rotated = verdict.refresh_token if isinstance(verdict, Issued | Refused) else ""
+        rotated = "" if isinstance(verdict, NotSent) else verdict.refresh_token
         grant = GrantSecrets(rotated or old.refresh_token, old.client_secret)
         access = AccessSecrets(verdict.access_token) if isinstance(verdict, Issued) else None
         if access is None and record.sealed_access:
@@ -543,7 +543,7 @@ def _tell(name: TokenName, stored: Answer, request: EndRefresh, alert: str) -> N
     if alert:
         log.error("custody needs attention", alert=alert, **facts)
     elif stored.status == "OK":
-        log.info("requested an access token", **facts)
+        log.info("a request for an access token ended", **facts)
 
 
 def _blob(text: str) -> bytes:

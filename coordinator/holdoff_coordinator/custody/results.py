@@ -105,7 +105,7 @@ def verdict_of(outcome: outcomes.Outcome, reading: Reading) -> Verdict:
         return verdict
     if verdict is None or isinstance(verdict, Unproven):
         reason = f"{outcome.why}: {outcome.detail}" if isinstance(outcome, outcomes.NoProof) else ""
-        return Unproven(reason)
+        return Unproven(reason, verdict.refresh_token if verdict else "")
     return verdict
 
 
@@ -114,7 +114,7 @@ def has_secrets(verdict: Verdict) -> bool:
     match verdict:
         case Issued():
             return True
-        case Refused(refresh_token=rotated):
+        case Refused(refresh_token=rotated) | Unproven(refresh_token=rotated):
             return rotated != ""
     return False
 
@@ -135,7 +135,7 @@ class Attempt:
         Without proof the attempt stays as it is, so that it counts at the end of its right, as
         after a crash; but within a proved grace period it is repeated at once.
         """
-        if not isinstance(verdict, Unproven):
+        if not isinstance(verdict, Unproven) or has_secrets(verdict):
             return True
         standing = after(self.record.standing, self.rules, verdict, times).standing
         return standing.not_before_us <= times.now_us

@@ -122,6 +122,10 @@ def after(standing: Standing, rules: Rules, verdict: Verdict, times: Times) -> O
             return _issued(standing, rules, verdict, times)
         case NotSent():
             return _paused(standing, times, FIRST_PAUSE_US, LONGEST_PAUSE_US)
+        case Unproven(refresh_token=rotated) if rotated:
+            # Nothing was sent with this one yet.
+            renewed = replace(standing, generation=standing.generation + 1, unproven=0, not_sent=0)
+            return Outcome(_no_sooner(renewed, times.last_us + rules.interval_us))
         case Unproven():
             return _unproven(standing, rules, times)
         case Refused(refresh_token=rotated) if rotated:

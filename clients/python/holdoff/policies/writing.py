@@ -65,7 +65,10 @@ FIELDS = {
         'What it means: "too-early" for the interval, or "dead" for the refresh token.',
         '"dead"',
     ),
-    "refusal.error": ("The field `error` of the answer; case does not matter.", '"invalid_request"'),
+    "refusal.error": (
+        "The field `error` of the answer; case does not matter.",
+        '"invalid_request"',
+    ),
     "refusal.description": (
         "A text in its `error_description`; case does not matter.",
         '"token expired"',

@@ -4,19 +4,20 @@
 --      sealed_access, fingerprint and facts; restores, if it was stored before and may be lost;
 --      in µs from now, -1 for none: refreshed_age_us, not_before_in_us, expires_in_us
 -- Answers OK, or MOVED with `grant` if another answer was stored meanwhile, or, for a result without
--- secrets, if another attempt began.
+-- secrets, if its attempt was counted, or another one began.
 local token, lease = settle(id)
 local grant = load_grant(id)
 if not token or not is_kept(grant) then return answer('GONE') end
 local is_current = grant.chain == ask.chain and grant.attempt == ask.attempt
+local is_under_way = is_current and (grant.attempt_step == 'BEGUN' or grant.attempt_step == 'INTENDED')
 local has_secrets = ask.generation ~= ask.from_generation
-if has_secrets and is_current and grant.generation == ask.generation and grant.attempt_step == ask.step then
+if is_current and not is_under_way and grant.generation == ask.generation and grant.attempt_step == ask.step then
   return answer('OK', {grant = grant}) -- the same request, sent again
 end
 local follows = grant.generation == ask.from_generation
 if ask.restores and has_secrets then follows = grant.generation < ask.generation end
-if grant.chain ~= ask.chain or not follows or not (has_secrets or is_current) then
-  if is_current and ask.step == 'NOT_ISSUED' then
+if grant.chain ~= ask.chain or not follows or not (has_secrets or is_under_way) then
+  if is_under_way and ask.step == 'NOT_ISSUED' then
     keep_grant(grant, {attempt_step = ask.step, attempt_outcome = ask.outcome})
   end
   return answer('MOVED', {grant = grant})
