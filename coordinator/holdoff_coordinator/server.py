@@ -164,7 +164,7 @@ class Coordinator:
         self._health_server = grpc.aio.server(interceptors=[reading], options=_OPTIONS)
         self.policies = Policies(policies)
         self._replays = Replays(self.scripts, boot_us)
-        self.refreshes = self._refreshes(custody) if custody and custody.spool else None
+        self.refreshes = self._refreshes(custody, durability) if custody and custody.spool else None
         """Keeps access tokens in custody fresh; None where this replica requests none."""
         places = Places(self.scripts, self.policies)
         self._gate = Gate(Credentials(redis), access, trail, client_identity)
@@ -222,7 +222,7 @@ class Coordinator:
         )
         return self
 
-    def _refreshes(self, terms: Terms) -> Duty:
+    def _refreshes(self, terms: Terms, durability: Durability) -> Duty:
         """Make what refreshes grants."""
         reach = Reach(plain_http=terms.loopback_http)
         refresher = Refresher(
@@ -232,6 +232,7 @@ class Coordinator:
             replica=f"{socket.gethostname()}:{os.getpid()}",
             send=partial(Sending, reach=reach, limits=LIMITS),
             folder=str(terms.spool),
+            is_copied=durability.replicas > 0,
         )
         duty = Duty(self.scripts, refresher)
         others = self.scripts.on_new_life

@@ -123,6 +123,7 @@ class Grant:
             "replica": "r",
             "takeover_us": TAKEOVER_US,
             "has_evidence": False,
+            "fears": "",
             "event": uuid.uuid4().hex,
             "budgets": [],
         }

@@ -53,6 +53,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     unproven: int
     first_unproven_us: int
     not_sent: int
+    confirmed_us: int = 0
+    """When a replica last presented this generation as the newest that it knows."""
     attempt: str = ""
     attempt_replica: str = ""
     attempt_begun_us: int = 0
@@ -122,6 +124,8 @@ class BeginRefresh(msgspec.Struct, frozen=True, kw_only=True):
     replica: str
     takeover_us: int
     has_evidence: bool
+    fears: str
+    """A loss of which may have lost a newer refresh token: DATA, WRITES, or empty."""
     event: str
     budgets: Sequence[dict[str, Any]]
 

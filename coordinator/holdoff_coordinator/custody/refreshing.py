@@ -143,6 +143,7 @@ class Refresher:
         replica: The name of this replica, for people.
         send: Makes a request; a `Sending` with reach and `LIMITS`.
         folder: The spool of this replica alone; empty for none.
+        is_copied: Whether a server that may be promoted has all that is acknowledged.
         now_us: The boot clock, as the sender reads it.
     """
 
@@ -155,6 +156,7 @@ class Refresher:
         replica: str,
         send: Send,
         folder: str = "",
+        is_copied: bool = False,
         now_us: Callable[[], int] = boottime_us,
     ) -> None:
         self._scripts = scripts
@@ -163,6 +165,7 @@ class Refresher:
         self._replica = replica
         self._send = send
         self._folder = folder
+        self._is_copied = is_copied
         self._now_us = now_us
         self._under_way: set[str] = set()
         self._unreadable: set[str] = set()
@@ -186,7 +189,7 @@ class Refresher:
                 return wait
             ring, prints = await self._seals.unlocked()
             attempt_id = uuid.uuid4().hex
-            answer, anchor = await self._begin(name, held.record, attempt_id, policy)
+            answer, anchor = await self._begin(name, held.record, attempt_id, policy, rules)
             record = answer.grant
             match answer.status:
                 case "BEGUN" if record:
@@ -200,7 +203,7 @@ class Refresher:
                     return Next(max(0, answer.until_us - answer.now_us), answer.reason)
                 case "GONE":
                     return Next(None, "GONE")
-                # CHANGED: look again
+                # CHANGED, STALE: look again
 
     async def _policy(self, name: TokenName) -> Policy:
         return self._policies.find(
@@ -210,7 +213,7 @@ class Refresher:
     # The right ------------------------------------------------------------------------------
 
     async def _begin(
-        self, name: TokenName, record: Record, attempt: str, policy: Policy
+        self, name: TokenName, record: Record, attempt: str, policy: Policy, rules: Rules
     ) -> tuple[Answer, Anchor]:
         """Ask for the right, again where the answer was lost: it would be ours, unused."""
         request = BeginRefresh(
@@ -221,6 +224,7 @@ class Refresher:
             replica=self._replica,
             takeover_us=TAKEOVER_US,
             has_evidence=self._has_evidence(name),
+            fears=self._fears(rules),
             event=attempt,
             budgets=Place(name, policy, "", "").specs("token_requests"),
         )
@@ -236,6 +240,12 @@ class Refresher:
                 await asyncio.sleep(_FIRST_PAUSE_SECONDS)
             else:
                 return answer, Anchor(answer.now_us, asked_us, self._now_us())
+
+    def _fears(self, rules: Rules) -> str:
+        """Tell which loss of the store's makes a refresh token one that must not be sent."""
+        if rules.rotation is not Rotation.SINGLE_USE_REVOKES:
+            return ""
+        return "DATA" if self._is_copied else "WRITES"
 
     def _has_evidence(self, _: TokenName) -> bool:
         """Tell whether a refresh may continue in quarantine.
@@ -392,8 +402,6 @@ class Refresher:
                 stored.grant is not None and stored.grant.chain != copy.request.chain
             ):
                 self._copies.pop(name, None)
-            elif stored.status == "OK":
-                log.warning("an answer that the store had lost is stored again", token=str(name))
 
     # The spool ------------------------------------------------------------------------------
 

@@ -14,6 +14,11 @@ local has_secrets = ask.generation ~= ask.from_generation
 if is_current and not is_under_way and grant.generation == ask.generation and grant.attempt_step == ask.step then
   return answer('OK', {grant = grant}) -- the same request, sent again
 end
+if ask.restores and grant.chain == ask.chain and grant.generation == ask.generation then
+  -- The newest answer that a replica knows; the store has it.
+  keep_grant(grant, {confirmed_us = now, condition = grant.condition == 'STALE' and ask.condition or grant.condition})
+  return answer('OK', {grant = grant})
+end
 local follows = grant.generation == ask.from_generation
 if ask.restores and has_secrets then follows = grant.generation < ask.generation end
 if grant.chain ~= ask.chain or not follows or not (has_secrets or is_under_way) then
@@ -28,6 +33,7 @@ local changes = {
   unproven = ask.unproven, first_unproven_us = ask.first_unproven_us, not_sent = ask.not_sent,
   not_before_us = not_before, since_us = ask.condition == grant.condition and grant.since_us or now,
 }
+if ask.restores then changes.confirmed_us = now end
 if has_secrets then
   changes.sealed_grant, changes.sealed_access = ask.sealed_grant, ask.sealed_access
   changes.facts = ask.facts

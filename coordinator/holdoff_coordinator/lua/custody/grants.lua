@@ -14,7 +14,7 @@ local function grant_key(token_id) return SHARD .. ':grant:' .. token_id end
 
 local NUMBERS = {
   'generation', 'created_us', 'since_us', 'refreshed_us', 'not_before_us', 'expires_us', 'idle_us', 'unproven',
-  'first_unproven_us', 'not_sent', 'attempt_begun_us',
+  'first_unproven_us', 'not_sent', 'attempt_begun_us', 'confirmed_us',
 }
 
 -- The record of a grant. In a tombstone, which keeps what must not be forgotten, `sealed_grant` is ''.
