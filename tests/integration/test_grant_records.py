@@ -219,6 +219,31 @@ def test_an_answer_is_stored_once(grant: Grant, replica: Replica) -> None:
     assert token.not_before_time.ToMicroseconds() == record.not_before_us
 
 
+def test_a_request_without_proof_counts_once(grant: Grant) -> None:
+    """What its replica reports after it was counted changes nothing.
+
+    Fails when the attempt would be under way again, and so be counted twice.
+    """
+    unproven: dict[str, Any] = {
+        "generation": 1,
+        "outcome": "time-out",
+        "sealed_grant": "",
+        "sealed_access": "",
+        "expires_in_us": -1,
+        "idle_us": -1,
+    }
+    grant.begin("one")
+    grant.intend("one")
+    assert grant.end("one", step="UNPROVEN", unproven=1, **unproven).status == "OK"
+    before = grant.record()
+    assert (before.attempt_step, before.unproven) == ("UNPROVEN", 1)
+    assert grant.end("one", step="UNPROVEN", unproven=1, **unproven).status == "OK"
+    for late in ("INTENDED", "NOT_ISSUED"):
+        assert grant.end("one", step=late, **unproven).status == "MOVED"
+    assert grant.end("another", step="UNPROVEN", unproven=2, **unproven).status == "MOVED"
+    assert grant.record() == before
+
+
 def test_a_late_answer_is_adopted(grant: Grant) -> None:
     """One whose right has passed counts while no other was stored."""
     grant.begin("one")

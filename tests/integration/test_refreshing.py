@@ -28,9 +28,10 @@ from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.custody.duty import Duty
 from holdoff_coordinator.custody.grants import Terms
 from holdoff_coordinator.custody.key_files import KeyDirectory
+from holdoff_coordinator.custody.outcomes import boottime_us
 from holdoff_coordinator.custody.records import Record, read
 from holdoff_coordinator.custody.refreshing import Next, Refresher
-from holdoff_coordinator.custody.rules import PROBE_US, SECOND, TAKEOVER_US, Condition
+from holdoff_coordinator.custody.rules import INTENT_US, PROBE_US, SECOND, TAKEOVER_US, Condition
 from holdoff_coordinator.custody.sealing import AccessSecrets, GrantSecrets
 from holdoff_coordinator.custody.seals import Seals, binding_of
 from holdoff_coordinator.custody.sending import Connected, Reach, Sending
@@ -104,7 +105,7 @@ class World:
     name: TokenName
     folder: Path
 
-    def refresher(self, replica: str = "one", send: Any = None) -> Refresher:
+    def refresher(self, replica: str = "one", send: Any = None, **options: Any) -> Refresher:
         """Return a replica."""
         folder = self.folder / replica
         folder.mkdir(exist_ok=True)
@@ -116,6 +117,7 @@ class World:
             replica=replica,
             send=make,
             folder=str(folder),
+            **options,
         )
 
     async def refresh(self, replica: str = "one", **options: Any) -> Next:
@@ -507,6 +509,29 @@ async def test_a_replica_that_froze_past_its_right(url: str, keys: Path, tmp_pat
         record = await w.record()
         assert (record.generation, record.attempt_replica) == (2, "two")
         assert await w.report() == (1, 0, 0)
+
+
+async def test_a_replica_that_was_stopped_before_its_intent(
+    url: str, keys: Path, tmp_path: Path
+) -> None:
+    """It sends nothing, also if no other replica took over: its answer would come too late."""
+    later_us = 0
+
+    class Slow(Sending):
+        async def connect(self) -> Any:
+            nonlocal later_us
+            found = await super().connect()
+            later_us = INTENT_US + 1
+            return found
+
+    slow = partial(Slow, reach=Reach(plain_http=True), limits=PATIENT)
+    async with world(url, keys, tmp_path) as w:
+        one = w.refresher(send=slow, now_us=lambda: boottime_us() + later_us)
+        await one.refresh(w.name)
+        record = await w.record()
+        assert (record.generation, record.attempt_step) == (1, "NOT_ISSUED")
+        assert "took too long" in record.attempt_outcome
+        assert await w.report() == (0, 0, 0)
 
 
 @pytest.mark.parametrize("rotation", Rotation)

@@ -11,13 +11,13 @@ if not token or not is_kept(grant) then return answer('GONE') end
 local is_current = grant.chain == ask.chain and grant.attempt == ask.attempt
 local is_under_way = is_current and (grant.attempt_step == 'BEGUN' or grant.attempt_step == 'INTENDED')
 local has_secrets = ask.generation ~= ask.from_generation
-if is_current and not is_under_way and grant.generation == ask.generation and grant.attempt_step == ask.step then
-  return answer('OK', {grant = grant}) -- the same request, sent again
-end
 if ask.restores and grant.chain == ask.chain and grant.generation == ask.generation then
   -- The newest answer that a replica knows; the store has it.
   keep_grant(grant, {confirmed_us = now, condition = grant.condition == 'STALE' and ask.condition or grant.condition})
   return answer('OK', {grant = grant})
+end
+if is_current and not is_under_way and grant.generation == ask.generation and grant.attempt_step == ask.step then
+  return answer('OK', {grant = grant}) -- the same request, sent again
 end
 local follows = grant.generation == ask.from_generation
 if ask.restores and has_secrets then follows = grant.generation < ask.generation end
