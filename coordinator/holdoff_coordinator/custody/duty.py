@@ -23,7 +23,7 @@ from holdoff_coordinator.seldom import warn
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
-    from holdoff_coordinator.custody.refreshing import Refresher
+    from holdoff_coordinator.custody.refreshing import Next, Refresher
     from holdoff_coordinator.scripts import Scripts
 
 log = structlog.get_logger()
@@ -32,12 +32,27 @@ LOOK_AGAIN_SECONDS: Final = 60.0
 """How often a grant in use is looked at, at least: it may be replaced."""
 UNDER_WAY_SECONDS: Final = 2.0
 """The same while another replica refreshes it."""
+HELD_SECONDS: Final = 1.0
+"""How seldom, at least, while something else holds it: that may end at no certain time."""
 TROUBLE_SECONDS: Final = 5.0
 IDLE_SECONDS: Final = 60.0
 IDLE_AT_ONCE: Final = 10
 """Grants that nothing uses, refreshed in one round of an app, one after the other."""
 IDLE_AGAIN_US: Final = 600 * SECOND
 SPOOL_SECONDS: Final = 5.0
+
+
+def pause_after(found: Next) -> float:
+    """Return after how many seconds to look again."""
+    if found.wait_us is None:
+        return LOOK_AGAIN_SECONDS
+    seconds = found.wait_us / SECOND
+    match found.why:
+        case "DUE" | "COOLING":
+            return min(seconds, LOOK_AGAIN_SECONDS)
+        case "REFRESHING":
+            return min(seconds, UNDER_WAY_SECONDS)
+    return min(max(seconds, HELD_SECONDS), LOOK_AGAIN_SECONDS)
 
 
 class Duty:
@@ -126,10 +141,7 @@ class Duty:
         except Exception:
             log.exception("a refresh failed", token=str(name))
             return LOOK_AGAIN_SECONDS
-        if found.wait_us is None:
-            return LOOK_AGAIN_SECONDS
-        most = UNDER_WAY_SECONDS if found.why == "REFRESHING" else LOOK_AGAIN_SECONDS
-        return min(found.wait_us / SECOND, most)
+        return pause_after(found)
 
     async def refresh_idle_forever(self) -> None:
         """Refresh the grants that nothing uses and whose refresh token would expire."""
