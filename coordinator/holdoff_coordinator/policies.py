@@ -185,6 +185,12 @@ def policy_message(policy: Policy) -> policy_pb2.Policy:
             client_authentication=policy.oauth.client_authentication,
             authorization_scheme=policy.oauth.authorization_scheme,
         ),
+        refusals=[
+            policy_pb2.Refusal(
+                name=one.name, means=one.means, error=one.error, description=one.description
+            )
+            for one in policy.refusal
+        ],
         concurrency_limits=[
             policy_pb2.ConcurrencyLimit(name=one.name, most=one.most, scope=one.scope)
             for one in policy.concurrency

@@ -78,6 +78,7 @@ _BUSY = ("due", "backoffs", "reservations")
 
 CUSTODY_SCRIPTS = (
     "begin_refresh",
+    "claim_idle",
     "delete_grant",
     "end_refresh",
     "intend_refresh",
@@ -646,6 +647,18 @@ class Scripts:
         async for apps, counts, _ in self._asked(await self.apps(), _exists(keys)):
             found += [app for app, count in zip(apps, counts, strict=True) if count]
         return sorted(found)
+
+    async def apps_due(self, key: str) -> list[str]:
+        """List the apps with an entry in an index by time that is due; one ZRANGE for each app."""
+        found: list[str] = []
+        async for apps, firsts, _ in self._asked(
+            await self.apps(),
+            lambda node, app: node.zrange(f"{shard_key(app)}:{key}", 0, 0, withscores=True),
+        ):
+            for app, first in zip(apps, firsts, strict=True):
+                if isinstance(first, list) and first and first[0][1] <= await self.now_us(app):
+                    found.append(app)
+        return found
 
     async def held_back(self) -> list[str]:
         """List the apps that may be in quarantine."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import grpc
@@ -15,8 +18,12 @@ from holdoff_coordinator.audit import AuditTrail
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.custody.duty import Duty
 from holdoff_coordinator.custody.grants import Grants, Terms
 from holdoff_coordinator.custody.handout import HandOuts
+from holdoff_coordinator.custody.refreshing import LIMITS, Refresher
+from holdoff_coordinator.custody.seals import Seals
+from holdoff_coordinator.custody.sending import Reach, Sending
 from holdoff_coordinator.durability import NO_COPIES
 from holdoff_coordinator.failures import Failure, store_trouble
 from holdoff_coordinator.followers import Followers
@@ -158,13 +165,21 @@ class Coordinator:
         self._health_server = grpc.aio.server(interceptors=[reading], options=_OPTIONS)
         self.policies = Policies(policies)
         self._replays = Replays(self.scripts, boot_us)
+        self.refreshes = self._refreshes(custody, durability) if custody and custody.spool else None
+        """Keeps access tokens in custody fresh; None where this replica requests none."""
         places = Places(self.scripts, self.policies)
         self._gate = Gate(Credentials(redis), access, trail, client_identity)
         self._followers = Followers(self.scripts, self.hub, places, self.limits)
         looks = Looks(self.scripts, self.hub)
         terms = custody or Terms()
         self._hand_outs = HandOuts(
-            self.scripts, self.hub, self.policies, terms, trail.handed_out, boot_us=boot_us
+            self.scripts,
+            self.hub,
+            self.policies,
+            terms,
+            trail.handed_out,
+            users=self.refreshes,
+            boot_us=boot_us,
         )
         handlers = Handlers(
             gate=self._gate,
@@ -207,6 +222,8 @@ class Coordinator:
             self._replays.replay_forever,
             self._trail.flush_forever,
             *([self._gate.recheck_forever] if self._access else []),
+            *([self.refreshes.refresh_idle_forever] if self.refreshes else []),
+            *([self.refreshes.adopt_forever] if self.refreshes else []),
         ):
             self._duties.append(asyncio.create_task(_for_ever(duty)))
         await self._set_serving(None)
@@ -218,6 +235,28 @@ class Coordinator:
             **({"metrics": self.metrics_address} if self.metrics_address else {}),
         )
         return self
+
+    def _refreshes(self, terms: Terms, durability: Durability) -> Duty:
+        """Make what refreshes grants."""
+        reach = Reach(plain_http=terms.loopback_http)
+        refresher = Refresher(
+            self.scripts,
+            self.policies,
+            Seals(self.scripts, terms.keys),
+            replica=f"{socket.gethostname()}:{os.getpid()}",
+            send=partial(Sending, reach=reach, limits=LIMITS),
+            folder=str(terms.spool),
+            is_copied=durability.replicas > 0,
+        )
+        duty = Duty(self.scripts, refresher)
+        others = self.scripts.on_new_life
+
+        def new_life(app: str) -> None:
+            others(app)
+            duty.new_life(app)
+
+        self.scripts.on_new_life = new_life
+        return duty
 
     async def _set_serving(self, refusal: Failure | None) -> None:
         """Tell health checks and callers that this replica serves, or why it does not."""
@@ -295,6 +334,8 @@ class Coordinator:
         log.info("draining", seconds=self._drain_seconds)
         await self._health.enter_graceful_shutdown()
         self.hub.drain()
+        if self.refreshes:
+            await self.refreshes.drain(self._drain_seconds)
         await self._close()
         await self._sweeper.stop()
 

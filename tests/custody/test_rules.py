@@ -12,6 +12,7 @@ from holdoff_coordinator.custody.answers import Issued, NotSent, Refusal, Refuse
 from holdoff_coordinator.custody.rules import (
     PROBE_US,
     SECOND,
+    TAKEOVER_US,
     Condition,
     Rotation,
     Rules,
@@ -19,6 +20,8 @@ from holdoff_coordinator.custody.rules import (
     Times,
     adopts,
     after,
+    due_us,
+    earliest_us,
     may_request,
 )
 
@@ -77,6 +80,48 @@ def test_no_proof_with_a_grace_period() -> None:
     assert twice.alert
 
 
+def test_a_repeat_that_missed_the_grace_period() -> None:
+    """It waits for an interval after the last moment at which the first may have been answered.
+
+    Fails when a repeat that was due at once is made after the period, for example when its pauses
+    lasted longer.
+    """
+    rule = rules(Rotation.GRACE)
+    soon = Times(SENT + 20 * SECOND, SENT, SENT + TAKEOVER_US)
+    once = after(BEFORE, rule, Unproven(""), soon).standing
+    assert may_request(once, rule, SENT + GRACE - 1)
+    late = SENT + TAKEOVER_US + INTERVAL
+    assert not may_request(once, rule, SENT + GRACE)
+    assert not may_request(once, rule, late - 1)
+    assert may_request(once, rule, late)
+
+
+@pytest.mark.parametrize("why", [Refusal.BUSY, Refusal.OTHER])
+def test_refused_for_a_while(why: Refusal) -> None:
+    """Pauses grow, so that no more than ten requests are refused in an hour."""
+    standing, now, refusals = BEFORE, SENT, 0
+    while now < SENT + 3600 * SECOND:
+        refusals += 1
+        standing = after(
+            standing, rules(Rotation.NONE), Refused(why, "e"), Times(now, now, now)
+        ).standing
+        assert (standing.condition, standing.generation) == (Condition.READY, 7)
+        now = standing.not_before_us
+    assert 3 <= refusals < 10
+
+
+def test_when_a_grant_in_use_is_due() -> None:
+    """Before its access token expires, never before it may be, and at once if it has none."""
+    rule = Rules(Rotation.NONE, 10 * SECOND, LIFE, early_us=60 * SECOND)
+    standing = Standing(Condition.READY, 7, not_before_us=SENT, expires_us=SENT + LIFE)
+    assert due_us(standing, rule, SENT) == SENT + LIFE - 60 * SECOND
+    assert earliest_us(standing, rule, SENT) == SENT
+    late = Standing(Condition.READY, 7, not_before_us=SENT + LIFE, expires_us=SENT + LIFE)
+    assert due_us(late, rule, SENT) == SENT + LIFE
+    assert due_us(Standing(Condition.READY, 7, not_before_us=SENT), rule, SENT) == SENT
+    assert due_us(Standing(Condition.STALE, 7, not_before_us=SENT), rule, SENT) is None
+
+
 def test_no_proof_of_a_single_use() -> None:
     """The token is repeated once, an interval after the last possible moment."""
     once = step(Rotation.SINGLE_USE, Unproven(""))
@@ -110,6 +155,15 @@ def test_rotated_in_a_refusal(rotation: Rotation) -> None:
     once = step(rotation, Unproven(""))
     refused = Refused(Refusal.TOO_EARLY, "access_denied", "new")
     standing = step(rotation, refused, once)
+    assert (standing.condition, standing.generation) == (Condition.READY, 8)
+    assert standing.unproven == 0
+    assert standing.not_before_us >= LAST + INTERVAL
+
+
+@pytest.mark.parametrize("rotation", Rotation)
+def test_rotated_without_proof(rotation: Rotation) -> None:
+    """A refresh token that came without an access token continues the chain; it was never sent."""
+    standing = step(rotation, Unproven("HTTP 200", "new"), step(rotation, Unproven("")))
     assert (standing.condition, standing.generation) == (Condition.READY, 8)
     assert standing.unproven == 0
     assert standing.not_before_us >= LAST + INTERVAL

@@ -10,8 +10,8 @@ import pytest
 from holdoff.names import TokenName
 from holdoff.v1 import grant_pb2
 from holdoff_coordinator.custody.messages import HELD_WORDS, grant_message, status_of
-from holdoff_coordinator.custody.records import TAKEOVER_US, Facts, Held, Record
-from holdoff_coordinator.custody.rules import SECOND, Condition
+from holdoff_coordinator.custody.records import Facts, Held, Record
+from holdoff_coordinator.custody.rules import SECOND, TAKEOVER_US, Condition
 
 NAME = TokenName("exact-nl", "finance")
 NOW = 1_000_000 * SECOND

@@ -15,7 +15,6 @@ from holdoff.names import TokenName
 from holdoff.v1 import admin_service_pb2, budget_pb2
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.custody.records import (
-    TAKEOVER_US,
     Answer,
     BeginRefresh,
     DeleteGrant,
@@ -28,7 +27,7 @@ from holdoff_coordinator.custody.records import (
     ask,
     read,
 )
-from holdoff_coordinator.custody.rules import SECOND, Condition
+from holdoff_coordinator.custody.rules import SECOND, TAKEOVER_US, Condition
 from holdoff_coordinator.scripts import Scripts
 from tests.harness import end_cooldown
 
@@ -124,6 +123,7 @@ class Grant:
             "replica": "r",
             "takeover_us": TAKEOVER_US,
             "has_evidence": False,
+            "fears": "",
             "event": uuid.uuid4().hex,
             "budgets": [],
         }
@@ -159,6 +159,7 @@ class Grant:
             "sealed_grant": "bmV3",
             "sealed_access": "YWNjZXNz",
             "fingerprint": uuid.uuid4().hex,
+            "facts": FACTS,
         }
         return self.do(EndRefresh(**{**defaults, **fields}))
 
@@ -216,6 +217,31 @@ def test_an_answer_is_stored_once(grant: Grant, replica: Replica) -> None:
     assert (waiting.status, waiting.reason) == ("WAIT", "COOLING")
     token = replica.show_token(str(grant.name))
     assert token.not_before_time.ToMicroseconds() == record.not_before_us
+
+
+def test_a_request_without_proof_counts_once(grant: Grant) -> None:
+    """What its replica reports after it was counted changes nothing.
+
+    Fails when the attempt would be under way again, and so be counted twice.
+    """
+    unproven: dict[str, Any] = {
+        "generation": 1,
+        "outcome": "time-out",
+        "sealed_grant": "",
+        "sealed_access": "",
+        "expires_in_us": -1,
+        "idle_us": -1,
+    }
+    grant.begin("one")
+    grant.intend("one")
+    assert grant.end("one", step="UNPROVEN", unproven=1, **unproven).status == "OK"
+    before = grant.record()
+    assert (before.attempt_step, before.unproven) == ("UNPROVEN", 1)
+    assert grant.end("one", step="UNPROVEN", unproven=1, **unproven).status == "OK"
+    for late in ("INTENDED", "NOT_ISSUED"):
+        assert grant.end("one", step=late, **unproven).status == "MOVED"
+    assert grant.end("another", step="UNPROVEN", unproven=2, **unproven).status == "MOVED"
+    assert grant.record() == before
 
 
 def test_a_late_answer_is_adopted(grant: Grant) -> None:

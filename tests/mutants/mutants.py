@@ -908,6 +908,39 @@ MUTANTS = [
         "::test_a_request_whose_result_is_unknown_counts_at_its_last_possible_moment",
     ),
     Mutant(
+        "a request without proof counts at the end of its right",
+        f"{CUSTODY}/results.py",
+        "return standing.not_before_us <= times.now_us",
+        "return True",
+        f"{TESTS}/test_refreshing.py -k test_no_proof",
+    ),
+    Mutant(
+        "an old token that revokes the grant is not sent after a loss",
+        *(
+            f"{LUA}/custody/begin_refresh.lua",
+            "if lost > math.max(",
+            "if false and lost > math.max(",
+        ),
+        f"{TESTS}/test_refreshing.py -k test_a_failover_that_may_have_lost_an_answer",
+    ),
+    Mutant(
+        "a request without proof counts once",
+        *(f"{LUA}/custody/end_refresh.lua", " or not (has_secrets or is_under_way) then", " then"),
+        f"{TESTS}/test_grant_records.py::test_a_request_without_proof_counts_once",
+    ),
+    Mutant(
+        "a replica that was stopped before its intent sends nothing",
+        f"{CUSTODY}/refreshing.py",
+        "if self._now_us() > work.anchor.asked_us + INTENT_US:",
+        "if False:",
+        f"{TESTS}/test_refreshing.py::test_a_replica_that_was_stopped_before_its_intent",
+    ),
+    Mutant(
+        "a repeat within a grace period is not made after it",
+        *(f"{CUSTODY}/rules.py", "if now_us >= first_us + rules.grace_us:", "if False:"),
+        "tests/custody/test_rules.py::test_a_repeat_that_missed_the_grace_period",
+    ),
+    Mutant(
         "a deletion takes the secrets",
         *(f"{LUA}/custody/delete_grant.lua", "sealed_access = '', facts = '',", "facts = '',"),
         f"{TESTS}/test_grant_records.py::test_a_grant_that_is_put_again_still_waits",

@@ -24,6 +24,7 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "The policy": Policy,
     "`[refresh]`": policies.Refresh,
     "`[oauth]`": policies.OAuth,
+    "`[[refusal]]`": policies.Refusal,
     "`[endpoint]`": policies.Endpoint,
     "`[[limit]]`": policies.Limit,
     "`[[concurrency]]`": policies.Concurrency,
@@ -127,7 +128,7 @@ def test_the_error_in_the_document(tmp_path: Path) -> None:
 def test_the_examples_are_read(tmp_path: Path) -> None:
     """Each example of the document is a policy, or a table of one."""
     examples = re.findall(r"^```toml\n(.+?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 5
     for one in examples:
         file = tmp_path / "mine.toml"
         head = "" if "like" in one else 'name = "mine"\n[refresh]\ninterval = "0s"\n'

@@ -42,7 +42,7 @@ class Answer:
 
     status: int
     headers: Mapping[str, str]
-    body: bytes = field(repr=False)
+    body: bytes | bytearray = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,8 @@ class Unproven:
     """An access token may have been issued."""
 
     reason: str
+    refresh_token: str = field(default="", repr=False)
+    """An answer without an access token may still rotate the refresh token."""
 
 
 Verdict = Issued | Refused | NotSent | Unproven
@@ -108,15 +110,15 @@ def judge(answer: Answer, reading: Reading) -> Issued | Refused | Unproven:
     error = document.get("error")
     if answer.status in _REFUSING and isinstance(error, str) and error:
         return Refused(_why(error, document, reading), _short(error), rotated)
-    return Unproven(f"HTTP {answer.status}, which does not say whether a token was issued")
+    return Unproven(f"HTTP {answer.status}, which does not say whether a token was issued", rotated)
 
 
 def _issued(document: Mapping[str, Any]) -> Issued | Unproven:
     access_token = _token(document, "access_token")
+    rotated = _token(document, "refresh_token")
     if not access_token:
-        return Unproven("HTTP 200 without an access token")
-    life = _seconds(document.get("expires_in"))
-    return Issued(access_token, life, _token(document, "refresh_token"))
+        return Unproven("HTTP 200 without an access token", rotated)
+    return Issued(access_token, _seconds(document.get("expires_in")), rotated)
 
 
 def _why(error: str, document: Mapping[str, Any], reading: Reading) -> Refusal:
@@ -132,7 +134,7 @@ def _why(error: str, document: Mapping[str, Any], reading: Reading) -> Refusal:
     return Refusal.CLIENT if code == "invalid_client" else Refusal.OTHER
 
 
-def _document(body: bytes) -> Mapping[str, Any]:
+def _document(body: bytes | bytearray) -> Mapping[str, Any]:
     try:
         document = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -20,7 +20,6 @@ from holdoff_coordinator.custody.messages import (
     held_words,
 )
 from holdoff_coordinator.custody.records import (
-    TAKEOVER_US,
     DeleteGrant,
     Facts,
     PutGrant,
@@ -29,13 +28,15 @@ from holdoff_coordinator.custody.records import (
     held_of,
     read,
 )
-from holdoff_coordinator.custody.sealing import Binding, GrantSecrets
-from holdoff_coordinator.custody.seals import Seals
+from holdoff_coordinator.custody.rules import TAKEOVER_US
+from holdoff_coordinator.custody.sealing import GrantSecrets
+from holdoff_coordinator.custody.seals import Seals, binding_of
 from holdoff_coordinator.failures import Failure, invalid, token_not_found
 from holdoff_coordinator.scripts import READ_BATCH
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from pathlib import Path
 
     from holdoff.policies import Policy
     from holdoff.v1 import grant_pb2
@@ -65,6 +66,9 @@ class Terms:
     """Only callers that an access file names, or processes of this host, can reach it."""
     loopback_http: bool = False
     """Token URLs may be http:// on this host."""
+    spool: Path | None = None
+    """Where answers of token URLs lie until they are stored: a directory of this replica alone.
+    Without it, this replica requests no access tokens."""
 
     def require_closed(self) -> None:
         """Refuse callers from the network whom nobody knows.
@@ -108,7 +112,7 @@ class Grants:
         ring, fingerprints = await self._seals.unlocked()
         generation = 1
         while True:  # each time only because another change of the grant succeeded
-            sealed = ring.seal(secrets, _binding(name, chain, generation, facts))
+            sealed = ring.seal(secrets, binding_of(name, chain, generation, facts))
             answer = await ask(
                 self._scripts,
                 name.app,
@@ -240,11 +244,6 @@ def _secrets(request: custody_service_pb2.PutGrantRequest) -> GrantSecrets:
     if request.client_secret:
         validation.oauth("client_secret", request.client_secret, MOST_SECRET_CHARACTERS)
     return GrantSecrets(refresh_token, request.client_secret)
-
-
-def _binding(name: TokenName, chain: str, generation: int, facts: Facts) -> Binding:
-    """Say what the secrets of a grant belong to."""
-    return Binding(str(name), chain, generation, facts.token_url, facts.client_id, facts.api_hosts)
 
 
 def _condition(

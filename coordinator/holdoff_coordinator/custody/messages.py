@@ -8,8 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from holdoff.names import GrantName
 from holdoff.v1 import grant_pb2
-from holdoff_coordinator.custody.records import TAKEOVER_US
-from holdoff_coordinator.custody.rules import Condition
+from holdoff_coordinator.custody.rules import TAKEOVER_US, Condition
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -8,7 +8,7 @@ import msgspec
 
 from holdoff.names import TokenName
 from holdoff_coordinator.caller import NOBODY
-from holdoff_coordinator.custody.rules import SECOND, Condition, Standing
+from holdoff_coordinator.custody.rules import Condition, Standing
 from holdoff_coordinator.failures import token_damaged
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 NEVER: Final = -1
 """An age or a time that there is not."""
-TAKEOVER_US: Final = 100 * SECOND
-"""How long the right to a request lasts: until its answer would have come, and a margin."""
 
 
 class Facts(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +53,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     unproven: int
     first_unproven_us: int
     not_sent: int
+    confirmed_us: int = 0
+    """When a replica last presented this generation as the newest that it knows."""
     attempt: str = ""
     attempt_replica: str = ""
     attempt_begun_us: int = 0
@@ -124,6 +124,8 @@ class BeginRefresh(msgspec.Struct, frozen=True, kw_only=True):
     replica: str
     takeover_us: int
     has_evidence: bool
+    fears: str
+    """A loss of which may have lost a newer refresh token: DATA, WRITES, or empty."""
     event: str
     budgets: Sequence[dict[str, Any]]
 
@@ -159,6 +161,29 @@ class EndRefresh(msgspec.Struct, frozen=True, kw_only=True):
     sealed_grant: str = ""
     sealed_access: str = ""
     fingerprint: str = ""
+    facts: str = ""
+    restores: bool = False
+    """It was stored before; the store may have lost it, and those before it."""
+
+    def later(self, by_us: int) -> EndRefresh:
+        """Return what to ask for some time after this was made."""
+
+        def moved(us: int, by_us: int) -> int:
+            return us if us == NEVER else max(0, us + by_us)
+
+        return msgspec.structs.replace(
+            self,
+            refreshed_age_us=moved(self.refreshed_age_us, by_us),
+            expires_in_us=moved(self.expires_in_us, -by_us),
+            not_before_in_us=self.not_before_in_us - by_us,
+        )
+
+
+class ClaimIdle(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks for `claim_idle.lua`."""
+
+    most: int
+    again_us: int
 
 
 class DeleteGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -178,6 +203,8 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     reason: str
     until_us: int
     now_us: int
+    interval_us: int = 0
+    """Of the token."""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,13 +218,16 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     over_us: int = 0
     of: str = ""
     generation: int = 0
+    tokens: tuple[str, ...] = ()
     grants: tuple[msgspec.Raw, ...] = ()
     """For `held_of`: a record that is damaged affects no other one."""
     is_damaged: bool = False
     """Something was left out because its record is damaged."""
 
 
-Request = PutGrant | ReadGrants | BeginRefresh | IntendRefresh | EndRefresh | DeleteGrant
+Request = (
+    PutGrant | ReadGrants | BeginRefresh | IntendRefresh | EndRefresh | ClaimIdle | DeleteGrant
+)
 RequestT = TypeVar("RequestT", bound=Request)
 
 _SCRIPTS: Final = {
@@ -206,6 +236,7 @@ _SCRIPTS: Final = {
     BeginRefresh: "begin_refresh",
     IntendRefresh: "intend_refresh",
     EndRefresh: "end_refresh",
+    ClaimIdle: "claim_idle",
     DeleteGrant: "delete_grant",
 }
 
@@ -217,7 +248,7 @@ async def ask(scripts: Scripts, app: str, request: Request, caller: Caller = NOB
         Failure: STORE_UNAVAILABLE, STORE_DAMAGED or STORE_NOT_REPLICATED.
     """
     payload = msgspec.msgpack.encode(request)
-    run = scripts.run if isinstance(request, ReadGrants) else scripts.run_lasting
+    run = scripts.run if isinstance(request, ReadGrants | ClaimIdle) else scripts.run_lasting
     reply = await run(_SCRIPTS[type(request)], app, payload, caller=caller)
     try:
         answer = msgspec.msgpack.decode(reply.values[0], type=Answer, strict=False)

@@ -13,9 +13,23 @@ from typing import Final
 from holdoff_coordinator.custody.answers import Issued, NotSent, Refusal, Refused, Unproven, Verdict
 
 SECOND: Final = 1_000_000
+INTENT_US: Final = 30 * SECOND
+"""How long after its right began the intent to send a request is stored at the latest."""
+SEND_US: Final = 5 * SECOND
+"""How long after the intent the request is sent at the latest."""
+UNACKNOWLEDGED_US: Final = 20 * SECOND
+"""How long what was sent may go unacknowledged."""
+ANSWER_US: Final = 30 * SECOND
+"""How long after the request its answer ends at the latest."""
+TAKEOVER_US: Final = INTENT_US + SEND_US + UNACKNOWLEDGED_US + ANSWER_US + 15 * SECOND
+"""How long the right to a request lasts: until its answer would have come, and a margin. A request
+whose result is not known counts as answered then."""
 FIRST_PAUSE_US: Final = 1 * SECOND
 LONGEST_PAUSE_US: Final = 60 * SECOND
 """After a request that was not sent: a pause, twice as long with each."""
+FIRST_REFUSED_US: Final = 60 * SECOND
+LONGEST_REFUSED_US: Final = 3600 * SECOND
+"""Likewise after one that was refused, since providers limit errors: six in the first hour."""
 PROBE_US: Final = 3600 * SECOND
 """At most one request an hour with a refresh token that is taken for dead."""
 
@@ -57,6 +71,9 @@ class Rules:
     grace_us: int = 0
     """For how long a repeat of a used refresh token is proved to be answered."""
     idle_life_us: int = 0
+    """Of a refresh token; 0 where it is not known."""
+    early_us: int = 0
+    """How long before its end an access token is replaced while it is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +91,7 @@ class Standing:
     first_unproven_us: int = 0
     """When the first of them was sent."""
     not_sent: int = 0
-    """How many in a row were not sent."""
+    """How many in a row were not sent, or refused for a reason that passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +121,11 @@ def after(standing: Standing, rules: Rules, verdict: Verdict, times: Times) -> O
         case Issued():
             return _issued(standing, rules, verdict, times)
         case NotSent():
-            return _not_sent(standing, times)
+            return _paused(standing, times, FIRST_PAUSE_US, LONGEST_PAUSE_US)
+        case Unproven(refresh_token=rotated) if rotated:
+            # Nothing was sent with this one yet.
+            renewed = replace(standing, generation=standing.generation + 1, unproven=0, not_sent=0)
+            return Outcome(_no_sooner(renewed, times.last_us + rules.interval_us))
         case Unproven():
             return _unproven(standing, rules, times)
         case Refused(refresh_token=rotated) if rotated:
@@ -128,8 +149,8 @@ def _issued(standing: Standing, rules: Rules, verdict: Issued, times: Times) -> 
     return Outcome(issued)
 
 
-def _not_sent(standing: Standing, times: Times) -> Outcome:
-    pause_us = min(FIRST_PAUSE_US << min(standing.not_sent, 16), LONGEST_PAUSE_US)
+def _paused(standing: Standing, times: Times, first_us: int, longest_us: int) -> Outcome:
+    pause_us = min(first_us << min(standing.not_sent, 16), longest_us)
     until_us = max(standing.not_before_us, times.now_us + pause_us)
     return Outcome(replace(standing, not_before_us=until_us, not_sent=standing.not_sent + 1))
 
@@ -175,8 +196,7 @@ def _refused(standing: Standing, rules: Rules, verdict: Refused, times: Times) -
             alert = "the provider refuses the client id or its secret"
             return Outcome(replace(settled, condition=Condition.CONFIGURATION), alert)
         case Refusal.BUSY | Refusal.OTHER:
-            paused = _not_sent(standing, times).standing
-            return Outcome(paused)
+            return _paused(standing, times, FIRST_REFUSED_US, LONGEST_REFUSED_US)
 
 
 def _dead(standing: Standing, rules: Rules, times: Times) -> Outcome:
@@ -189,14 +209,31 @@ def _no_sooner(standing: Standing, until_us: int) -> Standing:
     return replace(standing, not_before_us=max(standing.not_before_us, until_us))
 
 
+def earliest_us(standing: Standing, rules: Rules, now_us: int) -> int | None:
+    """Return the earliest next request, as far as the grant itself says; None for never."""
+    if standing.condition is Condition.REAUTHORIZE:
+        if rules.rotation in _NEVER_PROBED:
+            return None
+        # A probe: the provider may have been wrong.
+    elif standing.condition is not Condition.READY:
+        return None
+    if rules.rotation is Rotation.GRACE and standing.unproven:
+        first_us = standing.first_unproven_us
+        if now_us >= first_us + rules.grace_us:  # too late to repeat it at once
+            return max(standing.not_before_us, first_us + TAKEOVER_US + rules.interval_us)
+    return standing.not_before_us
+
+
+def due_us(standing: Standing, rules: Rules, now_us: int) -> int | None:
+    """Return when to request an access token for those who use one; None for never."""
+    earliest = earliest_us(standing, rules, now_us)
+    return None if earliest is None else max(earliest, standing.expires_us - rules.early_us)
+
+
 def may_request(standing: Standing, rules: Rules, now_us: int) -> bool:
     """Tell whether an access token may be requested now, as far as the grant itself says."""
-    if now_us < standing.not_before_us:
-        return False
-    if standing.condition is Condition.REAUTHORIZE:
-        # A probe: the provider may have been wrong.
-        return rules.rotation not in _NEVER_PROBED
-    return standing.condition is Condition.READY
+    earliest = earliest_us(standing, rules, now_us)
+    return earliest is not None and now_us >= earliest
 
 
 def adopts(known: Standing, generation: int) -> bool:

@@ -127,6 +127,14 @@ class AccessSecrets(Secrets, frozen=True):
     access_token: str
 
 
+class SpoolKey(Secrets, frozen=True):
+    """Encrypts one answer in the spool of a replica."""
+
+    KIND: ClassVar[str] = "spool"
+
+    key: bytes
+
+
 class FingerprintKey(Secrets, frozen=True):
     """Recognises a grant that is put twice, under two names.
 

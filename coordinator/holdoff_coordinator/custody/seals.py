@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from holdoff_coordinator.custody.sealing import (
     FINGERPRINTS,
+    Binding,
     FingerprintKey,
     KeyMissingError,
     Keyring,
@@ -18,6 +19,8 @@ from holdoff_coordinator.failures import Failure
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from holdoff.names import TokenName
+    from holdoff_coordinator.custody.records import Facts
     from holdoff_coordinator.custody.sealing import MasterKey
     from holdoff_coordinator.scripts import Scripts
 
@@ -85,6 +88,11 @@ class Seals:
                 "the other coordinators of this store encrypt: compare the CHECK of "
                 "`holdoff-coordinator key list` on all of them"
             ) from None
+
+
+def binding_of(name: TokenName, chain: str, generation: int, facts: Facts) -> Binding:
+    """Say what the secrets of a grant belong to."""
+    return Binding(str(name), chain, generation, facts.token_url, facts.client_id, facts.api_hosts)
 
 
 def off(why: str) -> Failure:

@@ -48,7 +48,7 @@ else:  # A class of statuses is expanded when it is read.
 
 _MOST_BITS = 64
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-_NAMED = ("limit", "concurrency", "throttle")
+_NAMED = ("limit", "concurrency", "throttle", "refusal")
 """Tables of which there may be several, each with a name."""
 _PLACE_GROUPS = frozenset({"url", "division", "endpoint", "token"})
 _CODE = re.compile(r"[\w.-]{1,63}")
@@ -146,6 +146,18 @@ class OAuth(_Table, frozen=True, kw_only=True):
                 raise ValueError(f"`{field}` must not contain a value twice")
         if not self.client_authentication:
             raise ValueError('`client_authentication` needs "basic", "body" or "query"')
+
+
+class Refusal(_Table, frozen=True, kw_only=True):
+    """How a token endpoint says that it issues nothing, where it differs from RFC 6749."""
+
+    name: Id
+    means: Literal["too-early", "dead"]
+    """The interval has not passed; or the refresh token is used, revoked or expired."""
+    error: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    """The field `error` of the answer, without case."""
+    description: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """A text in its `error_description`, without case; empty matches any."""
 
 
 class Endpoint(_Table, frozen=True, kw_only=True):
@@ -307,6 +319,7 @@ class Policy(_Table, frozen=True, kw_only=True):
     """The longest TTL of a lease; a loss of data holds back grants for as long, and an interval."""
     endpoint: Endpoint | None = None
     oauth: OAuth = msgspec.field(default_factory=OAuth)
+    refusal: tuple[Refusal, ...] = ()
     limit: tuple[Limit, ...] = ()
     concurrency: tuple[Concurrency, ...] = ()
     block: Block = msgspec.field(default_factory=Block)

@@ -60,6 +60,19 @@ FIELDS = {
         "The word before the access token in the header Authorization.",
         '"Bearer"',
     ),
+    "refusal.name": ("How the token endpoint refuses a request, beyond RFC 6749.", '"old-token"'),
+    "refusal.means": (
+        'What it means: "too-early" for the interval, or "dead" for the refresh token.',
+        '"dead"',
+    ),
+    "refusal.error": (
+        "The field `error` of the answer; case does not matter.",
+        '"invalid_request"',
+    ),
+    "refusal.description": (
+        "A text in its `error_description`; case does not matter.",
+        '"token expired"',
+    ),
     "endpoint.path": (
         "RE2: finds `endpoint`, and `division` if there is one, in the path of a call.",
         "'/api/(?P<division>[^/]+)/(?P<endpoint>.+)'",
@@ -125,6 +138,7 @@ FIELDS = {
 
 _NAMES = {
     "limits": "limit",
+    "refusals": "refusal",
     "concurrency_limits": "concurrency",
     "throttles": "throttle",
     "kind": "event",
@@ -132,7 +146,7 @@ _NAMES = {
 }
 """Fields that a file names otherwise than the API does."""
 _NOT_IN_FILES = {"preset"}
-_SEVERAL = {"limit", "concurrency", "throttle"}
+_SEVERAL = {"limit", "concurrency", "throttle", "refusal"}
 _WIDTH = 100
 
 

@@ -110,6 +110,7 @@ class Policy(_message.Message):
     OAUTH_FIELD_NUMBER: _builtins.int
     CONCURRENCY_LIMITS_FIELD_NUMBER: _builtins.int
     DIVISION_QUERY_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The policy's name, such as `exact-online`; tokens refer to it."""
     title: _builtins.str
@@ -164,6 +165,12 @@ class Policy(_message.Message):
         call whose path `endpoint_path` does not match.
         """
 
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Refusal]:
+        """How the token endpoint refuses a request, where it differs from RFC 6749;
+        the first match applies.
+        """
+
     def __init__(
         self,
         *,
@@ -181,14 +188,53 @@ class Policy(_message.Message):
         oauth: Global___OAuthPolicy | None = ...,
         concurrency_limits: _abc.Iterable[Global___ConcurrencyLimit] | None = ...,
         division_query: _abc.Iterable[_builtins.str] | None = ...,
+        refusals: _abc.Iterable[Global___Refusal] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "longest_ttl", b"longest_ttl", "oauth", b"oauth", "output", b"output", "refresh", b"refresh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "concurrency_limits", b"concurrency_limits", "division_query", b"division_query", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "name", b"name", "oauth", b"oauth", "output", b"output", "preset", b"preset", "refresh", b"refresh", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "concurrency_limits", b"concurrency_limits", "division_query", b"division_query", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "name", b"name", "oauth", b"oauth", "output", b"output", "preset", b"preset", "refresh", b"refresh", "refusals", b"refusals", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Policy: _TypeAlias = Policy  # noqa: Y015
+
+@_typing.final
+class Refusal(_message.Message):
+    """How a token endpoint says that it issues nothing: both conditions must match,
+    without case.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MEANS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name in the policy."""
+    means: _builtins.str
+    """What it means: `too-early` (the interval has not passed), or `dead` (the
+    refresh token is used, revoked or expired).
+    """
+    error: _builtins.str
+    """The field `error` of the answer."""
+    description: _builtins.str
+    """A text in its `error_description`; empty matches any."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        means: _builtins.str = ...,
+        error: _builtins.str = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "error", b"error", "means", b"means", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refusal: _TypeAlias = Refusal  # noqa: Y015
 
 @_typing.final
 class OAuthPolicy(_message.Message):

@@ -7,13 +7,14 @@
 local ask = cmsgpack.unpack(ARGV[7])
 local id = ask.token
 local GRANTS = SHARD .. ':grants' -- tokens in custody, by name
+local IDLING = SHARD .. ':idling' -- tokens in custody, by when to refresh them if nothing uses them
 local PRINTS = SHARD .. ':fingerprints' -- tokens in custody, by the fingerprint of the grant
 
 local function grant_key(token_id) return SHARD .. ':grant:' .. token_id end
 
 local NUMBERS = {
   'generation', 'created_us', 'since_us', 'refreshed_us', 'not_before_us', 'expires_us', 'idle_us', 'unproven',
-  'first_unproven_us', 'not_sent', 'attempt_begun_us',
+  'first_unproven_us', 'not_sent', 'attempt_begun_us', 'confirmed_us',
 }
 
 -- The record of a grant. In a tombstone, which keeps what must not be forgotten, `sealed_grant` is ''.
@@ -36,11 +37,21 @@ local function is_meant(grant)
   return not ask.etag_chain or (grant.chain == ask.etag_chain and grant.generation == ask.etag_generation)
 end
 
+-- When to refresh a grant that nothing uses: at 80 % of the idle life of its refresh token. Nothing
+-- if it has none, or only an operator can help.
+local function idle_refresh_at(grant)
+  local span = grant.idle_us - grant.refreshed_us
+  if span <= 0 or grant.condition ~= 'READY' then return end
+  return math.max(grant.refreshed_us + math.floor(span * 0.8), grant.not_before_us)
+end
+
 -- Writes fields of a grant.
 local function keep_grant(grant, changes)
   put(grant_key(id), {}, changes)
   for field, value in pairs(changes) do grant[field] = value end
   if is_kept(grant) then redis.call('ZADD', GRANTS, 0, id) else redis.call('ZREM', GRANTS, id) end
+  local idle_at = is_kept(grant) and idle_refresh_at(grant)
+  if idle_at then redis.call('ZADD', IDLING, us(idle_at), id) else redis.call('ZREM', IDLING, id) end
 end
 
 -- When the right of a replica to a request that is under way ends; nothing if none is.

@@ -1,0 +1,567 @@
+"""Refreshes of grants, one at a time: the protocol's steps from the right to the stored answer.
+
+    right -> connection -> intent -> request -> answer in the spool -> answer in the store
+
+What follows from each result is decided in `rules` and `results`; the store decides who has the
+right, and whether an answer is still to be stored. A request without proof keeps its right until
+that ends: only then is it counted, by whichever replica comes by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+import msgspec
+import structlog
+
+from holdoff.names import TokenName
+from holdoff_coordinator.custody import outcomes, spool
+from holdoff_coordinator.custody.answers import Issued, NotSent, Unproven, Verdict
+from holdoff_coordinator.custody.outcomes import Failure as Why
+from holdoff_coordinator.custody.outcomes import boottime_us
+from holdoff_coordinator.custody.records import (
+    BeginRefresh,
+    EndRefresh,
+    IntendRefresh,
+    ask,
+    read,
+)
+from holdoff_coordinator.custody.results import (
+    Anchor,
+    Attempt,
+    has_secrets,
+    reading_of,
+    rules_of,
+    verdict_of,
+)
+from holdoff_coordinator.custody.rules import (
+    ANSWER_US,
+    INTENT_US,
+    SECOND,
+    SEND_US,
+    TAKEOVER_US,
+    UNACKNOWLEDGED_US,
+    Rotation,
+    Times,
+    adopts,
+    due_us,
+)
+from holdoff_coordinator.custody.sealing import (
+    KEY_BYTES,
+    AccessSecrets,
+    Binding,
+    GrantSecrets,
+    SealError,
+    SpoolKey,
+)
+from holdoff_coordinator.custody.seals import binding_of
+from holdoff_coordinator.custody.sending import (
+    Authentication,
+    Connected,
+    Limits,
+    Request,
+    Sending,
+    wipe,
+)
+from holdoff_coordinator.failures import Failure
+from holdoff_coordinator.places import Place
+from holdoff_coordinator.seldom import warn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from holdoff.policies import Policy
+    from holdoff_coordinator.custody.answers import Reading
+    from holdoff_coordinator.custody.outcomes import Outcome
+    from holdoff_coordinator.custody.records import Answer, Held, Record
+    from holdoff_coordinator.custody.rules import Rules, Standing
+    from holdoff_coordinator.custody.sealing import FingerprintKey, Keyring
+    from holdoff_coordinator.custody.seals import Seals
+    from holdoff_coordinator.custody.spool import Spooling
+    from holdoff_coordinator.policies import Policies
+    from holdoff_coordinator.scripts import Scripts
+
+    Due = Callable[[Standing, Rules, int], int | None]
+    """When a grant is due, by the store's clock: `rules.due_us`, or `rules.earliest_us`."""
+
+log = structlog.get_logger()
+
+LIMITS: Final = Limits(
+    connect_us=10 * SECOND,
+    right_us=INTENT_US,
+    unacknowledged_us=UNACKNOWLEDGED_US,
+    answer_us=ANSWER_US,
+)
+"""Those that `TAKEOVER_US` is made of."""
+_BEGIN_TRIES: Final = 3
+_FIRST_PAUSE_SECONDS: Final = 0.1
+_LONGEST_PAUSE_SECONDS: Final = 5.0
+_HEADERS: Final = {"Accept": "application/json", "User-Agent": "holdoff"}
+
+
+class Send(Protocol):
+    """Makes a request that is not sent yet."""
+
+    def __call__(self, request: Request, *, spooling: Spooling | None) -> Sending:
+        """Return it; it raises ValueError where the token URL is not allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """What to do after a look at a grant."""
+
+    wait_us: int | None
+    """After how long to look again; None where it does not change by itself."""
+    why: str
+    """Such as DUE, COOLING, REFRESHING or GONE."""
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """What stands before an answer in the spool: whose it is, and its key, sealed."""
+
+    binding: Binding
+    """Of the grant that the request was made with."""
+    begun_us: int
+    """When its right began, by the store's clock."""
+    sealed_key: bytes
+
+
+class Refresher:
+    """Refreshes grants for one replica.
+
+    Args:
+        scripts: The store.
+        policies: Where rules come from.
+        seals: What opens and seals secrets.
+        replica: The name of this replica, for people.
+        send: Makes a request; a `Sending` with reach and `LIMITS`.
+        folder: The spool of this replica alone; empty for none.
+        is_copied: Whether a server that may be promoted has all that is acknowledged.
+        now_us: The boot clock, as the sender reads it.
+    """
+
+    def __init__(  # noqa: PLR0913 - what it works with
+        self,
+        scripts: Scripts,
+        policies: Policies,
+        seals: Seals,
+        *,
+        replica: str,
+        send: Send,
+        folder: str = "",
+        is_copied: bool = False,
+        now_us: Callable[[], int] = boottime_us,
+    ) -> None:
+        self._scripts = scripts
+        self._policies = policies
+        self._seals = seals
+        self._replica = replica
+        self._send = send
+        self._folder = folder
+        self._is_copied = is_copied
+        self._now_us = now_us
+        self._under_way: set[str] = set()
+        self._unreadable: set[str] = set()
+        self._copies: dict[TokenName, _Copy] = {}
+
+    async def refresh(self, name: TokenName, due: Due = due_us) -> Next:
+        """Request an access token if that is due; return when to look again.
+
+        Cancelled while a request is under way, it leaves the answer in the spool.
+
+        Raises:
+            Failure: The store or the policy cannot be read, or a key is missing.
+        """
+        while True:
+            held = await read(self._scripts, name)
+            if held is None:
+                return Next(None, "GONE")
+            policy = await self._policy(name)
+            rules = rules_of(policy, held.interval_us)
+            if wait := _wait(held, rules, due):
+                return wait
+            ring, prints = await self._seals.unlocked()
+            attempt_id = uuid.uuid4().hex
+            answer, anchor = await self._begin(name, held.record, attempt_id, policy, rules)
+            record = answer.grant
+            match answer.status:
+                case "BEGUN" if record:
+                    work = _Work(
+                        name, Attempt(name.token, attempt_id, record, rules), anchor, ring, prints
+                    )
+                    await self._request(work, reading_of(policy))
+                case "LOST" if record:
+                    await self._count_lost(name, record, rules, answer)
+                case "WAIT":
+                    return Next(max(0, answer.until_us - answer.now_us), answer.reason)
+                case "GONE":
+                    return Next(None, "GONE")
+                # CHANGED, STALE: look again
+
+    async def _policy(self, name: TokenName) -> Policy:
+        return self._policies.find(
+            "the token's policy", await self._scripts.policy(name.app, name.token) or ""
+        )
+
+    # The right ------------------------------------------------------------------------------
+
+    async def _begin(
+        self, name: TokenName, record: Record, attempt: str, policy: Policy, rules: Rules
+    ) -> tuple[Answer, Anchor]:
+        """Ask for the right, again where the answer was lost: it would be ours, unused."""
+        request = BeginRefresh(
+            token=name.token,
+            chain=record.chain,
+            generation=record.generation,
+            attempt=attempt,
+            replica=self._replica,
+            takeover_us=TAKEOVER_US,
+            has_evidence=self._has_evidence(name),
+            fears=self._fears(rules),
+            event=attempt,
+            budgets=Place(name, policy, "", "").specs("token_requests"),
+        )
+        tries = 0
+        while True:
+            asked_us = self._now_us()
+            try:
+                answer = await ask(self._scripts, name.app, request)
+            except Failure:
+                tries += 1
+                if tries == _BEGIN_TRIES:
+                    raise
+                await asyncio.sleep(_FIRST_PAUSE_SECONDS)
+            else:
+                return answer, Anchor(answer.now_us, asked_us, self._now_us())
+
+    def _fears(self, rules: Rules) -> str:
+        """Tell which loss of the store's makes a refresh token one that must not be sent."""
+        if rules.rotation is not Rotation.SINGLE_USE_REVOKES:
+            return ""
+        return "DATA" if self._is_copied else "WRITES"
+
+    def _has_evidence(self, _: TokenName) -> bool:
+        """Tell whether a refresh may continue in quarantine.
+
+        FIRST VERSION: there never is evidence, so that refreshes are held. The protocol allows two
+        kinds: copies of each intent and answer on all servers that may be promoted; or the newest
+        answer is this replica's own, its interval is over on its boot clock, and no later intent
+        can exist.
+        """
+        return False
+
+    async def _count_lost(
+        self, name: TokenName, record: Record, rules: Rules, answer: Answer
+    ) -> None:
+        """Count a request whose result is unknown at its last possible moment."""
+        reason = record.attempt_outcome or f"replica {record.attempt_replica} reported no result"
+        attempt = Attempt(name.token, record.attempt, record, rules)
+        times = Times(answer.now_us, sent_us=record.attempt_begun_us, last_us=answer.over_us)
+        request, alert = attempt.end(Unproven(reason), times)
+        stored = await self._store(name, request)
+        _tell(name, stored, request, alert)
+
+    # The request ----------------------------------------------------------------------------
+
+    async def _request(self, work: _Work, reading: Reading) -> None:
+        """Send the request, and store what comes of it."""
+        attempt = work.attempt.id
+        path = f"{self._folder}/{attempt}" if self._folder else ""
+        self._under_way.add(attempt)
+        try:
+            outcome = await self._outcome(work, path)
+            verdict = verdict_of(outcome, reading)
+            received = outcomes.body_holder(outcome)
+            if received is not None and isinstance(received.body, bytearray):
+                wipe(received.body)
+            made_us = self._now_us()
+            await self._finish(work, verdict, self._times(work, outcome, made_us), made_us)
+            if path:
+                _remove(path)
+        finally:
+            self._under_way.discard(attempt)
+
+    async def _outcome(self, work: _Work, path: str) -> Outcome:
+        record, public = work.attempt.record, work.attempt.record.public
+        try:
+            secrets = work.ring.open(_blob(record.sealed_grant), work.binding, GrantSecrets)
+        except SealError as error:
+            return outcomes.NotSent(Why.REQUEST, str(error))
+        secret = bytearray(secrets.client_secret.encode()) if secrets.client_secret else None
+        try:
+            request = Request(
+                public.token_url,
+                public.client_id,
+                secret,
+                {"refresh_token": bytearray(secrets.refresh_token.encode())},
+                {"grant_type": "refresh_token"},
+                _HEADERS,
+                Authentication(public.client_authentication),
+            )
+            sending = self._send(request, spooling=work.spooling(path) if path else None)
+        except ValueError as error:
+            wipe(secret)
+            return outcomes.NotSent(Why.REQUEST, str(error))
+        del secrets, request
+        async with sending:
+            connected = await sending.connect()
+            if not isinstance(connected, Connected):
+                return connected
+            deadline_us = self._now_us() + SEND_US
+            if refused := await self._intend(work):
+                return refused
+            return await sending.send(deadline_us)
+
+    async def _intend(self, work: _Work) -> outcomes.NotSent | None:
+        """Store the intent; return why the request may not be sent, or None."""
+        if self._now_us() > work.anchor.asked_us + INTENT_US:
+            return outcomes.NotSent(Why.DEADLINE, "the connection took too long")
+        record = work.attempt.record
+        request = IntendRefresh(
+            token=work.name.token,
+            chain=record.chain,
+            generation=record.generation,
+            attempt=work.attempt.id,
+        )
+        try:
+            answer = await ask(self._scripts, work.name.app, request)
+        except Failure as failure:
+            return outcomes.NotSent(Why.ABANDONED, f"the intent was not stored: {failure.reason}")
+        if answer.status != "OK":
+            return outcomes.NotSent(Why.ABANDONED, "the right is another replica's")
+        return None
+
+    def _times(self, work: _Work, outcome: Outcome, made_us: int) -> Times:
+        """Return the instants of an outcome by the store's clock, at the worst."""
+        anchor = work.anchor
+        now_us = anchor.latest_us(made_us)
+        match outcome:
+            case outcomes.NotSent():
+                return Times(now_us, now_us, now_us)
+            case outcomes.Answered(sent_us=sent, last_byte_us=last):
+                return Times(now_us, anchor.earliest_us(sent), anchor.latest_us(last))
+            case outcomes.NoProof(sent_us=sent_or_none, ended_us=last):
+                sent = anchor.asked_us if sent_or_none is None else sent_or_none
+                return Times(now_us, anchor.earliest_us(sent), anchor.latest_us(last))
+
+    # The answer -----------------------------------------------------------------------------
+
+    async def _finish(self, work: _Work, verdict: Verdict, times: Times, made_us: int) -> None:
+        """Store what a verdict makes of the grant; `made_us` is `times.now_us` by our clock."""
+        attempt = work.attempt
+        if isinstance(verdict, Unproven) and not has_secrets(verdict):
+            # It may have been answered until its right ends, also if the connection was reset.
+            over_us = attempt.record.attempt_begun_us + TAKEOVER_US
+            times = replace(times, last_us=max(times.last_us, over_us))
+            if not attempt.is_settled(verdict, times):
+                request = attempt.note(verdict)
+                _tell(work.name, await self._store(work.name, request), request, "")
+                return
+        sealed = work.sealed(verdict) if has_secrets(verdict) else {}
+        request, alert = attempt.end(verdict, times, sealed)
+        del verdict
+        stored = await self._store(work.name, request, made_us)
+        if stored.status == "OK" and sealed:
+            self._copies[work.name] = _Copy(
+                msgspec.structs.replace(request, restores=True), made_us
+            )
+        if stored.status == "MOVED" and attempt.rules.rotation is Rotation.SINGLE_USE_REVOKES:
+            alert = "two requests were made with one refresh token, which may revoke the grant"
+        _tell(work.name, stored, request, alert)
+
+    async def _store(
+        self, name: TokenName, request: EndRefresh, made_us: int | None = None
+    ) -> Answer:
+        """Store a result; try as long as this process lives."""
+        if made_us is None:
+            made_us = self._now_us()
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return await ask(self._scripts, name.app, request.later(self._now_us() - made_us))
+            except Failure as failure:
+                warn("an answer of a token URL is not stored yet", failure.reason, token=str(name))
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    async def restore(self, app: str) -> None:
+        """Present this replica's answers again, after the store may have lost some of an app.
+
+        The store takes what it does not have; its generations only rise.
+        """
+        for name, copy in [one for one in self._copies.items() if one[0].app == app]:
+            stored = await self._store(name, copy.request, copy.made_us)
+            if stored.status == "GONE" or (
+                stored.grant is not None and stored.grant.chain != copy.request.chain
+            ):
+                self._copies.pop(name, None)
+
+    # The spool ------------------------------------------------------------------------------
+
+    async def adopt(self) -> bool:
+        """Store the answers that a crash left in the spool; tell whether some are left.
+
+        Raises:
+            Failure: The store or a policy cannot be read, or keys are missing.
+        """
+        if not self._folder:
+            return False
+        paths = await asyncio.to_thread(spool.answers, self._folder)
+        left = False
+        for path in paths:
+            if path in self._unreadable or Path(path).name in self._under_way:
+                continue
+            try:
+                await self._adopt(path)
+            except SealError as error:
+                left = True
+                warn("an answer in the spool cannot be opened", str(error), path=path)
+            except (ValueError, msgspec.MsgspecError) as error:
+                self._unreadable.add(path)
+                # Not with its traceback, which may show what is in it.
+                why = type(error).__name__
+                log.error("a file in the spool is damaged", path=path, why=why)  # noqa: TRY400
+            except FileNotFoundError:
+                pass
+        return left
+
+    async def _adopt(self, path: str) -> None:
+        ring, prints = await self._seals.unlocked()
+        opened: list[Envelope] = []
+
+        def unwrap(wrapped: bytes) -> bytes:
+            envelope = msgspec.msgpack.decode(wrapped, type=Envelope)
+            opened.append(envelope)
+            return ring.open(envelope.sealed_key, envelope.binding, SpoolKey).key
+
+        found = spool.read(await asyncio.to_thread(Path(path).read_bytes), unwrap)
+        (envelope,) = opened
+        name = TokenName.parse(envelope.binding.resource)
+        asked_us = self._now_us()
+        held = await read(self._scripts, name, sealed=True)
+        attempt_id = Path(path).name
+        if held is None or not _concerns(held.record, envelope, attempt_id):
+            log.warning("a late answer is dropped: another one was stored", token=str(name))
+            _remove(path)
+            return
+        anchor = Anchor(held.now_us, asked_us, self._now_us())
+        policy = await self._policy(name)
+        attempt = Attempt(name.token, attempt_id, held.record, rules_of(policy, held.interval_us))
+        work = _Work(name, attempt, anchor, ring, prints)
+        made_us = anchor.asked_us
+        times = self._times(work, found.outcome, made_us)
+        if not found.of_this_boot():
+            # Its instants are of another clock. Of the store's, its right is known.
+            last_us = min(held.now_us, envelope.begun_us + TAKEOVER_US)
+            times = Times(held.now_us, sent_us=envelope.begun_us, last_us=last_us)
+        verdict = verdict_of(found.outcome, reading_of(policy))
+        if has_secrets(verdict) or (held.record.attempt == attempt_id and held.record.under_way):
+            await self._finish(work, verdict, times, made_us)
+        _remove(path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """An answer that was stored, sealed."""
+
+    request: EndRefresh
+    made_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A request, and what it takes to seal its answer."""
+
+    name: TokenName
+    attempt: Attempt
+    anchor: Anchor
+    ring: Keyring
+    prints: FingerprintKey
+
+    @property
+    def binding(self) -> Binding:
+        """What the secrets of the grant belong to."""
+        record = self.attempt.record
+        return binding_of(self.name, record.chain, record.generation, record.public)
+
+    def spooling(self, path: str) -> Spooling:
+        """Return where the answer goes, with a key that only our master keys open."""
+        key = bytearray(os.urandom(KEY_BYTES))
+        envelope = Envelope(
+            self.binding,
+            self.attempt.record.attempt_begun_us,
+            self.ring.seal(SpoolKey(bytes(key)), self.binding),
+        )
+        return spool.Spooling(path, key, msgspec.msgpack.encode(envelope))
+
+    def sealed(self, verdict: Verdict) -> Mapping[str, str]:
+        """Return the fields of `EndRefresh` for the next generation."""
+        record, public = self.attempt.record, self.attempt.record.public
+        next_one = msgspec.structs.replace(self.binding, generation=record.generation + 1)
+        old = self.ring.open(_blob(record.sealed_grant), self.binding, GrantSecrets)
+        rotated = "" if isinstance(verdict, NotSent) else verdict.refresh_token
+        grant = GrantSecrets(rotated or old.refresh_token, old.client_secret)
+        access = AccessSecrets(verdict.access_token) if isinstance(verdict, Issued) else None
+        if access is None and record.sealed_access:
+            with suppress(SealError):  # it expires soon anyway
+                access = self.ring.open(_blob(record.sealed_access), self.binding, AccessSecrets)
+        primary = self.ring.primary or ""
+        return {
+            "sealed_grant": _text(self.ring.seal(grant, next_one)),
+            "sealed_access": _text(self.ring.seal(access, next_one)) if access else "",
+            "fingerprint": self.prints.fingerprint(
+                public.token_url, public.client_id, grant.refresh_token
+            ),
+            "facts": msgspec.json.encode(msgspec.structs.replace(public, key_id=primary)).decode(),
+        }
+
+
+def _wait(held: Held, rules: Rules, due: Due) -> Next | None:
+    """Tell why no access token is requested now, or return None."""
+    at_us = due(held.record.standing, rules, held.now_us)
+    if at_us is None:
+        return Next(None, held.record.condition.value)
+    if held.now_us < at_us:
+        is_cooling = held.now_us < held.record.not_before_us
+        return Next(at_us - held.now_us, "COOLING" if is_cooling else "DUE")
+    if held.reason:
+        return Next(max(0, held.until_us - held.now_us), held.reason)
+    return None
+
+
+def _concerns(record: Record, envelope: Envelope, attempt: str) -> bool:
+    """Tell whether a late answer is still to be looked at."""
+    binding = envelope.binding
+    is_ours = record.chain == binding.chain_id and adopts(record.standing, binding.generation)
+    return is_ours and (record.attempt != attempt or record.attempt_step != "STORED")
+
+
+def _tell(name: TokenName, stored: Answer, request: EndRefresh, alert: str) -> None:
+    """Log what came of a request, without anything secret."""
+    facts = {"token": str(name), "step": request.step, "outcome": request.outcome}
+    if stored.status != "OK":
+        log.warning("a result is dropped: the grant moved on", status=stored.status, **facts)
+    if alert:
+        log.error("custody needs attention", alert=alert, **facts)
+    elif stored.status == "OK":
+        log.info("a request for an access token ended", **facts)
+
+
+def _blob(text: str) -> bytes:
+    return base64.b64decode(text)
+
+
+def _text(sealed: bytes) -> str:
+    return base64.b64encode(sealed).decode()
+
+
+def _remove(path: str) -> None:
+    with suppress(OSError):
+        Path(path).unlink()
