@@ -202,6 +202,12 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     "generate`); reread when it changes. [default: no custody]",
 )
 @click.option(
+    "--custody-spool-dir",
+    type=click.Path(path_type=Path),
+    help="Directory of this replica alone, where answers with access tokens lie encrypted until "
+    "they are in the store. [default: spool in --data-dir]",
+)
+@click.option(
     "--custody-loopback-http",
     is_flag=True,
     default=None,

@@ -84,6 +84,8 @@ def serve(options: Options) -> None:
         certificates = Certificates(files) if files else None
         access = AccessFile(settings.access_file) if settings.access_file else None
         keys = KeyDirectory(settings.custody_key_dir) if settings.custody_key_dir else None
+        if spool := settings.spool():
+            spool.mkdir(mode=0o700, parents=True, exist_ok=True)  # of data_dir, by default
     except (TlsError, AccessError, KeyFileError) as error:
         fail(EX_USAGE, str(error))
     except OSError as error:
@@ -380,6 +382,7 @@ def _terms(settings: Settings, files: _Files) -> Terms:
         keys.keys if keys else dict,
         is_closed=bool(files.access) or is_loopback(settings.listen),
         loopback_http=settings.custody_loopback_http,
+        spool=settings.spool(),
     )
 
 

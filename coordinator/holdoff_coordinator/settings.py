@@ -141,6 +141,10 @@ class Settings(BaseSettings):
     custody_key_dir: Path | None = None
     """Directory of custody's master keys, `ID.key`. None: nothing is taken into custody."""
 
+    custody_spool_dir: Path | None = None
+    """Directory of this replica alone, where answers with access tokens lie sealed until they are
+    stored. None: `spool` in `data_dir`."""
+
     custody_loopback_http: bool = False
     """Grants in custody may have token URLs with http:// on this host, such as a simulator's."""
 
@@ -228,6 +232,12 @@ class Settings(BaseSettings):
         if self.redis_key_file and not self.redis_cert_file:
             raise ValueError("redis_key_file is the key of a certificate: give redis_cert_file too")
         return self
+
+    def spool(self) -> Path | None:
+        """Return the directory of the spool; None without custody."""
+        if not self.custody_key_dir:
+            return None
+        return self.custody_spool_dir or self.data_dir / "spool"
 
     @model_validator(mode="after")
     def _tls(self) -> Self:
