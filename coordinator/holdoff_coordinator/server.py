@@ -238,7 +238,11 @@ class Coordinator:
 
     def _refreshes(self, terms: Terms, durability: Durability) -> Duty:
         """Make what refreshes grants."""
-        reach = Reach(plain_http=terms.loopback_http)
+        reach = Reach(
+            terms.networks,
+            plain_http=terms.loopback_http,
+            ca_files=(str(terms.ca_file.absolute()),) if terms.ca_file else (),
+        )
         refresher = Refresher(
             self.scripts,
             self.policies,
