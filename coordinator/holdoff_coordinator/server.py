@@ -338,9 +338,8 @@ class Coordinator:
         log.info("draining", seconds=self._drain_seconds)
         await self._health.enter_graceful_shutdown()
         self.hub.drain()
-        if self.refreshes:
-            await self.refreshes.drain(self._drain_seconds)
-        await self._close()
+        drains = [self.refreshes.drain(self._drain_seconds)] if self.refreshes else []
+        await asyncio.gather(self._close(), *drains)
         await self._sweeper.stop()
 
     async def _close(self) -> None:

@@ -1111,4 +1111,21 @@ MUTANTS = [
         *(f"{CLIENT}/custody/access.py", "elif not response.has_access_token:", "elif False:"),
         "tests/unit/test_access_token.py::test_a_state_alone_leaves_the_token",
     ),
+    Mutant(
+        "two coordinators never share a spool",
+        *(f"{CUSTODY}/spool_folder.py", "        _lock(folder, lock)\n", ""),
+        "tests/unit/test_spool_folder.py::test_a_second_coordinator_is_refused",
+    ),
+    Mutant(
+        "a drain finishes a request to a token URL",
+        f"{CUSTODY}/duty.py",
+        "_ended(self._refresher.requests, TAKEOVER_US / SECOND)",
+        "_ended(self._refresher.requests, 0)",
+        f"{TESTS}/test_duty.py::test_a_drain_finishes_a_request",
+    ),
+    Mutant(
+        "a drain begins no request",
+        *(f"{CUSTODY}/refreshing.py", "        self._starts_none = True\n", "        pass\n"),
+        f"{TESTS}/test_duty.py::test_a_drain_finishes_a_request",
+    ),
 ]

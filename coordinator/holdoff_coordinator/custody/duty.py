@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
@@ -21,7 +21,7 @@ from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Collection, Coroutine, Iterator
 
     from holdoff_coordinator.custody.refreshing import Next, Refresher
     from holdoff_coordinator.scripts import Scripts
@@ -40,6 +40,8 @@ IDLE_AT_ONCE: Final = 10
 """Grants that nothing uses, refreshed in one round of an app, one after the other."""
 IDLE_AGAIN_US: Final = 600 * SECOND
 SPOOL_SECONDS: Final = 5.0
+STORE_SECONDS: Final = 5.0
+"""How long a coordinator that stops tries to store an answer."""
 
 
 def pause_after(found: Next) -> float:
@@ -53,6 +55,12 @@ def pause_after(found: Next) -> float:
         case "REFRESHING":
             return min(seconds, UNDER_WAY_SECONDS)
     return min(max(seconds, HELD_SECONDS), LOOK_AGAIN_SECONDS)
+
+
+async def _ended(tasks: Collection[asyncio.Task[Any]], seconds: float) -> None:
+    """Wait for tasks, but not for long."""
+    if tasks:
+        await asyncio.wait([*tasks], timeout=seconds)
 
 
 class Duty:
@@ -93,12 +101,20 @@ class Duty:
         task.add_done_callback(self._restoring.discard)
 
     async def drain(self, seconds: float) -> None:
-        """Finish the refreshes that are under way, and start none."""
+        """Finish the refreshes that are under way, and start none.
+
+        A request ends within its right, however short `seconds` is. Its answer is in the spool, and
+        does not wait for a store that is away.
+        """
         self._is_draining = True
+        self._refresher.start_none()
         for name in self._wake:
             self.look(name)
-        if self._refreshing:
-            await asyncio.wait(self._refreshing, timeout=seconds)
+        await asyncio.gather(
+            _ended(self._refreshing, seconds),
+            _ended(self._refresher.requests, TAKEOVER_US / SECOND),
+        )
+        await _ended(self._refreshing, STORE_SECONDS)
         for task in (*self._keepers.values(), *self._refreshing, *self._restoring):
             task.cancel()  # what is left of a request goes on in its sender
 

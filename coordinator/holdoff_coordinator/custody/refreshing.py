@@ -170,6 +170,13 @@ class Refresher:
         self._under_way: set[str] = set()
         self._unreadable: set[str] = set()
         self._copies: dict[TokenName, _Copy] = {}
+        self.requests: set[asyncio.Task[Outcome]] = set()
+        """Those that are under way."""
+        self._starts_none = False
+
+    def start_none(self) -> None:
+        """Begin no request from now on."""
+        self._starts_none = True
 
     async def refresh(self, name: TokenName, due: Due = due_us) -> Next:
         """Request an access token if that is due; return when to look again.
@@ -187,6 +194,8 @@ class Refresher:
             rules = rules_of(policy, held.interval_us)
             if wait := _wait(held, rules, due):
                 return wait
+            if self._starts_none:
+                return Next(None, "DRAINING")
             ring, prints = await self._seals.unlocked()
             attempt_id = uuid.uuid4().hex
             answer, anchor = await self._begin(name, held.record, attempt_id, policy, rules)
@@ -276,7 +285,10 @@ class Refresher:
         path = f"{self._folder}/{attempt}" if self._folder else ""
         self._under_way.add(attempt)
         try:
-            outcome = await self._outcome(work, path)
+            request = asyncio.create_task(self._outcome(work, path))
+            self.requests.add(request)
+            request.add_done_callback(self.requests.discard)
+            outcome = await request
             verdict = verdict_of(outcome, reading)
             received = outcomes.body_holder(outcome)
             if received is not None and isinstance(received.body, bytearray):
