@@ -1128,4 +1128,19 @@ MUTANTS = [
         *(f"{CUSTODY}/refreshing.py", "        self._starts_none = True\n", "        pass\n"),
         f"{TESTS}/test_duty.py::test_a_drain_finishes_a_request",
     ),
+    Mutant(
+        "a grant that changed is looked at by what refreshes it",
+        *(f"{CUSTODY}/handout.py", "self._users.look(served.name)", "pass"),
+        f"{TESTS}/test_duty.py::test_what_ends_a_wait_is_followed_at_once",
+    ),
+    Mutant(
+        "the end of a back-off is followed by what refreshes",
+        *(f"{CUSTODY}/handout.py", "        hub.on_announcement(self._announced)\n", ""),
+        f"{TESTS}/test_duty.py::test_what_ends_a_wait_is_followed_at_once",
+    ),
+    Mutant(
+        "so it is where a token is held that still has an access token",
+        *(f"{CUSTODY}/duty.py", "            if name.app == app:\n", "            if False:\n"),
+        f"{TESTS}/test_duty.py::test_the_end_of_what_held_a_token_is_followed",
+    ),
 ]

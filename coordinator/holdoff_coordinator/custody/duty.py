@@ -44,6 +44,11 @@ STORE_SECONDS: Final = 5.0
 """How long a coordinator that stops tries to store an answer."""
 
 
+def is_held(found: Next) -> bool:
+    """Tell whether something besides the grant itself prevents a request."""
+    return found.wait_us is not None and found.why not in {"DUE", "COOLING", "REFRESHING"}
+
+
 def pause_after(found: Next) -> float:
     """Return after how many seconds to look again."""
     if found.wait_us is None:
@@ -72,6 +77,8 @@ class Duty:
         self._users: Counter[TokenName] = Counter()
         self._keepers: dict[TokenName, asyncio.Task[None]] = {}
         self._wake: dict[TokenName, asyncio.Event] = {}
+        self._held: set[TokenName] = set()
+        """Those in use that something else held when they were looked at."""
         self._refreshing: set[asyncio.Task[float]] = set()
         self._restoring: set[asyncio.Task[None]] = set()
         self._is_draining = False
@@ -93,6 +100,12 @@ class Duty:
         """Look at a token now, since something about it changed."""
         if name in self._wake:
             self._wake[name].set()
+
+    def look_at_held(self, app: str) -> None:
+        """Look at the tokens of an app that something else held: it may have ended."""
+        for name in self._held:
+            if name.app == app:
+                self.look(name)
 
     def new_life(self, app: str) -> None:
         """Present our answers to a store that may have lost some of an app."""
@@ -135,6 +148,7 @@ class Duty:
                         await wake.wait()
         finally:
             del self._keepers[name], self._wake[name]
+            self._held.discard(name)
 
     async def _begin(self, refresh: Coroutine[None, None, float]) -> float:
         """Refresh, to the end also if this task is cancelled."""
@@ -157,6 +171,10 @@ class Duty:
         except Exception:
             log.exception("a refresh failed", token=str(name))
             return LOOK_AGAIN_SECONDS
+        if is_held(found) and name in self._keepers:
+            self._held.add(name)
+        else:
+            self._held.discard(name)
         return pause_after(found)
 
     async def refresh_idle_forever(self) -> None:

@@ -69,10 +69,16 @@ MARGIN_US: Final = 10_000_000
 
 
 class Users(Protocol):
-    """Is told which tokens are used, so that they are refreshed."""
+    """Is told which tokens are used, so that they are refreshed, and when they may have changed."""
 
     def in_use(self, token: TokenName, /) -> AbstractContextManager[object]:
         """Count a token as used for as long as the block lasts."""
+
+    def look(self, token: TokenName, /) -> None:
+        """Look at a token, since its grant changed."""
+
+    def look_at_held(self, app: str, /) -> None:
+        """Look at the tokens of an app that something else held: it may have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +226,8 @@ class _Served:
         self.changed = asyncio.Event()
         """Set once: the next change has another one."""
 
-    def take(self, stand: Stand) -> None:
-        """Take in what a look showed."""
+    def take(self, stand: Stand) -> bool:
+        """Take in what a look showed; tell whether that is news."""
         if not self.users:  # the last one left during the look
             stand = replace(stand, secrets=None)
         before = self.stand
@@ -229,6 +235,7 @@ class _Served:
         self.stand = stand
         if is_news:
             self.wake()
+        return is_news
 
     def fail(self, failure: Failure) -> None:
         """End its streams."""
@@ -277,6 +284,7 @@ class HandOuts:
         """By app and token."""
         self._looking: dict[str, asyncio.Task[None]] = {}
         """Looks that are under way, by app: a slow shard delays its own apps only."""
+        hub.on_announcement(self._announced)
 
     async def hand_out(
         self, request: custody_service_pb2.GetAccessTokenRequest, caller: Caller
@@ -364,6 +372,7 @@ class HandOuts:
         if not served.users:
             if self._users:
                 served.used.enter_context(self._users.in_use(served.name))
+            served.used.enter_context(self._hub.wake_ups.wanted(served.name.app))
             served.stand = None  # those who only watched had no need to open it
             served.look_at = 0.0
             self._look_soon(served.name.app)
@@ -394,6 +403,15 @@ class HandOuts:
         if served:
             served.look_at = 0.0
             self._look_soon(app)
+
+    async def _announced(self, app: str) -> None:
+        """Look at the tokens that something held, such as a back-off: it may have ended."""
+        for served in self._served.get(app, {}).values():
+            if served.stand and served.stand.status.state == grant_pb2.GRANT_STATE_HELD:
+                served.look_at = 0.0
+        self._look_soon(app)
+        if self._users:
+            self._users.look_at_held(app)
 
     async def look_forever(self) -> None:
         """Look at each token that is due; wake all streams if they have to end."""
@@ -451,7 +469,8 @@ class HandOuts:
             except Failure as failure:
                 self._not_looked([served], failure)
                 continue
-            served.take(stand)
+            if served.take(stand) and self._users:
+                self._users.look(served.name)
             served.look_at = min(served.look_at, time.monotonic() + stand.look_in_seconds)
 
     async def _look_alone(self, served: _Served) -> Stand:

@@ -74,8 +74,12 @@ local function held_by(token, lease)
   if lease then return 'LEASED', number(lease.expires_us) end
   if token.foreign then return 'LOCKED', now + SECOND end
   if cools(token) then return 'COOLING', over_at(number(token.not_before_us)) end
-  local wait = wait_of('', subject_to(id, {{'', ''}}), false)
-  if wait then return 'BACKING_OFF', wait.start end
+  -- One request an interval neither probes a back-off nor follows in turn: it goes when the pause is over.
+  local pause = 0
+  for _, one in ipairs(subject_to(id, {{'', ''}})) do
+    if one.state == 'QUIET' then pause = math.max(pause, over_at(number(one.until_us))) end
+  end
+  if pause > 0 then return 'BACKING_OFF', pause end
 end
 
 local function answer(status, facts)
