@@ -165,9 +165,12 @@ class Coordinator:
         self._health_server = grpc.aio.server(interceptors=[reading], options=_OPTIONS)
         self.policies = Policies(policies)
         self._replays = Replays(self.scripts, boot_us)
-        self.refreshes = self._refreshes(custody, durability) if custody and custody.spool else None
-        """Keeps access tokens in custody fresh; None where this replica requests none."""
         places = Places(self.scripts, self.policies)
+        budgets = Budgets(self.scripts, places, self._replays, self.limits)
+        self.refreshes: Duty | None = None
+        """Keeps access tokens in custody fresh; None where this replica requests none."""
+        if custody and custody.spool:
+            self.refreshes = self._refreshes(custody, durability, budgets)
         self._gate = Gate(Credentials(redis), access, trail, client_identity)
         self._followers = Followers(self.scripts, self.hub, places, self.limits)
         looks = Looks(self.scripts, self.hub)
@@ -191,7 +194,7 @@ class Coordinator:
             tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
             grants=Grants(self.scripts, self.policies, terms),
             hand_outs=self._hand_outs,
-            budgets=Budgets(self.scripts, places, self._replays, self.limits),
+            budgets=budgets,
             back_offs=BackOffs(self.scripts, places),
             budget_watches=BudgetWatches(self.scripts, self.hub, looks, self.limits),
             quarantines=Quarantines(self.scripts),
@@ -236,7 +239,7 @@ class Coordinator:
         )
         return self
 
-    def _refreshes(self, terms: Terms, durability: Durability) -> Duty:
+    def _refreshes(self, terms: Terms, durability: Durability, budgets: Budgets) -> Duty:
         """Make what refreshes grants."""
         reach = Reach(
             terms.networks,
@@ -251,6 +254,7 @@ class Coordinator:
             send=partial(Sending, reach=reach, limits=LIMITS),
             folder=str(terms.spool),
             is_copied=durability.replicas > 0,
+            report=budgets.record_events,
         )
         duty = Duty(self.scripts, refresher)
         others = self.scripts.on_new_life

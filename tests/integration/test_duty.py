@@ -10,12 +10,25 @@ import pytest
 
 from holdoff.policies import presets
 from holdoff.simulator import Rotation, serving
-from holdoff.v1 import admin_service_pb2, budget_pb2, grant_pb2, lease_pb2
+from holdoff.v1 import (
+    admin_service_pb2,
+    budget_pb2,
+    budget_service_pb2,
+    grant_pb2,
+    lease_pb2,
+)
+from holdoff_coordinator.backoffs import BackOffs
+from holdoff_coordinator.budgets import Budgets
+from holdoff_coordinator.caller import NOBODY
 from holdoff_coordinator.custody import duty as duties
 from holdoff_coordinator.custody import handout
 from holdoff_coordinator.custody.duty import Duty
+from holdoff_coordinator.custody.outcomes import Answered, Received, boottime_us
 from holdoff_coordinator.custody.rules import SECOND
 from holdoff_coordinator.custody.sending import Reach, Sending
+from holdoff_coordinator.limits import Limits
+from holdoff_coordinator.places import Places
+from holdoff_coordinator.replays import Replays
 from tests.custodian import HOUR, Custodian, key_directory
 from tests.integration.test_hand_out import stream
 from tests.integration.test_refreshing import INTERVAL_SECONDS, SEED, policy_of, world
@@ -84,6 +97,61 @@ async def test_a_drain_finishes_a_request(
         await w.pass_seconds(INTERVAL_SECONDS)
         assert (await refresher.refresh(w.name)).why == "DRAINING"
         assert await w.report() == (1, 0, 0)
+
+
+def answered(status: int, body: bytes = b"{}", retry_after: str = "") -> Callable[..., Sending]:
+    """Return what makes requests that are answered with a status at once."""
+    headers = {"retry-after": retry_after} if retry_after else {}
+
+    class Answering(Sending):
+        async def send(self, deadline_us: int) -> Any:
+            del deadline_us
+            received = Received(status, headers, body)
+            return Answered(received, sent_us=boottime_us(), last_byte_us=boottime_us())
+
+    return lambda request, **options: Answering(
+        request, reach=Reach(plain_http=True), limits=PATIENT, **options
+    )
+
+
+async def test_the_provider_s_word_becomes_a_back_off(url: str, keys: Path, tmp_path: Path) -> None:
+    """It holds the next request for as long as the provider said, and the errors are counted.
+
+    Fails when a request goes out again after the pause that any refusal causes, or when it then
+    waits for a probe, which nobody but a lease would make.
+    """
+    async with world(url, keys, tmp_path) as w:
+        places = Places(w.scripts, w.policies)
+        budgets = Budgets(w.scripts, places, Replays(w.scripts, boottime_us), Limits(None))
+        report = budgets.record_events
+        refused = answered(400, b'{"error": "temporarily_unavailable"}')
+        await w.refresh(report=report, send=refused)
+        await w.pass_seconds(61)
+        asked = answered(429, retry_after="1800")
+        await w.refresh(report=report, send=asked)
+        await w.pass_seconds(300)
+        waits = await w.refresh(report=report)
+        assert waits.why == "BACKING_OFF"
+        assert waits.wait_us is not None
+        assert 1700 * SECOND < waits.wait_us <= 1800 * SECOND
+        assert await w.report() == (0, 0, 0)
+        request = budget_service_pb2.ListBudgetsRequest(parent=f"apps/{w.name.app}")
+        used = {
+            (one.limit, one.scope.endpoint): one.used
+            for one in (await budgets.list(request, NOBODY)).budgets
+        }
+        assert used == {("errors", "api/oauth2/token"): 1, ("token-requests", ""): 2}
+        (back_off,) = (
+            await BackOffs(w.scripts, places).list_all(
+                budget_service_pb2.ListBackOffsRequest(parent=f"apps/{w.name.app}"), NOBODY
+            )
+        ).back_offs
+        assert (back_off.scope.token, back_off.scope.endpoint, back_off.status) == ("", "", 429)
+        # When the pause is over a refresh goes out, without a probe before it.
+        key = f"holdoff:{{{w.name.app}}}:backoff:{back_off.name.rpartition('/')[2]}"
+        w.store.hset(key, "until_us", (w.store.time()[0] - 1) * SECOND)
+        await w.refresh(report=report)
+        assert (await w.record()).generation == 2
 
 
 def put(custodian: Custodian, token: str, policy: Policy, **fields: Any) -> None:

@@ -1143,4 +1143,27 @@ MUTANTS = [
         *(f"{CUSTODY}/duty.py", "            if name.app == app:\n", "            if False:\n"),
         f"{TESTS}/test_duty.py::test_the_end_of_what_held_a_token_is_followed",
     ),
+    Mutant(
+        "what a token URL answers becomes a back-off, and is counted",
+        *(f"{CUSTODY}/refreshing.py", "await self._record(work.name, events, outcome)", "pass"),
+        f"{TESTS}/test_duty.py::test_the_provider_s_word_becomes_a_back_off",
+    ),
+    Mutant(
+        "a refresh in custody does not wait for the probe of a back-off",
+        *(
+            f"{LUA}/custody/grants.lua",
+            "    if one.state == 'QUIET' then pause",
+            "    if true then pause",
+        ),
+        f"{TESTS}/test_duty.py::test_the_provider_s_word_becomes_a_back_off",
+    ),
+    Mutant(
+        "an answer with an access token is not searched",
+        *(
+            f"{CUSTODY}/reports.py",
+            "if received is None or isinstance(verdict, Issued):",
+            "if received is None:",
+        ),
+        "tests/custody/test_reports.py::test_a_token_that_was_issued_is_not_searched",
+    ),
 ]

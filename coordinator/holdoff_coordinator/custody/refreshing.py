@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,7 +23,9 @@ import msgspec
 import structlog
 
 from holdoff.names import TokenName
-from holdoff_coordinator.custody import outcomes, spool
+from holdoff.v1 import budget_service_pb2
+from holdoff_coordinator.caller import NOBODY
+from holdoff_coordinator.custody import outcomes, reports, spool
 from holdoff_coordinator.custody.answers import Issued, NotSent, Unproven, Verdict
 from holdoff_coordinator.custody.outcomes import Failure as Why
 from holdoff_coordinator.custody.outcomes import boottime_us
@@ -75,10 +78,11 @@ from holdoff_coordinator.places import Place
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from holdoff.policies import Policy
-    from holdoff_coordinator.custody.answers import Reading
+    from holdoff.v1 import budget_pb2
+    from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.custody.outcomes import Outcome
     from holdoff_coordinator.custody.records import Answer, Held, Record
     from holdoff_coordinator.custody.rules import Rules, Standing
@@ -90,6 +94,8 @@ if TYPE_CHECKING:
 
     Due = Callable[[Standing, Rules, int], int | None]
     """When a grant is due, by the store's clock: `rules.due_us`, or `rules.earliest_us`."""
+    Report = Callable[[budget_service_pb2.RecordEventsRequest, Caller], Awaitable[object]]
+    """`Budgets.record_events` is one."""
 
 log = structlog.get_logger()
 
@@ -144,6 +150,7 @@ class Refresher:
         send: Makes a request; a `Sending` with reach and `LIMITS`.
         folder: The spool of this replica alone; empty for none.
         is_copied: Whether a server that may be promoted has all that is acknowledged.
+        report: Records events, as those of a job.
         now_us: The boot clock, as the sender reads it.
     """
 
@@ -157,6 +164,7 @@ class Refresher:
         send: Send,
         folder: str = "",
         is_copied: bool = False,
+        report: Report | None = None,
         now_us: Callable[[], int] = boottime_us,
     ) -> None:
         self._scripts = scripts
@@ -166,6 +174,7 @@ class Refresher:
         self._send = send
         self._folder = folder
         self._is_copied = is_copied
+        self._report = report
         self._now_us = now_us
         self._under_way: set[str] = set()
         self._unreadable: set[str] = set()
@@ -205,7 +214,7 @@ class Refresher:
                     work = _Work(
                         name, Attempt(name.token, attempt_id, record, rules), anchor, ring, prints
                     )
-                    await self._request(work, reading_of(policy))
+                    await self._request(work, policy)
                 case "LOST" if record:
                     await self._count_lost(name, record, rules, answer)
                 case "WAIT":
@@ -279,7 +288,7 @@ class Refresher:
 
     # The request ----------------------------------------------------------------------------
 
-    async def _request(self, work: _Work, reading: Reading) -> None:
+    async def _request(self, work: _Work, policy: Policy) -> None:
         """Send the request, and store what comes of it."""
         attempt = work.attempt.id
         path = f"{self._folder}/{attempt}" if self._folder else ""
@@ -289,12 +298,14 @@ class Refresher:
             self.requests.add(request)
             request.add_done_callback(self.requests.discard)
             outcome = await request
-            verdict = verdict_of(outcome, reading)
+            verdict = verdict_of(outcome, reading_of(policy))
+            events = self._events(work, policy, outcome, verdict)
             received = outcomes.body_holder(outcome)
             if received is not None and isinstance(received.body, bytearray):
                 wipe(received.body)
             made_us = self._now_us()
             await self._finish(work, verdict, self._times(work, outcome, made_us), made_us)
+            await self._record(work.name, events, outcome)
             if path:
                 _remove(path)
         finally:
@@ -362,6 +373,31 @@ class Refresher:
             case outcomes.NoProof(sent_us=sent_or_none, ended_us=last):
                 sent = anchor.asked_us if sent_or_none is None else sent_or_none
                 return Times(now_us, anchor.earliest_us(sent), anchor.latest_us(last))
+
+    def _events(
+        self, work: _Work, policy: Policy, outcome: Outcome, verdict: Verdict
+    ) -> Sequence[budget_pb2.Event]:
+        return reports.events_of(
+            work.name,
+            policy,
+            work.attempt,
+            outcome,
+            verdict,
+            replica=self._replica,
+            epoch_seconds=time.time(),
+        )
+
+    async def _record(
+        self, name: TokenName, events: Sequence[budget_pb2.Event], outcome: Outcome
+    ) -> None:
+        """Count what the provider answered, and back off if it says so."""
+        if not events or self._report is None:
+            return
+        reports.aged(events, outcome, self._now_us())
+        try:
+            await self._report(budget_service_pb2.RecordEventsRequest(events=events), NOBODY)
+        except Failure as failure:
+            warn("an answer of a token URL was not counted", failure.reason, token=str(name))
 
     # The answer -----------------------------------------------------------------------------
 
@@ -476,6 +512,10 @@ class Refresher:
         verdict = verdict_of(found.outcome, reading_of(policy))
         if has_secrets(verdict) or (held.record.attempt == attempt_id and held.record.under_way):
             await self._finish(work, verdict, times, made_us)
+        if found.of_this_boot():
+            await self._record(
+                name, self._events(work, policy, found.outcome, verdict), found.outcome
+            )
         _remove(path)
 
 
