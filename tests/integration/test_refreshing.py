@@ -632,7 +632,7 @@ async def test_a_failover_that_may_have_lost_an_answer(
 
 
 async def test_quarantine_holds_a_refresh(url: str, keys: Path, tmp_path: Path) -> None:
-    """Without evidence nothing is requested in quarantine. First version: there never is any."""
+    """Without evidence nothing is requested in quarantine; evidence needs to know when it began."""
     async with world(url, keys, tmp_path) as w:
         shard = f"holdoff:{{{w.name.app}}}"
         seconds, _ = w.store.time()

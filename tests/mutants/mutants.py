@@ -1166,4 +1166,32 @@ MUTANTS = [
         ),
         "tests/custody/test_reports.py::test_a_token_that_was_issued_is_not_searched",
     ),
+    Mutant(
+        "a right that a replaced server may have given is no evidence",
+        *(
+            f"{CUSTODY}/rules.py",
+            "quarantine.seen_us + STALE_PRIMARY_US <= interval_over_us",
+            "True",
+        ),
+        f"{TESTS}/test_custody_quarantine.py::test_an_intent_that_may_be_lost_is_waited_for",
+    ),
+    Mutant(
+        "in quarantine the interval is measured on the replica's own clock",
+        *(f"{CUSTODY}/rules.py", "is_last and interval_over_us <= now_us", "is_last"),
+        f"{TESTS}/test_custody_quarantine.py::test_our_own_answer_is_evidence",
+    ),
+    Mutant(
+        "copies on other servers are no evidence after a restore",
+        *(
+            f"{CUSTODY}/rules.py",
+            "if is_copied and quarantine.loss is Loss.WRITES:",
+            "if is_copied:",
+        ),
+        f"{TESTS}/test_custody_quarantine.py::test_copies_are_evidence_after_a_failover",
+    ),
+    Mutant(
+        "evidence is of the quarantine that holds",
+        *(f"{LUA}/custody/grants.lua", "ask.quarantine == this_quarantine()", "true"),
+        f"{TESTS}/test_custody_quarantine.py::test_evidence_is_of_one_quarantine",
+    ),
 ]

@@ -123,7 +123,8 @@ class BeginRefresh(msgspec.Struct, frozen=True, kw_only=True):
     attempt: str
     replica: str
     takeover_us: int
-    has_evidence: bool
+    quarantine: str
+    """As `Held` has it: in this one there is evidence; empty for none."""
     fears: str
     """A loss of which may have lost a newer refresh token: DATA, WRITES, or empty."""
     event: str
@@ -205,6 +206,9 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     now_us: int
     interval_us: int = 0
     """Of the token."""
+    quarantine: str = ""
+    """When the quarantine began and what may be lost; empty if there is none, or a clock is in
+    doubt."""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,6 +30,7 @@ from holdoff_coordinator.custody.answers import Issued, NotSent, Unproven, Verdi
 from holdoff_coordinator.custody.outcomes import Failure as Why
 from holdoff_coordinator.custody.outcomes import boottime_us
 from holdoff_coordinator.custody.records import (
+    NEVER,
     BeginRefresh,
     EndRefresh,
     IntendRefresh,
@@ -51,9 +52,13 @@ from holdoff_coordinator.custody.rules import (
     SEND_US,
     TAKEOVER_US,
     UNACKNOWLEDGED_US,
+    Loss,
+    Quarantine,
     Rotation,
     Times,
     adopts,
+    continues,
+    continues_anyway_us,
     due_us,
 )
 from holdoff_coordinator.custody.sealing import (
@@ -179,6 +184,8 @@ class Refresher:
         self._under_way: set[str] = set()
         self._unreadable: set[str] = set()
         self._copies: dict[TokenName, _Copy] = {}
+        self._seen: dict[str, tuple[str, int]] = {}
+        """The quarantine of an app, and when it was seen first, by our boot clock."""
         self.requests: set[asyncio.Task[Outcome]] = set()
         """Those that are under way."""
         self._starts_none = False
@@ -201,13 +208,11 @@ class Refresher:
                 return Next(None, "GONE")
             policy = await self._policy(name)
             rules = rules_of(policy, held.interval_us)
-            if wait := _wait(held, rules, due):
+            if wait := self._wait(name, held, rules, due):
                 return wait
-            if self._starts_none:
-                return Next(None, "DRAINING")
             ring, prints = await self._seals.unlocked()
             attempt_id = uuid.uuid4().hex
-            answer, anchor = await self._begin(name, held.record, attempt_id, policy, rules)
+            answer, anchor = await self._begin(name, held, attempt_id, policy, rules)
             record = answer.grant
             match answer.status:
                 case "BEGUN" if record:
@@ -223,6 +228,19 @@ class Refresher:
                     return Next(None, "GONE")
                 # CHANGED, STALE: look again
 
+    def _wait(self, name: TokenName, held: Held, rules: Rules, due: Due) -> Next | None:
+        """Tell why no access token is requested now, or return None."""
+        quarantine = self._quarantine(name.app, held)
+        if wait := _not_due(held, rules, due):
+            return wait
+        if self._starts_none:
+            return Next(None, "DRAINING")
+        if held.reason == "QUARANTINED":
+            return self._wait_in_quarantine(quarantine, name, held, rules)
+        if held.reason:
+            return Next(max(0, held.until_us - held.now_us), held.reason)
+        return None
+
     async def _policy(self, name: TokenName) -> Policy:
         return self._policies.find(
             "the token's policy", await self._scripts.policy(name.app, name.token) or ""
@@ -231,9 +249,10 @@ class Refresher:
     # The right ------------------------------------------------------------------------------
 
     async def _begin(
-        self, name: TokenName, record: Record, attempt: str, policy: Policy, rules: Rules
+        self, name: TokenName, held: Held, attempt: str, policy: Policy, rules: Rules
     ) -> tuple[Answer, Anchor]:
         """Ask for the right, again where the answer was lost: it would be ours, unused."""
+        record = held.record
         request = BeginRefresh(
             token=name.token,
             chain=record.chain,
@@ -241,7 +260,7 @@ class Refresher:
             attempt=attempt,
             replica=self._replica,
             takeover_us=TAKEOVER_US,
-            has_evidence=self._has_evidence(name),
+            quarantine=held.quarantine if held.reason == "QUARANTINED" else "",
             fears=self._fears(rules),
             event=attempt,
             budgets=Place(name, policy, "", "").specs("token_requests"),
@@ -265,15 +284,44 @@ class Refresher:
             return ""
         return "DATA" if self._is_copied else "WRITES"
 
-    def _has_evidence(self, _: TokenName) -> bool:
-        """Tell whether a refresh may continue in quarantine.
+    # Quarantine -----------------------------------------------------------------------------
 
-        FIRST VERSION: there never is evidence, so that refreshes are held. The protocol allows two
-        kinds: copies of each intent and answer on all servers that may be promoted; or the newest
-        answer is this replica's own, its interval is over on its boot clock, and no later intent
-        can exist.
-        """
-        return False
+    def _quarantine(self, app: str, held: Held) -> Quarantine | None:
+        """Return the quarantine of an app, and remember when it was seen first."""
+        if not held.quarantine:
+            self._seen.pop(app, None)
+            return None
+        known, seen_us = self._seen.get(app, ("", 0))
+        if known != held.quarantine:
+            seen_us = self._now_us()
+            self._seen[app] = held.quarantine, seen_us
+        began, loss = held.quarantine.split()
+        return Quarantine(int(began), Loss(loss), seen_us)
+
+    def _wait_in_quarantine(
+        self, quarantine: Quarantine | None, name: TokenName, held: Held, rules: Rules
+    ) -> Next | None:
+        """Tell why no access token is requested in a quarantine now, or return None."""
+        if quarantine is None:
+            return Next(max(0, held.until_us - held.now_us), held.reason)
+        now_us, over_us = self._now_us(), self._interval_over_us(name, held.record, rules)
+        if continues(quarantine, over_us, now_us, is_copied=self._is_copied):
+            return None
+        left_us = min(held.until_us, continues_anyway_us(quarantine, rules)) - held.now_us
+        return Next(left_us, held.reason) if left_us > 0 else None
+
+    def _interval_over_us(self, name: TokenName, record: Record, rules: Rules) -> int | None:
+        """Return when the interval after the newest answer is over, if we received that answer."""
+        copy = self._copies.get(name)
+        if copy is None or copy.request.refreshed_age_us == NEVER:
+            return None
+        ours = copy.request
+        newest = (record.chain, record.generation) == (ours.chain, ours.generation)
+        is_disputed = record.unproven or (record.under_way and record.attempt != ours.attempt)
+        if not newest or is_disputed:
+            return None
+        last_us = copy.made_us - ours.refreshed_age_us
+        return max(last_us + rules.interval_us, copy.made_us + ours.not_before_in_us)
 
     async def _count_lost(
         self, name: TokenName, record: Record, rules: Rules, answer: Answer
@@ -575,16 +623,14 @@ class _Work:
         }
 
 
-def _wait(held: Held, rules: Rules, due: Due) -> Next | None:
-    """Tell why no access token is requested now, or return None."""
+def _not_due(held: Held, rules: Rules, due: Due) -> Next | None:
+    """Tell why the grant itself is not due, or return None."""
     at_us = due(held.record.standing, rules, held.now_us)
     if at_us is None:
         return Next(None, held.record.condition.value)
     if held.now_us < at_us:
         is_cooling = held.now_us < held.record.not_before_us
         return Next(at_us - held.now_us, "COOLING" if is_cooling else "DUE")
-    if held.reason:
-        return Next(max(0, held.until_us - held.now_us), held.reason)
     return None
 
 
