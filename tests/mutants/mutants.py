@@ -1194,4 +1194,27 @@ MUTANTS = [
         *(f"{LUA}/custody/grants.lua", "ask.quarantine == this_quarantine()", "true"),
         f"{TESTS}/test_custody_quarantine.py::test_evidence_is_of_one_quarantine",
     ),
+    Mutant(
+        "replicas keep copies of what they read",
+        *(
+            f"{CUSTODY}/refreshing.py",
+            "            self._keep(name, copy_of(held, asked_us))\n",
+            "",
+        ),
+        f"{TESTS}/test_refreshing.py::test_a_failover_that_lost_an_answer_of_a_replica_that_is_gone",
+    ),
+    Mutant(
+        "a copy is opened before it is presented",
+        *(
+            f"{CUSTODY}/refreshing.py",
+            "not copy.is_ours and not self._is_sound(name, copy)",
+            "False",
+        ),
+        f"{TESTS}/test_refreshing.py::test_a_failover_that_lost_an_answer_of_a_replica_that_is_gone",
+    ),
+    Mutant(
+        "what is read in quarantine is no copy",
+        *(f"{CUSTODY}/copies.py", 'held.reason == "QUARANTINED" or ', ""),
+        "tests/custody/test_copies.py::test_what_may_be_out_of_date_is_not_kept",
+    ),
 ]

@@ -27,12 +27,14 @@ from holdoff.v1 import budget_service_pb2
 from holdoff_coordinator.caller import NOBODY
 from holdoff_coordinator.custody import outcomes, reports, spool
 from holdoff_coordinator.custody.answers import Issued, NotSent, Unproven, Verdict
+from holdoff_coordinator.custody.copies import MOST_COPIES, Copy, copy_of
 from holdoff_coordinator.custody.outcomes import Failure as Why
 from holdoff_coordinator.custody.outcomes import boottime_us
 from holdoff_coordinator.custody.records import (
     NEVER,
     BeginRefresh,
     EndRefresh,
+    Facts,
     IntendRefresh,
     ask,
     read,
@@ -66,6 +68,7 @@ from holdoff_coordinator.custody.sealing import (
     AccessSecrets,
     Binding,
     GrantSecrets,
+    Keyring,
     SealError,
     SpoolKey,
 )
@@ -83,7 +86,7 @@ from holdoff_coordinator.places import Place
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
     from holdoff.policies import Policy
     from holdoff.v1 import budget_pb2
@@ -91,7 +94,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.custody.outcomes import Outcome
     from holdoff_coordinator.custody.records import Answer, Held, Record
     from holdoff_coordinator.custody.rules import Rules, Standing
-    from holdoff_coordinator.custody.sealing import FingerprintKey, Keyring
+    from holdoff_coordinator.custody.sealing import FingerprintKey
     from holdoff_coordinator.custody.seals import Seals
     from holdoff_coordinator.custody.spool import Spooling
     from holdoff_coordinator.policies import Policies
@@ -183,7 +186,8 @@ class Refresher:
         self._now_us = now_us
         self._under_way: set[str] = set()
         self._unreadable: set[str] = set()
-        self._copies: dict[TokenName, _Copy] = {}
+        self._copies: dict[TokenName, Copy] = {}
+        """The newest generation of each grant that this replica received or read."""
         self._seen: dict[str, tuple[str, int]] = {}
         """The quarantine of an app, and when it was seen first, by our boot clock."""
         self.requests: set[asyncio.Task[Outcome]] = set()
@@ -203,9 +207,11 @@ class Refresher:
             Failure: The store or the policy cannot be read, or a key is missing.
         """
         while True:
-            held = await read(self._scripts, name)
+            asked_us = self._now_us()
+            held = await read(self._scripts, name, sealed=True)
             if held is None:
                 return Next(None, "GONE")
+            self._keep(name, copy_of(held, asked_us))
             policy = await self._policy(name)
             rules = rules_of(policy, held.interval_us)
             if wait := self._wait(name, held, rules, due):
@@ -313,7 +319,7 @@ class Refresher:
     def _interval_over_us(self, name: TokenName, record: Record, rules: Rules) -> int | None:
         """Return when the interval after the newest answer is over, if we received that answer."""
         copy = self._copies.get(name)
-        if copy is None or copy.request.refreshed_age_us == NEVER:
+        if copy is None or not copy.is_ours or copy.request.refreshed_age_us == NEVER:
             return None
         ours = copy.request
         newest = (record.chain, record.generation) == (ours.chain, ours.generation)
@@ -465,9 +471,8 @@ class Refresher:
         del verdict
         stored = await self._store(work.name, request, made_us)
         if stored.status == "OK" and sealed:
-            self._copies[work.name] = _Copy(
-                msgspec.structs.replace(request, restores=True), made_us
-            )
+            again = msgspec.structs.replace(request, restores=True)
+            self._keep(work.name, Copy(again, made_us, is_ours=True))
         if stored.status == "MOVED" and attempt.rules.rotation is Rotation.SINGLE_USE_REVOKES:
             alert = "two requests were made with one refresh token, which may revoke the grant"
         _tell(work.name, stored, request, alert)
@@ -487,17 +492,52 @@ class Refresher:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def restore(self, app: str) -> None:
-        """Present this replica's answers again, after the store may have lost some of an app.
+    # Copies ---------------------------------------------------------------------------------
 
-        The store takes what it does not have; its generations only rise.
+    def _keep(self, name: TokenName, copy: Copy | None) -> None:
+        """Keep a copy, unless there is a newer one."""
+        if copy and copy.replaces(self._copies.get(name)):
+            self._copies.pop(name, None)  # so that it is the last one
+            self._copies[name] = copy
+            if len(self._copies) > MOST_COPIES:
+                del self._copies[next(iter(self._copies))]
+
+    def restore(self, app: str) -> Coroutine[None, None, None]:
+        """Present what this replica has, after the store may have lost some of an app.
+
+        That is what it has when this is called, not what it reads in the store afterwards. The
+        store takes what it does not have; its generations only rise.
         """
-        for name, copy in [one for one in self._copies.items() if one[0].app == app]:
+        return self._present([one for one in self._copies.items() if one[0].app == app])
+
+    async def _present(self, copies: Sequence[tuple[TokenName, Copy]]) -> None:
+        for name, copy in copies:
+            if not copy.is_ours and not self._is_sound(name, copy):
+                continue
             stored = await self._store(name, copy.request, copy.made_us)
             if stored.status == "GONE" or (
                 stored.grant is not None and stored.grant.chain != copy.request.chain
             ):
-                self._copies.pop(name, None)
+                self._forget(name, copy)
+
+    def _forget(self, name: TokenName, copy: Copy) -> None:
+        if self._copies.get(name) is copy:
+            del self._copies[name]
+
+    def _is_sound(self, name: TokenName, copy: Copy) -> bool:
+        """Tell whether our keys sealed a copy, for this token and generation."""
+        request = copy.request
+        try:
+            ring = Keyring(self._seals.require(), None)
+            facts = msgspec.json.decode(request.facts, type=Facts)
+            binding = binding_of(name, request.chain, request.generation, facts)
+            ring.open(_blob(request.sealed_grant), binding, GrantSecrets)
+            if request.sealed_access:
+                ring.open(_blob(request.sealed_access), binding, AccessSecrets)
+        except (Failure, SealError, ValueError, msgspec.MsgspecError) as error:
+            warn("a copy of a grant is not presented", type(error).__name__, token=str(name))
+            return False
+        return True
 
     # The spool ------------------------------------------------------------------------------
 
@@ -565,14 +605,6 @@ class Refresher:
                 name, self._events(work, policy, found.outcome, verdict), found.outcome
             )
         _remove(path)
-
-
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """An answer that was stored, sealed."""
-
-    request: EndRefresh
-    made_us: int
 
 
 @dataclass(frozen=True, slots=True)
