@@ -241,3 +241,35 @@ async def test_the_end_of_what_held_a_token_is_followed(
             while (await w.record()).generation == 1:  # noqa: ASYNC110 - in the store
                 await asyncio.sleep(0.05)
         await duty.drain(30)
+
+
+async def test_private_token_urls_with_an_authority_of_their_own(
+    url: str, keys: Path, tmp_path: Path
+) -> None:
+    """A coordinator asks them only where its operator allows that.
+
+    Fails when the networks or the authorities of the options do not reach the sender.
+    """
+    authority, spool = tmp_path / "authority.pem", tmp_path / "spool"
+    spool.mkdir()
+    async with serving(rotation=Rotation.UNTIL_USED, tls=authority) as provider:
+        policy = policy_of(provider, Rotation.UNTIL_USED, has_interval=True)
+        known = {**presets(), policy.name: policy}
+
+        def first_outcome(**terms: Any) -> str:
+            terms = {"spool": spool, **terms}
+            with Custodian(url, keys, terms=terms, policies=known) as custodian:
+                token = custodian.token(policy.name)
+                put(custodian, token, policy)
+                with stream(custodian, token) as some:
+                    while not some.next().HasField("access_token"):
+                        if why := custodian.grant(token).last_attempt.outcome:
+                            return why
+                return "an access token"
+
+        nets = ("127.0.0.0/8",)
+        ask = asyncio.to_thread
+        assert "a loopback address" in await ask(first_outcome, ca_file=authority)
+        assert "tls: certificate" in await ask(first_outcome, networks=nets)
+        found = await ask(first_outcome, networks=nets, ca_file=authority)
+        assert found.startswith("an access token")

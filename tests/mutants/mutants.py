@@ -1217,4 +1217,11 @@ MUTANTS = [
         *(f"{CUSTODY}/copies.py", 'held.reason == "QUARANTINED" or ', ""),
         "tests/custody/test_copies.py::test_what_may_be_out_of_date_is_not_kept",
     ),
+    Mutant(
+        "private networks are for token URLs of operators who allow them",
+        f"{COORDINATOR}/server.py",
+        "            terms.networks,\n",
+        '            ("127.0.0.0/8",),\n',
+        f"{TESTS}/test_duty.py::test_private_token_urls_with_an_authority_of_their_own",
+    ),
 ]
