@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
-from holdoff_coordinator.custody.copies import Copy, copy_of
-from holdoff_coordinator.custody.records import NEVER, Held, Record
+from holdoff.names import TokenName
+from holdoff_coordinator.custody.copies import Copy, copy_of, open_copy, seal_copy
+from holdoff_coordinator.custody.records import NEVER, Facts, Held, Record
 from holdoff_coordinator.custody.rules import SECOND, Condition
+from holdoff_coordinator.custody.sealing import MasterKey, SealError
 
 NOW = 10_000 * SECOND
 
@@ -70,3 +73,29 @@ def test_only_a_newer_one_replaces_another() -> None:
     assert not kept(3).replaces(kept(3, is_ours=True))
     assert not kept(2).replaces(kept(3))
     assert kept(1, "another").replaces(kept(3))
+
+
+def test_a_copy_that_clients_keep() -> None:
+    """It opens for its own token only, unchanged, and confirms nothing."""
+    keys = {"k": MasterKey("k", bytes(32))}
+    name = TokenName("a", "t")
+    public = Facts(
+        client_id="c",
+        token_url="https://h/t",
+        api_hosts=(),
+        client_authentication="body",
+        key_id="k",
+    )
+    facts = msgspec.json.encode(public).decode()
+    sealed = seal_copy(name, held(facts=facts), keys)
+    found = open_copy(name, sealed, keys)
+    assert "sealed" not in repr(found)
+    again = found.again(NOW + 5 * SECOND)
+    assert (again.restores, again.confirms, again.refreshed_age_us) == (True, False, 105 * SECOND)
+    assert found.again(NOW - 5 * SECOND).refreshed_age_us == 100 * SECOND
+    for other, blob in ((TokenName("a", "u"), sealed), (name, sealed[:-1] + b"!"), (name, b"x")):
+        with pytest.raises(SealError):
+            open_copy(other, blob, keys)
+    assert seal_copy(name, held(facts=facts, sealed_grant="x" * 100_000), keys) == b""
+    assert seal_copy(name, held("QUARANTINED", facts=facts), keys) == b""
+    assert seal_copy(name, held(facts=facts), {}) == b""

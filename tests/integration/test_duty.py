@@ -7,29 +7,37 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import redis
 
+from holdoff.names import TokenName
 from holdoff.policies import presets
 from holdoff.simulator import Rotation, serving
 from holdoff.v1 import (
     admin_service_pb2,
     budget_pb2,
     budget_service_pb2,
+    custody_service_pb2,
     grant_pb2,
     lease_pb2,
 )
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.caller import NOBODY
+from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.custody import duty as duties
 from holdoff_coordinator.custody import handout
+from holdoff_coordinator.custody.copies import seal_copy
 from holdoff_coordinator.custody.duty import Duty
+from holdoff_coordinator.custody.key_files import KeyDirectory
 from holdoff_coordinator.custody.outcomes import Answered, Received, boottime_us
+from holdoff_coordinator.custody.records import read
 from holdoff_coordinator.custody.rules import SECOND
 from holdoff_coordinator.custody.sending import Reach, Sending
 from holdoff_coordinator.limits import Limits
 from holdoff_coordinator.places import Places
 from holdoff_coordinator.replays import Replays
-from tests.custodian import HOUR, Custodian, key_directory
+from holdoff_coordinator.scripts import Scripts
+from tests.custodian import HOUR, Custodian, key_directory, refused
 from tests.integration.test_hand_out import stream
 from tests.integration.test_refreshing import INTERVAL_SECONDS, SEED, policy_of, world
 from tests.token_urls import PATIENT
@@ -273,3 +281,82 @@ async def test_private_token_urls_with_an_authority_of_their_own(
         assert "tls: certificate" in await ask(first_outcome, networks=nets)
         found = await ask(first_outcome, networks=nets, ca_file=authority)
         assert found.startswith("an access token")
+
+
+async def test_what_a_client_kept_comes_back(url: str, keys: Path, tmp_path: Path) -> None:
+    """After a failover that lost an answer which only a client and a dead replica had.
+
+    Fails when a coordinator takes what it did not seal, or for another token, or an old copy.
+    """
+
+    def lose(policy: Policy, one: Custodian, two: Custodian) -> None:
+        token = one.token(policy.name)
+        name = TokenName.parse(token)
+        put(one, token, policy)
+        key = f"holdoff:{{{name.app}}}:grant:{name.token}"
+        with redis.Redis.from_url(url) as store:
+            before: Any = store.dump(key)
+            with stream(one, token) as some:
+                while not (heard := some.next()).HasField("access_token"):
+                    pass
+            given = heard.access_token
+            after = store.hgetall(key)
+            one.stop()
+            store.restore(key, 0, before, replace=True)
+            asyncio.run(begin_quarantine(url, name))
+            with stream(two, token, sealed_copy=given.sealed_copy[:-1] + b"!") as some:
+                assert some.next().status.state == State.GRANT_STATE_HELD
+            assert two.grant(token).generation == 1
+            with stream(two, token, sealed_copy=given.sealed_copy) as some:
+                assert some.token() == given.access_token
+            found: Any = store.hgetall(key)
+            assert found[b"sealed_grant"] == after[b"sealed_grant"]
+            assert abs(int(found[b"not_before_us"]) - int(after[b"not_before_us"])) < 5 * SECOND
+            store.hset(key, "generation", 3)
+            with stream(two, token, sealed_copy=given.sealed_copy) as some:
+                some.next()
+            assert two.grant(token).generation == 3
+            other = two.token(policy.name)
+            put(two, other, policy)
+            error = refused(ask_with, two, other, b"x" * 98_305)
+            assert error.reason == "INVALID_FIELD"
+
+    async with replicas(url, keys, tmp_path) as (_, policy, one, two):
+        await asyncio.to_thread(lose, policy, one, two)
+
+
+async def begin_quarantine(url: str, name: TokenName) -> None:
+    """Begin a quarantine, as after a failover."""
+    client = connect(url)
+    try:
+        await Scripts(client, quarantine_us=0).run("quarantine", name.app, "a test", "WRITES")
+    finally:
+        await client.aclose()
+
+
+def ask_with(custodian: Custodian, token: str, sealed_copy: bytes) -> Any:
+    """Open a stream with a copy; return its first response."""
+    request = custody_service_pb2.GetAccessTokenRequest(
+        name=f"{token}/grant", sealed_copy=sealed_copy
+    )
+    return next(iter(custodian.custody.GetAccessToken(request)))
+
+
+@pytest.mark.parametrize("rotation", [Rotation.UNTIL_USED, Rotation.SINGLE_USE_REVOKES])
+async def test_a_client_s_copy_where_an_old_token_revokes_the_grant(
+    rotation: Rotation, url: str, keys: Path, tmp_path: Path
+) -> None:
+    """There it is not taken: the client may have been away while newer tokens were issued."""
+    async with world(url, keys, tmp_path, rotation) as w:
+        key = f"holdoff:{{{w.name.app}}}:grant:{w.name.token}"
+        before = w.store.dump(key)
+        await w.refresh()
+        held = await read(w.scripts, w.name, sealed=True)
+        assert held is not None
+        sealed = seal_copy(w.name, held, KeyDirectory(keys).keys())
+        assert before is not None
+        w.store.restore(key, 0, before, replace=True)
+        await w.refresher("two").take(w.name, sealed)
+        record = await w.record()
+        assert record.generation == (1 if rotation is Rotation.SINGLE_USE_REVOKES else 2)
+        assert record.confirmed_us == 0

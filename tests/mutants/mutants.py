@@ -1224,4 +1224,19 @@ MUTANTS = [
         '            ("127.0.0.0/8",),\n',
         f"{TESTS}/test_duty.py::test_private_token_urls_with_an_authority_of_their_own",
     ),
+    Mutant(
+        "a client's copy is taken where an old refresh token does no harm only",
+        *(f"{CUSTODY}/refreshing.py", "request.generation and not revokes", "request.generation"),
+        f"{TESTS}/test_duty.py::test_a_client_s_copy_where_an_old_token_revokes_the_grant",
+    ),
+    Mutant(
+        "a client's copy confirms nothing",
+        *(f"{CUSTODY}/copies.py", "msgspec.structs.replace(later, confirms=False)", "later"),
+        f"{TESTS}/test_duty.py::test_a_client_s_copy_where_an_old_token_revokes_the_grant",
+    ),
+    Mutant(
+        "a client's copy is for its own token",
+        *(f"{CUSTODY}/copies.py", 'Binding(str(name), ""', 'Binding("", ""'),
+        "tests/custody/test_copies.py::test_a_copy_that_clients_keep",
+    ),
 ]

@@ -5,17 +5,44 @@ The store takes a copy whose generation it does not have; its generations only r
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import msgspec
 
 from holdoff_coordinator.custody.records import NEVER, EndRefresh
 from holdoff_coordinator.custody.rules import Condition
+from holdoff_coordinator.custody.sealing import Binding, Keyring, SealError, Secrets
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from holdoff.names import TokenName
     from holdoff_coordinator.custody.records import Held
+    from holdoff_coordinator.custody.sealing import MasterKey
 
 MOST_COPIES: Final = 10_000
 """That a replica keeps; beyond it the oldest is dropped."""
+MOST_SEALED_BYTES: Final = 96 * 1024
+"""Of a copy that a client keeps."""
+
+
+class SealedCopy(Secrets, frozen=True):
+    """A copy that clients keep, without being able to read or change it."""
+
+    KIND: ClassVar[str] = "copy"
+    request: EndRefresh
+    at_us: int
+    """When it was made, by the store's clock."""
+
+    def again(self, now_us: int) -> EndRefresh:
+        """Return what to ask for at an instant of the store's clock.
+
+        The client may have been away for long: this confirms nothing as the newest generation.
+        """
+        later = self.request.later(max(0, now_us - self.at_us))
+        return msgspec.structs.replace(later, confirms=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +97,29 @@ def copy_of(held: Held, read_us: int) -> Copy | None:
         restores=True,
     )
     return Copy(request, read_us, is_ours=False)
+
+
+def seal_copy(name: TokenName, held: Held, keys: Mapping[str, MasterKey]) -> bytes:
+    """Return a copy of a grant for clients; empty if there is none to give."""
+    copy = copy_of(held, 0)
+    if copy is not None:
+        ring = Keyring(keys, held.record.public.key_id)
+        with contextlib.suppress(SealError):
+            sealed = ring.seal(SealedCopy(copy.request, held.now_us), _binding(name))
+            if len(sealed) <= MOST_SEALED_BYTES:
+                return sealed
+    return b""
+
+
+def open_copy(name: TokenName, sealed: bytes, keys: Mapping[str, MasterKey]) -> SealedCopy:
+    """Open what a client kept.
+
+    Raises:
+        SealError: Our keys did not seal it, or not for this token.
+    """
+    return Keyring(keys, None).open(sealed, _binding(name), SealedCopy)
+
+
+def _binding(name: TokenName) -> Binding:
+    """Say what a copy belongs to; chain and generation are in it."""
+    return Binding(str(name), "", 0, "", "", ())

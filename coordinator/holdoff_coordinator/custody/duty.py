@@ -81,6 +81,7 @@ class Duty:
         """Those in use that something else held when they were looked at."""
         self._refreshing: set[asyncio.Task[float]] = set()
         self._restoring: set[asyncio.Task[None]] = set()
+        self._presenting: set[TokenName] = set()
         self._is_draining = False
 
     @contextlib.contextmanager
@@ -106,6 +107,24 @@ class Duty:
         for name in self._held:
             if name.app == app:
                 self.look(name)
+
+    def present(self, name: TokenName, sealed: bytes) -> None:
+        """Take in what a client kept of a grant; one at a time for each token."""
+        if name not in self._presenting and not self._is_draining:
+            self._presenting.add(name)
+            task = asyncio.create_task(self._present(name, sealed))
+            self._restoring.add(task)
+            task.add_done_callback(self._restoring.discard)
+
+    async def _present(self, name: TokenName, sealed: bytes) -> None:
+        try:
+            await self._refresher.take(name, sealed)
+        except Failure as failure:
+            warn("what a client kept of a grant was not presented", failure.reason)
+        except Exception:
+            log.exception("what a client kept of a grant was not presented", token=str(name))
+        finally:
+            self._presenting.discard(name)
 
     def new_life(self, app: str) -> None:
         """Present our answers to a store that may have lost some of an app."""

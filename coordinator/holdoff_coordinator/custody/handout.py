@@ -24,6 +24,7 @@ import structlog
 
 from holdoff.v1 import custody_service_pb2, grant_pb2
 from holdoff_coordinator import validation
+from holdoff_coordinator.custody.copies import seal_copy
 from holdoff_coordinator.custody.grants import grant_not_found
 from holdoff_coordinator.custody.messages import grant_message, status_of
 from holdoff_coordinator.custody.records import ReadGrants, ask, held_of, read
@@ -77,6 +78,9 @@ class Users(Protocol):
     def look(self, token: TokenName, /) -> None:
         """Look at a token, since its grant changed."""
 
+    def present(self, token: TokenName, sealed: bytes, /) -> None:
+        """Take in what a client kept of a grant."""
+
     def look_at_held(self, app: str, /) -> None:
         """Look at the tokens of an app that something else held: it may have ended."""
 
@@ -96,6 +100,8 @@ class Stand:
     """None if there is no access token, it was not opened, or there is no key for that."""
     look_in_seconds: float
     """How long after the look to look again."""
+    sealed_copy: bytes = b""
+    """Of the grant, for clients; empty for none."""
 
     @property
     def version(self) -> tuple[str, int]:
@@ -153,6 +159,7 @@ class Stand:
             response.access_token.remaining.CopyFrom(duration(remaining_us))
             response.access_token.early_margin.CopyFrom(duration(self.margin_us))
             response.access_token.api_hosts.extend(self.held.record.public.api_hosts)
+            response.access_token.sealed_copy = self.sealed_copy
         return response
 
 
@@ -300,6 +307,8 @@ class HandOuts:
         had: tuple[str, int] | None = None
         told: tuple[object, ...] | None = None
         with self._joined(name) as served, self._used(served):
+            if request.sealed_copy and self._users:
+                self._users.present(name, request.sealed_copy)
             while True:
                 stand = await self._next(served, lambda stand: stand.news, told)
                 if stand.hands_out(self._boot_us(), had):
@@ -507,12 +516,15 @@ class HandOuts:
         margin_us = before.margin_us if before and is_known else await self._margin(served.name)
         keys = self._terms.keys()
         has_key = held.record.public.key_id in keys
+        sealed_copy = before.sealed_copy if before and is_known else b""
         if held.record.sealed_access and secrets is None and served.users:
             try:
                 secrets = _opened(Keyring(keys, None), served.name, held)
+                sealed_copy = seal_copy(served.name, held, keys)
             except KeyMissingError:
                 has_key = False
-        return stand_of(served.name, held, looked_us, margin_us, secrets, has_key, before)
+        stand = stand_of(served.name, held, looked_us, margin_us, secrets, has_key, before)
+        return replace(stand, sealed_copy=sealed_copy)
 
     async def _margin(self, name: TokenName) -> int:
         policy: Any = await self._scripts.policy(name.app, name.token)

@@ -165,6 +165,8 @@ class EndRefresh(msgspec.Struct, frozen=True, kw_only=True):
     facts: str = ""
     restores: bool = False
     """It was stored before; the store may have lost it, and those before it."""
+    confirms: bool = True
+    """No newer one is known to a replica."""
 
     def later(self, by_us: int) -> EndRefresh:
         """Return what to ask for some time after this was made."""

@@ -27,7 +27,7 @@ from holdoff.v1 import budget_service_pb2
 from holdoff_coordinator.caller import NOBODY
 from holdoff_coordinator.custody import outcomes, reports, spool
 from holdoff_coordinator.custody.answers import Issued, NotSent, Unproven, Verdict
-from holdoff_coordinator.custody.copies import MOST_COPIES, Copy, copy_of
+from holdoff_coordinator.custody.copies import MOST_COPIES, Copy, copy_of, open_copy
 from holdoff_coordinator.custody.outcomes import Failure as Why
 from holdoff_coordinator.custody.outcomes import boottime_us
 from holdoff_coordinator.custody.records import (
@@ -519,6 +519,29 @@ class Refresher:
                 stored.grant is not None and stored.grant.chain != copy.request.chain
             ):
                 self._forget(name, copy)
+
+    async def take(self, name: TokenName, sealed: bytes) -> None:
+        """Present what a client kept, if the store lost it.
+
+        Not where an old refresh token revokes the grant: the client may have missed newer ones.
+
+        Raises:
+            Failure: STORE_…, CUSTODY_OFF or POLICY_NOT_FOUND.
+        """
+        try:
+            found = open_copy(name, sealed, self._seals.require())
+        except SealError as error:
+            warn("what a client kept of a grant cannot be used", str(error), token=str(name))
+            return
+        held, now_us = await read(self._scripts, name), self._now_us()
+        request = found.request
+        if held is None or held.record.chain != request.chain:
+            return
+        policy = await self._policy(name)
+        revokes = rules_of(policy, held.interval_us).rotation is Rotation.SINGLE_USE_REVOKES
+        if held.record.generation < request.generation and not revokes:
+            copy = Copy(found.again(held.now_us), now_us, is_ours=False)
+            await self._present([(name, copy)])
 
     def _forget(self, name: TokenName, copy: Copy) -> None:
         if self._copies.get(name) is copy:
