@@ -94,8 +94,7 @@ def serve(options: Options) -> None:
     except OSError as error:
         fail(EX_USAGE, _explain(error))
     tracing.start()
-    with _spool_held(settings.spool()):
-        _run(_serve(settings, store, policies, _Files(certificates, access, keys)))
+    _run(_serve(settings, store, policies, _Files(certificates, access, keys)))
 
 
 @contextlib.contextmanager
@@ -374,6 +373,8 @@ async def _serve(
 
     async with contextlib.AsyncExitStack() as stack:
         client, embedded = await stack.enter_async_context(store.connected(settings, new=True))
+        # After the embedded store, whose error fits better if its directory is in use.
+        stack.enter_context(_spool_held(settings.spool()))
         coordinator = Coordinator(
             client,
             policies=policies,
