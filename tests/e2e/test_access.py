@@ -119,6 +119,8 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
         SEE,
     ),
     "CustodyService/DeleteGrant": (custody_service_pb2.DeleteGrantRequest(name=GRANT), KEEP),
+    "CustodyService/TrustGrant": (custody_service_pb2.TrustGrantRequest(name=GRANT), KEEP),
+    "CustodyService/RotateKeys": (custody_service_pb2.RotateKeysRequest(), WHOLE_APP),
     "CustodyService/WatchGrant": (custody_service_pb2.WatchGrantRequest(name=GRANT), SEE),
     "CustodyService/GetAccessToken": (
         custody_service_pb2.GetAccessTokenRequest(name=GRANT),

@@ -24,13 +24,14 @@ from holdoff_coordinator.custody.records import (
     Facts,
     PutGrant,
     ReadGrants,
+    TrustGrant,
     ask,
     held_of,
     read,
 )
 from holdoff_coordinator.custody.rules import TAKEOVER_US
 from holdoff_coordinator.custody.sealing import GrantSecrets
-from holdoff_coordinator.custody.seals import Seals, binding_of
+from holdoff_coordinator.custody.seals import binding_of
 from holdoff_coordinator.failures import Failure, invalid, token_not_found
 from holdoff_coordinator.scripts import READ_BATCH
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.custody.records import Answer, Held
     from holdoff_coordinator.custody.sealing import MasterKey
+    from holdoff_coordinator.custody.seals import Seals
     from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.scripts import Scripts
 
@@ -84,13 +86,13 @@ class Terms:
 
 
 class Grants:
-    """Put, get, list and delete grants."""
+    """Put, get, list, trust and delete grants."""
 
-    def __init__(self, scripts: Scripts, policies: Policies, terms: Terms) -> None:
+    def __init__(self, scripts: Scripts, policies: Policies, terms: Terms, seals: Seals) -> None:
         self._scripts = scripts
         self._policies = policies
         self._terms = terms
-        self._seals = Seals(scripts, terms.keys)
+        self._seals = seals
 
     async def put(
         self, request: custody_service_pb2.PutGrantRequest, caller: Caller
@@ -185,6 +187,20 @@ class Grants:
             _refuse(name, answer, caller)
         return custody_service_pb2.DeleteGrantResponse()
 
+    async def trust(
+        self, request: custody_service_pb2.TrustGrantRequest, caller: Caller
+    ) -> custody_service_pb2.TrustGrantResponse:
+        """Take the caller's word that a grant has the newest refresh token."""
+        name = validation.grant_name("name", request.name).token_name
+        self._terms.require_closed()
+        condition = _condition("etag" if request.etag else "", request)
+        answer = await ask(
+            self._scripts, name.app, TrustGrant(token=name.token, **condition), caller
+        )
+        if answer.status != "OK":
+            _refuse(name, answer, caller)
+        return custody_service_pb2.TrustGrantResponse(grant=await self._read(name))
+
     async def _policy(self, name: TokenName) -> Policy:
         policy = await self._scripts.policy(name.app, name.token)
         if policy is None:
@@ -248,7 +264,9 @@ def _secrets(request: custody_service_pb2.PutGrantRequest) -> GrantSecrets:
 
 def _condition(
     kind: str,
-    request: custody_service_pb2.PutGrantRequest | custody_service_pb2.DeleteGrantRequest,
+    request: custody_service_pb2.PutGrantRequest
+    | custody_service_pb2.DeleteGrantRequest
+    | custody_service_pb2.TrustGrantRequest,
 ) -> dict[str, Any]:
     """Read what may be replaced or deleted, as the scripts take it."""
     if kind != "etag":
@@ -290,7 +308,7 @@ def grant_not_found(name: TokenName) -> Failure:
 
 
 def _refuse(name: TokenName, answer: Answer, caller: Caller) -> NoReturn:
-    """Say why a grant was not put or deleted."""
+    """Say why a grant was not changed."""
     resource = str(GrantName(name.app, name.token))
     match answer.status:
         case "TOKEN_NOT_FOUND":

@@ -55,6 +55,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     not_sent: int
     confirmed_us: int = 0
     """When a replica last presented this generation as the newest that it knows."""
+    evidence_us: int = 0
+    """When an answer was stored, or an operator said that this is the newest generation."""
     attempt: str = ""
     attempt_replica: str = ""
     attempt_begun_us: int = 0
@@ -125,7 +127,7 @@ class BeginRefresh(msgspec.Struct, frozen=True, kw_only=True):
     takeover_us: int
     has_evidence: bool
     fears: str
-    """A loss of which may have lost a newer refresh token: DATA, WRITES, or empty."""
+    """After which loss the refresh token must not be sent: DATA, WRITES, or empty for none."""
     event: str
     budgets: Sequence[dict[str, Any]]
 
@@ -195,6 +197,25 @@ class DeleteGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     etag_generation: int | None = None
 
 
+class TrustGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Asks for `trust_grant.lua`."""
+
+    token: str
+    etag_chain: str | None = None
+    etag_generation: int | None = None
+
+
+class ResealGrant(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks for `reseal_grant.lua`."""
+
+    token: str
+    chain: str
+    generation: int
+    sealed_grant: str
+    sealed_access: str
+    facts: str
+
+
 class Held(msgspec.Struct, frozen=True, array_like=True):
     """A grant, and what prevents its next request besides itself."""
 
@@ -226,7 +247,15 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Request = (
-    PutGrant | ReadGrants | BeginRefresh | IntendRefresh | EndRefresh | ClaimIdle | DeleteGrant
+    PutGrant
+    | ReadGrants
+    | BeginRefresh
+    | IntendRefresh
+    | EndRefresh
+    | ClaimIdle
+    | DeleteGrant
+    | TrustGrant
+    | ResealGrant
 )
 RequestT = TypeVar("RequestT", bound=Request)
 
@@ -238,6 +267,8 @@ _SCRIPTS: Final = {
     EndRefresh: "end_refresh",
     ClaimIdle: "claim_idle",
     DeleteGrant: "delete_grant",
+    TrustGrant: "trust_grant",
+    ResealGrant: "reseal_grant",
 }
 
 

@@ -33,6 +33,7 @@ from holdoff_coordinator.custody.records import (
     ask,
     read,
 )
+from holdoff_coordinator.custody.resealing import resealed
 from holdoff_coordinator.custody.results import (
     Anchor,
     Attempt,
@@ -188,6 +189,8 @@ class Refresher:
             if wait := _wait(held, rules, due):
                 return wait
             ring, prints = await self._seals.unlocked()
+            if held.record.public.key_id not in ring.keys:
+                return Next(None, "KEY_MISSING")  # the right is for those who can use it
             attempt_id = uuid.uuid4().hex
             answer, anchor = await self._begin(name, held.record, attempt_id, policy, rules)
             record = answer.grant
@@ -242,10 +245,11 @@ class Refresher:
                 return answer, Anchor(answer.now_us, asked_us, self._now_us())
 
     def _fears(self, rules: Rules) -> str:
-        """Tell which loss of the store's makes a refresh token one that must not be sent."""
-        if rules.rotation is not Rotation.SINGLE_USE_REVOKES:
+        """Tell after which loss of the store's a refresh token must not be sent."""
+        if rules.rotation in {Rotation.NONE, Rotation.REUSABLE}:
             return ""
-        return "DATA" if self._is_copied else "WRITES"
+        is_revoking = rules.rotation is Rotation.SINGLE_USE_REVOKES
+        return "WRITES" if is_revoking and not self._is_copied else "DATA"
 
     def _has_evidence(self, _: TokenName) -> bool:
         """Tell whether a refresh may continue in quarantine.
@@ -390,6 +394,20 @@ class Refresher:
                 warn("an answer of a token URL is not stored yet", failure.reason, token=str(name))
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    async def reseal(self) -> None:
+        """Seal the answers that we keep with the primary key, so that they need no older one.
+
+        Raises:
+            Failure: CUSTODY_KEY_MISSING or STORE_….
+        """
+        if not self._copies:
+            return
+        ring, _ = await self._seals.unlocked()
+        for name, copy in self._copies.items():
+            with suppress(SealError):  # its key was removed too early
+                again = msgspec.structs.replace(copy.request, **resealed(ring, name, copy.request))
+                self._copies[name] = replace(copy, request=again)
 
     async def restore(self, app: str) -> None:
         """Present this replica's answers again, after the store may have lost some of an app.

@@ -36,7 +36,7 @@ keep_grant(grant, {
   facts = ask.facts, fingerprint = ask.fingerprint, condition = 'READY', message = '',
   created_us = now, since_us = now, refreshed_us = refreshed, not_before_us = number(token.not_before_us),
   expires_us = 0, idle_us = ask.idle_us > 0 and refreshed + ask.idle_us or 0,
-  unproven = 0, first_unproven_us = 0, not_sent = 0, confirmed_us = 0,
+  unproven = 0, first_unproven_us = 0, not_sent = 0, confirmed_us = 0, evidence_us = 0,
   attempt = '', attempt_replica = '', attempt_begun_us = 0, attempt_step = '', attempt_outcome = '',
 })
 mirror(id, token, lease)
