@@ -74,10 +74,13 @@ class Refreshed:
         facts = (put.token_url, put.client_id, tuple(put.api_hosts))
         belongs_to = Binding(self.token, put.chain_id, self.generation + 1, *facts)
         sealed = self._ring.seal(AccessSecrets(access), belongs_to)
+        record = self.scripts.record()
         answer = self.scripts.end(
             "one",
             self.generation,
-            sealed_grant=self.scripts.record().sealed_grant,
+            facts=record.facts,
+            fingerprint=record.fingerprint,
+            sealed_grant=record.sealed_grant,
             sealed_access=base64.b64encode(sealed).decode(),
             expires_in_us=round(life_seconds * SECOND),
             not_before_in_us=0,

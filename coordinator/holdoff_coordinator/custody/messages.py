@@ -103,6 +103,9 @@ def _passing(name: TokenName, held: Held) -> grant_pb2.GrantStatus:
         return _status(_State.GRANT_STATE_HELD, words, 0, held.until_us)
     until_us = max(record.not_before_us, held.until_us)
     if now_us < until_us:
+        if record.not_sent or record.unproven:
+            words = f"the last request failed ({record.attempt_outcome}), and is repeated then"
+            return _status(_State.GRANT_STATE_COOLING, words, record.attempt_begun_us, until_us)
         words = held_words("COOLING", name)
         since_us = record.refreshed_us if until_us == record.not_before_us else 0
         return _status(_State.GRANT_STATE_COOLING, words, since_us, until_us)
