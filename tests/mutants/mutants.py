@@ -969,6 +969,32 @@ MUTANTS = [
         f"{TESTS}/test_key_rotation.py::test_a_notice_ends",
     ),
     Mutant(
+        "a grant has one name, also across apps",
+        f"{CUSTODY}/owners.py",
+        "if other and await self._has(other, fingerprint):",
+        "if False:",
+        f"{TESTS}/test_owners.py::test_a_put_that_crashed",
+    ),
+    Mutant(
+        "a claim counts while its put may be under way",
+        *(f"{CUSTODY}/owners.py", "if 0 <= age_us < PENDING_US:", "if False:"),
+        f"{TESTS}/test_owners.py::test_a_put_that_crashed",
+    ),
+    Mutant(
+        "a claim is looked at again after the put",
+        f"{CUSTODY}/grants.py",
+        "if await self._owners.held(fingerprint, name):",
+        "if True:",
+        f"{TESTS}/test_owners.py::test_a_replica_that_was_stopped",
+    ),
+    Mutant(
+        "a claim goes with the grant",
+        f"{CUSTODY}/grants.py",
+        "        await self._release(fingerprint, name, claim)\n        return custody",
+        "        return custody",
+        f"{TESTS}/test_owners.py::test_a_claim_goes_with_the_grant",
+    ),
+    Mutant(
         "a coordinator with keys leaves no dump",
         *(f"{CUSTODY}/memory.py", "_PR_SET_DUMPABLE, 0, 0, 0, 0)", "_PR_SET_DUMPABLE, 1, 0, 0, 0)"),
         "tests/custody/test_memory.py::test_no_dump",
@@ -1003,15 +1029,15 @@ MUTANTS = [
     Mutant(
         "whose refresh token it is, is told to those who see that token",
         f"{COORDINATOR}/custody/grants.py",
-        "sees = caller.sees(name.app, answer.of)",
-        "sees = True or caller",
+        "if caller.sees(of.app, of.token) else",
+        "if True or caller else",
         f"{TESTS}/test_grants.py::test_a_custodian_of_one_token_hears_nothing_of_another",
     ),
     Mutant(
         "all coordinators of a store seal with one key",
         f"{COORDINATOR}/custody/seals.py",
         "ring = Keyring(keys, primary)",
-        "return own, FingerprintKey.generate()",
+        "ring = Keyring(keys, max(keys))",
         f"{TESTS}/test_grants.py::test_a_coordinator_with_other_keys",
     ),
     Mutant(

@@ -42,6 +42,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """`AccessSecrets`, in base64; empty also if there is no access token."""
     facts: str
     fingerprint: str
+    claim: str = ""
+    """The fingerprint by which other apps find it: that of the refresh token that was put."""
     condition: Condition
     message: str = ""
     created_us: int

@@ -58,9 +58,9 @@ class Grants:
         Raises:
             GrantExists: There is a grant, and neither `etag` nor `replace` was given.
             GrantChanged: The grant has another etag.
-            GrantDuplicate: Another token of the app has this refresh token in custody.
-            TokenBusy: A lease on the token lives, or it cools down; `retry_after_seconds` says
-                for how long.
+            GrantDuplicate: Another token has this refresh token in custody.
+            TokenBusy: A lease on the token lives, or it cools down, or this refresh token is being
+                put under another name; `retry_after_seconds` says for how long.
             Quarantined: The app is in quarantine.
             CustodyOff: The coordinator takes nothing into custody.
             CustodyKeyMissing: The coordinator does not have the key that encrypts.

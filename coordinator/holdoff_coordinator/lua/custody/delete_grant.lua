@@ -13,7 +13,7 @@ if lost_at(grant) > 0 then
 end
 redis.call('HDEL', PRINTS, grant.fingerprint)
 keep_grant(grant, {
-  sealed_grant = '', sealed_access = '', facts = '', fingerprint = '', expires_us = 0, attempt_step = '',
+  sealed_grant = '', sealed_access = '', facts = '', fingerprint = '', claim = '', expires_us = 0, attempt_step = '',
   refreshed_us = math.max(grant.refreshed_us, lost_at(grant)),
 })
 audit('GRANT_DELETED', token_name(id), {}, true)

@@ -33,7 +33,7 @@ local refreshed = math.max(grant.refreshed_us, lost_at(grant), now - ask.age_us)
 cool_down(id, token, refreshed, number(token.interval_us))
 keep_grant(grant, {
   chain = ask.chain, generation = generation, sealed_grant = ask.sealed_grant, sealed_access = '',
-  facts = ask.facts, fingerprint = ask.fingerprint, condition = 'READY', message = '',
+  facts = ask.facts, fingerprint = ask.fingerprint, claim = ask.fingerprint, condition = 'READY', message = '',
   created_us = now, since_us = now, refreshed_us = refreshed, not_before_us = number(token.not_before_us),
   expires_us = 0, idle_us = ask.idle_us > 0 and refreshed + ask.idle_us or 0,
   unproven = 0, first_unproven_us = 0, not_sent = 0, confirmed_us = 0, evidence_us = 0,
