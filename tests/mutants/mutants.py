@@ -995,6 +995,16 @@ MUTANTS = [
         f"{TESTS}/test_owners.py::test_a_claim_goes_with_the_grant",
     ),
     Mutant(
+        "a pause of a refresh token outlives its grant",
+        *(f"{LUA}/custody/put_grant.lua", "is_same and grant.not_before_us or 0", "0"),
+        f"{TESTS}/test_grant_records.py::test_a_pause_of_a_refresh_token_outlives_its_grant",
+    ),
+    Mutant(
+        "a token that is made again has the cooldown that custody knows",
+        *(f"{LUA}/create_token.lua", "if refreshed > 0 then", "if false then"),
+        f"{TESTS}/test_grant_records.py::test_a_token_that_is_made_again_still_waits",
+    ),
+    Mutant(
         "a coordinator with keys leaves no dump",
         *(f"{CUSTODY}/memory.py", "_PR_SET_DUMPABLE, 0, 0, 0, 0)", "_PR_SET_DUMPABLE, 1, 0, 0, 0)"),
         "tests/custody/test_memory.py::test_no_dump",
