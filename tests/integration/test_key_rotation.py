@@ -17,7 +17,7 @@ from holdoff_coordinator.custody.seals import Seals
 from holdoff_coordinator.scripts import Scripts
 from tests.custodian import Custodian, key_directory, refused
 from tests.harness import wait_until
-from tests.integration.test_refreshing import world
+from tests.integration.test_refreshing import INTERVAL_SECONDS, world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -170,6 +170,39 @@ async def test_the_right_is_for_replicas_with_the_key(url: str, tmp_path: Path) 
         await one.reseal()
         (kept,) = one._copies.values()
         assert b'"key_id":"first"' in kept.request.facts.encode()
+
+
+@pytest.mark.parametrize("has_another", [True, False])
+async def test_a_missing_primary_key_stops_its_tokens_only(
+    url: str, tmp_path: Path, *, has_another: bool
+) -> None:
+    """A grant that an older key sealed is refreshed with that key where the primary one is missing.
+
+    Fails when nothing is refreshed then; or, where a replica has another key of the same id, when
+    that one is used.
+    """
+    ours = key_directory(folder(tmp_path, "ours"), "first")
+    async with world(url, ours, folder(tmp_path, "spools")) as w:
+        key_directory(ours, "second")
+        await w.seals.rotate("second")
+        theirs = folder(tmp_path, "theirs", ours / "first.key")
+        if has_another:
+            key_directory(theirs, "second")
+        whole, w.seals = w.seals, Seals(w.scripts, KeyDirectory(theirs).keys)
+        before = await w.record()
+        await w.refresh("two")
+        record = await w.record()
+        assert (record.generation, record.public.key_id) == (2, "first")
+        assert record.fingerprint == before.fingerprint
+        assert w.spooled("two") == []
+        w.seals = whole
+        await w.pass_seconds(INTERVAL_SECONDS)
+        await w.refresh()
+        assert (await w.record()).public.key_id == "second"
+        await w.pass_seconds(INTERVAL_SECONDS)
+        w.seals = Seals(w.scripts, KeyDirectory(theirs).keys)
+        assert await w.refresh("two") == Next(None, "KEY_MISSING")
+        assert await w.report() == (2, 0, 0)
 
 
 async def test_a_notice_ends(url: str, tmp_path: Path) -> None:

@@ -1005,6 +1005,20 @@ MUTANTS = [
         f"{TESTS}/test_grant_records.py::test_a_token_that_is_made_again_still_waits",
     ),
     Mutant(
+        "without the primary key the key of a grant seals it again",
+        *(
+            f"{CUSTODY}/seals.py",
+            "            return Keyring(keys, None), None",
+            "            raise",
+        ),
+        f"{TESTS}/test_key_rotation.py::test_a_missing_primary_key_stops_its_tokens_only",
+    ),
+    Mutant(
+        "a key of the same id that is another one opens nothing",
+        *(f"{CUSTODY}/seals.py", "keys.keys() - {key_id_of(sealed)}", "keys"),
+        f"{TESTS}/test_key_rotation.py::test_a_missing_primary_key_stops_its_tokens_only",
+    ),
+    Mutant(
         "a coordinator with keys leaves no dump",
         *(f"{CUSTODY}/memory.py", "_PR_SET_DUMPABLE, 0, 0, 0, 0)", "_PR_SET_DUMPABLE, 1, 0, 0, 0)"),
         "tests/custody/test_memory.py::test_no_dump",

@@ -59,6 +59,7 @@ from holdoff_coordinator.custody.sealing import (
     AccessSecrets,
     Binding,
     GrantSecrets,
+    Keyring,
     SealError,
     SpoolKey,
 )
@@ -83,7 +84,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.custody.outcomes import Outcome
     from holdoff_coordinator.custody.records import Answer, Held, Record
     from holdoff_coordinator.custody.rules import Rules, Standing
-    from holdoff_coordinator.custody.sealing import FingerprintKey, Keyring
+    from holdoff_coordinator.custody.sealing import FingerprintKey
     from holdoff_coordinator.custody.seals import Seals
     from holdoff_coordinator.custody.spool import Spooling
     from holdoff_coordinator.policies import Policies
@@ -188,7 +189,7 @@ class Refresher:
             rules = rules_of(policy, held.interval_us)
             if wait := _wait(held, rules, due):
                 return wait
-            ring, prints = await self._seals.unlocked()
+            ring, prints = await self._seals.usable()
             if held.record.public.key_id not in ring.keys:
                 return Next(None, "KEY_MISSING")  # the right is for those who can use it
             attempt_id = uuid.uuid4().hex
@@ -451,7 +452,7 @@ class Refresher:
         return left
 
     async def _adopt(self, path: str) -> None:
-        ring, prints = await self._seals.unlocked()
+        ring, prints = await self._seals.usable()
         opened: list[Envelope] = []
 
         def unwrap(wrapped: bytes) -> bytes:
@@ -501,7 +502,18 @@ class _Work:
     attempt: Attempt
     anchor: Anchor
     ring: Keyring
-    prints: FingerprintKey
+    prints: FingerprintKey | None
+    """None if the primary key is missing."""
+
+    @property
+    def primary(self) -> str:
+        """The key that seals: without the primary key the one that sealed the grant."""
+        return self.ring.primary or self.attempt.record.public.key_id
+
+    @property
+    def sealing(self) -> Keyring:
+        """What seals."""
+        return Keyring(self.ring.keys, self.primary)
 
     @property
     def binding(self) -> Binding:
@@ -515,7 +527,7 @@ class _Work:
         envelope = Envelope(
             self.binding,
             self.attempt.record.attempt_begun_us,
-            self.ring.seal(SpoolKey(bytes(key)), self.binding),
+            self.sealing.seal(SpoolKey(bytes(key)), self.binding),
         )
         return spool.Spooling(path, key, msgspec.msgpack.encode(envelope))
 
@@ -530,14 +542,17 @@ class _Work:
         if access is None and record.sealed_access:
             with suppress(SealError):  # it expires soon anyway
                 access = self.ring.open(_blob(record.sealed_access), self.binding, AccessSecrets)
-        primary = self.ring.primary or ""
-        return {
-            "sealed_grant": _text(self.ring.seal(grant, next_one)),
-            "sealed_access": _text(self.ring.seal(access, next_one)) if access else "",
-            "fingerprint": self.prints.fingerprint(
+        ring, fingerprint = self.sealing, record.fingerprint
+        if self.prints:
+            fingerprint = self.prints.fingerprint(
                 public.token_url, public.client_id, grant.refresh_token
-            ),
-            "facts": msgspec.json.encode(msgspec.structs.replace(public, key_id=primary)).decode(),
+            )
+        facts = msgspec.structs.replace(public, key_id=self.primary)
+        return {
+            "sealed_grant": _text(ring.seal(grant, next_one)),
+            "sealed_access": _text(ring.seal(access, next_one)) if access else "",
+            "fingerprint": fingerprint,
+            "facts": msgspec.json.encode(facts).decode(),
         }
 
 

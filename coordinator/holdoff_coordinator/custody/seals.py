@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from holdoff_coordinator.custody.key_notices import KEPT_SECONDS
@@ -86,6 +87,24 @@ class Seals:
             new = ring.seal(FingerprintKey.generate(), FINGERPRINTS)
             sealed = await self._scripts.shared_key(SHARED_NAME, new)
         return _opened(keys, sealed)
+
+    async def usable(self) -> tuple[Keyring, FingerprintKey | None]:
+        """Return what opens; and what seals and recognises, unless the primary key is missing.
+
+        Raises:
+            Failure: CUSTODY_OFF or STORE_….
+        """
+        keys = self.require()
+        sealed = await self._scripts.known_key(SHARED_NAME)
+        if sealed is None:
+            return await self.unlocked()
+        try:
+            return _opened(keys, sealed)
+        except Failure:
+            # A key with that id, if there is one, is another one.
+            with contextlib.suppress(UnsealableError):
+                keys = {key_id: keys[key_id] for key_id in keys.keys() - {key_id_of(sealed)}}
+            return Keyring(keys, None), None
 
     async def rotate(self, wanted: str) -> None:
         """Seal with another key from now on; an empty id means the highest one that there is.
