@@ -29,7 +29,7 @@ from holdoff.policies import PolicyError
 from holdoff_coordinator import tracing
 from holdoff_coordinator.access import IDENTITY_TYPES, AccessError
 from holdoff_coordinator.credentials import Credentials
-from holdoff_coordinator.custody import spool_folder
+from holdoff_coordinator.custody import memory, spool_folder
 from holdoff_coordinator.custody.grants import Terms
 from holdoff_coordinator.custody.key_files import KeyDirectory, KeyFileError
 from holdoff_coordinator.custody.spool_folder import SpoolFolderError, SpoolInUseError
@@ -86,6 +86,8 @@ def serve(options: Options) -> None:
         files = settings.tls()
         certificates = Certificates(files) if files else None
         access = AccessFile(settings.access_file) if settings.access_file else None
+        if settings.custody_key_dir:
+            memory.protect()
         keys = KeyDirectory(settings.custody_key_dir) if settings.custody_key_dir else None
         if settings.custody_ca_file:
             _require_authorities(settings.custody_ca_file)

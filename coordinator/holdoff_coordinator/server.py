@@ -21,7 +21,9 @@ from holdoff_coordinator.credentials import Credentials
 from holdoff_coordinator.custody.duty import Duty
 from holdoff_coordinator.custody.grants import Grants, Terms
 from holdoff_coordinator.custody.handout import HandOuts
+from holdoff_coordinator.custody.key_notices import KeyNotices
 from holdoff_coordinator.custody.refreshing import LIMITS, Refresher
+from holdoff_coordinator.custody.resealing import KeyRotation
 from holdoff_coordinator.custody.seals import Seals
 from holdoff_coordinator.custody.sending import Reach, Sending
 from holdoff_coordinator.durability import NO_COPIES
@@ -165,16 +167,20 @@ class Coordinator:
         self._health_server = grpc.aio.server(interceptors=[reading], options=_OPTIONS)
         self.policies = Policies(policies)
         self._replays = Replays(self.scripts, boot_us)
+        terms = custody or Terms()
+        self._replica = f"{socket.gethostname()}:{os.getpid()}"
+        self._notices = KeyNotices(self.scripts, terms.keys, self._replica)
+        self._has_keys = bool(terms.keys())
+        seals = Seals(self.scripts, terms.keys, self._notices)
         places = Places(self.scripts, self.policies)
         budgets = Budgets(self.scripts, places, self._replays, self.limits)
         self.refreshes: Duty | None = None
         """Keeps access tokens in custody fresh; None where this replica requests none."""
-        if custody and custody.spool:
-            self.refreshes = self._refreshes(custody, durability, budgets)
+        if terms.spool:
+            self.refreshes = self._refreshes(terms, durability, seals, budgets)
         self._gate = Gate(Credentials(redis), access, trail, client_identity)
         self._followers = Followers(self.scripts, self.hub, places, self.limits)
         looks = Looks(self.scripts, self.hub)
-        terms = custody or Terms()
         self._hand_outs = HandOuts(
             self.scripts,
             self.hub,
@@ -192,8 +198,9 @@ class Coordinator:
             followers=self._followers,
             watches=Watches(self.scripts, self.hub, looks, self.limits),
             tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
-            grants=Grants(self.scripts, self.policies, terms),
+            grants=Grants(self.scripts, self.policies, terms, seals),
             hand_outs=self._hand_outs,
+            key_rotation=KeyRotation(self.scripts, seals, terms),
             budgets=budgets,
             back_offs=BackOffs(self.scripts, places),
             budget_watches=BudgetWatches(self.scripts, self.hub, looks, self.limits),
@@ -227,6 +234,7 @@ class Coordinator:
             *([self._gate.recheck_forever] if self._access else []),
             *([self.refreshes.refresh_idle_forever] if self.refreshes else []),
             *([self.refreshes.adopt_forever] if self.refreshes else []),
+            *([self._notices.give_forever] if self._has_keys else []),
         ):
             self._duties.append(asyncio.create_task(_for_ever(duty)))
         await self._set_serving(None)
@@ -239,7 +247,9 @@ class Coordinator:
         )
         return self
 
-    def _refreshes(self, terms: Terms, durability: Durability, budgets: Budgets) -> Duty:
+    def _refreshes(
+        self, terms: Terms, durability: Durability, seals: Seals, budgets: Budgets
+    ) -> Duty:
         """Make what refreshes grants."""
         reach = Reach(
             terms.networks,
@@ -249,8 +259,8 @@ class Coordinator:
         refresher = Refresher(
             self.scripts,
             self.policies,
-            Seals(self.scripts, terms.keys),
-            replica=f"{socket.gethostname()}:{os.getpid()}",
+            seals,
+            replica=self._replica,
             send=partial(Sending, reach=reach, limits=LIMITS),
             folder=str(terms.spool),
             is_copied=durability.replicas > 0,
@@ -354,6 +364,8 @@ class Coordinator:
         for duty in self._duties:
             duty.cancel()
         await asyncio.gather(*self._duties, return_exceptions=True)
+        if self._has_keys:
+            await self._notices.withdraw()
 
 
 def _open(

@@ -256,7 +256,7 @@ class Settings(BaseSettings):
         """Return the directory of the spool; None without custody."""
         if not self.custody_key_dir:
             return None
-        return self.custody_spool_dir or self.data_dir / "spool"
+        return (self.custody_spool_dir or self.data_dir / "spool").absolute()
 
     @model_validator(mode="after")
     def _tls(self) -> Self:

@@ -70,6 +70,10 @@ STATES: dict[str, tuple[Held, str, int, str]] = {
         *("READY", SOON, "there is"),
     ),
     "its own pause": (held(not_before_us=SOON), "COOLING", SOON, "holdoff token show"),
+    "a request that was not sent": (
+        held(not_before_us=SOON, not_sent=1, attempt_outcome="not sent: refused", **BEGUN),
+        *("COOLING", SOON, "failed (not sent: refused)"),
+    ),
     "the cooldown of the token": (held("COOLING", LATER), "COOLING", LATER, "token show"),
     "both": (held("COOLING", SOON, not_before_us=LATER), "COOLING", LATER, "token show"),
     "a quarantine": (held("QUARANTINED", LATER), "HELD", LATER, "quarantine show apps/exact-nl"),

@@ -78,8 +78,9 @@ class Refreshed:
         answer = self.scripts.end(
             "one",
             self.generation,
-            sealed_grant=record.sealed_grant,
             facts=record.facts,
+            fingerprint=record.fingerprint,
+            sealed_grant=record.sealed_grant,
             sealed_access=base64.b64encode(sealed).decode(),
             expires_in_us=round(life_seconds * SECOND),
             not_before_in_us=0,

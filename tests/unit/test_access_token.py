@@ -138,6 +138,15 @@ def test_the_end_of_a_stream_withdraws_the_token() -> None:
         access.usable()
 
 
+def test_a_wait_without_an_answer_ends_with_the_trouble() -> None:
+    """Fails when a client that reaches no coordinator says that no answer came, and no more."""
+    access, _ = opened()
+    access.failed(Unavailable("nothing listens there"))
+    access.must_wait(is_over=False)
+    with pytest.raises(Unavailable, match="nothing listens there"):
+        access.must_wait(is_over=True)
+
+
 @pytest.mark.parametrize(
     ("state", "waits"),
     [

@@ -30,11 +30,11 @@ from holdoff_coordinator.custody.messages import grant_message, status_of
 from holdoff_coordinator.custody.records import ReadGrants, ask, held_of, read
 from holdoff_coordinator.custody.sealing import (
     AccessSecrets,
-    Binding,
     KeyMissingError,
     Keyring,
     UnsealableError,
 )
+from holdoff_coordinator.custody.seals import binding_of
 from holdoff_coordinator.failures import STORE_TROUBLES, Failure, token_damaged
 from holdoff_coordinator.records import duration
 from holdoff_coordinator.scripts import READ_BATCH, boottime_us
@@ -540,15 +540,8 @@ def _opened(ring: Keyring, name: TokenName, held: Held) -> AccessSecrets:
         KeyMissingError: The key that sealed it is not here.
         Failure: STORE_DAMAGED.
     """
-    record, facts = held.record, held.record.public
-    belongs_to = Binding(
-        str(name),
-        record.chain,
-        record.generation,
-        facts.token_url,
-        facts.client_id,
-        facts.api_hosts,
-    )
+    record = held.record
+    belongs_to = binding_of(name, record.chain, record.generation, record.public)
     with contextlib.suppress(UnsealableError, binascii.Error):
         sealed = base64.b64decode(record.sealed_access, validate=True)
         return ring.open(sealed, belongs_to, AccessSecrets)

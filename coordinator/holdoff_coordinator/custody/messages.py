@@ -32,7 +32,10 @@ _LASTING = {
     Condition.STALE: (
         _State.GRANT_STATE_STALE,
         "the store may have lost a newer refresh token",
-        "put the newest one, or authorize again: holdoff grant put {name} --replace",
+        (
+            "put the newest one: holdoff grant put {name} --replace; or, if you know that this is "
+            "the newest one: holdoff grant trust {name}"
+        ),
     ),
 }
 """What only an operator can change: the state, why, and what to do."""
@@ -100,6 +103,9 @@ def _passing(name: TokenName, held: Held) -> grant_pb2.GrantStatus:
         return _status(_State.GRANT_STATE_HELD, words, 0, held.until_us)
     until_us = max(record.not_before_us, held.until_us)
     if now_us < until_us:
+        if record.not_sent or record.unproven:
+            words = f"the last request failed ({record.attempt_outcome}), and is repeated then"
+            return _status(_State.GRANT_STATE_COOLING, words, record.attempt_begun_us, until_us)
         words = held_words("COOLING", name)
         since_us = record.refreshed_us if until_us == record.not_before_us else 0
         return _status(_State.GRANT_STATE_COOLING, words, since_us, until_us)

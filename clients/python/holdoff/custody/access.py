@@ -54,6 +54,8 @@ class Access(Listening[custody_service_pb2.GetAccessTokenResponse]):
     """What the coordinator said last; None before the first time."""
     final: HoldoffError | None = field(init=False, default=None)
     """Why the stream has ended for good."""
+    _trouble: HoldoffError | None = field(init=False, default=None)
+    """Why the last connection ended, until a response comes."""
     _last: Usable | None = field(init=False, default=None)
     _opened_ns: int = field(init=False, default=0)
     _sealed_copy: bytes = field(init=False, default=b"", repr=False)
@@ -70,13 +72,22 @@ class Access(Listening[custody_service_pb2.GetAccessTokenResponse]):
         self, response: custody_service_pb2.GetAccessTokenResponse
     ) -> custody_service_pb2.GetAccessTokenResponse:
         """Take in a message; return it."""
-        self._failures = 0
+        self._failures, self._trouble = 0, None
         if response.HasField("access_token"):
             self._take(response.access_token, response.stream_age.ToNanoseconds())
         elif not response.has_access_token:
             self._last = None
         self.status = response.status
         return response
+
+    def failed(self, error: HoldoffError) -> float:
+        """Return after how many seconds to connect again; there is no limit.
+
+        Raises:
+            HoldoffError: The error, if it is final.
+        """
+        self._trouble = error
+        return Listening.failed(self, error)
 
     def _take(self, given: grant_pb2.AccessToken, age_ns: int) -> None:
         """Keep an access token.
@@ -120,9 +131,12 @@ class Access(Listening[custody_service_pb2.GetAccessTokenResponse]):
 
         Raises:
             NoAccessToken: It does not.
+            Unavailable: No coordinator answers.
         """
         status = self.status
         if status is None:
+            if is_over and self._trouble:
+                raise self._trouble
             if is_over:
                 raise NoAccessToken(f"no answer about the access token of {self.token} came yet")
             return

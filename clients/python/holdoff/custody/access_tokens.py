@@ -83,6 +83,7 @@ class AccessToken:
 
         Raises:
             NoAccessToken: There is none within the wait; the message says why.
+            Unavailable: No coordinator answered within the wait.
             GrantNotFound: No grant of the token is in custody, or not any more.
             Refused: This caller lacks the role `gateway` on the token.
             HoldoffError: It was closed, or the stream failed for good.
