@@ -1111,4 +1111,16 @@ MUTANTS = [
         *(f"{CLIENT}/custody/access.py", "elif not response.has_access_token:", "elif False:"),
         "tests/unit/test_access_token.py::test_a_state_alone_leaves_the_token",
     ),
+    Mutant(
+        "a guard removes the access token of a run that was killed",
+        *(f"{CLIENT}/_guard.py", "        if path is not None:\n", "        if False:\n"),
+        "tests/e2e/test_run_access_token.py::test_no_file_outlives_the_run",
+    ),
+    Mutant(
+        "an access token that is too old is in no file",
+        f"{CLIENT}/custody/files.py",
+        "            self.remove()\n            return\n",
+        "            return\n",
+        "tests/e2e/test_run_access_token.py::test_the_file_is_replaced_and_never_too_old",
+    ),
 ]
