@@ -98,8 +98,11 @@ class Access(Listening[custody_service_pb2.GetAccessTokenResponse]):
         """The stream has ended for good: what was handed out may have been revoked."""
         self.final, self._last = error, None
 
-    def usable(self) -> Usable | None:
+    def usable(self, newer_than: int = 0) -> Usable | None:
         """Return the access token if calls may begin with it now.
+
+        Args:
+            newer_than: Only one of a later generation.
 
         Raises:
             HoldoffError: The stream has ended for good.
@@ -107,7 +110,9 @@ class Access(Listening[custody_service_pb2.GetAccessTokenResponse]):
         if self.final:
             raise self.final
         last = self._last
-        return last if last and self.clock() < last.until_ns else None
+        if last is None or last.generation <= newer_than:
+            return None
+        return last if self.clock() < last.until_ns else None
 
     def must_wait(self, *, is_over: bool) -> None:
         """Raise if it makes no sense to wait any longer for an access token.

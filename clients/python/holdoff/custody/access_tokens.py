@@ -90,8 +90,13 @@ class AccessToken:
         """
         return self.usable(wait_seconds).access_token
 
-    def usable(self, wait_seconds: float | None = None) -> Usable:
-        """Return the access token as `current` does, with its generation, end and hosts."""
+    def usable(self, wait_seconds: float | None = None, *, newer_than: int = 0) -> Usable:
+        """Return the access token as `current` does, with its generation, end and hosts.
+
+        Args:
+            wait_seconds: How long to wait; 0 answers at once, None waits without limit.
+            newer_than: Only one of a later generation, as when the provider refuses this one.
+        """
         give_up_ns = None
         if wait_seconds is not None:
             give_up_ns = boottime_ns() + round(wait_seconds * SECOND)
@@ -100,7 +105,7 @@ class AccessToken:
             while True:
                 if self._closed:
                     raise HoldoffError(f"the access token of {self.token} was closed")
-                if usable := self._access.usable():
+                if usable := self._access.usable(newer_than):
                     return usable
                 left = LONGEST_SLEEP_SECONDS
                 if give_up_ns is not None:
