@@ -1123,4 +1123,23 @@ MUTANTS = [
         "            return\n",
         "tests/e2e/test_run_access_token.py::test_the_file_is_replaced_and_never_too_old",
     ),
+    Mutant(
+        "an adapter sends an access token over https, or within this host",
+        *(f"{CLIENT}/auth/_rules.py", "and not _is_loopback(self.host)", "and False"),
+        "tests/integration/test_auth.py::test_where_an_access_token_may_go",
+    ),
+    Mutant(
+        "a redirect to another host has no access token",
+        f"{CLIENT}/auth/_requests.py",
+        "    if not response.is_redirect:\n",
+        "    if response.is_redirect or not response.is_redirect:\n",
+        "tests/integration/test_auth.py::test_no_other_host_gets_the_token",
+    ),
+    Mutant(
+        "a call is not repeated with the access token that the provider refused",
+        f"{CLIENT}/custody/access.py",
+        "last is None or last.generation <= newer_than",
+        "last is None",
+        "tests/integration/test_auth.py::test_a_dead_token_is_replaced_once",
+    ),
 ]

@@ -148,11 +148,14 @@ class Custody:
 
 
 @contextlib.contextmanager
-def custody() -> Iterator[Custody]:
+def custody(*api_hosts: str) -> Iterator[Custody]:
     """Run a coordinator, and a simulated Exact Online whose token it has in custody.
 
     The first access token is requested as soon as something uses the token. The provider keeps its
     rules: the next is requested after 572 s, or `Custody.pass_seconds`. Nothing leaves this host.
+
+    Args:
+        api_hosts: More hosts that the access token may be sent to, as `host:port`.
 
     Raises:
         holdoff_coordinator.store.StoreError: There is no Valkey for this platform.
@@ -161,7 +164,8 @@ def custody() -> Iterator[Custody]:
     seed = Seed()
     with contextlib.ExitStack() as stack:
         provider = stack.enter_context(_simulator(seed))
-        policy = _simulated(provider)
+        hosts = (provider.partition("//")[2], *api_hosts)
+        policy = _simulated(provider, hosts)
         url, _ = stack.enter_context(valkey())
         known = {**presets(), policy.name: policy}
         thread = stack.enter_context(CoordinatorThread(url, custody=True, policies=known))
@@ -173,6 +177,7 @@ def custody() -> Iterator[Custody]:
                 client_id=seed.client_id,
                 client_secret=seed.client_secret,
                 refresh_token=seed.refresh_token,
+                api_hosts=hosts,
                 last_refresh_age_seconds=_LONG_AGO_SECONDS,
             )
         yield Custody(thread.address, token, provider, seed, thread, url)
@@ -208,10 +213,9 @@ def _simulator(seed: Seed) -> Iterator[str]:
         thread.join(timeout=_START_SECONDS)
 
 
-def _simulated(provider: str) -> Policy:
+def _simulated(provider: str, hosts: tuple[str, ...]) -> Policy:
     """Make the policy of a simulated provider: that of Exact Online, with its addresses."""
     exact = presets()["exact-online"]
-    hosts = (provider.partition("//")[2],)
     oauth = msgspec.structs.replace(
         exact.oauth, token_urls=(f"{provider}{TOKEN_PATH}",), hosts=hosts
     )
