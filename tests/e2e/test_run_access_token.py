@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
+import holdoff
 from holdoff.cli import exits
 from tests.custodian import Custodian, key_directory
 from tests.e2e.processes import python
@@ -163,6 +164,22 @@ def test_a_crash_of_the_command_leaves_no_file(
     )
     process.communicate(timeout=60)
     assert (process.returncode, file.exists()) == (128 + signal.SIGKILL, False)
+
+
+def test_a_pause_may_outlast_an_access_token(
+    start: Callable[..., subprocess.Popen[str]], one: Refreshed, custodian: Custodian
+) -> None:
+    """A paused command finds a new one, so that it is not ended when the one it had expires."""
+    one.refresh()
+    process = start(one.token, "--", *python(READER))
+    assert process.stdout
+    assert process.stderr
+    assert process.stdout.readline().startswith("600 ")
+    with holdoff.Client(custodian.address) as client:
+        client.set_back_off(one.token, 3600, "maintenance")  # an access token lives half an hour
+        while "the command is paused" not in (line := process.stderr.readline()):
+            assert line, "the run has ended"
+    assert "access token expires" not in line
 
 
 def test_what_a_person_must_do_is_said(
