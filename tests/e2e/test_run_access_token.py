@@ -202,6 +202,20 @@ def test_what_a_person_must_do_is_said(
     assert wrong[0] == exits.USAGE
 
 
+def test_a_signal_ends_the_wait(
+    start: Callable[..., subprocess.Popen[str]], one: Refreshed, file: Path
+) -> None:
+    """Fails when it waits on, or leaves something behind."""
+    process = start(one.token, "--", "echo", "started")
+    assert process.stderr
+    assert "no access token" in process.stderr.readline()
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + signal.SIGTERM, "")
+    assert "ended by SIGTERM while waiting" in err
+    assert not file.exists()
+
+
 def test_no_wait_does_not_wait(start: Callable[..., subprocess.Popen[str]], one: Refreshed) -> None:
     """It fails as soon as the coordinator has answered, and says why there is no access token."""
     process = start(one.token, "--no-wait", "--", "true")

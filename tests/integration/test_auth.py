@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,9 +17,16 @@ import requests
 import holdoff
 from holdoff import auth, errors, testing
 from holdoff.auth._rules import Target, patience_seconds
+from holdoff_coordinator.gate import AccessFile
+from tests.custodian import Custodian, key_directory
+from tests.integration.test_hand_out import Refreshed
+from tests.integration.test_isolation import credential_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.conftest import StartValkey
 
 
 @dataclass
@@ -254,6 +262,51 @@ def test_without_an_access_token_nothing_is_sent(custody: testing.Custody, api: 
         with pytest.raises(errors.HoldoffError, match="was closed"):
             session.get(api.url("/api/v1/3/x"), timeout=60)
         assert len(api.received) == before
+
+
+def test_the_role_gateway_is_enough(
+    start_valkey: StartValkey, api: Scripted, tmp_path: Path
+) -> None:
+    """Fails when an adapter needs a call of the coordinator that takes another role."""
+    url, keys = start_valkey().url, tmp_path / "keys"
+    keys.mkdir()
+    key_directory(keys, "first")
+    policy = testing._simulated("http://127.0.0.1:1", (api.host,))
+    options = {"policies": {policy.name: policy}, "terms": {"loopback_http": True}}
+    with Custodian(url, keys, **options) as operator:
+        one = Refreshed(operator, url, operator.token(policy.name))
+        access_token = one.refresh()
+    rights, credential = tmp_path / "access.toml", tmp_path / "credential"
+    rights.write_text(
+        '[[grants]]\nidentities = ["credential:job"]\nrole = "gateway"\n'
+        f'resources = ["{one.token}"]\n'
+    )
+    credential.touch(mode=0o600)
+    credential.write_text(credential_of(url, "job"))
+    path = "/api/v1/4/gateway"
+    with (
+        Custodian(url, keys, access=AccessFile(rights), **options) as guarded,
+        holdoff.Client(guarded.address, credential_file=credential) as client,
+        client.access_token(one.token) as access,
+        requests.Session() as session,
+    ):
+        session.auth = auth.RequestsAuth(client, access)
+        api.answers[path] = lambda _: (429, {})
+        assert session.get(api.url(path), timeout=60).status_code == 429
+        assert (path, f"Bearer {access_token}") in api.received
+        assert client.list_back_offs(one.token.partition("/tokens/")[0])
+
+
+@pytest.mark.parametrize("library", ["httpx", "requests"])
+def test_a_library_that_is_missing_is_named(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to install."""
+    name = {"httpx": "HttpxAuth", "requests": "RequestsAuth"}[library]
+    monkeypatch.delitem(vars(auth), name, raising=False)
+    monkeypatch.delitem(sys.modules, f"holdoff.auth._{library}", raising=False)
+    for module in [one for one in sys.modules if one.partition(".")[0] == library]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"holdoff\[{library}\]"):
+        getattr(auth, name)
 
 
 def test_the_other_kind_of_httpx_client_is_refused(custody: testing.Custody) -> None:
