@@ -137,6 +137,7 @@ def call(request: pytest.FixtureRequest, custody: testing.Custody) -> Call:
             client.access_token(custody.token) as access,
             Careless() as session,
         ):
+            access.current(30)  # so that a short wait is not for that
             session.auth = auth.RequestsAuth(client, access, wait_seconds=wait_seconds)
             return session.request(method, url, timeout=60).status_code
 
@@ -150,6 +151,7 @@ def call(request: pytest.FixtureRequest, custody: testing.Custody) -> Call:
                 timeout=60,
             ) as session,
         ):
+            access.current(30)
             return session.request(method, url).status_code
 
     async def by_async_httpx(url: str, method: str, wait_seconds: float) -> int:
@@ -162,6 +164,7 @@ def call(request: pytest.FixtureRequest, custody: testing.Custody) -> Call:
                 timeout=60,
             ) as session,
         ):
+            await access.current(30)
             return (await session.request(method, url)).status_code
 
     def in_loop(url: str, method: str = "GET", wait_seconds: float = 30) -> int:
