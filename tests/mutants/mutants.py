@@ -1111,4 +1111,35 @@ MUTANTS = [
         *(f"{CLIENT}/custody/access.py", "elif not response.has_access_token:", "elif False:"),
         "tests/unit/test_access_token.py::test_a_state_alone_leaves_the_token",
     ),
+    Mutant(
+        "a guard removes the access token of a run that was killed",
+        *(f"{CLIENT}/_guard.py", "        if path is not None:\n", "        if False:\n"),
+        "tests/e2e/test_run_access_token.py::test_no_file_outlives_the_run",
+    ),
+    Mutant(
+        "an access token that is too old is in no file",
+        f"{CLIENT}/custody/files.py",
+        "            self.remove()\n            return\n",
+        "            return\n",
+        "tests/e2e/test_run_access_token.py::test_the_file_is_replaced_and_never_too_old",
+    ),
+    Mutant(
+        "an adapter sends an access token over https, or within this host",
+        *(f"{CLIENT}/auth/_rules.py", "and not _is_loopback(self.host)", "and False"),
+        "tests/integration/test_auth.py::test_where_an_access_token_may_go",
+    ),
+    Mutant(
+        "a redirect to another host has no access token",
+        f"{CLIENT}/auth/_requests.py",
+        "    if not response.is_redirect:\n",
+        "    if response.is_redirect or not response.is_redirect:\n",
+        "tests/integration/test_auth.py::test_no_other_host_gets_the_token",
+    ),
+    Mutant(
+        "a call is not repeated with the access token that the provider refused",
+        f"{CLIENT}/custody/access.py",
+        "last is None or last.generation <= newer_than",
+        "last is None",
+        "tests/integration/test_auth.py::test_a_dead_token_is_replaced_once",
+    ),
 ]

@@ -35,9 +35,18 @@ TABLE: Final = (
     (str(OUTPUT_LOST), "the output cannot be written: the disk is full"),
     (
         str(NOT_GRANTED),
-        "no lease within the wait: held, cooling, backing off, queued, quarantined, budget, limit",
+        (
+            "no lease or access token within the wait: held, cooling, backing off, queued, "
+            "quarantined, budget, limit"
+        ),
     ),
-    (str(REFUSED), "refused, or an unknown token, lease, grant, budget, back-off or policy"),
+    (
+        str(REFUSED),
+        (
+            "refused, an unknown token, lease, grant, budget, back-off or policy, or a grant in "
+            "custody that an operator must repair"
+        ),
+    ),
     (str(LEASE_LOST), "the lease was lost"),
     (str(CANNOT_EXECUTE), "the command cannot be executed"),
     (str(COMMAND_NOT_FOUND), "the command was not found"),
@@ -62,6 +71,8 @@ def code_of(error: Exception) -> int | None:
         errors.LeaseLost: LEASE_LOST,
         errors.HoldoffError: INTERNAL,
     }
+    if isinstance(error, errors.NoAccessToken) and error.needs_operator:
+        return REFUSED  # who retries after NOT_GRANTED would retry for ever
     return next((codes[kind] for kind in type(error).__mro__ if kind in codes), None)
 
 

@@ -203,7 +203,7 @@ def delete_grant(endpoint: str, token: str, etag: str, yes: bool) -> None:
 
 @grant.command(
     "access-token",
-    epilog=example("holdoff grant access-token apps/exact-nl/tokens/finance | ./upload"),
+    epilog=example("holdoff grant access-token apps/exact-nl/tokens/finance --wait 5m"),
 )
 @click.argument("token", type=Name(TokenName))
 @click.option(
