@@ -157,7 +157,10 @@ def update_token(  # noqa: PLR0913 - one for each option
 @output_option
 @click.pass_obj
 def show_token(endpoint: str, name: str, output: str) -> None:
-    """Show the token NAME: its rules, its cooldown, and who holds it."""
+    """Show the token NAME: its rules, its cooldown, and who holds it.
+
+    What is in custody is shown by `holdoff grant show`, and for both `holdoff explain` says why.
+    """
     with Client(endpoint) as client:
         _emit(client, client.get_token(name), output)
 
