@@ -1100,6 +1100,27 @@ MUTANTS = [
         f"{TESTS}/test_hand_out.py::test_only_a_gateway_gets_tokens_until_its_role_ends",
     ),
     Mutant(
+        "only a custodian has grants checked",
+        f"{COORDINATOR}/access.py",
+        "CheckGrantRequest: (Role.CUSTODIAN,",
+        "CheckGrantRequest: (Role.VIEWER,",
+        "tests/e2e/test_access.py::test_every_role_may_do_its_own",
+    ),
+    Mutant(
+        "a check connects only where a refresh would",
+        f"{CUSTODY}/checking.py",
+        "Sending(request, reach=self._reach, limits=limits)",
+        "Sending(request, reach=type(self._reach)(plain_http=True), limits=limits)",
+        f"{TESTS}/test_observing.py::test_a_check_says_what_is_wrong",
+    ),
+    Mutant(
+        "the trail says what came of a refresh",
+        f"{COORDINATOR}/lua/custody/end_refresh.lua",
+        "result = ask.result, ",
+        "",
+        f"{TESTS}/test_observing.py::test_the_trail_has_each_refresh",
+    ),
+    Mutant(
         "an access token that was delayed seems no younger",
         f"{CLIENT}/custody/access.py",
         "min(self.clock(), self._opened_ns + age_ns + round(age_ns * _DRIFT))",

@@ -432,7 +432,9 @@ class HandOuts:
                 for start in range(0, len(due), READ_BATCH):
                     await self._look_at(app, due[start : start + READ_BATCH])
         except Exception:
-            log.exception("access tokens were not looked at", app=app)
+            log.exception(
+                "access tokens were not looked at", app=app, remedy="a fault of Holdoff: report it"
+            )
             for served in self._served.get(app, {}).values():
                 served.look_at = time.monotonic() + LOOK_US / 1e6
         finally:
