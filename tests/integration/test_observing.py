@@ -19,7 +19,7 @@ from holdoff.v1 import admin_service_pb2, audit_pb2, custody_service_pb2, grant_
 from holdoff_coordinator import metrics
 from holdoff_coordinator.custody import checking, measuring
 from holdoff_coordinator.custody.rules import Condition
-from tests.custodian import Custodian, key_directory
+from tests.custodian import Custodian, key_directory, refused
 from tests.integration.test_hand_out import Refreshed, stream
 from tests.integration.test_metrics import Samples, samples, value
 
@@ -153,6 +153,23 @@ def test_the_metrics_of_a_grant(custodian: Custodian, url: str) -> None:
     assert value(found, "grant_state", **labels, state="reauthorize") is None
 
 
+def test_grants_beyond_the_limit_are_counted(
+    custodian: Custodian, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when the number of series of an app has no bound."""
+    first = custodian.token()
+    second = custodian.token(name=f"{first}-2")
+    for token in (first, second):
+        custodian.put(token)
+    measures: Any = custodian.coordinator._metrics
+    monkeypatch.setattr(measures._grants, "_most", 1)
+    app = first.split("/")[1]
+    found = measured(custodian)
+    assert value(found, "grants_not_shown", app=app) == 1
+    assert value(found, "grant_callers", app=app, token="t") == 0
+    assert value(found, "grant_callers", app=app, token="t-2") is None
+
+
 def test_the_end_of_a_grant_and_a_key_that_is_missing(
     custodian: Custodian, url: str, policies: dict[str, Policy], tmp_path: Path
 ) -> None:
@@ -222,8 +239,13 @@ def test_why_there_is_no_token(custodian: Custodian, url: str) -> None:
         f"holdoff grant put {one.token} --replace",
     ):
         assert words in shown
+    assert "reauthorize: the provider says" in run(custodian, "token", "show", one.token).stdout
     plain = custodian.create_token()
     assert "access token" not in run(custodian, "explain", plain).stdout
+    assert run(custodian, "token", "show", plain).stdout.splitlines()[-1].split() == [
+        "custody",
+        "no",
+    ]
 
 
 def test_a_check_finds_nothing_wrong_and_sends_nothing(
@@ -271,3 +293,20 @@ def test_a_check_says_what_is_wrong(
     assert done.exit_code == exits.CHECK_FAILED
     told = {one["subject"]: one["message"] for one in json.loads(done.stdout)["checks"]}
     assert told["GRANT_CHECK_SUBJECT_TOKEN_URL"] == "plain http is not allowed"
+
+
+def test_an_answer_is_given_again_for_a_few_seconds(
+    custodian: Custodian, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks in a row connect once; a host that takes too long is not waited for."""
+    monkeypatch.setattr(checking, "FRESH_SECONDS", 60.0)
+    monkeypatch.setattr(checking, "CHECK_SECONDS", 0.0)
+    token = local(custodian)
+    request = custody_service_pb2.CheckGrantRequest(name=f"{token}/grant")
+    first = custodian.custody.CheckGrant(request)
+    hosts = [one.message for one in first.checks if "in time" in one.message]
+    assert len(hosts) == 2
+    custodian.delete(token)
+    assert custodian.custody.CheckGrant(request) == first
+    monkeypatch.setattr(checking, "FRESH_SECONDS", 0.0)
+    assert refused(custodian.custody.CheckGrant, request).reason == "GRANT_NOT_FOUND"
