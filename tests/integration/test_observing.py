@@ -168,6 +168,10 @@ def test_grants_beyond_the_limit_are_counted(
     assert value(found, "grants_not_shown", app=app) == 1
     assert value(found, "grant_callers", app=app, token="t") == 0
     assert value(found, "grant_callers", app=app, token="t-2") is None
+    monkeypatch.setattr(measuring, "MOST", 0)
+    found = measured(custodian)
+    assert value(found, "grants_not_shown", app=app) == 2
+    assert value(found, "grant_callers", app=app, token="t") is None
 
 
 def test_the_end_of_a_grant_and_a_key_that_is_missing(

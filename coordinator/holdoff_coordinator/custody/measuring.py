@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 FRESH_SECONDS = 30.0
 """The grants of an app are not read again so soon: between, their times are worked out."""
+FORGOTTEN_SECONDS: Final = 600.0
+"""An app that was not read for so long has no grants any more."""
+MOST: Final = 10_000
+"""Grants of all apps together that are shown one by one."""
 RESULTS: Final = [name for name, number in grant_pb2.RefreshResult.items() if number]
 
 
@@ -42,7 +46,7 @@ class GrantMeasures:
         policies: Say how long a grant lives.
         key_ids: Returns the ids of this replica's master keys.
         hand_outs: Knows who uses a grant here.
-        most: Grants of an app that are shown one by one.
+        most: Grants of an app that are shown one by one, as far as all together have room.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - what is measured, and where
@@ -111,7 +115,7 @@ class GrantMeasures:
         if not known or time.monotonic() - known[0] >= FRESH_SECONDS:
             known = self._known[app] = time.monotonic(), *await self._read(app)
         read_at, shown, not_shown = known
-        if not shown:
+        if not shown and not not_shown:
             del self._known[app]
             return []
         for result in RESULTS:  # so that the first one is an increase
@@ -124,18 +128,22 @@ class GrantMeasures:
         return found
 
     async def _read(self, app: str) -> tuple[list[Held], int]:
-        shown: list[Held] = []
+        oldest = time.monotonic() - FORGOTTEN_SECONDS
+        self._known = {key: one for key, one in self._known.items() if one[0] > oldest}
+        others = sum(len(shown) for key, (_, shown, _) in self._known.items() if key != app)
+        most = min(self._most, MOST - others)
         number = await self._scripts.number_of(app, "grants")
-        last = ""
-        while len(shown) < self._most:
-            most = min(READ_BATCH, self._most - len(shown))
-            tokens = await self._scripts.tokens(app, last, most, "grants")
+        shown: list[Held] = []
+        last, seen = "", 0
+        while seen < most:
+            batch = min(READ_BATCH, most - seen)
+            tokens = await self._scripts.tokens(app, last, batch, "grants")
             if not tokens:
                 break
-            last = tokens[-1]
+            last, seen = tokens[-1], seen + len(tokens)
             answer = await ask(self._scripts, app, ReadGrants(tokens=tuple(tokens)))
             shown += self._scripts.readable(app, "tokens", answer.grants, held_of)
-        return shown, max(0, number - self._most)
+        return shown, max(0, number - seen)
 
     def _readings(self, name: TokenName, held: Held) -> list[Reading]:
         record, now_us = held.record, held.now_us
