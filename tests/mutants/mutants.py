@@ -1114,6 +1114,18 @@ MUTANTS = [
         f"{TESTS}/test_observing.py::test_a_check_says_what_is_wrong",
     ),
     Mutant(
+        "checks in a row connect once",
+        f"{CUSTODY}/checking.py",
+        "if name not in self._answers:",
+        "if True:",
+        f"{TESTS}/test_observing.py::test_an_answer_is_given_again_for_a_few_seconds",
+    ),
+    Mutant(
+        "the series of grants have a bound",
+        *(f"{CUSTODY}/measuring.py", "min(self._most, MOST - others)", "1_000_000"),
+        f"{TESTS}/test_observing.py::test_grants_beyond_the_limit_are_counted",
+    ),
+    Mutant(
         "the trail says what came of a refresh",
         f"{COORDINATOR}/lua/custody/end_refresh.lua",
         "result = ask.result, ",
