@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from click.testing import CliRunner
 
 from holdoff.cli import exits, main
 from holdoff.policies import presets
+from holdoff.simulator import Rotation, Switches, serving
+from holdoff.simulator.switches import RefreshInterval
 from holdoff.v1 import admin_service_pb2, audit_pb2, custody_service_pb2, grant_pb2
 from holdoff_coordinator import metrics
 from holdoff_coordinator.custody import checking, measuring
@@ -22,6 +25,7 @@ from holdoff_coordinator.custody.rules import Condition
 from tests.custodian import Custodian, key_directory, refused
 from tests.integration.test_hand_out import Refreshed, stream
 from tests.integration.test_metrics import Samples, samples, value
+from tests.integration.test_refreshing import SEED, policy_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -151,6 +155,42 @@ def test_the_metrics_of_a_grant(custodian: Custodian, url: str) -> None:
     custodian.delete(one.token)
     found = measured(custodian)
     assert value(found, "grant_state", **labels, state="reauthorize") is None
+
+
+async def test_a_refresh_is_counted_by_the_replica_that_stored_it(
+    url: str, keys: Path, tmp_path: Path
+) -> None:
+    """From a request to a provider to the metric, and to the entry with the replica's name."""
+    switches = Switches(refresh_interval=RefreshInterval.ENFORCED)
+    async with serving(rotation=Rotation.UNTIL_USED, switches=switches) as provider:
+        policy = policy_of(provider, Rotation.UNTIL_USED, has_interval=True)
+        await asyncio.to_thread(_refresh_once, url, keys, tmp_path, policy)
+
+
+def _refresh_once(url: str, keys: Path, spool: Path, policy: Policy) -> None:
+    terms = {"loopback_http": True, "spool": spool}
+    known = {**presets(), policy.name: policy}
+    options = {"policies": known, "metrics_listen": "127.0.0.1:0"}
+    with Custodian(url, keys, terms=terms, **options) as one:
+        token = one.token(policy.name)
+        one.put(
+            token,
+            grant={"client_id": SEED.client_id, "api_hosts": [policy.oauth.hosts[0]]},
+            refresh_token=SEED.refresh_token,
+            client_secret=SEED.client_secret,
+        )
+        app = token.split("/")[1]
+        with stream(one, token) as some:
+            some.token()
+            found = measured(one)
+        assert value(found, "grant_refreshes_total", app=app, result="issued") == 1
+        assert value(found, "grant_callers", app=app, token="t") == 1
+        request = admin_service_pb2.ListAuditEventsRequest(
+            parent=token, kinds=[audit_pb2.AUDIT_KIND_GRANT_REFRESHED]
+        )
+        [event] = one.admin.ListAuditEvents(request).events
+        assert (event.result, event.generation) == (grant_pb2.REFRESH_RESULT_ISSUED, 2)
+        assert event.replica == f"{socket.gethostname()}:{os.getpid()}"
 
 
 def test_grants_beyond_the_limit_are_counted(
