@@ -18,7 +18,9 @@ from holdoff_coordinator.audit import AuditTrail
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.custody.checking import GrantChecks
 from holdoff_coordinator.custody.duty import Duty
+from holdoff_coordinator.custody.explaining import GrantExplanations
 from holdoff_coordinator.custody.grants import Grants, Terms
 from holdoff_coordinator.custody.handout import HandOuts
 from holdoff_coordinator.custody.refreshing import LIMITS, Refresher
@@ -84,6 +86,10 @@ _OPTIONS = (
 
 WAIT_SECONDS = 1.0
 """How often a store that is away is looked for."""
+
+
+_REPLICA = f"{socket.gethostname()}:{os.getpid()}"
+"""The name of this replica, for people."""
 
 
 async def _safe() -> Sequence[str]:
@@ -181,6 +187,8 @@ class Coordinator:
             users=self.refreshes,
             boot_us=boot_us,
         )
+        if self._metrics:
+            self._metrics.watch_grants(self.policies, terms.keys, self._hand_outs)
         handlers = Handlers(
             gate=self._gate,
             limits=self.limits,
@@ -190,9 +198,21 @@ class Coordinator:
             watches=Watches(self.scripts, self.hub, looks, self.limits),
             tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
             grants=Grants(self.scripts, self.policies, terms),
+            grant_checks=GrantChecks(
+                self.scripts,
+                self.policies,
+                terms,
+                Seals(self.scripts, terms.keys),
+                reach=_reach(terms),
+                replica=_REPLICA,
+            ),
             hand_outs=self._hand_outs,
             budgets=Budgets(self.scripts, places, self._replays, self.limits),
-            back_offs=BackOffs(self.scripts, places),
+            back_offs=BackOffs(
+                self.scripts,
+                places,
+                GrantExplanations(self.scripts, terms.keys, self._hand_outs).explain,
+            ),
             budget_watches=BudgetWatches(self.scripts, self.hub, looks, self.limits),
             quarantines=Quarantines(self.scripts),
             policies=self.policies,
@@ -238,13 +258,12 @@ class Coordinator:
 
     def _refreshes(self, terms: Terms, durability: Durability) -> Duty:
         """Make what refreshes grants."""
-        reach = Reach(plain_http=terms.loopback_http)
         refresher = Refresher(
             self.scripts,
             self.policies,
             Seals(self.scripts, terms.keys),
-            replica=f"{socket.gethostname()}:{os.getpid()}",
-            send=partial(Sending, reach=reach, limits=LIMITS),
+            replica=_REPLICA,
+            send=partial(Sending, reach=_reach(terms), limits=LIMITS),
             folder=str(terms.spool),
             is_copied=durability.replicas > 0,
         )
@@ -347,6 +366,11 @@ class Coordinator:
         for duty in self._duties:
             duty.cancel()
         await asyncio.gather(*self._duties, return_exceptions=True)
+
+
+def _reach(terms: Terms) -> Reach:
+    """Say where requests for access tokens may go."""
+    return Reach(plain_http=terms.loopback_http)
 
 
 def _open(

@@ -120,6 +120,7 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
     ),
     "CustodyService/DeleteGrant": (custody_service_pb2.DeleteGrantRequest(name=GRANT), KEEP),
     "CustodyService/WatchGrant": (custody_service_pb2.WatchGrantRequest(name=GRANT), SEE),
+    "CustodyService/CheckGrant": (custody_service_pb2.CheckGrantRequest(name=GRANT), KEEP),
     "CustodyService/GetAccessToken": (
         custody_service_pb2.GetAccessTokenRequest(name=GRANT),
         {"gateway", "admin"},

@@ -40,6 +40,7 @@ IDLE_AT_ONCE: Final = 10
 """Grants that nothing uses, refreshed in one round of an app, one after the other."""
 IDLE_AGAIN_US: Final = 600 * SECOND
 SPOOL_SECONDS: Final = 5.0
+_REPORT: Final = "a fault of Holdoff: report it"
 
 
 def pause_after(found: Next) -> float:
@@ -136,10 +137,10 @@ class Duty:
                 else self._refresher.refresh(name)
             )
         except Failure as failure:
-            warn("a refresh failed", failure.reason, token=str(name))
+            warn("a refresh failed", failure.reason, token=str(name), remedy=failure.message)
             return TROUBLE_SECONDS
         except Exception:
-            log.exception("a refresh failed", token=str(name))
+            log.exception("a refresh failed", token=str(name), remedy=_REPORT)
             return LOOK_AGAIN_SECONDS
         return pause_after(found)
 
@@ -172,7 +173,11 @@ class Duty:
             try:
                 is_left = await self._refresher.adopt()
             except Failure as failure:
-                warn("answers in the spool are not stored yet", failure.reason)
+                warn(
+                    "answers in the spool are not stored yet",
+                    failure.reason,
+                    remedy=failure.message,
+                )
             # A sender that was started before this coordinator ends within that time.
             looks_us += round(SPOOL_SECONDS * SECOND)
             is_soon = is_left or looks_us <= TAKEOVER_US

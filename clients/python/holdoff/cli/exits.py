@@ -14,6 +14,7 @@ from holdoff.durations import format_duration
 
 OK: Final = 0
 DECLINED: Final = 1
+CHECK_FAILED: Final = 1
 USAGE: Final = 64
 UNREACHABLE: Final = 69
 INTERNAL: Final = 70
@@ -28,7 +29,7 @@ BROKEN_PIPE: Final = SIGNAL_BASE + 13  # SIGPIPE, a name that Windows does not h
 
 TABLE: Final = (
     ("0", "done; under `run`, 0 to 255 may also be the command's own"),
-    (str(DECLINED), "you answered no, and nothing was done"),
+    (str(DECLINED), "you answered no, and nothing was done; `grant show --check` failed"),
     (str(USAGE), "wrong usage"),
     (str(UNREACHABLE), "the coordinator, its store or a simulator cannot be reached"),
     (str(INTERNAL), "a fault of Holdoff itself"),

@@ -26,25 +26,37 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16holdoff/v1/grant.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xad\x04\n\x05Grant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x10\n\x08\x63hain_id\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x11\n\tclient_id\x18\x05 \x01(\t\x12\x11\n\ttoken_url\x18\x06 \x01(\t\x12\x11\n\tapi_hosts\x18\x07 \x03(\t\x12?\n\x15\x63lient_authentication\x18\x08 \x01(\x0e\x32 .holdoff.v1.ClientAuthentication\x12\x0e\n\x06key_id\x18\t \x01(\t\x12\'\n\x06status\x18\n \x01(\x0b\x32\x17.holdoff.v1.GrantStatus\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0crefresh_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0fnot_before_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10idle_expire_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_attempt\x18\x10 \x01(\x0b\x32\x1a.holdoff.v1.RefreshAttempt\"\xa5\x01\n\x0bGrantStatus\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.holdoff.v1.GrantState\x12.\n\nsince_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nuntil_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x95\x01\n\x0eRefreshAttempt\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12.\n\nbegin_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x04step\x18\x04 \x01(\x0e\x32\x17.holdoff.v1.RefreshStep\x12\x0f\n\x07outcome\x18\x05 \x01(\t\"\xa9\x01\n\x0b\x41\x63\x63\x65ssToken\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12,\n\tremaining\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x65\x61rly_margin\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tapi_hosts\x18\x05 \x03(\t*\x9f\x01\n\x14\x43lientAuthentication\x12%\n!CLIENT_AUTHENTICATION_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x43LIENT_AUTHENTICATION_BASIC\x10\x01\x12\x1e\n\x1a\x43LIENT_AUTHENTICATION_BODY\x10\x02\x12\x1f\n\x1b\x43LIENT_AUTHENTICATION_QUERY\x10\x03*\xfb\x01\n\nGrantState\x12\x1b\n\x17GRANT_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11GRANT_STATE_READY\x10\x01\x12\x1a\n\x16GRANT_STATE_REFRESHING\x10\x02\x12\x17\n\x13GRANT_STATE_COOLING\x10\x03\x12\x14\n\x10GRANT_STATE_HELD\x10\x04\x12\x1b\n\x17GRANT_STATE_REAUTHORIZE\x10\x05\x12\x1d\n\x19GRANT_STATE_CONFIGURATION\x10\x06\x12\x1b\n\x17GRANT_STATE_KEY_MISSING\x10\x07\x12\x15\n\x11GRANT_STATE_STALE\x10\x08*\xaf\x01\n\x0bRefreshStep\x12\x1c\n\x18REFRESH_STEP_UNSPECIFIED\x10\x00\x12\x16\n\x12REFRESH_STEP_BEGUN\x10\x01\x12\x19\n\x15REFRESH_STEP_INTENDED\x10\x02\x12\x1b\n\x17REFRESH_STEP_NOT_ISSUED\x10\x03\x12\x19\n\x15REFRESH_STEP_UNPROVEN\x10\x04\x12\x17\n\x13REFRESH_STEP_STORED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16holdoff/v1/grant.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xad\x04\n\x05Grant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x10\n\x08\x63hain_id\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x11\n\tclient_id\x18\x05 \x01(\t\x12\x11\n\ttoken_url\x18\x06 \x01(\t\x12\x11\n\tapi_hosts\x18\x07 \x03(\t\x12?\n\x15\x63lient_authentication\x18\x08 \x01(\x0e\x32 .holdoff.v1.ClientAuthentication\x12\x0e\n\x06key_id\x18\t \x01(\t\x12\'\n\x06status\x18\n \x01(\x0b\x32\x17.holdoff.v1.GrantStatus\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0crefresh_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0fnot_before_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10idle_expire_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x0clast_attempt\x18\x10 \x01(\x0b\x32\x1a.holdoff.v1.RefreshAttempt\"\xb5\x01\n\x0bGrantStatus\x12%\n\x05state\x18\x01 \x01(\x0e\x32\x16.holdoff.v1.GrantState\x12.\n\nsince_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nuntil_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0e\n\x06remedy\x18\x05 \x01(\t\"\x95\x01\n\x0eRefreshAttempt\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12.\n\nbegin_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x04step\x18\x04 \x01(\x0e\x32\x17.holdoff.v1.RefreshStep\x12\x0f\n\x07outcome\x18\x05 \x01(\t\"\xad\x01\n\x10GrantExplanation\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.holdoff.v1.GrantStatus\x12\x18\n\x10has_access_token\x18\x02 \x01(\x08\x12\x30\n\x0clast_attempt\x18\x03 \x01(\x0b\x32\x1a.holdoff.v1.RefreshAttempt\x12$\n\x05users\x18\x04 \x03(\x0b\x32\x15.holdoff.v1.GrantUser\"<\n\tGrantUser\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0c\n\x04host\x18\x02 \x01(\t\x12\x0f\n\x07streams\x18\x03 \x01(\x05\"\x9b\x01\n\nGrantCheck\x12.\n\x07subject\x18\x01 \x01(\x0e\x32\x1d.holdoff.v1.GrantCheckSubject\x12\x0e\n\x06target\x18\x02 \x01(\t\x12,\n\x06result\x18\x03 \x01(\x0e\x32\x1c.holdoff.v1.GrantCheckResult\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0e\n\x06remedy\x18\x05 \x01(\t\"\xa9\x01\n\x0b\x41\x63\x63\x65ssToken\x12\x14\n\x0c\x61\x63\x63\x65ss_token\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12,\n\tremaining\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x65\x61rly_margin\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tapi_hosts\x18\x05 \x03(\t*\x9f\x01\n\x14\x43lientAuthentication\x12%\n!CLIENT_AUTHENTICATION_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x43LIENT_AUTHENTICATION_BASIC\x10\x01\x12\x1e\n\x1a\x43LIENT_AUTHENTICATION_BODY\x10\x02\x12\x1f\n\x1b\x43LIENT_AUTHENTICATION_QUERY\x10\x03*\xfb\x01\n\nGrantState\x12\x1b\n\x17GRANT_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11GRANT_STATE_READY\x10\x01\x12\x1a\n\x16GRANT_STATE_REFRESHING\x10\x02\x12\x17\n\x13GRANT_STATE_COOLING\x10\x03\x12\x14\n\x10GRANT_STATE_HELD\x10\x04\x12\x1b\n\x17GRANT_STATE_REAUTHORIZE\x10\x05\x12\x1d\n\x19GRANT_STATE_CONFIGURATION\x10\x06\x12\x1b\n\x17GRANT_STATE_KEY_MISSING\x10\x07\x12\x15\n\x11GRANT_STATE_STALE\x10\x08*\xaf\x01\n\x0bRefreshStep\x12\x1c\n\x18REFRESH_STEP_UNSPECIFIED\x10\x00\x12\x16\n\x12REFRESH_STEP_BEGUN\x10\x01\x12\x19\n\x15REFRESH_STEP_INTENDED\x10\x02\x12\x1b\n\x17REFRESH_STEP_NOT_ISSUED\x10\x03\x12\x19\n\x15REFRESH_STEP_UNPROVEN\x10\x04\x12\x17\n\x13REFRESH_STEP_STORED\x10\x05*\xba\x01\n\rRefreshResult\x12\x1e\n\x1aREFRESH_RESULT_UNSPECIFIED\x10\x00\x12\x19\n\x15REFRESH_RESULT_ISSUED\x10\x01\x12\x1a\n\x16REFRESH_RESULT_REFUSED\x10\x02\x12\x1b\n\x17REFRESH_RESULT_NOT_SENT\x10\x03\x12\x1b\n\x17REFRESH_RESULT_UNPROVEN\x10\x04\x12\x18\n\x14REFRESH_RESULT_STALE\x10\x05*\xb5\x02\n\x11GrantCheckSubject\x12#\n\x1fGRANT_CHECK_SUBJECT_UNSPECIFIED\x10\x00\x12\x1e\n\x1aGRANT_CHECK_SUBJECT_POLICY\x10\x01\x12\x1d\n\x19GRANT_CHECK_SUBJECT_STATE\x10\x02\x12\x1b\n\x17GRANT_CHECK_SUBJECT_KEY\x10\x03\x12\x1c\n\x18GRANT_CHECK_SUBJECT_SEAL\x10\x04\x12\x1d\n\x19GRANT_CHECK_SUBJECT_SPOOL\x10\x05\x12\x1d\n\x19GRANT_CHECK_SUBJECT_CLOCK\x10\x06\x12!\n\x1dGRANT_CHECK_SUBJECT_TOKEN_URL\x10\x07\x12 \n\x1cGRANT_CHECK_SUBJECT_API_HOST\x10\x08*\x90\x01\n\x10GrantCheckResult\x12\"\n\x1eGRANT_CHECK_RESULT_UNSPECIFIED\x10\x00\x12\x19\n\x15GRANT_CHECK_RESULT_OK\x10\x01\x12\x1e\n\x1aGRANT_CHECK_RESULT_WARNING\x10\x02\x12\x1d\n\x19GRANT_CHECK_RESULT_FAILED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdoff.v1.grant_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CLIENTAUTHENTICATION']._serialized_start=1156
-  _globals['_CLIENTAUTHENTICATION']._serialized_end=1315
-  _globals['_GRANTSTATE']._serialized_start=1318
-  _globals['_GRANTSTATE']._serialized_end=1569
-  _globals['_REFRESHSTEP']._serialized_start=1572
-  _globals['_REFRESHSTEP']._serialized_end=1747
+  _globals['_CLIENTAUTHENTICATION']._serialized_start=1568
+  _globals['_CLIENTAUTHENTICATION']._serialized_end=1727
+  _globals['_GRANTSTATE']._serialized_start=1730
+  _globals['_GRANTSTATE']._serialized_end=1981
+  _globals['_REFRESHSTEP']._serialized_start=1984
+  _globals['_REFRESHSTEP']._serialized_end=2159
+  _globals['_REFRESHRESULT']._serialized_start=2162
+  _globals['_REFRESHRESULT']._serialized_end=2348
+  _globals['_GRANTCHECKSUBJECT']._serialized_start=2351
+  _globals['_GRANTCHECKSUBJECT']._serialized_end=2660
+  _globals['_GRANTCHECKRESULT']._serialized_start=2663
+  _globals['_GRANTCHECKRESULT']._serialized_end=2807
   _globals['_GRANT']._serialized_start=104
   _globals['_GRANT']._serialized_end=661
   _globals['_GRANTSTATUS']._serialized_start=664
-  _globals['_GRANTSTATUS']._serialized_end=829
-  _globals['_REFRESHATTEMPT']._serialized_start=832
-  _globals['_REFRESHATTEMPT']._serialized_end=981
-  _globals['_ACCESSTOKEN']._serialized_start=984
-  _globals['_ACCESSTOKEN']._serialized_end=1153
+  _globals['_GRANTSTATUS']._serialized_end=845
+  _globals['_REFRESHATTEMPT']._serialized_start=848
+  _globals['_REFRESHATTEMPT']._serialized_end=997
+  _globals['_GRANTEXPLANATION']._serialized_start=1000
+  _globals['_GRANTEXPLANATION']._serialized_end=1173
+  _globals['_GRANTUSER']._serialized_start=1175
+  _globals['_GRANTUSER']._serialized_end=1235
+  _globals['_GRANTCHECK']._serialized_start=1238
+  _globals['_GRANTCHECK']._serialized_end=1393
+  _globals['_ACCESSTOKEN']._serialized_start=1396
+  _globals['_ACCESSTOKEN']._serialized_end=1565
 # @@protoc_insertion_point(module_scope)

@@ -23,7 +23,10 @@ local lost = ask.fears ~= '' and number(shard.data_lost_us) or 0
 if ask.fears == 'WRITES' then lost = math.max(lost, number(shard.writes_lost_us)) end
 if lost > math.max(grant.created_us, grant.refreshed_us, grant.confirmed_us) then
   keep_grant(grant, {condition = 'STALE', message = '', since_us = now})
-  audit('GRANT_REFRESHED', token_name(id), {reason = 'STALE: the store may have lost a newer refresh token'})
+  audit('GRANT_REFRESHED', token_name(id), {
+    reason = 'the store may have lost a newer refresh token', result = 'STALE', generation = grant.generation,
+    replica = ask.replica,
+  })
   redis.call('SPUBLISH', SHARD .. ':custody', id)
   return answer('STALE', {grant = grant})
 end

@@ -1,5 +1,5 @@
 -- Stores what came of a request: the whole answer, or what follows from having none.
--- ask: chain, from_generation, attempt, step, outcome, condition, message, unproven, first_unproven_us,
+-- ask: chain, from_generation, attempt, step, result, outcome, condition, message, unproven, first_unproven_us,
 --      not_sent, idle_us (0 for none, -1 for no change); generation, and for a new one sealed_grant,
 --      sealed_access, fingerprint and facts; restores, if it was stored before and may be lost;
 --      in µs from now, -1 for none: refreshed_age_us, not_before_in_us, expires_in_us
@@ -53,6 +53,8 @@ if ask.idle_us >= 0 then
 end
 keep_grant(grant, changes)
 mirror(id, token, lease)
-audit('GRANT_REFRESHED', token_name(id), {reason = ask.step .. ': ' .. ask.outcome})
+audit('GRANT_REFRESHED', token_name(id), {
+  reason = ask.outcome, result = ask.result, generation = grant.generation, replica = is_current and grant.attempt_replica,
+})
 redis.call('SPUBLISH', SHARD .. ':custody', id)
 return answer('OK', {grant = grant})
