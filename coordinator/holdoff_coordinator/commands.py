@@ -28,6 +28,7 @@ from holdoff.policies import PolicyError
 from holdoff_coordinator import tracing
 from holdoff_coordinator.access import IDENTITY_TYPES, AccessError
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.custody import memory
 from holdoff_coordinator.custody.grants import Terms
 from holdoff_coordinator.custody.key_files import KeyDirectory, KeyFileError
 from holdoff_coordinator.embedded import EmbeddedStore
@@ -83,6 +84,8 @@ def serve(options: Options) -> None:
         files = settings.tls()
         certificates = Certificates(files) if files else None
         access = AccessFile(settings.access_file) if settings.access_file else None
+        if settings.custody_key_dir:
+            memory.protect()
         keys = KeyDirectory(settings.custody_key_dir) if settings.custody_key_dir else None
         if spool := settings.spool():
             spool.mkdir(mode=0o700, parents=True, exist_ok=True)  # of data_dir, by default

@@ -28,6 +28,8 @@ async def after_restore(store: StoreClient, quarantine_seconds: float) -> dict[s
     scripts = Scripts(store, quarantine_us=round(quarantine_seconds * 1e6))
     held_back: dict[str, float] = {}
     for app in await scripts.apps():
-        reply = await scripts.run("quarantine", app, "the store was restored from a backup", "DATA")
+        reply = await scripts.run(
+            "quarantine", app, "the store was restored from a backup", "RESTORE"
+        )
         held_back[app] = (int(reply.values[0]) - reply.now_us) / 1e6
     return held_back

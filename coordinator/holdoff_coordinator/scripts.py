@@ -84,6 +84,8 @@ CUSTODY_SCRIPTS = (
     "intend_refresh",
     "put_grant",
     "read_grants",
+    "reseal_grant",
+    "trust_grant",
 )
 """Scripts in `lua/custody/`, each with one MessagePack map in and one out."""
 BUDGET_SCRIPTS = ("commit", "read_budgets", "record_events", "reserve", "reset_budget", "sweep")
@@ -133,7 +135,9 @@ LASTING = (
     "record_events",
     "release",
     "renew",
+    "reseal_grant",
     "reserve",
+    "trust_grant",
 )
 """Scripts whose effect the store must have as many copies of as the operator asks for."""
 
@@ -358,10 +362,10 @@ class Scripts:
         if self._in_doubt(app, watched):
             jumps = watched.jumps
             why = f"the clock of the store jumped by {watched.jump_us / 1e6:+.3f} s"
-            loss = "DATA" if watched.jump_us > SLACK_US else "NOTHING"
+            loss = "EXPIRED" if watched.jump_us > SLACK_US else "NOTHING"
             await self._run("quarantine", app, why, loss)
             self._cleared[app] = jumps
-            if loss == "DATA":
+            if loss == "EXPIRED":
                 self.on_new_life(app)
         return await self._run(name, app, *args, caller=caller)
 
@@ -711,12 +715,20 @@ class Scripts:
 
     async def shared_key(self, name: str, new: bytes) -> bytes:
         """Return a key that all replicas share; store the new one if there is none."""
-        key = f"{{holdoff}}:{name}"
-        found: bytes | None = await self._answer(self.redis.get(key))
+        found = await self.known_key(name)
         if found is None:  # a full store would refuse the rest
-            await self._answer(self.redis.set(key, new, nx=True))
-            found = await self._answer(self.redis.get(key))
+            await self._answer(self.redis.set(_shared(name), new, nx=True))
+            found = await self.known_key(name)
         return found or new
+
+    async def known_key(self, name: str) -> bytes | None:
+        """Return a key that all replicas share; None if there is none."""
+        found: bytes | None = await self._answer(self.redis.get(_shared(name)))
+        return found
+
+    async def replace_key(self, name: str, new: bytes) -> None:
+        """Replace a key that all replicas share, if there is one."""
+        await self._answer(self.redis.set(_shared(name), new, xx=True))
 
     async def register(self, app: str) -> bool:
         """Put an app into the index of apps; tell whether it was new there."""
@@ -814,6 +826,10 @@ class Scripts:
         """List the ids of an app's tokens that are leased, offered, or cooling, in order."""
         found = await self._answer(self.redis.zrange(f"{shard_key(app)}:due", 0, -1))
         return sorted(token.decode() for token in found)
+
+
+def _shared(name: str) -> str:
+    return f"{{holdoff}}:{name}"
 
 
 def _exists(keys: Iterable[str]) -> Callable[[Pipeline, str], object]:

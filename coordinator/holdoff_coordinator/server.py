@@ -23,7 +23,9 @@ from holdoff_coordinator.custody.duty import Duty
 from holdoff_coordinator.custody.explaining import GrantExplanations
 from holdoff_coordinator.custody.grants import Grants, Terms
 from holdoff_coordinator.custody.handout import HandOuts
+from holdoff_coordinator.custody.key_notices import KeyNotices
 from holdoff_coordinator.custody.refreshing import LIMITS, Refresher
+from holdoff_coordinator.custody.resealing import KeyRotation
 from holdoff_coordinator.custody.seals import Seals
 from holdoff_coordinator.custody.sending import Reach, Sending
 from holdoff_coordinator.durability import NO_COPIES
@@ -88,7 +90,6 @@ WAIT_SECONDS = 1.0
 """How often a store that is away is looked for."""
 
 
-_REPLICA = f"{socket.gethostname()}:{os.getpid()}"
 """The name of this replica, for people."""
 
 
@@ -171,13 +172,17 @@ class Coordinator:
         self._health_server = grpc.aio.server(interceptors=[reading], options=_OPTIONS)
         self.policies = Policies(policies)
         self._replays = Replays(self.scripts, boot_us)
-        self.refreshes = self._refreshes(custody, durability) if custody and custody.spool else None
+        terms = custody or Terms()
+        self._replica = f"{socket.gethostname()}:{os.getpid()}"
+        self._notices = KeyNotices(self.scripts, terms.keys, self._replica)
+        self._has_keys = bool(terms.keys())
+        seals = Seals(self.scripts, terms.keys, self._notices)
+        self.refreshes = self._refreshes(terms, durability, seals) if terms.spool else None
         """Keeps access tokens in custody fresh; None where this replica requests none."""
         places = Places(self.scripts, self.policies)
         self._gate = Gate(Credentials(redis), access, trail, client_identity)
         self._followers = Followers(self.scripts, self.hub, places, self.limits)
         looks = Looks(self.scripts, self.hub)
-        terms = custody or Terms()
         self._hand_outs = HandOuts(
             self.scripts,
             self.hub,
@@ -197,16 +202,17 @@ class Coordinator:
             followers=self._followers,
             watches=Watches(self.scripts, self.hub, looks, self.limits),
             tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
-            grants=Grants(self.scripts, self.policies, terms),
+            grants=Grants(self.scripts, self.policies, terms, seals),
             grant_checks=GrantChecks(
                 self.scripts,
                 self.policies,
                 terms,
-                Seals(self.scripts, terms.keys),
+                seals,
                 reach=_reach(terms),
-                replica=_REPLICA,
+                replica=self._replica,
             ),
             hand_outs=self._hand_outs,
+            key_rotation=KeyRotation(self.scripts, seals, terms),
             budgets=Budgets(self.scripts, places, self._replays, self.limits),
             back_offs=BackOffs(
                 self.scripts,
@@ -244,6 +250,7 @@ class Coordinator:
             *([self._gate.recheck_forever] if self._access else []),
             *([self.refreshes.refresh_idle_forever] if self.refreshes else []),
             *([self.refreshes.adopt_forever] if self.refreshes else []),
+            *([self._notices.give_forever] if self._has_keys else []),
         ):
             self._duties.append(asyncio.create_task(_for_ever(duty)))
         await self._set_serving(None)
@@ -256,13 +263,13 @@ class Coordinator:
         )
         return self
 
-    def _refreshes(self, terms: Terms, durability: Durability) -> Duty:
+    def _refreshes(self, terms: Terms, durability: Durability, seals: Seals) -> Duty:
         """Make what refreshes grants."""
         refresher = Refresher(
             self.scripts,
             self.policies,
-            Seals(self.scripts, terms.keys),
-            replica=_REPLICA,
+            seals,
+            replica=self._replica,
             send=partial(Sending, reach=_reach(terms), limits=LIMITS),
             folder=str(terms.spool),
             is_copied=durability.replicas > 0,
@@ -366,6 +373,8 @@ class Coordinator:
         for duty in self._duties:
             duty.cancel()
         await asyncio.gather(*self._duties, return_exceptions=True)
+        if self._has_keys:
+            await self._notices.withdraw()
 
 
 def _reach(terms: Terms) -> Reach:

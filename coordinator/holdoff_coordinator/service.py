@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.custody.checking import GrantChecks
     from holdoff_coordinator.custody.grants import Grants
     from holdoff_coordinator.custody.handout import HandOuts
+    from holdoff_coordinator.custody.resealing import KeyRotation
     from holdoff_coordinator.followers import Followers
     from holdoff_coordinator.gate import Admitted, Gate
     from holdoff_coordinator.leases import Leases
@@ -88,6 +89,7 @@ class Handlers:
     grants: Grants
     grant_checks: GrantChecks
     hand_outs: HandOuts
+    key_rotation: KeyRotation
     budgets: Budgets
     back_offs: BackOffs
     budget_watches: BudgetWatches
@@ -352,6 +354,18 @@ class CustodyService(_Adapter, custody_service_pb2_grpc.CustodyServiceServicer):
     ) -> custody_service_pb2.DeleteGrantResponse:
         """End custody."""
         return await self._answer(self._handlers.grants.delete, request, context)
+
+    async def TrustGrant(  # noqa: N802
+        self, request: custody_service_pb2.TrustGrantRequest, context: Context
+    ) -> custody_service_pb2.TrustGrantResponse:
+        """Take an operator's word."""
+        return await self._answer(self._handlers.grants.trust, request, context)
+
+    async def RotateKeys(  # noqa: N802
+        self, request: custody_service_pb2.RotateKeysRequest, context: Context
+    ) -> custody_service_pb2.RotateKeysResponse:
+        """Encrypt with another key."""
+        return await self._answer(self._handlers.key_rotation.rotate, request, context)
 
     async def WatchGrant(  # noqa: N802
         self, request: custody_service_pb2.WatchGrantRequest, context: Context

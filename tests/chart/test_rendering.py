@@ -541,6 +541,19 @@ def test_the_dashboard_is_that_of_deploy() -> None:
     assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
+def test_the_keys_of_custody_are_files_that_only_the_coordinator_reads() -> None:
+    """Fails when the coordinator would refuse their mode, or the container could change them."""
+    pod = render({"custody": {"keysSecret": "k"}}).pod()
+    (volume,) = (one for one in pod["volumes"] if one["name"] == "custody-keys")
+    # Kubernetes gives them to root and the group of the pod.
+    assert volume["secret"] == {"secretName": "k", "defaultMode": 0o440}
+    assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
+    (container,) = pod["containers"]
+    (mount,) = (one for one in container["volumeMounts"] if one["name"] == "custody-keys")
+    assert mount["readOnly"] is True
+    assert f"--custody-key-dir={mount['mountPath']}" in container["args"]
+
+
 def test_certificate_and_route() -> None:
     """Fails when the certificate lacks a name that clients call, or the route its port."""
     certificate = rendered("TLS by cert-manager").manifests["Certificate/holdoff"]["spec"]

@@ -72,6 +72,7 @@ SEE = frozenset(ROLES)
 REPORT, HOLD = {"reporter", "holder", "gateway", "admin"}, {"holder", "admin"}
 KEEP, ADMINISTER = {"custodian", "admin"}, {"admin"}
 WHOLE_APP: set[str] = set()  # a role on one token is not enough
+OF_ALL_APPS = "CustodyService/RotateKeys"  # nor is one on an app
 TOKEN, SCOPE = token_pb2.Token(name=OURS), budget_pb2.Scope(token=OURS)
 LEASE, BUDGET, BACK_OFF = f"{OURS}/leases/1", "apps/a/budgets/errors-x", "apps/a/backOffs/block-x"
 GRANT, ID = f"{OURS}/grant", str(uuid.uuid4())
@@ -119,6 +120,8 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
         SEE,
     ),
     "CustodyService/DeleteGrant": (custody_service_pb2.DeleteGrantRequest(name=GRANT), KEEP),
+    "CustodyService/TrustGrant": (custody_service_pb2.TrustGrantRequest(name=GRANT), KEEP),
+    "CustodyService/RotateKeys": (custody_service_pb2.RotateKeysRequest(), WHOLE_APP),
     "CustodyService/WatchGrant": (custody_service_pb2.WatchGrantRequest(name=GRANT), SEE),
     "CustodyService/CheckGrant": (custody_service_pb2.CheckGrantRequest(name=GRANT), KEEP),
     "CustodyService/GetAccessToken": (
@@ -307,7 +310,7 @@ resources = ["apps/a/tokens/theirs", "apps/b", "apps/*/tokens/t"]
             with grpc.secure_channel(service.address, secure, NO_PROXY) as channel:
                 for method, (request, roles) in MATRIX.items():
                     error = call(channel, method, request, metadata)
-                    allowed = who in roles or who == "owner-1"
+                    allowed = who in roles or (who == "owner-1" and method != OF_ALL_APPS)
                     if who == "neighbour":
                         allowed = method in ABOUT_A_PART
                     if isinstance(error, holdoff.errors.WrongSecret):

@@ -164,3 +164,38 @@ def test_a_deletion_asks_on_a_terminal(
     assert "a person must authorize again" in done.stderr
     assert done.exit_code == (0 if deleted else exits.DECLINED)
     assert bool(custodian.list(token.partition("/tokens/")[0])[0]) is not deleted
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_trust_asks_on_a_terminal(
+    custodian: Custodian,
+    holdoff: Holdoff,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    trusted: bool,
+) -> None:
+    """It says what may happen; another etag than that of the grant changes nothing."""
+    token = custodian.token()
+    custodian.put(token)
+    wrong = holdoff("grant", "trust", token, "--etag", f"{'0' * 32}.1")
+    assert (wrong.exit_code, "with this etag" in wrong.stderr) == (exits.REFUSED, True)
+    monkeypatch.setattr(click.testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+    done = holdoff("grant", "trust", token, input="y\n" if trusted else "n\n")
+    assert "may revoke" in done.stderr
+    assert done.exit_code == (0 if trusted else exits.DECLINED)
+
+
+def test_keys_are_rotated(custodian: Custodian, holdoff: Holdoff) -> None:
+    """People read a table and what was left out, programs JSON; a key that none has is refused."""
+    custodian.put(custodian.token())
+    done = holdoff("grant", "rotate-keys", "--dry-run")
+    heading, row = done.stdout.splitlines()
+    assert heading.split() == ["KEY", "GRANTS", "ENCRYPTS"]
+    key, count, encrypts = row.split()
+    assert (key, encrypts, int(count) > 0) == ("first", "yes", True)
+    done = holdoff("grant", "rotate-keys", "--key", "first", "--output", "json")
+    found = json.loads(done.stdout)
+    assert (found["primary_key_id"], found["resealed_count"]) == ("first", 0)
+    assert found["key_uses"] == [{"key_id": "first", "grant_count": int(count)}]
+    done = holdoff("grant", "rotate-keys", "--key", "second")
+    assert (done.exit_code, "'second'" in done.stderr) == (exits.REFUSED, True)

@@ -287,6 +287,53 @@ def test_a_grant_that_is_put_again_still_waits(grant: Grant, store: redis.Redis)
     assert after.refreshed_us == before.refreshed_us
 
 
+def test_a_pause_of_a_refresh_token_outlives_its_grant(grant: Grant, store: redis.Redis) -> None:
+    """Put again it is not sent sooner; another one is, after the cooldown of the token.
+
+    Fails when a deletion, or a replacement, is a way around the pause.
+    """
+    first, key = grant.record().fingerprint, f"holdoff:{{{grant.name.app}}}:grant:t"
+    seconds, _ = store.time()
+    pause_us = (seconds + 3600) * SECOND
+    store.hset(key, "not_before_us", pause_us)
+    assert grant.put(fingerprint=first, replace=True).status == "OK"
+    assert grant.record().not_before_us == pause_us
+    assert grant.delete().status == "OK"
+    assert grant.put(fingerprint=first).status == "OK"
+    assert grant.record().not_before_us == pause_us
+    assert grant.put(replace=True).status == "OK"
+    assert grant.record().not_before_us < pause_us
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_token_that_is_made_again_still_waits(
+    grant: Grant, replica: Replica, store: redis.Redis, *, deleted: bool
+) -> None:
+    """Promise 2, also if the token was removed from the store by hand, with its grant or not."""
+    grant.begin()
+    grant.intend()
+    grant.end()
+    before = grant.record()
+    key = f"holdoff:{{{grant.name.app}}}:token:{grant.name.token}"
+    fencing = int(replica.show_token(str(grant.name)).fencing_token or 0)
+    if deleted:
+        assert grant.delete().status == "OK"
+    store.delete(key)
+    replica.create_token(572, name=str(grant.name))
+    token = replica.show_token(str(grant.name))
+    assert token.not_before_time.ToMicroseconds() == before.refreshed_us + INTERVAL
+    assert token.fencing_token >= fencing
+    if deleted:
+        waiting = grant.put()
+        assert (waiting.status, waiting.reason) == ("WAIT", "COOLING")
+        end_cooldown(store, str(grant.name))
+        assert grant.put().status == "OK"
+        assert grant.record().generation == before.generation + 1
+    else:
+        assert grant.record().generation == before.generation
+        assert grant.held() == "COOLING"
+
+
 def test_two_names_of_one_grant_are_refused(grant: Grant, replica: Replica, valkey: Server) -> None:
     """They would refresh it in turns, each within the interval of the other."""
     other = replica.create_token(572, name=f"apps/{grant.name.app}/tokens/other")

@@ -308,6 +308,13 @@ def test_two_names_for_one_grant(custodian: Custodian) -> None:
     assert f"{token} has" in str(error)
     custodian.delete(token)
     custodian.put(other, **secret)
+    elsewhere = custodian.token()  # in another app
+    error = refused(custodian.put, elsewhere, **secret)
+    assert (error.reason, f"{other} has" in str(error)) == ("GRANT_DUPLICATE", True)
+    custodian.put(other, replace=True)  # another refresh token
+    custodian.put(elsewhere, **secret)
+    error = refused(custodian.put, other, replace=True, **secret)
+    assert error.reason == "GRANT_DUPLICATE"
 
 
 START = "https://start.exactonline.nl/api/oauth2/token"

@@ -156,7 +156,7 @@ class World:
         key = f"holdoff:{{{self.name.app}}}:grant:{self.name.token}"
         for field in (
             *("refreshed_us", "not_before_us", "expires_us", "idle_us", "first_unproven_us"),
-            *("attempt_begun_us", "created_us"),
+            *("attempt_begun_us", "created_us", "evidence_us"),
         ):
             if int(self.store.hget(key, field) or 0):
                 self.store.hincrby(key, field, -round(seconds * SECOND))

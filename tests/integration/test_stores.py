@@ -26,12 +26,14 @@ import pytest
 import redis
 from redis.crc import key_slot
 
+from holdoff.v1 import custody_service_pb2
 from holdoff_coordinator import hub, store, wakeups
 from holdoff_coordinator.scripts import shard_key
 from holdoff_coordinator.store import Access, Assumed, StoreError
 from holdoff_coordinator.wakeups import WakeUps
 from tests import stores
 from tests.cable import Cable
+from tests.custodian import Custodian, key_directory, refused
 from tests.harness import Replica, Waiter, ask, coordinator_command, refusal, wait_until
 from tests.ports import free_port
 
@@ -519,3 +521,26 @@ def test_a_node_that_hangs_holds_up_nobody_elsewhere() -> None:
             assert slowest < 4.5  # a call that waits for the mute node takes five
             for waiter in waiters:
                 waiter.vanish()
+
+
+# Custody -------------------------------------------------------------------
+
+
+def test_one_grant_under_two_names_in_a_cluster(three_nodes: Store, tmp_path: Path) -> None:
+    """It is refused also where the apps are on different nodes, and keys are rotated on all.
+
+    Fails when a script of custody touches keys of two slots.
+    """
+    folder = key_directory(tmp_path, "first")
+    with Custodian(three_nodes.url, folder) as one:
+        tokens = [one.token(name=f"apps/{app_in(node)}/tokens/t") for node in three_nodes.nodes]
+        secret = {"refresh_token": "one-for-all-that-nobody-may-read"}
+        one.put(tokens[0], **secret)
+        for token in tokens[1:]:
+            assert refused(one.put, token, **secret).reason == "GRANT_DUPLICATE"
+            one.put(token)
+        key_directory(folder, "second")
+        page = one.custody.RotateKeys(custody_service_pb2.RotateKeysRequest())
+        assert (page.primary_key_id, page.resealed_count) == ("second", len(tokens))
+        one.delete(tokens[0])
+        one.put(tokens[1], replace=True, **secret)

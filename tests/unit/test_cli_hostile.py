@@ -52,7 +52,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "grant delete": (TOKEN, "--yes"),
     "grant list": (),
     "grant put": (TOKEN, "--client-id", "id"),
+    "grant rotate-keys": (),
     "grant show": (TOKEN,),
+    "grant trust": (TOKEN, "--yes"),
     "grant watch": (TOKEN,),
     "lease break": (LEASE, *WHY),
     "lease list": (),
@@ -73,7 +75,14 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 """All commands that a coordinator answers, with what they take."""
 ALONE = ("completion", "policy check", "simulator fault", "simulator report", "simulator serve")
 SPOOL = ("spool flush", "spool list", "spool retry")
-ASKING = {"backoff clear", "budget reset", "grant delete", "lease break", "quarantine end"}
+ASKING = {
+    "backoff clear",
+    "budget reset",
+    "grant delete",
+    "grant trust",
+    "lease break",
+    "quarantine end",
+}
 NAMES = {
     "app": "apps/a",
     "backoff": BACK_OFF,

@@ -247,7 +247,7 @@ class GrantChanged(AlreadyExists):
 
 
 class GrantDuplicate(AlreadyExists):
-    """Another token of the app has this refresh token in custody already."""
+    """Another token has this refresh token in custody already."""
 
     REASON = "GRANT_DUPLICATE"
 

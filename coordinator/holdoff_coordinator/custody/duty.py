@@ -151,6 +151,7 @@ class Duty:
             if not self._is_draining:
                 with contextlib.suppress(Failure):  # which was reported
                     await self.refresh_idle()
+                    await self._refresher.reseal()
 
     async def refresh_idle(self) -> None:
         """Do one round of it.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
+import structlog
 
 from holdoff.names import GrantName, TokenName
 from holdoff.v1 import custody_service_pb2
@@ -19,18 +21,20 @@ from holdoff_coordinator.custody.messages import (
     grant_message,
     held_words,
 )
+from holdoff_coordinator.custody.owners import Owners, TakenError
 from holdoff_coordinator.custody.records import (
     DeleteGrant,
     Facts,
     PutGrant,
     ReadGrants,
+    TrustGrant,
     ask,
     held_of,
     read,
 )
 from holdoff_coordinator.custody.rules import TAKEOVER_US
 from holdoff_coordinator.custody.sealing import GrantSecrets
-from holdoff_coordinator.custody.seals import Seals, binding_of
+from holdoff_coordinator.custody.seals import binding_of
 from holdoff_coordinator.failures import Failure, invalid, token_not_found
 from holdoff_coordinator.scripts import READ_BATCH
 
@@ -43,8 +47,11 @@ if TYPE_CHECKING:
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.custody.records import Answer, Held
     from holdoff_coordinator.custody.sealing import MasterKey
+    from holdoff_coordinator.custody.seals import Seals
     from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.scripts import Scripts
+
+log = structlog.get_logger()
 
 MOST_CLIENT_ID_CHARACTERS = 500
 MOST_SECRET_CHARACTERS = 8_000
@@ -84,13 +91,14 @@ class Terms:
 
 
 class Grants:
-    """Put, get, list and delete grants."""
+    """Put, get, list, trust and delete grants."""
 
-    def __init__(self, scripts: Scripts, policies: Policies, terms: Terms) -> None:
+    def __init__(self, scripts: Scripts, policies: Policies, terms: Terms, seals: Seals) -> None:
         self._scripts = scripts
         self._policies = policies
         self._terms = terms
-        self._seals = Seals(scripts, terms.keys)
+        self._seals = seals
+        self._owners = Owners(scripts)
 
     async def put(
         self, request: custody_service_pb2.PutGrantRequest, caller: Caller
@@ -110,6 +118,11 @@ class Grants:
         policy = await self._policy(name)
         facts = self._facts(request.grant, policy)
         ring, fingerprints = await self._seals.unlocked()
+        fingerprint = fingerprints.fingerprint(
+            facts.token_url, facts.client_id, secrets.refresh_token
+        )
+        before = await read(self._scripts, name)
+        claim = await self._claim(fingerprint, name, caller)
         generation = 1
         while True:  # each time only because another change of the grant succeeded
             sealed = ring.seal(secrets, binding_of(name, chain, generation, facts))
@@ -124,9 +137,7 @@ class Grants:
                     facts=msgspec.json.encode(
                         msgspec.structs.replace(facts, key_id=ring.primary)
                     ).decode(),
-                    fingerprint=fingerprints.fingerprint(
-                        facts.token_url, facts.client_id, secrets.refresh_token
-                    ),
+                    fingerprint=fingerprint,
                     age_us=age_us,
                     idle_us=round((policy.refresh.idle_life or 0) * 1e6),
                     takeover_us=TAKEOVER_US,
@@ -138,7 +149,12 @@ class Grants:
                 break
             generation = answer.generation
         if answer.status != "OK":
+            await self._release(fingerprint, name, claim)
             _refuse(name, answer, caller)
+        await self._confirm(fingerprint, name, f"{chain}.{generation}", caller)
+        if before and before.record.claim:
+            old = before.record.claim
+            await self._release(old, name, await self._owners.held(old, name))
         return custody_service_pb2.PutGrantResponse(grant=await self._read(name))
 
     async def get(
@@ -180,10 +196,71 @@ class Grants:
         self._terms.require_closed()
         condition = _condition("etag" if request.etag else "", request)
         wanted = DeleteGrant(token=name.token, takeover_us=TAKEOVER_US, **condition)
+        before = await read(self._scripts, name)
+        fingerprint = before.record.claim if before else ""
+        claim = await self._owners.held(fingerprint, name) if fingerprint else ""
         answer = await ask(self._scripts, name.app, wanted, caller)
         if answer.status != "OK":
             _refuse(name, answer, caller)
+        await self._release(fingerprint, name, claim)
         return custody_service_pb2.DeleteGrantResponse()
+
+    async def trust(
+        self, request: custody_service_pb2.TrustGrantRequest, caller: Caller
+    ) -> custody_service_pb2.TrustGrantResponse:
+        """Take the caller's word that a grant has the newest refresh token."""
+        name = validation.grant_name("name", request.name).token_name
+        self._terms.require_closed()
+        condition = _condition("etag" if request.etag else "", request)
+        answer = await ask(
+            self._scripts, name.app, TrustGrant(token=name.token, **condition), caller
+        )
+        if answer.status != "OK":
+            _refuse(name, answer, caller)
+        return custody_service_pb2.TrustGrantResponse(grant=await self._read(name))
+
+    async def _claim(self, fingerprint: str, name: TokenName, caller: Caller) -> str:
+        """Claim a grant for a token, before it is put.
+
+        Raises:
+            Failure: GRANT_DUPLICATE, TOKEN_BUSY or STORE_….
+        """
+        try:
+            return await self._owners.claim(fingerprint, name)
+        except TakenError as taken:
+            raise _duplicate(name, taken.of, caller) from None
+
+    async def _confirm(self, fingerprint: str, name: TokenName, etag: str, caller: Caller) -> None:
+        """See that the claim is still ours; undo the put if another token's was faster.
+
+        That happens only if this replica was stopped for minutes between claim and put.
+
+        Raises:
+            Failure: GRANT_DUPLICATE, TOKEN_BUSY or STORE_….
+        """
+        if await self._owners.held(fingerprint, name):
+            return
+        try:
+            await self._claim(fingerprint, name, caller)
+        except Failure as failure:
+            if failure.reason in {"GRANT_DUPLICATE", "TOKEN_BUSY"}:
+                chain, _, generation = etag.partition(".")
+                undo = DeleteGrant(
+                    token=name.token,
+                    takeover_us=TAKEOVER_US,
+                    etag_chain=chain,
+                    etag_generation=int(generation),
+                )
+                undone = await ask(self._scripts, name.app, undo, caller)
+                log.error(  # noqa: TRY400 - its traceback tells nothing
+                    "two tokens had one grant", token=str(name), undone=undone.status
+                )
+            raise
+
+    async def _release(self, fingerprint: str, name: TokenName, claim: str) -> None:
+        """Give up a claim; one that stays because the store is away is taken over when needed."""
+        with contextlib.suppress(Failure):
+            await self._owners.release(fingerprint, name, claim)
 
     async def _policy(self, name: TokenName) -> Policy:
         policy = await self._scripts.policy(name.app, name.token)
@@ -248,7 +325,9 @@ def _secrets(request: custody_service_pb2.PutGrantRequest) -> GrantSecrets:
 
 def _condition(
     kind: str,
-    request: custody_service_pb2.PutGrantRequest | custody_service_pb2.DeleteGrantRequest,
+    request: custody_service_pb2.PutGrantRequest
+    | custody_service_pb2.DeleteGrantRequest
+    | custody_service_pb2.TrustGrantRequest,
 ) -> dict[str, Any]:
     """Read what may be replaced or deleted, as the scripts take it."""
     if kind != "etag":
@@ -289,8 +368,19 @@ def grant_not_found(name: TokenName) -> Failure:
     )
 
 
+def _duplicate(name: TokenName, of: TokenName, caller: Caller) -> Failure:
+    """Say that another token has a grant, and which one, if the caller may see it."""
+    other = str(of) if caller.sees(of.app, of.token) else "another token"
+    return Failure(
+        "GRANT_DUPLICATE",
+        f"{other} has this refresh token in custody already: two names for one grant would refresh "
+        "it too often",
+        resource=str(GrantName(name.app, name.token)),
+    )
+
+
 def _refuse(name: TokenName, answer: Answer, caller: Caller) -> NoReturn:
-    """Say why a grant was not put or deleted."""
+    """Say why a grant was not changed."""
     resource = str(GrantName(name.app, name.token))
     match answer.status:
         case "TOKEN_NOT_FOUND":
@@ -312,14 +402,7 @@ def _refuse(name: TokenName, answer: Answer, caller: Caller) -> NoReturn:
                 resource=resource,
             )
         case "DUPLICATE":
-            sees = caller.sees(name.app, answer.of)
-            other = str(TokenName(name.app, answer.of)) if sees else "another token of this app"
-            raise Failure(
-                "GRANT_DUPLICATE",
-                f"{other} has this refresh token in custody already: two names for one grant "
-                "would refresh it too often",
-                resource=resource,
-            )
+            raise _duplicate(name, TokenName(name.app, answer.of), caller)
         case "WAIT":
             raise Failure(
                 "QUARANTINED" if answer.reason == "QUARANTINED" else "TOKEN_BUSY",

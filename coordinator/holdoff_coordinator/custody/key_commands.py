@@ -14,6 +14,14 @@ from holdoff_coordinator.exits import EX_USAGE, fail
 if TYPE_CHECKING:
     from pathlib import Path
 
+_NEXT = """\
+Next:
+1. Copy the new file to the same directory of every replica; they read it without a restart or a
+   signal. `holdoff-coordinator key list --key-dir {folder}` shows the same CHECK everywhere.
+2. `holdoff grant rotate-keys` encrypts all grants with it. Until then the older key does so.
+3. An hour later `holdoff grant rotate-keys --dry-run` shows which keys are still used. Remove a key
+   only if no grant uses it, and no backup of the store that you may restore.\
+"""
 _FIELDS = ("id", "create_time", "check", "problem")
 
 
@@ -29,13 +37,7 @@ def generate(folder: Path, key_id: str | None) -> None:
 def rotate(folder: Path, key_id: str | None) -> None:
     """Write a new key, print its id, and say what to do with it."""
     generate(folder, key_id)
-    click.echo(
-        f"Copy the new file to the same directory of every replica; they read it without a restart "
-        f"or a signal. `holdoff-coordinator key list --key-dir {folder}` shows the same CHECK "
-        "everywhere. The change to a new key is not built yet: the key in use still encrypts. "
-        "Keep the older keys: what they sealed cannot be opened without them.",
-        err=True,
-    )
+    click.echo(_NEXT.format(folder=folder), err=True)
 
 
 def list_keys(folder: Path, output: str) -> None:

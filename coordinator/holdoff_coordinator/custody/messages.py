@@ -32,7 +32,10 @@ _LASTING = {
     Condition.STALE: (
         _State.GRANT_STATE_STALE,
         "the store may have lost a newer refresh token",
-        "put the newest one, or authorize again: holdoff grant put {name} --replace",
+        (
+            "put the newest one: holdoff grant put {name} --replace; or, if you know that this is "
+            "the newest one: holdoff grant trust {name}"
+        ),
     ),
 }
 """What only an operator can change: the state, why, and what to do."""

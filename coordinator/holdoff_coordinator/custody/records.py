@@ -42,6 +42,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """`AccessSecrets`, in base64; empty also if there is no access token."""
     facts: str
     fingerprint: str
+    claim: str = ""
+    """The fingerprint by which other apps find it: that of the refresh token that was put."""
     condition: Condition
     message: str = ""
     created_us: int
@@ -55,6 +57,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     not_sent: int
     confirmed_us: int = 0
     """When a replica last presented this generation as the newest that it knows."""
+    evidence_us: int = 0
+    """When an answer was stored, or an operator said that this is the newest generation."""
     attempt: str = ""
     attempt_replica: str = ""
     attempt_begun_us: int = 0
@@ -125,7 +129,7 @@ class BeginRefresh(msgspec.Struct, frozen=True, kw_only=True):
     takeover_us: int
     has_evidence: bool
     fears: str
-    """A loss of which may have lost a newer refresh token: DATA, WRITES, or empty."""
+    """After which loss the refresh token must not be sent: DATA, WRITES, or empty for none."""
     event: str
     budgets: Sequence[dict[str, Any]]
 
@@ -197,6 +201,25 @@ class DeleteGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     etag_generation: int | None = None
 
 
+class TrustGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Asks for `trust_grant.lua`."""
+
+    token: str
+    etag_chain: str | None = None
+    etag_generation: int | None = None
+
+
+class ResealGrant(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks for `reseal_grant.lua`."""
+
+    token: str
+    chain: str
+    generation: int
+    sealed_grant: str
+    sealed_access: str
+    facts: str
+
+
 class Held(msgspec.Struct, frozen=True, array_like=True):
     """A grant, and what prevents its next request besides itself."""
 
@@ -230,7 +253,15 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Request = (
-    PutGrant | ReadGrants | BeginRefresh | IntendRefresh | EndRefresh | ClaimIdle | DeleteGrant
+    PutGrant
+    | ReadGrants
+    | BeginRefresh
+    | IntendRefresh
+    | EndRefresh
+    | ClaimIdle
+    | DeleteGrant
+    | TrustGrant
+    | ResealGrant
 )
 RequestT = TypeVar("RequestT", bound=Request)
 
@@ -242,6 +273,8 @@ _SCRIPTS: Final = {
     EndRefresh: "end_refresh",
     ClaimIdle: "claim_idle",
     DeleteGrant: "delete_grant",
+    TrustGrant: "trust_grant",
+    ResealGrant: "reseal_grant",
 }
 
 

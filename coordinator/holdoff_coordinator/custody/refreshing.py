@@ -33,6 +33,7 @@ from holdoff_coordinator.custody.records import (
     ask,
     read,
 )
+from holdoff_coordinator.custody.resealing import resealed
 from holdoff_coordinator.custody.results import (
     Anchor,
     Attempt,
@@ -58,6 +59,7 @@ from holdoff_coordinator.custody.sealing import (
     AccessSecrets,
     Binding,
     GrantSecrets,
+    Keyring,
     SealError,
     SpoolKey,
 )
@@ -82,7 +84,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.custody.outcomes import Outcome
     from holdoff_coordinator.custody.records import Answer, Held, Record
     from holdoff_coordinator.custody.rules import Rules, Standing
-    from holdoff_coordinator.custody.sealing import FingerprintKey, Keyring
+    from holdoff_coordinator.custody.sealing import FingerprintKey
     from holdoff_coordinator.custody.seals import Seals
     from holdoff_coordinator.custody.spool import Spooling
     from holdoff_coordinator.policies import Policies
@@ -187,7 +189,9 @@ class Refresher:
             rules = rules_of(policy, held.interval_us)
             if wait := _wait(held, rules, due):
                 return wait
-            ring, prints = await self._seals.unlocked()
+            ring, prints = await self._seals.usable()
+            if held.record.public.key_id not in ring.keys:
+                return Next(None, "KEY_MISSING")  # the right is for those who can use it
             attempt_id = uuid.uuid4().hex
             answer, anchor = await self._begin(name, held.record, attempt_id, policy, rules)
             record = answer.grant
@@ -242,10 +246,11 @@ class Refresher:
                 return answer, Anchor(answer.now_us, asked_us, self._now_us())
 
     def _fears(self, rules: Rules) -> str:
-        """Tell which loss of the store's makes a refresh token one that must not be sent."""
-        if rules.rotation is not Rotation.SINGLE_USE_REVOKES:
+        """Tell after which loss of the store's a refresh token must not be sent."""
+        if rules.rotation in {Rotation.NONE, Rotation.REUSABLE}:
             return ""
-        return "DATA" if self._is_copied else "WRITES"
+        is_revoking = rules.rotation is Rotation.SINGLE_USE_REVOKES
+        return "WRITES" if is_revoking and not self._is_copied else "DATA"
 
     def _has_evidence(self, _: TokenName) -> bool:
         """Tell whether a refresh may continue in quarantine.
@@ -396,6 +401,20 @@ class Refresher:
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
+    async def reseal(self) -> None:
+        """Seal the answers that we keep with the primary key, so that they need no older one.
+
+        Raises:
+            Failure: CUSTODY_KEY_MISSING or STORE_….
+        """
+        if not self._copies:
+            return
+        ring, _ = await self._seals.unlocked()
+        for name, copy in self._copies.items():
+            with suppress(SealError):  # its key was removed too early
+                again = msgspec.structs.replace(copy.request, **resealed(ring, name, copy.request))
+                self._copies[name] = replace(copy, request=again)
+
     async def restore(self, app: str) -> None:
         """Present this replica's answers again, after the store may have lost some of an app.
 
@@ -448,7 +467,7 @@ class Refresher:
         return left
 
     async def _adopt(self, path: str) -> None:
-        ring, prints = await self._seals.unlocked()
+        ring, prints = await self._seals.usable()
         opened: list[Envelope] = []
 
         def unwrap(wrapped: bytes) -> bytes:
@@ -502,7 +521,18 @@ class _Work:
     attempt: Attempt
     anchor: Anchor
     ring: Keyring
-    prints: FingerprintKey
+    prints: FingerprintKey | None
+    """None if the primary key is missing."""
+
+    @property
+    def primary(self) -> str:
+        """The key that seals: without the primary key the one that sealed the grant."""
+        return self.ring.primary or self.attempt.record.public.key_id
+
+    @property
+    def sealing(self) -> Keyring:
+        """What seals."""
+        return Keyring(self.ring.keys, self.primary)
 
     @property
     def binding(self) -> Binding:
@@ -516,7 +546,7 @@ class _Work:
         envelope = Envelope(
             self.binding,
             self.attempt.record.attempt_begun_us,
-            self.ring.seal(SpoolKey(bytes(key)), self.binding),
+            self.sealing.seal(SpoolKey(bytes(key)), self.binding),
         )
         return spool.Spooling(path, key, msgspec.msgpack.encode(envelope))
 
@@ -531,14 +561,17 @@ class _Work:
         if access is None and record.sealed_access:
             with suppress(SealError):  # it expires soon anyway
                 access = self.ring.open(_blob(record.sealed_access), self.binding, AccessSecrets)
-        primary = self.ring.primary or ""
-        return {
-            "sealed_grant": _text(self.ring.seal(grant, next_one)),
-            "sealed_access": _text(self.ring.seal(access, next_one)) if access else "",
-            "fingerprint": self.prints.fingerprint(
+        ring, fingerprint = self.sealing, record.fingerprint
+        if self.prints:
+            fingerprint = self.prints.fingerprint(
                 public.token_url, public.client_id, grant.refresh_token
-            ),
-            "facts": msgspec.json.encode(msgspec.structs.replace(public, key_id=primary)).decode(),
+            )
+        facts = msgspec.structs.replace(public, key_id=self.primary)
+        return {
+            "sealed_grant": _text(ring.seal(grant, next_one)),
+            "sealed_access": _text(ring.seal(access, next_one)) if access else "",
+            "fingerprint": fingerprint,
+            "facts": msgspec.json.encode(facts).decode(),
         }
 
 

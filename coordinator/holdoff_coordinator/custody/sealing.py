@@ -160,9 +160,11 @@ class FingerprintKey(Secrets, frozen=True):
         Raises:
             ValueError: The URL has no host.
         """
-        host = urlsplit(token_url).hostname
-        if not host:
+        url = urlsplit(token_url)
+        if not url.hostname:
             raise ValueError("a token URL has a host")
+        is_default = url.port in {None, 443 if url.scheme == "https" else 80}
+        host = url.hostname if is_default else f"{url.hostname}:{url.port}"
         grant = msgspec.msgpack.encode((host, client_id, refresh_token))
         return hmac.digest(self.key, grant, "sha256").hex()
 

@@ -77,7 +77,7 @@ local OPERATORS = {key = SHARD .. ':security', kept = 10000, span = 3600 * SECON
 local SECURITY = {
   LEASE_BREAK_ORDERED = true, LEASE_BROKEN = true, BUDGET_RESET = true, BACK_OFF_CLEARED = true,
   TOKEN_CREATED = true, TOKEN_UPDATED = true, QUARANTINE_BEGAN = true, QUARANTINE_ENDED = true,
-  GRANT_PUT = true, GRANT_DELETED = true,
+  GRANT_PUT = true, GRANT_DELETED = true, GRANT_TRUSTED = true,
 }
 
 -- Adds an entry to a stream of the trail; `who` is the caller and the token. Returns its id.
@@ -200,7 +200,9 @@ local function note_hold(span)
   end
 end
 
--- `loss` is what the store may have lost: 'DATA', anything; 'WRITES', the last ones; or 'NOTHING'.
+-- `loss` is what the store may have lost: 'RESTORE' and 'DATA', anything; 'WRITES', the last ones;
+-- 'EXPIRED', what it dropped too early; or 'NOTHING'. `restored_us` says from when on records may be those
+-- of a backup. Several replicas report one loss: the later ones do not move it.
 local function quarantine(why, loss)
   local safe = math.max(number(ARGV[4]), longest_hold())
   if sure >= number(shard.quarantine_until_us) then
@@ -211,7 +213,9 @@ local function quarantine(why, loss)
     put(SHARD, shard, {quarantine_until_us = now + safe, quarantine_for_us = safe})
   end
   put(SHARD, shard, {quarantine_reason = why})
-  if loss == 'DATA' then put(SHARD, shard, {data_lost_us = now}) end
+  local restored = loss == 'RESTORE' or (loss == 'DATA' and now - number(shard.restored_us) > 2 * safe)
+  if loss == 'DATA' or loss == 'RESTORE' or loss == 'EXPIRED' then put(SHARD, shard, {data_lost_us = now}) end
+  if restored then put(SHARD, shard, {restored_us = now}) end
   if loss == 'WRITES' then put(SHARD, shard, {writes_lost_us = now}) end
 end
 
@@ -219,7 +223,7 @@ end
 local function go_back()
   for field, span in pairs({
     quarantine_since_us = 0, quarantine_until_us = number(shard.quarantine_for_us or ARGV[4]), recovery_until_us = RECOVERY, gain_until_us = number(ARGV[4]), data_lost_us = 0, writes_lost_us = 0,
-    hold_until_us = longest_hold(),
+    restored_us = 0, hold_until_us = longest_hold(),
   }) do
     if number(shard[field]) > now + span then put(SHARD, shard, {[field] = now + span}) end
   end

@@ -13,6 +13,9 @@ put(key, token, {
   created_us = now, updated_us = now, fencing = '0',
 })
 redis.call('ZADD', SHARD .. ':tokens', 0, id)
+-- What custody knows outlives the token, which may have been removed from the store by hand.
+local refreshed = math.min(now, number(redis.call('HGET', SHARD .. ':grant:' .. id, 'refreshed_us')))
+if refreshed > 0 then cool_down(id, token, refreshed, number(ARGV[11])) end
 if ARGV[14] ~= '' then cool_down(id, token, now - number(ARGV[14]), number(ARGV[11])) end
 settle(id)
 tell('TOKEN_CREATED', id, token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from holdoff import Client
+from holdoff._text import printable
 from holdoff.cli import exits
 from holdoff.cli._help import example
 from holdoff.cli._live import (
@@ -225,6 +227,75 @@ def delete_grant(endpoint: str, token: str, etag: str, yes: bool) -> None:
     click.echo(f"deleted: the grant of {token}", err=True)
 
 
+@grant.command("trust", epilog=example("holdoff grant trust apps/exact-nl/tokens/finance"))
+@click.argument("token", type=Name(TokenName))
+@click.option("--etag", default="", help="Only the grant that has this etag.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.pass_obj
+def trust_grant(endpoint: str, token: str, etag: str, yes: bool) -> None:
+    """Use the grant of TOKEN again, although the store was restored from a backup.
+
+    After a restore a refresh token in custody may be older than the last refresh: its state is
+    `stale`, and it is not sent. Say with this command that it is the newest one. If it is not, the
+    provider refuses it, and may revoke the whole grant. To put the newest one: `holdoff grant put`.
+
+    On a terminal the command shows the grant and asks for a confirmation first.
+    """
+    with Client(endpoint) as client:
+        if sys.stdin.isatty() and not yes:
+            found = client.grants.get(token)
+            etag = etag or found.etag
+            if not confirm(_trust_question(token, found)):
+                click.echo("not changed", err=True)
+                raise click.exceptions.Exit(exits.DECLINED)
+        client.grants.trust(token, etag=etag)
+    click.echo(f"the grant of {token} is used again", err=True)
+
+
+@grant.command("rotate-keys", epilog=example("holdoff grant rotate-keys --dry-run"))
+@click.option("--key", "key_id", default="", metavar="ID", help="[default: the highest id]")
+@click.option("--dry-run", is_flag=True, help="Only show which keys are used.")
+@output_option
+@click.pass_obj
+def rotate_keys(endpoint: str, key_id: str, dry_run: bool, output: str) -> None:
+    """Encrypt all grants with another master key, which also encrypts from then on.
+
+    Generate it with `holdoff-coordinator key rotate`, and copy it to every replica. The command can
+    be repeated at any time. It lists the keys that are still used, and the grants whose key is
+    missing.
+    """
+    uses: Counter[str] = Counter()
+    skipped: list[custody_service_pb2.SkippedGrant] = []
+    primary, resealed = "", 0
+    with Client(endpoint) as client:
+        for page in client.grants.rotate_keys(key_id, validate_only=dry_run):
+            primary, resealed = page.primary_key_id, resealed + page.resealed_count
+            uses.update({use.key_id: use.grant_count for use in page.key_uses})
+            skipped += page.skipped_grants
+    uses.setdefault(primary, 0)
+    if output == "json":
+        emit_json(
+            {
+                "primary_key_id": primary,
+                "resealed_count": resealed,
+                "key_uses": [
+                    {"key_id": one, "grant_count": count} for one, count in sorted(uses.items())
+                ],
+                "skipped_grants": [resource(one) for one in skipped],
+            }
+        )
+        return
+    if not dry_run:
+        click.echo(printable(f"encrypted again with {primary}: {resealed}"), err=True)
+    for one in skipped:
+        words = f"left as it is: {one.name.removesuffix('/grant')}: {one.message}"
+        click.echo(printable(words), err=True)
+    emit_table(
+        ("KEY", "GRANTS", "ENCRYPTS"),
+        ((one, str(uses[one]), "yes" if one == primary else "no") for one in sorted(uses)),
+    )
+
+
 @grant.command(
     "access-token",
     epilog=example("holdoff grant access-token apps/exact-nl/tokens/finance --wait 5m"),
@@ -358,6 +429,14 @@ def _question(token: str, one: grant_pb2.Grant) -> str:
         f"The grant of {token} with the client id {one.client_id} was put "
         f"{time_text(one, 'create_time')}.\nIts refresh token is nowhere else, unless you kept it: "
         "without it a person must authorize again.\nDelete it?"
+    )
+
+
+def _trust_question(token: str, one: grant_pb2.Grant) -> str:
+    return (
+        f"The grant of {token} with the client id {one.client_id} was last refreshed "
+        f"{time_text(one, 'refresh_time')}.\nIf it was refreshed after that, the provider may "
+        "revoke it.\nUse it again?"
     )
 
 

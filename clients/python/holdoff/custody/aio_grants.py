@@ -58,9 +58,9 @@ class Grants:
         Raises:
             GrantExists: There is a grant, and neither `etag` nor `replace` was given.
             GrantChanged: The grant has another etag.
-            GrantDuplicate: Another token of the app has this refresh token in custody.
-            TokenBusy: A lease on the token lives, or it cools down; `retry_after_seconds` says
-                for how long.
+            GrantDuplicate: Another token has this refresh token in custody.
+            TokenBusy: A lease on the token lives, or it cools down, or this refresh token is being
+                put under another name; `retry_after_seconds` says for how long.
             Quarantined: The app is in quarantine.
             CustodyOff: The coordinator takes nothing into custody.
             CustodyKeyMissing: The coordinator does not have the key that encrypts.
@@ -145,3 +145,39 @@ class Grants:
             TokenBusy: An access token is being requested.
         """
         await self._connection._call(calls.delete_grant(token, etag))  # noqa: SLF001
+
+    async def trust(self, token: str, *, etag: str = "") -> grant_pb2.Grant:
+        """Say that the refresh token in custody is the newest one, so that it is used again.
+
+        After a restore of the store a grant is not used, because it may be older than the last
+        refresh. A provider may revoke the whole grant if an old refresh token is sent.
+
+        Args:
+            token: The token.
+            etag: Only the grant that has this etag; empty for any.
+
+        Raises:
+            GrantNotFound: None is in custody.
+            GrantChanged: The grant has another etag.
+        """
+        return await self._connection._call(calls.trust_grant(token, etag))  # noqa: SLF001
+
+    def rotate_keys(
+        self, key_id: str = "", *, validate_only: bool = False
+    ) -> AsyncIterator[custody_service_pb2.RotateKeysResponse]:
+        """Encrypt all grants with another master key, which also encrypts from then on.
+
+        Yields what was done, page by page. It can be repeated at any time, also after an error.
+
+        Args:
+            key_id: The key, which every live replica must have; empty for the one with the highest
+                id.
+            validate_only: Change nothing, and only tell which keys are used.
+
+        Raises:
+            CustodyKeyMissing: A live replica does not have the key.
+            CustodyOff: The coordinator takes nothing into custody.
+        """
+        return self._connection._items(  # noqa: SLF001
+            calls.rotate_keys(key_id, validate_only)
+        )

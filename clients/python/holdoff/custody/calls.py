@@ -132,6 +132,37 @@ def delete_grant(token: str, etag: str) -> Call[Any, None]:
     )
 
 
+def trust_grant(token: str, etag: str) -> Call[Any, grant_pb2.Grant]:
+    """Say that a grant has the newest refresh token."""
+    return Call(
+        f"{_CUSTODY}/TrustGrant",
+        custody_service_pb2.TrustGrantRequest(name=_name(token), etag=etag),
+        custody_service_pb2.TrustGrantResponse,
+        lambda response: response.grant,
+    )
+
+
+def rotate_keys(
+    key_id: str, validate_only: bool, page_token: str = ""
+) -> Call[Any, Page[custody_service_pb2.RotateKeysResponse]]:
+    """Encrypt a page of grants with another key; the answer is an item of its own."""
+
+    def read(
+        response: custody_service_pb2.RotateKeysResponse,
+    ) -> Page[custody_service_pb2.RotateKeysResponse]:
+        token = response.next_page_token
+        return Page([response], rotate_keys(key_id, validate_only, token) if token else None)
+
+    return Call(
+        f"{_CUSTODY}/RotateKeys",
+        custody_service_pb2.RotateKeysRequest(
+            key_id=key_id, validate_only=validate_only, page_token=page_token
+        ),
+        custody_service_pb2.RotateKeysResponse,
+        read,
+    )
+
+
 def _name(token: str) -> str:
     """Return the name of a token's grant; what is no name is refused by the coordinator."""
     return f"{token}/grant"

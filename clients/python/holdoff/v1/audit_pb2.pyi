@@ -76,6 +76,8 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     """An access token was handed out: one entry for the first time in an hour, and
     one with the count of all others in it.
     """
+    AUDIT_KIND_GRANT_TRUSTED: _AuditKind.ValueType  # 23
+    """An operator said that the grant in custody is the newest one."""
 
 class AuditKind(_AuditKind, metaclass=_AuditKindEnumTypeWrapper):
     """The kinds of entries in the audit trail."""
@@ -130,6 +132,8 @@ AUDIT_KIND_ACCESS_TOKEN_HANDED_OUT: AuditKind.ValueType  # 22
 """An access token was handed out: one entry for the first time in an hour, and
 one with the count of all others in it.
 """
+AUDIT_KIND_GRANT_TRUSTED: AuditKind.ValueType  # 23
+"""An operator said that the grant in custody is the newest one."""
 Global___AuditKind: _TypeAlias = AuditKind  # noqa: Y015
 
 @_typing.final

@@ -252,6 +252,193 @@ class DeleteGrantResponse(_message.Message):
 Global___DeleteGrantResponse: _TypeAlias = DeleteGrantResponse  # noqa: Y015
 
 @_typing.final
+class TrustGrantRequest(_message.Message):
+    """Says that a grant has the newest refresh token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/tokens/{token}/grant`."""
+    etag: _builtins.str
+    """Only the grant with this etag; empty for any."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrustGrantRequest: _TypeAlias = TrustGrantRequest  # noqa: Y015
+
+@_typing.final
+class TrustGrantResponse(_message.Message):
+    """The grant is used again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRANT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def grant(self) -> _grant_pb2.Grant:
+        """The grant."""
+
+    def __init__(
+        self,
+        *,
+        grant: _grant_pb2.Grant | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant", b"grant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrustGrantResponse: _TypeAlias = TrustGrantResponse  # noqa: Y015
+
+@_typing.final
+class RotateKeysRequest(_message.Message):
+    """Encrypts grants with another master key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    """Id of the key, which every live replica must have. Empty means the one with
+    the highest id that any of them has. Ignored on pages after the first.
+    """
+    validate_only: _builtins.bool
+    """Only says which keys are used: changes nothing."""
+    page_size: _builtins.int
+    """At most this many grants, up to 1000; 0 means 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before."""
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "page_size", b"page_size", "page_token", b"page_token", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateKeysRequest: _TypeAlias = RotateKeysRequest  # noqa: Y015
+
+@_typing.final
+class RotateKeysResponse(_message.Message):
+    """What was done on one page of grants."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRIMARY_KEY_ID_FIELD_NUMBER: _builtins.int
+    RESEALED_COUNT_FIELD_NUMBER: _builtins.int
+    KEY_USES_FIELD_NUMBER: _builtins.int
+    SKIPPED_GRANTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    primary_key_id: _builtins.str
+    """Id of the key that encrypts from now on."""
+    resealed_count: _builtins.int
+    """How many grants were encrypted again."""
+    next_page_token: _builtins.str
+    """Ask for the next page with it; empty on the last page."""
+    @_builtins.property
+    def key_uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___KeyUse]:
+        """Which keys the grants of this page are encrypted with now. A key that is
+        used on no page is needed no more, except by backups and for an hour by
+        requests that are under way.
+        """
+
+    @_builtins.property
+    def skipped_grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___SkippedGrant]:
+        """Grants that were left as they are."""
+
+    def __init__(
+        self,
+        *,
+        primary_key_id: _builtins.str = ...,
+        resealed_count: _builtins.int = ...,
+        key_uses: _abc.Iterable[Global___KeyUse] | None = ...,
+        skipped_grants: _abc.Iterable[Global___SkippedGrant] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_uses", b"key_uses", "next_page_token", b"next_page_token", "primary_key_id", b"primary_key_id", "resealed_count", b"resealed_count", "skipped_grants", b"skipped_grants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateKeysResponse: _TypeAlias = RotateKeysResponse  # noqa: Y015
+
+@_typing.final
+class KeyUse(_message.Message):
+    """How much a master key is used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    GRANT_COUNT_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    """Id of the key."""
+    grant_count: _builtins.int
+    """The number of grants that are encrypted with it."""
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+        grant_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant_count", b"grant_count", "key_id", b"key_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyUse: _TypeAlias = KeyUse  # noqa: Y015
+
+@_typing.final
+class SkippedGrant(_message.Message):
+    """A grant that could not be encrypted again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`apps/{app}/tokens/{token}/grant`."""
+    key_id: _builtins.str
+    """Id of the key that it is encrypted with."""
+    message: _builtins.str
+    """Why, for people."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "message", b"message", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SkippedGrant: _TypeAlias = SkippedGrant  # noqa: Y015
+
+@_typing.final
 class WatchGrantRequest(_message.Message):
     """Asks for a grant and its changes."""
 

@@ -55,6 +55,16 @@ class CustodyServiceStub:
                 request_serializer=holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantResponse.FromString,
                 _registered_method=True)
+        self.TrustGrant = channel.unary_unary(
+                '/holdoff.v1.CustodyService/TrustGrant',
+                request_serializer=holdoff_dot_v1_dot_custody__service__pb2.TrustGrantRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_custody__service__pb2.TrustGrantResponse.FromString,
+                _registered_method=True)
+        self.RotateKeys = channel.unary_unary(
+                '/holdoff.v1.CustodyService/RotateKeys',
+                request_serializer=holdoff_dot_v1_dot_custody__service__pb2.RotateKeysRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_custody__service__pb2.RotateKeysResponse.FromString,
+                _registered_method=True)
         self.WatchGrant = channel.unary_stream(
                 '/holdoff.v1.CustodyService/WatchGrant',
                 request_serializer=holdoff_dot_v1_dot_custody__service__pb2.WatchGrantRequest.SerializeToString,
@@ -101,6 +111,23 @@ class CustodyServiceServicer:
     def DeleteGrant(self, request, context):
         """Ends custody of a token, and deletes the secrets. The cooldown of the token
         continues.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TrustGrant(self, request, context):
+        """Takes the caller's word that the refresh token in custody is the newest one:
+        after a restore of the store a grant is not used before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateKeys(self, request, context):
+        """Encrypts the secrets of all grants with the newest master key, or another
+        one, which also encrypts from then on. Works on one page of grants at a
+        time, and can be repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,6 +180,16 @@ def add_CustodyServiceServicer_to_server(servicer, server):
                     servicer.DeleteGrant,
                     request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantResponse.SerializeToString,
+            ),
+            'TrustGrant': grpc.unary_unary_rpc_method_handler(
+                    servicer.TrustGrant,
+                    request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.TrustGrantRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_custody__service__pb2.TrustGrantResponse.SerializeToString,
+            ),
+            'RotateKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateKeys,
+                    request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.RotateKeysRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_custody__service__pb2.RotateKeysResponse.SerializeToString,
             ),
             'WatchGrant': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchGrant,
@@ -279,6 +316,60 @@ class CustodyService:
             '/holdoff.v1.CustodyService/DeleteGrant',
             holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantRequest.SerializeToString,
             holdoff_dot_v1_dot_custody__service__pb2.DeleteGrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TrustGrant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.CustodyService/TrustGrant',
+            holdoff_dot_v1_dot_custody__service__pb2.TrustGrantRequest.SerializeToString,
+            holdoff_dot_v1_dot_custody__service__pb2.TrustGrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.CustodyService/RotateKeys',
+            holdoff_dot_v1_dot_custody__service__pb2.RotateKeysRequest.SerializeToString,
+            holdoff_dot_v1_dot_custody__service__pb2.RotateKeysResponse.FromString,
             options,
             channel_credentials,
             insecure,

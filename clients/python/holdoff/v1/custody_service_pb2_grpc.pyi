@@ -45,6 +45,15 @@ class CustodyServiceStub:
     """Ends custody of a token, and deletes the secrets. The cooldown of the token
     continues.
     """
+    TrustGrant: _grpc.UnaryUnaryMultiCallable[_custody_service_pb2.TrustGrantRequest, _custody_service_pb2.TrustGrantResponse]
+    """Takes the caller's word that the refresh token in custody is the newest one:
+    after a restore of the store a grant is not used before.
+    """
+    RotateKeys: _grpc.UnaryUnaryMultiCallable[_custody_service_pb2.RotateKeysRequest, _custody_service_pb2.RotateKeysResponse]
+    """Encrypts the secrets of all grants with the newest master key, or another
+    one, which also encrypts from then on. Works on one page of grants at a
+    time, and can be repeated.
+    """
     WatchGrant: _grpc.UnaryStreamMultiCallable[_custody_service_pb2.WatchGrantRequest, _custody_service_pb2.WatchGrantResponse]
     """Watches one grant: as it is, then after each change, without its secrets.
     That does not count as a use of the token.
@@ -75,6 +84,15 @@ class CustodyServiceAsyncStub(CustodyServiceStub):
     DeleteGrant: _aio.UnaryUnaryMultiCallable[_custody_service_pb2.DeleteGrantRequest, _custody_service_pb2.DeleteGrantResponse]  # type: ignore[assignment]
     """Ends custody of a token, and deletes the secrets. The cooldown of the token
     continues.
+    """
+    TrustGrant: _aio.UnaryUnaryMultiCallable[_custody_service_pb2.TrustGrantRequest, _custody_service_pb2.TrustGrantResponse]  # type: ignore[assignment]
+    """Takes the caller's word that the refresh token in custody is the newest one:
+    after a restore of the store a grant is not used before.
+    """
+    RotateKeys: _aio.UnaryUnaryMultiCallable[_custody_service_pb2.RotateKeysRequest, _custody_service_pb2.RotateKeysResponse]  # type: ignore[assignment]
+    """Encrypts the secrets of all grants with the newest master key, or another
+    one, which also encrypts from then on. Works on one page of grants at a
+    time, and can be repeated.
     """
     WatchGrant: _aio.UnaryStreamMultiCallable[_custody_service_pb2.WatchGrantRequest, _custody_service_pb2.WatchGrantResponse]  # type: ignore[assignment]
     """Watches one grant: as it is, then after each change, without its secrets.
@@ -127,6 +145,27 @@ class CustodyServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_custody_service_pb2.DeleteGrantResponse, _abc.Awaitable[_custody_service_pb2.DeleteGrantResponse]]:
         """Ends custody of a token, and deletes the secrets. The cooldown of the token
         continues.
+        """
+
+    @_abc_1.abstractmethod
+    def TrustGrant(
+        self,
+        request: _custody_service_pb2.TrustGrantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_custody_service_pb2.TrustGrantResponse, _abc.Awaitable[_custody_service_pb2.TrustGrantResponse]]:
+        """Takes the caller's word that the refresh token in custody is the newest one:
+        after a restore of the store a grant is not used before.
+        """
+
+    @_abc_1.abstractmethod
+    def RotateKeys(
+        self,
+        request: _custody_service_pb2.RotateKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_custody_service_pb2.RotateKeysResponse, _abc.Awaitable[_custody_service_pb2.RotateKeysResponse]]:
+        """Encrypts the secrets of all grants with the newest master key, or another
+        one, which also encrypts from then on. Works on one page of grants at a
+        time, and can be repeated.
         """
 
     @_abc_1.abstractmethod

@@ -75,7 +75,7 @@ class _GrantStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GrantState
     """
     GRANT_STATE_STALE: _GrantState.ValueType  # 8
     """It was restored from a backup, or newer data was lost: it is not used until
-    it is put again.
+    newer data is found, it is put again, or TrustGrant.
     """
 
 class GrantState(_GrantState, metaclass=_GrantStateEnumTypeWrapper):
@@ -101,7 +101,7 @@ with.
 """
 GRANT_STATE_STALE: GrantState.ValueType  # 8
 """It was restored from a backup, or newer data was lost: it is not used until
-it is put again.
+newer data is found, it is put again, or TrustGrant.
 """
 Global___GrantState: _TypeAlias = GrantState  # noqa: Y015
 

@@ -1,7 +1,7 @@
 -- Takes the right to request an access token, and counts the request in the budgets.
 -- ask: chain, generation, attempt (its id), replica, takeover_us (after so long the right of
---      another is over), has_evidence, event (id), budgets; fears: a loss of what may have lost a newer
---      refresh token, so that this one must not be sent: DATA, WRITES, or ''
+--      another is over), has_evidence, event (id), budgets; fears: after which loss this refresh token
+--      must not be sent, since there may be a newer one: DATA (a restore), WRITES (also a failover), or ''
 -- Answers BEGUN with `grant`; WAIT with `reason` and `until_us`; CHANGED with `grant`; GONE; LOST with
 -- `over_us`: the last request may have been answered until then, and nothing is known of it; or STALE.
 local token, lease = settle(id)
@@ -18,10 +18,8 @@ if sure < grant.not_before_us then
 end
 local reason, until_us = held_by(token, lease)
 if reason then return answer('WAIT', {reason = reason, until_us = until_us, grant = grant}) end
--- A grant that was put, stored, or presented by a replica after the loss is the newest one.
-local lost = ask.fears ~= '' and number(shard.data_lost_us) or 0
-if ask.fears == 'WRITES' then lost = math.max(lost, number(shard.writes_lost_us)) end
-if lost > math.max(grant.created_us, grant.refreshed_us, grant.confirmed_us) then
+local is_doubtful = ask.fears ~= '' and may_be_restored(grant)
+if is_doubtful or (ask.fears == 'WRITES' and may_be_behind(grant)) then
   keep_grant(grant, {condition = 'STALE', message = '', since_us = now})
   audit('GRANT_REFRESHED', token_name(id), {
     reason = 'the store may have lost a newer refresh token', result = 'STALE', generation = grant.generation,

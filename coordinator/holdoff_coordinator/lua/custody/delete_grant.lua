@@ -1,4 +1,5 @@
--- Ends custody. A tombstone keeps the generation, and the token its cooldown.
+-- Ends custody. A tombstone keeps the generation and when the same refresh token may be sent again, and
+-- the token its cooldown.
 -- ask: takeover_us; and etag_chain with etag_generation, or neither
 -- Answers OK; GONE; CHANGED; or WAIT with `until_us` while a request is under way.
 local token, lease = settle(id)
@@ -13,7 +14,7 @@ if lost_at(grant) > 0 then
 end
 redis.call('HDEL', PRINTS, grant.fingerprint)
 keep_grant(grant, {
-  sealed_grant = '', sealed_access = '', facts = '', fingerprint = '', expires_us = 0, attempt_step = '',
+  sealed_grant = '', sealed_access = '', facts = '', fingerprint = '', past_print = grant.fingerprint, claim = '', expires_us = 0, attempt_step = '',
   refreshed_us = math.max(grant.refreshed_us, lost_at(grant)),
 })
 audit('GRANT_DELETED', token_name(id), {}, true)

@@ -13,7 +13,8 @@ local is_under_way = is_current and (grant.attempt_step == 'BEGUN' or grant.atte
 local has_secrets = ask.generation ~= ask.from_generation
 if ask.restores and grant.chain == ask.chain and grant.generation == ask.generation then
   -- The newest answer that a replica knows; the store has it.
-  keep_grant(grant, {confirmed_us = now, condition = grant.condition == 'STALE' and ask.condition or grant.condition})
+  local ends_doubt = grant.condition == 'STALE' and not may_be_restored(grant)
+  keep_grant(grant, {confirmed_us = now, condition = ends_doubt and ask.condition or grant.condition})
   return answer('OK', {grant = grant})
 end
 if is_current and not is_under_way and grant.generation == ask.generation and grant.attempt_step == ask.step then
@@ -36,7 +37,7 @@ local changes = {
 if ask.restores then changes.confirmed_us = now end
 if has_secrets then
   changes.sealed_grant, changes.sealed_access = ask.sealed_grant, ask.sealed_access
-  changes.facts = ask.facts
+  changes.facts, changes.evidence_us = ask.facts, now
   redis.call('HDEL', PRINTS, grant.fingerprint)
   redis.call('HSET', PRINTS, ask.fingerprint, id)
   changes.fingerprint = ask.fingerprint

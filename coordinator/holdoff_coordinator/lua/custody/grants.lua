@@ -14,7 +14,7 @@ local function grant_key(token_id) return SHARD .. ':grant:' .. token_id end
 
 local NUMBERS = {
   'generation', 'created_us', 'since_us', 'refreshed_us', 'not_before_us', 'expires_us', 'idle_us', 'unproven',
-  'first_unproven_us', 'not_sent', 'attempt_begun_us', 'confirmed_us',
+  'first_unproven_us', 'not_sent', 'attempt_begun_us', 'confirmed_us', 'evidence_us',
 }
 
 -- The record of a grant. In a tombstone, which keeps what must not be forgotten, `sealed_grant` is ''.
@@ -26,6 +26,9 @@ local function load_grant(token_id)
   local ahead = grant.refreshed_us - now
   if ahead > 0 then
     grant.refreshed_us, grant.not_before_us = now, grant.not_before_us - ahead
+  end
+  for _, field in ipairs({'created_us', 'confirmed_us', 'evidence_us'}) do
+    grant[field] = math.min(grant[field], now)
   end
   return grant
 end
@@ -65,6 +68,19 @@ end
 -- nothing is known of its result; 0 else.
 local function lost_at(grant)
   return grant and grant.attempt_step == 'INTENDED' and right_until(grant) or 0
+end
+
+-- Whether a grant may be that of a backup, so that its refresh token may have been used since. Newer
+-- evidence is a put, an answer that was stored since, or the word of an operator.
+local function may_be_restored(grant)
+  return number(shard.restored_us) > math.max(grant.created_us, grant.evidence_us)
+end
+
+-- The same for a failover, after which it is evidence, too, that a replica presented the grant as the
+-- newest that it knows.
+local function may_be_behind(grant)
+  return number(shard.writes_lost_us)
+    > math.max(grant.created_us, grant.evidence_us, grant.refreshed_us, grant.confirmed_us)
 end
 
 -- What prevents the next request for an access token, apart from the grant itself: a reason, and

@@ -31,12 +31,15 @@ if grant.fingerprint then redis.call('HDEL', PRINTS, grant.fingerprint) end
 redis.call('HSET', PRINTS, ask.fingerprint, id)
 local refreshed = math.max(grant.refreshed_us, lost_at(grant), now - ask.age_us)
 cool_down(id, token, refreshed, number(token.interval_us))
+-- A refresh token that must not be sent yet must not be either when it is put again.
+local is_same = ask.fingerprint == grant.fingerprint or ask.fingerprint == grant.past_print
+local not_before = math.max(number(token.not_before_us), is_same and grant.not_before_us or 0)
 keep_grant(grant, {
   chain = ask.chain, generation = generation, sealed_grant = ask.sealed_grant, sealed_access = '',
-  facts = ask.facts, fingerprint = ask.fingerprint, condition = 'READY', message = '',
-  created_us = now, since_us = now, refreshed_us = refreshed, not_before_us = number(token.not_before_us),
+  facts = ask.facts, fingerprint = ask.fingerprint, past_print = '', claim = ask.fingerprint, condition = 'READY', message = '',
+  created_us = now, since_us = now, refreshed_us = refreshed, not_before_us = not_before,
   expires_us = 0, idle_us = ask.idle_us > 0 and refreshed + ask.idle_us or 0,
-  unproven = 0, first_unproven_us = 0, not_sent = 0, confirmed_us = 0,
+  unproven = 0, first_unproven_us = 0, not_sent = 0, confirmed_us = 0, evidence_us = 0,
   attempt = '', attempt_replica = '', attempt_begun_us = 0, attempt_step = '', attempt_outcome = '',
 })
 mirror(id, token, lease)
