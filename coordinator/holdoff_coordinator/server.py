@@ -24,8 +24,8 @@ from holdoff_coordinator.custody.explaining import GrantExplanations
 from holdoff_coordinator.custody.grants import Grants, Terms
 from holdoff_coordinator.custody.handout import HandOuts
 from holdoff_coordinator.custody.key_notices import KeyNotices
+from holdoff_coordinator.custody.key_rotation import KeyRotation
 from holdoff_coordinator.custody.refreshing import LIMITS, Refresher
-from holdoff_coordinator.custody.resealing import KeyRotation
 from holdoff_coordinator.custody.seals import Seals
 from holdoff_coordinator.custody.sending import Reach, Sending
 from holdoff_coordinator.durability import NO_COPIES

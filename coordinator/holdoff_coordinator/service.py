@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.custody.checking import GrantChecks
     from holdoff_coordinator.custody.grants import Grants
     from holdoff_coordinator.custody.handout import HandOuts
-    from holdoff_coordinator.custody.resealing import KeyRotation
+    from holdoff_coordinator.custody.key_rotation import KeyRotation
     from holdoff_coordinator.followers import Followers
     from holdoff_coordinator.gate import Admitted, Gate
     from holdoff_coordinator.leases import Leases

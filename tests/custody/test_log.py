@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 
 LEVELS = {"warning", "error", "exception", "critical"}
 ABOUT = {"token", "app", "path", "reason"}
-NO_TOKEN = {"answers in the spool are not stored yet"}
-"""This is about all of them."""
+NO_TOKEN = {
+    "answers in the spool are not stored yet",
+    "the notice of the custody keys was not renewed",
+    "a core dump of this process may be written, with secrets",
+}
+"""These are about all of them."""
 
 
 def complaints() -> Iterator[tuple[str, str, set[str], bool]]:

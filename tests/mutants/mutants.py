@@ -958,7 +958,7 @@ MUTANTS = [
     ),
     Mutant(
         "a key that is missing does not end the rotation",
-        f"{CUSTODY}/resealing.py",
+        f"{CUSTODY}/key_rotation.py",
         "            except SealError as error:\n                page",
         "            except UnsealableError as error:\n                page",
         f"{TESTS}/test_key_rotation.py::test_a_missing_key_stops_its_tokens_only",
