@@ -378,6 +378,7 @@ NEEDS: Mapping[type[Message], tuple[Role, bool, Callable[[Any], tuple[Place, ...
     custody_service_pb2.ListGrantsRequest: (Role.VIEWER, _PART, _parent),
     custody_service_pb2.WatchGrantRequest: (Role.VIEWER, _WHOLE, _name_of_grant),
     custody_service_pb2.DeleteGrantRequest: (Role.CUSTODIAN, _WHOLE, _name_of_grant),
+    custody_service_pb2.CheckGrantRequest: (Role.CUSTODIAN, _WHOLE, _name_of_grant),
     custody_service_pb2.TrustGrantRequest: (Role.CUSTODIAN, _WHOLE, _name_of_grant),
     custody_service_pb2.RotateKeysRequest: (Role.CUSTODIAN, _WHOLE, _everything),
     custody_service_pb2.GetAccessTokenRequest: (Role.GATEWAY, _WHOLE, _name_of_grant),

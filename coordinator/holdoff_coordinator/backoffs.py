@@ -32,8 +32,9 @@ from holdoff_coordinator.records import (
 from holdoff_coordinator.scripts import READ_BATCH
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Awaitable, Callable, Iterable
 
+    from holdoff.v1 import grant_pb2
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.places import Places
     from holdoff_coordinator.scripts import Scripts
@@ -50,9 +51,15 @@ MOST_EXPLAINED = 20
 class BackOffs:
     """List, set, clear and explain."""
 
-    def __init__(self, scripts: Scripts, places: Places) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        places: Places,
+        explain_grant: Callable[[TokenName], Awaitable[grant_pb2.GrantExplanation | None]],
+    ) -> None:
         self._scripts = scripts
         self._places = places
+        self._explain_grant = explain_grant
 
     async def list_all(
         self, request: budget_service_pb2.ListBackOffsRequest, caller: Caller
@@ -142,6 +149,7 @@ class BackOffs:
             errors=errors,
             message=_words(_scope_of(app, values, spelled), obstacles, longest),
             narrower=narrower,
+            grant=await self._explain_grant(token) if token else None,
         )
 
     async def _scope(self, field: str, scope: budget_pb2.Scope) -> tuple[str, dict[str, str], str]:

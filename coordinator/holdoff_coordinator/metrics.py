@@ -38,6 +38,7 @@ from prometheus_client.exposition import choose_encoder
 
 from holdoff._version import VERSION
 from holdoff.v1 import audit_pb2, budget_pb2
+from holdoff_coordinator.custody.measuring import GrantMeasures
 from holdoff_coordinator.failures import STORE_TROUBLES, Failure
 from holdoff_coordinator.limits import COUNTED
 from holdoff_coordinator.records import read_back_offs, read_budgets, record
@@ -46,10 +47,20 @@ from holdoff_coordinator.service import SERVICES
 from holdoff_coordinator.store import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Collection,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
+    from holdoff_coordinator.custody.handout import HandOuts
     from holdoff_coordinator.gate import AccessFile
     from holdoff_coordinator.limits import Limits
+    from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.scripts import Scripts
 
     _Reading = tuple[Gauge, tuple[str, ...], float]
@@ -178,11 +189,12 @@ class Metrics(grpc.aio.ServerInterceptor):
             "budget_least_room", "Room in the budget with the least room", "app", "limit"
         )
         self._back_offs = gauge("back_offs", "Back-offs that are not over", "app", "cause", "state")
-        self._of_apps = (
+        self._of_apps: tuple[Gauge, ...] = (
             *(self._not_shown, self._quarantine, self._held, self._waiting, self._longest),
             *(self._cooldown, self._budgets, self._room, self._back_offs),
         )
         self._apps: set[str] = set()
+        self._grants: GrantMeasures | None = None
         for service in (*SERVICES, health.SERVICE_NAME):
             for method in Default().FindServiceByName(service).methods:
                 for code in grpc.StatusCode:
@@ -202,6 +214,18 @@ class Metrics(grpc.aio.ServerInterceptor):
         for problem in ("missing", "invalid"):
             self._access_problem.labels(problem).set_function(partial(has, problem))
 
+    def watch_grants(
+        self,
+        policies: Policies,
+        key_ids: Callable[[], Collection[str]],
+        hand_outs: HandOuts,
+    ) -> None:
+        """Measure the grants in custody, too."""
+        self._grants = GrantMeasures(
+            self.registry, self._scripts, policies, key_ids, hand_outs, TOKENS_MOST
+        )
+        self._of_apps += self._grants.gauges
+
     def count_malformed(self) -> None:
         """Count a request that could not be decoded."""
         self._malformed.inc()
@@ -211,6 +235,8 @@ class Metrics(grpc.aio.ServerInterceptor):
         resource = event[b"resource"].decode().split("/")
         app = resource[1] if resource[0] == "apps" and len(resource) > 1 else ""
         self._events.labels(app, event[b"kind"].decode().lower()).inc()
+        if self._grants:
+            self._grants.count(app, event)
         if b"waited_us" in event:
             self._waited.labels(app).observe(int(event[b"waited_us"]) / 1e6)
             self._handed_over.labels(app).observe(max(0, int(event[b"handover_us"])) / 1e6)
@@ -350,7 +376,7 @@ class Metrics(grpc.aio.ServerInterceptor):
     ) -> None:
         """Read how apps stand, those that were read longest ago first; note which are left."""
         at = {app: number for number, app in enumerate(before)}
-        busy = set(await self._scripts.apps_with("due", "budgets", "backoffs"))
+        busy = set(await self._scripts.apps_with("due", "budgets", "backoffs", "grants"))
         stands = await self._scripts.stands(apps)
         for app in sorted(apps, key=lambda one: at.get(one, -1)):
             stand = stands.get(app)
@@ -367,7 +393,8 @@ class Metrics(grpc.aio.ServerInterceptor):
 
     async def _read_busy(self, app: str) -> list[_Reading]:
         found: list[_Reading] = []
-        for read in (self._tokens, self._budgets_of, self._back_offs_of):
+        grants = [self._grants.read] if self._grants else []
+        for read in (self._tokens, self._budgets_of, self._back_offs_of, *grants):
             with self._scripts.sparing(app, "app"):
                 found += await read(app)
         return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from holdoff.names import AppName, BackOffName, BudgetName, LeaseName, TokenName
-from holdoff.v1 import audit_pb2, budget_pb2, lease_pb2, token_pb2
+from holdoff.v1 import audit_pb2, budget_pb2, grant_pb2, lease_pb2, token_pb2
 from holdoff_coordinator.caller import ANYONE, NOBODY
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.scripts import lock_name
@@ -372,6 +372,9 @@ def audit_message(time_us: int, entry: Mapping[bytes, bytes]) -> audit_pb2.Audit
         holder=holder,
         reason=_audit_words(text),
         count=int(text.get("count", "0")),
+        replica=text.get("replica", ""),
+        result=grant_pb2.RefreshResult.Value(f"REFRESH_RESULT_{text.get('result', 'UNSPECIFIED')}"),
+        generation=int(text.get("generation", "0")),
     )
     event.time.FromMicroseconds(time_us)
     if "first_us" in text:

@@ -749,6 +749,10 @@ class Scripts:
         found = await self._answer(self.redis.zrangebylex(key, first, "+", start=0, num=limit))
         return [token.decode() for token in found]
 
+    async def number_of(self, app: str, index: str) -> int:
+        """Return how many tokens an index of an app has."""
+        return int(await self._answer(self.redis.zcard(f"{shard_key(app)}:{index}")))
+
     async def moved(self, app: str, after: int | None) -> tuple[int, list[str], bool]:
         """Return the number of an app's latest move, and what moved after another number.
 

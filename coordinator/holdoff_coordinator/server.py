@@ -18,12 +18,14 @@ from holdoff_coordinator.audit import AuditTrail
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.custody.checking import GrantChecks
 from holdoff_coordinator.custody.duty import Duty
+from holdoff_coordinator.custody.explaining import GrantExplanations
 from holdoff_coordinator.custody.grants import Grants, Terms
 from holdoff_coordinator.custody.handout import HandOuts
 from holdoff_coordinator.custody.key_notices import KeyNotices
+from holdoff_coordinator.custody.key_rotation import KeyRotation
 from holdoff_coordinator.custody.refreshing import LIMITS, Refresher
-from holdoff_coordinator.custody.resealing import KeyRotation
 from holdoff_coordinator.custody.seals import Seals
 from holdoff_coordinator.custody.sending import Reach, Sending
 from holdoff_coordinator.durability import NO_COPIES
@@ -86,6 +88,9 @@ _OPTIONS = (
 
 WAIT_SECONDS = 1.0
 """How often a store that is away is looked for."""
+
+
+"""The name of this replica, for people."""
 
 
 async def _safe() -> Sequence[str]:
@@ -190,6 +195,8 @@ class Coordinator:
             users=self.refreshes,
             boot_us=boot_us,
         )
+        if self._metrics:
+            self._metrics.watch_grants(self.policies, terms.keys, self._hand_outs)
         handlers = Handlers(
             gate=self._gate,
             limits=self.limits,
@@ -199,10 +206,22 @@ class Coordinator:
             watches=Watches(self.scripts, self.hub, looks, self.limits),
             tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
             grants=Grants(self.scripts, self.policies, terms, seals),
+            grant_checks=GrantChecks(
+                self.scripts,
+                self.policies,
+                terms,
+                seals,
+                reach=_reach(terms),
+                replica=self._replica,
+            ),
             hand_outs=self._hand_outs,
             key_rotation=KeyRotation(self.scripts, seals, terms),
             budgets=budgets,
-            back_offs=BackOffs(self.scripts, places),
+            back_offs=BackOffs(
+                self.scripts,
+                places,
+                GrantExplanations(self.scripts, terms.keys, self._hand_outs).explain,
+            ),
             budget_watches=BudgetWatches(self.scripts, self.hub, looks, self.limits),
             quarantines=Quarantines(self.scripts),
             policies=self.policies,
@@ -251,17 +270,12 @@ class Coordinator:
         self, terms: Terms, durability: Durability, seals: Seals, budgets: Budgets
     ) -> Duty:
         """Make what refreshes grants."""
-        reach = Reach(
-            terms.networks,
-            plain_http=terms.loopback_http,
-            ca_files=(str(terms.ca_file.absolute()),) if terms.ca_file else (),
-        )
         refresher = Refresher(
             self.scripts,
             self.policies,
             seals,
             replica=self._replica,
-            send=partial(Sending, reach=reach, limits=LIMITS),
+            send=partial(Sending, reach=_reach(terms), limits=LIMITS),
             folder=str(terms.spool),
             is_copied=durability.replicas > 0,
             report=budgets.record_events,
@@ -366,6 +380,15 @@ class Coordinator:
         await asyncio.gather(*self._duties, return_exceptions=True)
         if self._has_keys:
             await self._notices.withdraw()
+
+
+def _reach(terms: Terms) -> Reach:
+    """Say where requests for access tokens may go."""
+    return Reach(
+        terms.networks,
+        plain_http=terms.loopback_http,
+        ca_files=(str(terms.ca_file.absolute()),) if terms.ca_file else (),
+    )
 
 
 def _open(

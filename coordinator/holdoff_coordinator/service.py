@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from holdoff_coordinator.backoffs import BackOffs
     from holdoff_coordinator.budgets import Budgets
     from holdoff_coordinator.caller import Caller
+    from holdoff_coordinator.custody.checking import GrantChecks
     from holdoff_coordinator.custody.grants import Grants
     from holdoff_coordinator.custody.handout import HandOuts
-    from holdoff_coordinator.custody.resealing import KeyRotation
+    from holdoff_coordinator.custody.key_rotation import KeyRotation
     from holdoff_coordinator.followers import Followers
     from holdoff_coordinator.gate import Admitted, Gate
     from holdoff_coordinator.leases import Leases
@@ -86,6 +87,7 @@ class Handlers:
     watches: Watches
     tokens: Tokens
     grants: Grants
+    grant_checks: GrantChecks
     hand_outs: HandOuts
     key_rotation: KeyRotation
     budgets: Budgets
@@ -378,6 +380,12 @@ class CustodyService(_Adapter, custody_service_pb2_grpc.CustodyServiceServicer):
         """Hand out access tokens."""
         async for response in self._stream(self._handlers.hand_outs.hand_out, request, context):
             yield response
+
+    async def CheckGrant(  # noqa: N802
+        self, request: custody_service_pb2.CheckGrantRequest, context: Context
+    ) -> custody_service_pb2.CheckGrantResponse:
+        """Check what a refresh needs."""
+        return await self._answer(self._handlers.grant_checks.check, request, context)
 
 
 class BudgetService(_Adapter, budget_service_pb2_grpc.BudgetServiceServicer):

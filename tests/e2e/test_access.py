@@ -123,6 +123,7 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
     "CustodyService/TrustGrant": (custody_service_pb2.TrustGrantRequest(name=GRANT), KEEP),
     "CustodyService/RotateKeys": (custody_service_pb2.RotateKeysRequest(), WHOLE_APP),
     "CustodyService/WatchGrant": (custody_service_pb2.WatchGrantRequest(name=GRANT), SEE),
+    "CustodyService/CheckGrant": (custody_service_pb2.CheckGrantRequest(name=GRANT), KEEP),
     "CustodyService/GetAccessToken": (
         custody_service_pb2.GetAccessTokenRequest(name=GRANT),
         {"gateway", "admin"},

@@ -21,6 +21,9 @@ from holdoff._timing import DEFAULT_TTL_SECONDS
 from holdoff.cli import main
 from holdoff.durations import parse_duration
 from holdoff.v1 import lease_service_pb2
+from holdoff_coordinator.custody.grants import Terms
+from holdoff_coordinator.custody.key_files import KeyDirectory
+from tests.custodian import key_directory
 from tests.harness import Replica, Waiter, ask, refusal, wait_until
 from tests.ports import free_port
 
@@ -50,8 +53,8 @@ def tool(name: str) -> str:
 class Measured(Replica):
     """A coordinator that serves metrics."""
 
-    def __init__(self, store_url: str) -> None:
-        super().__init__(store_url, metrics_listen="127.0.0.1:0")
+    def __init__(self, store_url: str, **options: Any) -> None:
+        super().__init__(store_url, metrics_listen="127.0.0.1:0", **options)
 
     def families(self) -> dict[str, set[str]]:
         """Return the labels of each metric that has a sample."""
@@ -66,9 +69,20 @@ class Measured(Replica):
 
 
 @pytest.fixture
-def told(start_valkey: StartValkey) -> dict[str, set[str]]:
+def told(start_valkey: StartValkey, tmp_path: Path) -> dict[str, set[str]]:
     """Give the metrics of a coordinator at which there is something of every kind to measure."""
-    with Measured(start_valkey().url) as one, holdoff.Client(one.address) as client:
+    terms = Terms(keys=KeyDirectory(key_directory(tmp_path, "first")).keys)
+    with (
+        Measured(start_valkey().url, custody=terms) as one,
+        holdoff.Client(one.address) as client,
+    ):
+        client.create_token("apps/custody/tokens/t", policy="quickbooks")
+        client.grants.put(
+            "apps/custody/tokens/t",
+            client_id="id",
+            refresh_token="r",
+            api_hosts=["quickbooks.api.intuit.com"],
+        )
         token = one.create_token(3600)
         client.record_error(token, endpoint="x", status=400)
         client.set_back_off(token, 60, "test", endpoint="y")

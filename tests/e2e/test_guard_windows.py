@@ -179,22 +179,25 @@ def test_what_cannot_be_run(tmp_path: Path, name: str, code: int) -> None:
 
 
 def test_a_wrapper_that_dies_takes_the_command_with_it(tmp_path: Path) -> None:
-    """Fails when the guard does not notice the end of its pipe."""
-    pid = tmp_path / "pid"
+    """Fails when the guard does not notice the end of its pipe, or leaves the wrapper's file."""
+    pid, file = tmp_path / "pid", tmp_path / "file"
+    file.touch()
     source = f"""
-import os, sys
+import os, pathlib, sys
 from holdoff._process_windows import WindowsGuard
 WindowsGuard.PROGRAM = {PROGRAM!r}
 guard = WindowsGuard.start()
+guard.remove_at_end(pathlib.Path({str(file)!r}))
 guard.launch("/bin/sh", ["sh", "-c", "echo $$ >{pid}; exec sleep 60"], os.environ,
     fence_boottime_ns=None, grace_seconds=0.2)
 guard.wait()
 """
     wrapper = subprocess.Popen([sys.executable, "-c", source])
     command = int(wait_until(lambda: pid.exists() and pid.read_text()))
+    assert file.exists()
     wrapper.kill()
     wrapper.wait()
-    wait_until(lambda: gone(command))
+    wait_until(lambda: gone(command) and not file.exists())
 
 
 def test_a_guard_that_dies_is_told(tmp_path: Path) -> None:

@@ -90,6 +90,67 @@ def test_it_says_why_there_is_none(client: holdoff.Client, custodian: Custodian,
             access.current(wait_seconds=30)
 
 
+def streams(custodian: Custodian, token: str) -> int:
+    """Return how many streams of a token a coordinator has."""
+    _, app, _, name = token.split("/")
+    served = custodian.coordinator._hand_outs._served.get(app, {}).get(name)
+    return served.streams if served else 0
+
+
+def fail(_: Usable) -> None:
+    """Be a bad callback."""
+    raise ValueError("no such")
+
+
+def test_all_of_one_token_share_one_stream(
+    client: holdoff.Client, custodian: Custodian, url: str
+) -> None:
+    """The last one ends it; who raises in a callback ends alone; one that comes later hears too.
+
+    Fails when each opens its own stream, or one that is closed ends the others.
+    """
+    one = Refreshed(custodian, url)
+    first = one.refresh()
+    heard: queue.SimpleQueue[Usable] = queue.SimpleQueue()
+    with client.access_token(one.token) as lasting:
+        assert lasting.current(30) == first
+        failing = client.access_token(one.token, on_renewed=fail)
+        with client.access_token(one.token, on_renewed=heard.put) as passing:
+            assert heard.get(timeout=0).access_token == first
+            assert streams(custodian, one.token) == 1
+            with pytest.raises(errors.HoldoffError, match="no such"):
+                failing.current(30)
+            second = one.refresh()
+            assert heard.get(timeout=30).access_token == second
+            assert passing.current(0) == second
+        failing.close()
+        third = one.refresh()
+        wait_until(lambda: lasting.current(30) == third)
+        assert streams(custodian, one.token) == 1
+    wait_until(lambda: streams(custodian, one.token) == 0)
+
+
+async def test_all_of_one_token_share_one_stream_in_an_event_loop(
+    custodian: Custodian, url: str
+) -> None:
+    """The same for the client of asyncio."""
+    one = await asyncio.to_thread(Refreshed, custodian, url)
+    first = await asyncio.to_thread(one.refresh)
+    heard: list[Usable] = []
+    async with holdoff.aio.Client(custodian.address) as client:
+        async with client.access_token(one.token) as lasting:
+            assert await lasting.current(30) == first
+            async with client.access_token(one.token, on_renewed=heard.append) as passing:
+                assert [usable.access_token for usable in heard] == [first]
+                assert streams(custodian, one.token) == 1
+                second = await asyncio.to_thread(one.refresh)
+                await passing.usable(30, newer_than=2)
+                assert heard[-1].access_token == second
+            third = await asyncio.to_thread(one.refresh)
+            assert (await lasting.usable(30, newer_than=3)).access_token == third
+        await asyncio.to_thread(wait_until, lambda: streams(custodian, one.token) == 0)
+
+
 def test_it_moves_to_another_replica(url: str, keys: Path) -> None:
     """The current token stays usable meanwhile, and the next comes from the other one."""
     with Custodian(url, keys) as first, Custodian(url, keys) as second:

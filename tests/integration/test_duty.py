@@ -108,6 +108,10 @@ async def test_a_drain_finishes_a_request(
         assert await w.report() == (1, 0, 0)
 
 
+async def no_grant(_: TokenName) -> None:
+    """Explain no grant."""
+
+
 def answered(status: int, body: bytes = b"{}", retry_after: str = "") -> Callable[..., Sending]:
     """Return what makes requests that are answered with a status at once."""
     headers = {"retry-after": retry_after} if retry_after else {}
@@ -151,7 +155,7 @@ async def test_the_provider_s_word_becomes_a_back_off(url: str, keys: Path, tmp_
         }
         assert used == {("errors", "api/oauth2/token"): 1, ("token-requests", ""): 2}
         (back_off,) = (
-            await BackOffs(w.scripts, places).list_all(
+            await BackOffs(w.scripts, places, no_grant).list_all(
                 budget_service_pb2.ListBackOffsRequest(parent=f"apps/{w.name.app}"), NOBODY
             )
         ).back_offs

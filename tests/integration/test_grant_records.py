@@ -145,6 +145,7 @@ class Grant:
             "from_generation": from_generation,
             "attempt": attempt,
             "step": "STORED",
+            "result": "ISSUED",
             "outcome": "an access token",
             "condition": Condition.READY,
             "message": "",

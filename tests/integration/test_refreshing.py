@@ -153,17 +153,19 @@ class World:
         url = f"{self.provider}/_simulator/clock"
         async with self.http.post(url, json={"advance_seconds": seconds}) as response:
             assert response.status == 200
-        key = f"holdoff:{{{self.name.app}}}:grant:{self.name.token}"
-        for field in (
-            *("refreshed_us", "not_before_us", "expires_us", "idle_us", "first_unproven_us"),
-            *("attempt_begun_us", "created_us", "evidence_us"),
-        ):
-            if int(self.store.hget(key, field) or 0):
-                self.store.hincrby(key, field, -round(seconds * SECOND))
-        token = f"holdoff:{{{self.name.app}}}:token:{self.name.token}"
-        for field in ("last_refresh_us", "not_before_us"):
-            if int(self.store.hget(token, field) or 0):
-                self.store.hincrby(token, field, -round(seconds * SECOND))
+        shard = f"holdoff:{{{self.name.app}}}"
+        instants = {
+            f"{shard}:grant:{self.name.token}": (
+                *("refreshed_us", "not_before_us", "expires_us", "idle_us", "first_unproven_us"),
+                *("attempt_begun_us", "created_us", "evidence_us"),
+            ),
+            f"{shard}:token:{self.name.token}": ("last_refresh_us", "not_before_us"),
+            shard: ("restored_us", "data_lost_us", "writes_lost_us"),
+        }
+        for key, fields in instants.items():
+            for field in fields:
+                if int(self.store.hget(key, field) or 0):
+                    self.store.hincrby(key, field, -round(seconds * SECOND))
 
     async def report(self) -> tuple[int, int, int]:
         """Return how many tokens were issued, how many requests were refused, and violations."""

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import urllib.request
+from pathlib import Path
 
 import pytest
 
 import holdoff
 from holdoff import testing
 from holdoff_coordinator.server import CannotListenError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CONFTEST = 'pytest_plugins = ["holdoff.testing"]\n'
 
@@ -157,3 +156,55 @@ def test_a_stopped_valkey_is_ended_all_the_same() -> None:
         os.kill(pid, signal.SIGSTOP)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+CUSTODY_TESTS = """
+import urllib.request
+
+import holdoff
+from holdoff.testing import Custody
+
+
+def test_a_program_that_asks_for_a_token(holdoff_custody: Custody) -> None:
+    with (
+        holdoff.Client(holdoff_custody.endpoint) as client,
+        client.access_token(holdoff_custody.token) as access,
+    ):
+        headers = {"Authorization": f"Bearer {access.current(wait_seconds=30)}"}
+        call = urllib.request.Request(f"{holdoff_custody.api_url}/current/Me", headers=headers)
+        with urllib.request.urlopen(call, timeout=30) as answer:
+            assert answer.status == 200
+"""
+
+
+def test_the_example_of_custody_runs(tmp_path: Path) -> None:
+    """The fixture gives a token whose access token the provider accepts; the documentation has it.
+
+    Fails when the fixture does not refresh, or the documentation shows another test.
+    """
+    documented = Path(testing.__file__).parents[3] / "docs" / "python.md"
+    assert CUSTODY_TESTS.strip() in documented.read_text()
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "test_custody.py").write_text(CUSTODY_TESTS)
+    done = run(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_time_passes_for_provider_and_grant() -> None:
+    """A renewal is due, which keeps the provider's rules.
+
+    Fails when the time passes for one of them only, or nobody looks at the grant.
+    """
+    with (
+        testing.custody() as custody,
+        holdoff.Client(custody.endpoint) as client,
+        client.access_token(custody.token) as access,
+    ):
+        first = access.usable(wait_seconds=30)
+        custody.pass_seconds(575)
+        second = access.usable(wait_seconds=30, newer_than=first.generation)
+        assert second.generation == first.generation + 1
+        with urllib.request.urlopen(f"{custody.provider}/_simulator/report") as answer:  # noqa: S310
+            report = json.load(answer)
+        totals = report["token_requests"]
+        assert (totals["accepted"], totals["refused"]) == (2, 0)

@@ -958,7 +958,7 @@ MUTANTS = [
     ),
     Mutant(
         "a key that is missing does not end the rotation",
-        f"{CUSTODY}/resealing.py",
+        f"{CUSTODY}/key_rotation.py",
         "            except SealError as error:\n                page",
         "            except UnsealableError as error:\n                page",
         f"{TESTS}/test_key_rotation.py::test_a_missing_key_stops_its_tokens_only",
@@ -1200,6 +1200,39 @@ MUTANTS = [
         f"{TESTS}/test_hand_out.py::test_only_a_gateway_gets_tokens_until_its_role_ends",
     ),
     Mutant(
+        "only a custodian has grants checked",
+        f"{COORDINATOR}/access.py",
+        "CheckGrantRequest: (Role.CUSTODIAN,",
+        "CheckGrantRequest: (Role.VIEWER,",
+        "tests/e2e/test_access.py::test_every_role_may_do_its_own",
+    ),
+    Mutant(
+        "a check connects only where a refresh would",
+        f"{CUSTODY}/checking.py",
+        "Sending(request, reach=self._reach, limits=limits)",
+        "Sending(request, reach=type(self._reach)(plain_http=True), limits=limits)",
+        f"{TESTS}/test_observing.py::test_a_check_says_what_is_wrong",
+    ),
+    Mutant(
+        "checks in a row connect once",
+        f"{CUSTODY}/checking.py",
+        "if name not in self._answers:",
+        "if True:",
+        f"{TESTS}/test_observing.py::test_an_answer_is_given_again_for_a_few_seconds",
+    ),
+    Mutant(
+        "the series of grants have a bound",
+        *(f"{CUSTODY}/measuring.py", "min(self._most, MOST - others)", "1_000_000"),
+        f"{TESTS}/test_observing.py::test_grants_beyond_the_limit_are_counted",
+    ),
+    Mutant(
+        "the trail says what came of a refresh",
+        f"{COORDINATOR}/lua/custody/end_refresh.lua",
+        "result = ask.result, ",
+        "",
+        f"{TESTS}/test_observing.py::test_the_trail_has_each_refresh",
+    ),
+    Mutant(
         "an access token that was delayed seems no younger",
         f"{CLIENT}/custody/access.py",
         "min(self.clock(), self._opened_ns + age_ns + round(age_ns * _DRIFT))",
@@ -1320,8 +1353,8 @@ MUTANTS = [
     Mutant(
         "private networks are for token URLs of operators who allow them",
         f"{COORDINATOR}/server.py",
-        "            terms.networks,\n",
-        '            ("127.0.0.0/8",),\n',
+        "        terms.networks,\n",
+        '        ("127.0.0.0/8",),\n',
         f"{TESTS}/test_duty.py::test_private_token_urls_with_an_authority_of_their_own",
     ),
     Mutant(
@@ -1338,5 +1371,36 @@ MUTANTS = [
         "a client's copy is for its own token",
         *(f"{CUSTODY}/copies.py", 'Binding(str(name), ""', 'Binding("", ""'),
         "tests/custody/test_copies.py::test_a_copy_that_clients_keep",
+    ),
+    Mutant(
+        "a guard removes the access token of a run that was killed",
+        *(f"{CLIENT}/_guard.py", "        if path is not None:\n", "        if False:\n"),
+        "tests/e2e/test_run_access_token.py::test_no_file_outlives_the_run",
+    ),
+    Mutant(
+        "an access token that is too old is in no file",
+        f"{CLIENT}/custody/files.py",
+        "            self.remove()\n            return\n",
+        "            return\n",
+        "tests/e2e/test_run_access_token.py::test_the_file_is_replaced_and_never_too_old",
+    ),
+    Mutant(
+        "an adapter sends an access token over https, or within this host",
+        *(f"{CLIENT}/auth/_rules.py", "and not _is_loopback(self.host)", "and False"),
+        "tests/integration/test_auth.py::test_where_an_access_token_may_go",
+    ),
+    Mutant(
+        "a redirect to another host has no access token",
+        f"{CLIENT}/auth/_requests.py",
+        "    if not response.is_redirect:\n",
+        "    if response.is_redirect or not response.is_redirect:\n",
+        "tests/integration/test_auth.py::test_no_other_host_gets_the_token",
+    ),
+    Mutant(
+        "a call is not repeated with the access token that the provider refused",
+        f"{CLIENT}/custody/access.py",
+        "last is None or last.generation <= newer_than",
+        "last is None",
+        "tests/integration/test_auth.py::test_a_dead_token_is_replaced_once",
     ),
 ]

@@ -9,6 +9,7 @@ import pytest
 
 import holdoff
 from holdoff._client import BudgetGuard
+from holdoff.auth import _aio_calls, _calls
 from holdoff.custody import aio_access_tokens, aio_grants
 from holdoff.custody.access_tokens import AccessToken
 from holdoff.custody.grants import Grants
@@ -19,6 +20,7 @@ PAIRS = [
     (BudgetGuard, holdoff.aio.BudgetGuard),
     (Grants, aio_grants.Grants),
     (AccessToken, aio_access_tokens.AccessToken),
+    (_calls.Calls, _aio_calls.Calls),
 ]
 CONTEXT = {"__enter__": "__aenter__", "__exit__": "__aexit__"}
 PLAIN = {

@@ -141,8 +141,8 @@ def test_presets_of_other_providers() -> None:
             "oauth.hosts[0]: `hosts[0]` must be a host",
         ),
         (
-            "[endpoint]",
-            'authorization_scheme = "a b"\n[endpoint]',
+            "[oauth]",
+            '[oauth]\nauthorization_scheme = "a b"',
             "authorization_scheme",
             "oauth.authorization_scheme: Expected",
         ),

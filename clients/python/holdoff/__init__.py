@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from holdoff import aio, errors
+    from holdoff import aio, auth, errors
     from holdoff._client import BudgetGuard, Client
     from holdoff._lease import HeldLease
     from holdoff.custody.access_tokens import AccessToken
@@ -45,6 +45,7 @@ __all__ = [
     "Unavailable",
     "UnexpectedError",
     "aio",
+    "auth",
     "errors",
 ]
 
@@ -64,7 +65,7 @@ if not TYPE_CHECKING:
         """Import what is asked for (PEP 562): gRPC takes longer than all of `holdoff --help`."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name in {"aio", "errors"}:
+        if name in {"aio", "auth", "errors"}:
             return import_module(f"{__name__}.{name}")
         module = _MODULES.get(name, "errors")
         value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)

@@ -30,7 +30,7 @@ from holdoff._held import Callbacks
 from holdoff._lease import Conversation, HeldLease
 from holdoff._platform import boottime_ns
 from holdoff._timing import DEFAULT_TTL_SECONDS, Timing
-from holdoff.custody.access_tokens import AccessToken
+from holdoff.custody.access_tokens import AccessToken, Streams
 from holdoff.custody.grants import Grants
 from holdoff.errors import HoldoffError, LeaseLost, LeaseNotFound, OfferExpired, Unavailable
 from holdoff.v1 import (
@@ -94,6 +94,7 @@ class Client(Connection):
             credential_file=credential_file,
         )
         self._fencing_tokens: dict[str, int] = {}
+        self._access_tokens = Streams(self)
         self._interruptible: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
         """Entered where `acquire` waits: a signal handler of ours raises there, and only there."""
 
@@ -116,18 +117,19 @@ class Client(Connection):
             with client.access_token("apps/exact-nl/tokens/finance") as access:
                 headers = {"Authorization": f"Bearer {access.current()}"}
 
-        It is renewed in the background, also over other connections.
+        It is renewed in the background, also over other connections. All of one token share one
+        stream to the coordinator.
 
         Args:
             token: `apps/{app}/tokens/{token}`.
-            on_renewed: Called with each access token that comes. Runs in a thread of its own, so
-                it must be quick.
+            on_renewed: Called with each access token that comes, and before this returns if there
+                is one already. Runs in a thread of the client, so it must be quick.
             on_unreachable: Called whenever the coordinator cannot be reached; it retries.
 
         Raises:
             InvalidRequest: The access token would be sent over a network without TLS.
         """
-        return AccessToken(self, token, on_renewed, on_unreachable)
+        return AccessToken(self._access_tokens, token, on_renewed, on_unreachable)
 
     def acquire(  # noqa: PLR0913 - each is part of the question
         self,

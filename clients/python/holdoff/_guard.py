@@ -22,6 +22,9 @@ the kernel says that no child is left: orphans become children of I or G, so tha
 If G is killed, I and with it C die by their parent-death signals, a PID namespace dies as a whole,
 and W, a subreaper too, ends what is left. G never speaks to the coordinator: it releases nothing.
 
+W may name a file that must not outlive the run, such as one with an access token. W removes it; if
+W is gone, G does.
+
 What nobody can promise:
 
 * a process in uninterruptible sleep (a dead NFS server) dies only when its system call ends;
@@ -30,7 +33,7 @@ What nobody can promise:
 * a set-id program drops its parent-death signal and an unprivileged guard may not signal it;
   it is reported as a survivor;
 * SIGSTOP to W, G and I at once stops whatever would end C;
-* SIGKILL to W and G at once leaves what C had started, unless in a PID namespace;
+* SIGKILL to W and G at once leaves what C had started, unless in a PID namespace, and the file;
 * without a namespace, a process that forks *and* leaves its group faster than /proc can be read
   may escape some rounds;
 * work that was handed to another daemon (systemd-run, at, docker) is no descendant.
@@ -41,10 +44,10 @@ held back, a command that was not launched yet is not started, and the deadline 
 ends the pause, so nothing stays stopped for ever; a signal by which people end jobs ends it too.
 
 Messages are JSON, one a line. W to G: on one pipe the launch, once; on another one ``extend``,
-``end``, ``pause``, ``resume``, ``signal`` and ``foreground``, each so short that the kernel writes
-it atomically. G to W: ``ready`` or ``failed``, ``started``, ``stopped``, ``paused``, ``ending``,
-``outcome``. Strings for exec are bytes read as Latin-1, since the encoding of the file system may
-differ between W and G.
+``end``, ``pause``, ``resume``, ``signal``, ``foreground`` and, before the launch, ``remove`` (the
+file), each so short that the kernel writes it atomically. G to W: ``ready`` or ``failed``,
+``started``, ``stopped``, ``paused``, ``ending``, ``outcome``. Strings for exec are bytes read as
+Latin-1, since the encoding of the file system may differ between W and G.
 
 This file is started by its path, with ``-I -S`` for speed and isolation, so it imports nothing
 but the standard library, and ``_platform`` and ``_fence`` from its own folder.
@@ -387,6 +390,8 @@ class _Guard:
         """How the command ended: its exit code, or a signal's number, negative."""
         self._cannot_run: list[Any] | None = None
         self._reported = False
+        self._remove: bytes | None = None
+        """The file that must not outlive the run."""
 
     def run(self) -> None:
         """Serves until the tree is gone, or until W gives up before it launched anything."""
@@ -474,6 +479,8 @@ class _Guard:
         for report in self._reports.read():
             self._take(report)
         wrapper_gone = not self._control.open or os.getppid() != self._wrapper
+        if wrapper_gone:
+            self._remove_file()
         if not self._launched:
             # W never launches twice, so a closed pipe without a launch means that none will come.
             return wrapper_gone or not self._launch.open or not children_left
@@ -508,7 +515,10 @@ class _Guard:
         if launch:
             messages.sort(key=lambda message: "end" not in message and "pause" not in message)
         for message in messages:
-            self._obey(message, now)
+            if "remove" in message:
+                self._remove = _exec_bytes(message["remove"])
+            else:
+                self._obey(message, now)
 
     def _next_alarm(self) -> int | None:
         if not self._launched:
@@ -656,10 +666,18 @@ class _Guard:
         pause = _KILL_ROUND_SLOW_NS if helpless else _KILL_ROUND_NS
         self._next_round_at = _platform.boottime_ns() + pause
 
+    def _remove_file(self) -> None:
+        """Removes the file once: another run may use its name after that."""
+        path, self._remove = self._remove, None
+        if path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # noqa: PTH108 - pathlib loads slowly
+
     def _report_outcome(self, survivors: int) -> None:
         if self._reported:
             return
         self._reported = True
+        self._remove_file()  # W may be killed before it does so, and G ends now
         # What I had to say before it ended.
         while self._reports.open and not survivors:
             for report in self._reports.read():

@@ -71,6 +71,8 @@ class _Guard:
         self._hard_at: int | None = None
         self._ended_by: str | None = None
         self._ending = False
+        self._remove: str | None = None
+        """A file that must not outlive the run."""
 
     def run(self) -> None:
         """Serve until the command and all that it started have ended, and say so."""
@@ -107,7 +109,10 @@ class _Guard:
 
     def _obey(self, message: dict[str, Any] | None) -> None:
         if message is None:
+            self._remove_file()
             self._end(WRAPPER_GONE)
+        elif "remove" in message:
+            self._remove = message["remove"]
         elif "launch" in message:
             self._launch(message["launch"])
         elif "extend" in message:
@@ -174,6 +179,12 @@ class _Guard:
             with contextlib.suppress(OSError):
                 self._process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
 
+    def _remove_file(self) -> None:
+        path, self._remove = self._remove, None
+        if path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # noqa: PTH108 - pathlib loads slowly
+
     def _terminate(self) -> None:
         for pid in self._job.others():
             with contextlib.suppress(OSError):  # it has ended meanwhile
@@ -182,6 +193,7 @@ class _Guard:
     def _report(
         self, *, status: int | None, cannot_run: list[Any] | None = None, survivors: int = 0
     ) -> None:
+        self._remove_file()
         outcome = {
             "status": status,
             "cannot_run": cannot_run,

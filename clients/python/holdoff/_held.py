@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from holdoff import _calls
+from holdoff._answered import event_of
 from holdoff._core import LONGEST_SLEEP_SECONDS
 from holdoff._forks import Owner
 from holdoff._log import log
-from holdoff._places import find_place
 from holdoff._platform import boottime_ns
 from holdoff._proof import lease_proof, secret_hash
-from holdoff._recognise import recognise_answer
 from holdoff._timing import SECOND
 from holdoff.errors import LeaseEnded, LeaseLost
 from holdoff.v1 import budget_pb2, lease_service_pb2
@@ -145,21 +143,8 @@ class Held:
     ) -> budget_pb2.Event | None:
         """Return what an answer of the provider is to the policy; None if it is nothing bad."""
         token, job = self.name.partition("/leases/")[0], self._offer.lease.holder.job
-        rules = self.policy
-        division = find_place(rules.endpoint_path, url, rules.division_query)[0]
-        where = _calls.scope(token, division, url)
-        block = recognise_answer(rules, status, headers, body, now_epoch_seconds=time.time())
-        if block:
-            event = _calls.block_event(
-                where,
-                status=status,
-                retry_after_seconds=block.retry_after_seconds,
-                throttle=block.throttle,
-                job=job,
-            )
-        elif any(status in limit.statuses for limit in rules.limits):
-            event = _calls.error_event(where, status=status, job=job)
-        else:
+        event = event_of(self.policy, token, url, status, headers, body, job)
+        if event is None:
             return None
         self._vouch(event)
         return event

@@ -386,6 +386,13 @@ class PosixGuard:
         """Moves the fence, in nanoseconds of ``boottime_ns``; an earlier one changes nothing."""
         self._send({"extend": fence_boottime_ns})
 
+    def remove_at_end(self, path: Path) -> None:
+        """Names a file that the guard removes at the end, or once the wrapper is gone.
+
+        To be called before ``launch``, once.
+        """
+        self._send({"remove": _exec_text(str(path))})
+
     def end(self, reason: str) -> None:
         """Ends the tree: TERM now, KILL after the grace but before the fence.
 

@@ -146,6 +146,10 @@ class WindowsGuard:
         """Moves the fence; an earlier one changes nothing."""
         self._send({"extend": fence_boottime_ns})
 
+    def remove_at_end(self, path: Path) -> None:
+        """Names a file that the guard removes at the end, or once the wrapper is gone."""
+        self._send({"remove": str(path)})
+
     def end(self, reason: str) -> None:
         """Ends all: softly now, and without asking after the grace, but before the fence."""
         self._send({"end": reason[:200]})

@@ -95,6 +95,14 @@ class TokenBusy(NotGranted):
 class NoAccessToken(NotGranted):
     """A token in custody has no access token now: the message says why, `metadata` its `state`."""
 
+    LASTING: ClassVar = frozenset({"REAUTHORIZE", "CONFIGURATION", "KEY_MISSING", "STALE"})
+    """The states that only an operator ends."""
+
+    @property
+    def needs_operator(self) -> bool:
+        """Whether it makes no sense to wait."""
+        return self.metadata.get("state") in self.LASTING
+
 
 class TooManyEvents(NotGranted):
     """The token has too many events to remember."""

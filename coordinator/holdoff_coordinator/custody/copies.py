@@ -79,6 +79,7 @@ def copy_of(held: Held, read_us: int) -> Copy | None:
         from_generation=record.generation - 1,
         attempt="" if record.under_way else record.attempt,
         step="STORED",
+        result="",
         outcome="an answer that another replica received, presented again",
         condition=record.condition,
         message=record.message,

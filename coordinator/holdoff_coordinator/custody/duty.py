@@ -42,6 +42,7 @@ IDLE_AGAIN_US: Final = 600 * SECOND
 SPOOL_SECONDS: Final = 5.0
 STORE_SECONDS: Final = 5.0
 """How long a coordinator that stops tries to store an answer."""
+_REPORT: Final = "a fault of Holdoff: report it"
 
 
 def is_held(found: Next) -> bool:
@@ -120,9 +121,16 @@ class Duty:
         try:
             await self._refresher.take(name, sealed)
         except Failure as failure:
-            warn("what a client kept of a grant was not presented", failure.reason)
+            warn(
+                "what a client kept of a grant was not presented",
+                failure.reason,
+                token=str(name),
+                remedy=failure.message,
+            )
         except Exception:
-            log.exception("what a client kept of a grant was not presented", token=str(name))
+            log.exception(
+                "what a client kept of a grant was not presented", token=str(name), remedy=_REPORT
+            )
         finally:
             self._presenting.discard(name)
 
@@ -185,10 +193,10 @@ class Duty:
                 else self._refresher.refresh(name)
             )
         except Failure as failure:
-            warn("a refresh failed", failure.reason, token=str(name))
+            warn("a refresh failed", failure.reason, token=str(name), remedy=failure.message)
             return TROUBLE_SECONDS
         except Exception:
-            log.exception("a refresh failed", token=str(name))
+            log.exception("a refresh failed", token=str(name), remedy=_REPORT)
             return LOOK_AGAIN_SECONDS
         if is_held(found) and name in self._keepers:
             self._held.add(name)
@@ -226,7 +234,11 @@ class Duty:
             try:
                 is_left = await self._refresher.adopt()
             except Failure as failure:
-                warn("answers in the spool are not stored yet", failure.reason)
+                warn(
+                    "answers in the spool are not stored yet",
+                    failure.reason,
+                    remedy=failure.message,
+                )
             # A sender that was started before this coordinator ends within that time.
             looks_us += round(SPOOL_SECONDS * SECOND)
             is_soon = is_left or looks_us <= TAKEOVER_US

@@ -257,7 +257,10 @@ class Grants:
                 )
                 undone = await ask(self._scripts, name.app, undo, caller)
                 log.error(  # noqa: TRY400 - its traceback tells nothing
-                    "two tokens had one grant", token=str(name), undone=undone.status
+                    "two tokens had one grant",
+                    token=str(name),
+                    undone=undone.status,
+                    remedy="put this token's own grant: holdoff grant put",
                 )
             raise
 

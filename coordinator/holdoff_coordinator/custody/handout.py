@@ -15,7 +15,7 @@ import binascii
 import contextlib
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -223,6 +223,8 @@ class _Served:
         self.name = name
         self.streams = self.users = 0
         """Users are those streams that get the access token."""
+        self.callers: Counter[tuple[str, str]] = Counter()
+        """The same by identity and host."""
         self.kept, self.used = contextlib.ExitStack(), contextlib.ExitStack()
         """What lasts as long as there is a stream, and a user."""
         self.stand: Stand | None = None
@@ -306,7 +308,7 @@ class HandOuts:
         self._terms.require_closed()
         had: tuple[str, int] | None = None
         told: tuple[object, ...] | None = None
-        with self._joined(name) as served, self._used(served):
+        with self._joined(name) as served, self._used(served, caller):
             if request.sealed_copy and self._users:
                 self._users.present(name, request.sealed_copy)
             while True:
@@ -376,7 +378,7 @@ class HandOuts:
                 served.kept.close()
 
     @contextlib.contextmanager
-    def _used(self, served: _Served) -> Iterator[None]:
+    def _used(self, served: _Served, caller: Caller) -> Iterator[None]:
         """Count a token as used for as long as the block lasts, and open its access token."""
         if not served.users:
             if self._users:
@@ -386,14 +388,22 @@ class HandOuts:
             served.look_at = 0.0
             self._look_soon(served.name.app)
         served.users += 1
+        who = caller.identity, caller.peer.rpartition(":")[0]
+        served.callers[who] += 1
         try:
             yield
         finally:
             served.users -= 1
+            served.callers -= Counter([who])
             if not served.users:
                 if served.stand:
                     served.stand = replace(served.stand, secrets=None)
                 served.used.close()
+
+    def callers(self, name: TokenName) -> Counter[tuple[str, str]]:
+        """Count the streams of a token that get the access token, by identity and host."""
+        served = self._served.get(name.app, {}).get(name.token)
+        return served.callers if served else Counter()
 
     def _forget(self, served: _Served) -> None:
         """Let the next stream of a token begin anew."""
@@ -449,7 +459,9 @@ class HandOuts:
                 for start in range(0, len(due), READ_BATCH):
                     await self._look_at(app, due[start : start + READ_BATCH])
         except Exception:
-            log.exception("access tokens were not looked at", app=app)
+            log.exception(
+                "access tokens were not looked at", app=app, remedy="a fault of Holdoff: report it"
+            )
             for served in self._served.get(app, {}).values():
                 served.look_at = time.monotonic() + LOOK_US / 1e6
         finally:

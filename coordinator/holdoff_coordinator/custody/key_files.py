@@ -217,7 +217,11 @@ class KeyDirectory:
         if not problem:
             log.info("custody keys read again", folder=str(self._folder), keys=sorted(self._keys))
         elif problem != self.problem:
-            log.error("the custody keys stay as they were", reason=problem)
+            log.error(
+                "the custody keys stay as they were",
+                reason=problem,
+                remedy="correct the file that the reason names; it is read again within a second",
+            )
         self.problem = problem
 
     def _read_again(self) -> str:

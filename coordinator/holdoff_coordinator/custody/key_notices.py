@@ -98,7 +98,11 @@ class KeyNotices:
             try:
                 await self.exchange()
             except Failure as failure:
-                warn("the notice of the custody keys was not renewed", failure.reason)
+                warn(
+                    "the notice of the custody keys was not renewed",
+                    failure.reason,
+                    remedy="check the store; keys cannot be rotated until it answers",
+                )
             await asyncio.sleep(GIVEN_SECONDS)
 
     async def _run(self, notice: bytes) -> Sequence[bytes]:

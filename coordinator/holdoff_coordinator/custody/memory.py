@@ -21,4 +21,7 @@ def protect() -> None:
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux" and ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0):
-        log.warning("a core dump of this process may be written, with secrets")
+        log.warning(
+            "a core dump of this process may be written, with secrets",
+            remedy="limit core dumps of the coordinator's user, as with LimitCORE=0",
+        )

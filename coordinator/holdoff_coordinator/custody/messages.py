@@ -67,16 +67,13 @@ def status_of(name: TokenName, held: Held, *, has_key: bool) -> grant_pb2.GrantS
     record = held.record
     if not has_key:
         key_id = record.public.key_id
-        why = (
-            f"this coordinator does not have the custody key {key_id!r}: copy {key_id}.key to the "
-            "directory of --custody-key-dir, of every replica"
-        )
-        return _status(_State.GRANT_STATE_KEY_MISSING, why)
+        why = f"this coordinator does not have the custody key {key_id!r}"
+        remedy = f"copy {key_id}.key to the directory of --custody-key-dir, of every replica"
+        return _status(_State.GRANT_STATE_KEY_MISSING, why, remedy=remedy)
     if lasting := _LASTING.get(record.condition):
         state, why, remedy = lasting
-        return _status(
-            state, f"{record.message or why}: {remedy.format(name=name)}", record.since_us
-        )
+        remedy = remedy.format(name=name)
+        return _status(state, record.message or why, record.since_us, remedy=remedy)
     return _passing(name, held)
 
 
@@ -128,12 +125,12 @@ def grant_message(name: TokenName, held: Held, key_ids: Collection[str]) -> gran
         client_authentication=authentication_value(public.client_authentication),
         key_id=public.key_id,
         status=status_of(name, held, has_key=public.key_id in key_ids),
-        create_time=_time(record.created_us),
-        refresh_time=_time(record.refreshed_us),
-        expire_time=_time(record.expires_us if held.now_us < record.expires_us else 0),
-        not_before_time=_time(record.not_before_us),
-        idle_expire_time=_time(record.idle_us),
-        last_attempt=_attempt(record),
+        create_time=time_message(record.created_us),
+        refresh_time=time_message(record.refreshed_us),
+        expire_time=time_message(record.expires_us if held.now_us < record.expires_us else 0),
+        not_before_time=time_message(record.not_before_us),
+        idle_expire_time=time_message(record.idle_us),
+        last_attempt=attempt_message(record),
     )
 
 
@@ -152,27 +149,37 @@ def authentication_word(value: grant_pb2.ClientAuthentication.ValueType) -> str:
     return word.lower().replace("unspecified", "")
 
 
-def _attempt(record: Record) -> grant_pb2.RefreshAttempt | None:
+def attempt_message(record: Record) -> grant_pb2.RefreshAttempt | None:
+    """The last request with a grant; None before the first."""
     if not record.attempt:
         return None
     return grant_pb2.RefreshAttempt(
         id=record.attempt,
         replica=record.attempt_replica,
-        begin_time=_time(record.attempt_begun_us),
+        begin_time=time_message(record.attempt_begun_us),
         step=grant_pb2.RefreshStep.Value(f"REFRESH_STEP_{record.attempt_step}"),
         outcome=record.attempt_outcome,
     )
 
 
 def _status(
-    state: grant_pb2.GrantState.ValueType, message: str, since_us: int = 0, until_us: int = 0
+    state: grant_pb2.GrantState.ValueType,
+    why: str,
+    since_us: int = 0,
+    until_us: int = 0,
+    remedy: str = "",
 ) -> grant_pb2.GrantStatus:
     return grant_pb2.GrantStatus(
-        state=state, since_time=_time(since_us), until_time=_time(until_us), message=message
+        state=state,
+        since_time=time_message(since_us),
+        until_time=time_message(until_us),
+        message=f"{why}: {remedy}" if remedy else why,
+        remedy=remedy,
     )
 
 
-def _time(us: int) -> Timestamp | None:
+def time_message(us: int) -> Timestamp | None:
+    """Express an instant of the store's clock; None for none."""
     if not us:
         return None
     message = Timestamp()

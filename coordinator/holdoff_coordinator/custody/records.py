@@ -152,6 +152,8 @@ class EndRefresh(msgspec.Struct, frozen=True, kw_only=True):
     from_generation: int
     attempt: str
     step: str
+    result: str
+    """A value of `RefreshResult` without its prefix; empty while one may still come."""
     outcome: str
     condition: Condition
     message: str
@@ -230,6 +232,8 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     until_us: int
     now_us: int
     interval_us: int = 0
+    """Of the token."""
+    policy: str = ""
     """Of the token."""
     quarantine: str = ""
     """When the quarantine began and what may be lost; empty if there is none, or a clock is in

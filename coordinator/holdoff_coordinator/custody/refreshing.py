@@ -463,7 +463,12 @@ class Refresher:
         try:
             await self._report(budget_service_pb2.RecordEventsRequest(events=events), NOBODY)
         except Failure as failure:
-            warn("an answer of a token URL was not counted", failure.reason, token=str(name))
+            warn(
+                "an answer of a token URL was not counted",
+                failure.reason,
+                token=str(name),
+                remedy=failure.message,
+            )
 
     # The answer -----------------------------------------------------------------------------
 
@@ -500,7 +505,12 @@ class Refresher:
             try:
                 return await ask(self._scripts, name.app, request.later(self._now_us() - made_us))
             except Failure as failure:
-                warn("an answer of a token URL is not stored yet", failure.reason, token=str(name))
+                warn(
+                    "an answer of a token URL is not stored yet",
+                    failure.reason,
+                    token=str(name),
+                    remedy=failure.message,
+                )
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
@@ -557,7 +567,12 @@ class Refresher:
         try:
             found = open_copy(name, sealed, self._seals.require())
         except SealError as error:
-            warn("what a client kept of a grant cannot be used", str(error), token=str(name))
+            warn(
+                "what a client kept of a grant cannot be used",
+                str(error),
+                token=str(name),
+                remedy="none, if its key was removed or the client changed it",
+            )
             return
         held, now_us = await read(self._scripts, name), self._now_us()
         request = found.request
@@ -584,7 +599,12 @@ class Refresher:
             if request.sealed_access:
                 ring.open(_blob(request.sealed_access), binding, AccessSecrets)
         except (Failure, SealError, ValueError, msgspec.MsgspecError) as error:
-            warn("a copy of a grant is not presented", type(error).__name__, token=str(name))
+            warn(
+                "a copy of a grant is not presented",
+                type(error).__name__,
+                token=str(name),
+                remedy="holdoff-coordinator key list: compare the keys of the replicas",
+            )
             return False
         return True
 
@@ -607,12 +627,22 @@ class Refresher:
                 await self._adopt(path)
             except SealError as error:
                 left = True
-                warn("an answer in the spool cannot be opened", str(error), path=path)
+                warn(
+                    "an answer in the spool cannot be opened",
+                    str(error),
+                    path=path,
+                    remedy="copy the key that it names to the directory of --custody-key-dir",
+                )
             except (ValueError, msgspec.MsgspecError) as error:
                 self._unreadable.add(path)
                 # Not with its traceback, which may show what is in it.
                 why = type(error).__name__
-                log.error("a file in the spool is damaged", path=path, why=why)  # noqa: TRY400
+                log.error(  # noqa: TRY400
+                    "a file in the spool is damaged",
+                    path=path,
+                    why=why,
+                    remedy="keep it elsewhere, and see whether its disk is damaged",
+                )
             except FileNotFoundError:
                 pass
         return left
@@ -633,7 +663,11 @@ class Refresher:
         held = await read(self._scripts, name, sealed=True)
         attempt_id = Path(path).name
         if held is None or not _concerns(held.record, envelope, attempt_id):
-            log.warning("a late answer is dropped: another one was stored", token=str(name))
+            log.warning(
+                "a late answer is dropped: another one was stored",
+                token=str(name),
+                remedy=f"nothing, while holdoff grant show {name} is ready",
+            )
             _remove(path)
             return
         anchor = Anchor(held.now_us, asked_us, self._now_us())
@@ -740,9 +774,15 @@ def _tell(name: TokenName, stored: Answer, request: EndRefresh, alert: str) -> N
     """Log what came of a request, without anything secret."""
     facts = {"token": str(name), "step": request.step, "outcome": request.outcome}
     if stored.status != "OK":
-        log.warning("a result is dropped: the grant moved on", status=stored.status, **facts)
+        log.warning(
+            "a result is dropped: the grant moved on",
+            status=stored.status,
+            remedy=f"nothing, while holdoff grant show {name} is ready",
+            **facts,
+        )
     if alert:
-        log.error("custody needs attention", alert=alert, **facts)
+        remedy = f"holdoff grant show {name}; deploy/RUNBOOK.md"
+        log.error("custody needs attention", alert=alert, remedy=remedy, **facts)
     elif stored.status == "OK":
         log.info("a request for an access token ended", **facts)
 

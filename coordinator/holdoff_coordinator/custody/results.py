@@ -180,10 +180,12 @@ class Attempt:
     def note(self, verdict: Unproven) -> EndRefresh:
         """Return what to store of a request that is not settled yet: why there is no proof."""
         return self._end(
-            self.record.standing, "INTENDED", verdict.reason, message=self.record.message
+            self.record.standing, "INTENDED", "", verdict.reason, message=self.record.message
         )
 
-    def _end(self, standing: Standing, step: str, outcome: str, **fields: Any) -> EndRefresh:
+    def _end(
+        self, standing: Standing, step: str, result: str, outcome: str, **fields: Any
+    ) -> EndRefresh:
         nothing = {
             "refreshed_age_us": NEVER,
             "not_before_in_us": 0,
@@ -196,6 +198,7 @@ class Attempt:
             from_generation=self.record.generation,
             attempt=self.id,
             step=step,
+            result=result,
             outcome=outcome,
             condition=standing.condition,
             generation=standing.generation,
@@ -206,16 +209,16 @@ class Attempt:
         )
 
 
-def _described(verdict: Verdict) -> tuple[str, str]:
-    """Say how far a request got, and what came of it."""
+def _described(verdict: Verdict) -> tuple[str, str, str]:
+    """Say how far a request got, and what came of it: in a word, and for people."""
     match verdict:
         case Issued(refresh_token=""):
-            return "STORED", "an access token"
+            return "STORED", "ISSUED", "an access token"
         case Issued():
-            return "STORED", "an access token and a new refresh token"
+            return "STORED", "ISSUED", "an access token and a new refresh token"
         case Refused(why, error):
-            return "NOT_ISSUED", f"refused ({why}): {error}"
+            return "NOT_ISSUED", "REFUSED", f"refused ({why}): {error}"
         case NotSent(reason):
-            return "NOT_ISSUED", f"not sent: {reason}"
+            return "NOT_ISSUED", "NOT_SENT", f"not sent: {reason}"
         case Unproven(reason):
-            return "UNPROVEN", reason
+            return "UNPROVEN", "UNPROVEN", reason

@@ -105,7 +105,7 @@ local function audit(kind, thing, facts, by_caller)
   if by_caller then facts.identity, facts.peer = ARGV[5], ARGV[6] end
   for _, field in ipairs({
     'identity', 'peer', 'holder', 'job', 'host', 'user', 'reason', 'cause', 'limit', 'status',
-    'token', 'division', 'endpoint', 'waited_us', 'handover_us',
+    'token', 'division', 'endpoint', 'waited_us', 'handover_us', 'replica', 'result', 'generation',
   }) do
     if facts[field] and facts[field] ~= '' then
       entry[#entry + 1] = field

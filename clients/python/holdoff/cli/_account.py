@@ -47,6 +47,8 @@ class Order:
     read_output: bool
     trust_output: bool
     """Whether markers in the output count without the key of the run."""
+    access_token_file: Path | None = None
+    """Where the command finds the access token of its token, which is in custody."""
 
 
 @dataclass(slots=True)

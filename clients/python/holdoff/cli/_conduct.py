@@ -84,6 +84,7 @@ class Conduct:
         say: Called with a line for people, in threads that others wait for: it must not block.
         report_key: The key of the command's own reports in its output.
         trust_output: Whether reports without a key count too.
+        renews_token: Whether the command always finds an access token that has not expired.
     """
 
     def __init__(  # noqa: PLR0913 - all of them differ from run to run
@@ -96,7 +97,9 @@ class Conduct:
         *,
         report_key: str = "",
         trust_output: bool = False,
+        renews_token: bool = False,
     ) -> None:
+        self._renews_token = renews_token
         self._reporter = reporter
         self._say = say
         self._token = token
@@ -323,8 +326,10 @@ class Conduct:
     def _token_left_seconds(self, now: float) -> float | None:
         """How long the access token lives on, if it was got at the start and whenever it ran out.
 
-        None where the policy does not say how long one lives.
+        None where the policy does not say how long one lives, or the command gets new ones.
         """
+        if self._renews_token:
+            return None
         life = self._rooms.policy.refresh.access_token_life.ToMicroseconds() / 1e6
         return life - (now - self._began) % life if life else None
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from holdoff._outcome import Event, Outcome
     from holdoff._output import Passage
     from holdoff._process import Guard
+    from holdoff.cli._access_token_file import CommandToken
     from holdoff.cli._account import Account, Order
     from holdoff.cli._voice import Voice
 
@@ -56,7 +57,11 @@ _HARMLESS_SIGNALS = {
 }
 
 REPORT_KEY = "HOLDOFF_REPORT_KEY"
-VARIABLES = ("HOLDOFF_TOKEN", "HOLDOFF_LEASE", "HOLDOFF_FENCING_TOKEN", REPORT_KEY)
+ACCESS_TOKEN_FILE = "HOLDOFF_ACCESS_TOKEN_FILE"  # noqa: S105 - names a file
+VARIABLES = (
+    *("HOLDOFF_TOKEN", "HOLDOFF_LEASE", "HOLDOFF_FENCING_TOKEN", REPORT_KEY),
+    ACCESS_TOKEN_FILE,
+)
 
 
 class _Faults(logging.Handler):
@@ -102,9 +107,18 @@ class Run:
             self._say,
             report_key=self._report_key,
             trust_output=order.trust_output,
+            renews_token=bool(order.access_token_file),
         )
         self._passage: Passage | None = None
         self._log: LogTail | None = None
+        self._token: CommandToken | None = None
+        if order.access_token_file:
+            from holdoff.cli._access_token_file import CommandToken  # noqa: PLC0415 - seldom used
+
+            self._token = CommandToken(
+                *(client, guard, account.token, order.access_token_file, self._say),
+                self._interruptible,
+            )
 
     def __enter__(self) -> Self:
         logging.getLogger("holdoff").addHandler(self._faults)
@@ -143,16 +157,17 @@ class Run:
             Interrupted: A signal ended the wait.
         """
         with caught_signals(self._on_signal), self._reaping():
-            try:
-                self._acquire(wait, break_glass=break_glass)
-                self._launch(path, command)
-            except BaseException:
-                if self._lease:
-                    with contextlib.suppress(HoldoffError):
-                        self._lease.release(unused=True)
-                raise
-            outcome = self._guard.wait(self._on_event)
-            self._account.ended_at = now()
+            with self._token or contextlib.nullcontext():
+                try:
+                    self._acquire(wait, break_glass=break_glass)
+                    self._launch(path, command)
+                except BaseException:
+                    if self._lease:
+                        with contextlib.suppress(HoldoffError):
+                            self._lease.release(unused=True)
+                    raise
+                outcome = self._guard.wait(self._on_event)
+                self._account.ended_at = now()
             self._see_the_rest()
             self._settle(outcome)
 
@@ -229,13 +244,19 @@ class Run:
         began = time.monotonic()
         try:
             self._see_that_it_ends()
-            self._acquire_lease(wait)
+            self._await_access_token(began, wait)
+            self._acquire_lease(_left(began, wait))
+            self._await_access_token(began, wait)  # it may have ended meanwhile
         except Unavailable as error:
             if not break_glass or isinstance(error, LimitReached):  # which is an answer
                 raise
             self._say(f"RUNNING WITHOUT A LEASE, because of --if-unreachable run: {error}")
             self._account.reason = str(error)
         self._account.waited_seconds = round(time.monotonic() - began, 3)
+
+    def _await_access_token(self, began: float, wait: float | None) -> None:
+        if self._token:
+            self._token.wait(_left(began, wait))
 
     def _acquire_lease(self, wait: float | None) -> None:
         token = self._account.token
@@ -270,6 +291,9 @@ class Run:
         if self._lease:
             env["HOLDOFF_LEASE"] = self._lease.name
             env["HOLDOFF_FENCING_TOKEN"] = str(self._lease.fencing_token)
+        if self._token:
+            env[ACCESS_TOKEN_FILE] = str(self._token.path)
+            self._token.keep()
         self._conduct.begin(self._guard, self._lease)
         with self._interruptible():
             if self._log:
@@ -329,3 +353,8 @@ class Run:
             account.reason = self._conduct.reason
         if outcome.ended_by == "fence":
             raise LeaseLost("no renewal succeeded before the deadline")
+
+
+def _left(began: float, wait: float | None) -> float | None:
+    """Return what is left of a wait."""
+    return None if wait is None else max(0.0, wait - (time.monotonic() - began))

@@ -67,6 +67,11 @@ class WaitDisplay:
         )
         self._tell(change, f"{self._what}{start}")
 
+    def no_access_token(self, change: object, why: str) -> None:
+        """Show why there is no access token yet; in a log when `change` is another one."""
+        self._what, self._start_at = f"no access token: {why}", None
+        self._tell(change, self._what)
+
     def unreachable(self, error: Unavailable) -> None:
         """Show that no coordinator answers."""
         what = error if error.reason else f"no answer from {self._endpoint}"

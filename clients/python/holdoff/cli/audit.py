@@ -92,13 +92,20 @@ def _row(event: audit_pb2.AuditEvent) -> Sequence[str]:
         enum_text(event, "kind") + (f", {event.count} times" if event.count > 1 else ""),
         _who(event),
         event.resource or NOTHING,
-        event.reason or NOTHING,
+        _why(event) or NOTHING,
     )
 
 
+def _why(event: audit_pb2.AuditEvent) -> str:
+    if not event.generation:
+        return event.reason
+    result = enum_text(event, "result") if event.result else "no answer yet"
+    return f"generation {event.generation}, {result}: {event.reason}"
+
+
 def _who(event: audit_pb2.AuditEvent) -> str:
-    """Who it was, as they said themselves, and as the coordinator knows them."""
+    """Who it was, as they said themselves, and as the coordinator knows them; or the replica."""
     holder = event.holder
     said = "@".join(filter(None, (holder.job or holder.user, holder.host)))
     known = " from ".join(filter(None, (event.identity, event.peer)))
-    return ", ".join(filter(None, (said, known))) or NOTHING
+    return ", ".join(filter(None, (said, known))) or event.replica or NOTHING

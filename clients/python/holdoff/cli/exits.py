@@ -14,6 +14,7 @@ from holdoff.durations import format_duration
 
 OK: Final = 0
 DECLINED: Final = 1
+CHECK_FAILED: Final = 1
 USAGE: Final = 64
 UNREACHABLE: Final = 69
 INTERNAL: Final = 70
@@ -28,16 +29,25 @@ BROKEN_PIPE: Final = SIGNAL_BASE + 13  # SIGPIPE, a name that Windows does not h
 
 TABLE: Final = (
     ("0", "done; under `run`, 0 to 255 may also be the command's own"),
-    (str(DECLINED), "you answered no, and nothing was done"),
+    (str(DECLINED), "you answered no, and nothing was done; `grant show --check` failed"),
     (str(USAGE), "wrong usage"),
     (str(UNREACHABLE), "the coordinator, its store or a simulator cannot be reached"),
     (str(INTERNAL), "a fault of Holdoff itself"),
     (str(OUTPUT_LOST), "the output cannot be written: the disk is full"),
     (
         str(NOT_GRANTED),
-        "no lease within the wait: held, cooling, backing off, queued, quarantined, budget, limit",
+        (
+            "no lease or access token within the wait: held, cooling, backing off, queued, "
+            "quarantined, budget, limit"
+        ),
     ),
-    (str(REFUSED), "refused, or an unknown token, lease, grant, budget, back-off or policy"),
+    (
+        str(REFUSED),
+        (
+            "refused, an unknown token, lease, grant, budget, back-off or policy, or a grant in "
+            "custody that an operator must repair"
+        ),
+    ),
     (str(LEASE_LOST), "the lease was lost"),
     (str(CANNOT_EXECUTE), "the command cannot be executed"),
     (str(COMMAND_NOT_FOUND), "the command was not found"),
@@ -62,6 +72,8 @@ def code_of(error: Exception) -> int | None:
         errors.LeaseLost: LEASE_LOST,
         errors.HoldoffError: INTERNAL,
     }
+    if isinstance(error, errors.NoAccessToken) and error.needs_operator:
+        return REFUSED  # who retries after NOT_GRANTED would retry for ever
     return next((codes[kind] for kind in type(error).__mro__ if kind in codes), None)
 
 

@@ -34,7 +34,7 @@ from holdoff.cli.params import Name
 from holdoff.names import AppName, TokenName
 
 if TYPE_CHECKING:
-    from holdoff.v1 import budget_service_pb2
+    from holdoff.v1 import budget_service_pb2, grant_pb2
 
 
 @click.command(
@@ -64,7 +64,8 @@ def explain(  # noqa: PLR0913 - one for each option
 
     TOKEN_OR_APP is apps/APP/tokens/TOKEN, or apps/APP. The first line says yes or no. Then follow
     the reasons, the last to end first: since when, until when, and who caused it; then back-offs of
-    narrower scopes, the budgets with the least room, and the latest errors.
+    narrower scopes, the budgets with the least room, and the latest errors. For a token in custody
+    the command also says why there is an access token, or none.
 
     The exit code is 0 for either answer; with --output json the answer is `must_wait`.
     """
@@ -74,6 +75,9 @@ def explain(  # noqa: PLR0913 - one for each option
         emit_json(resource(answer))
         return
     click.secho(_headline(answer), bold=True, fg="red" if answer.must_wait else "green")
+    if answer.HasField("grant"):
+        click.echo()
+        emit_record(_grant_fields(answer.grant))
     for obstacle in answer.obstacles:
         click.echo()
         emit_record(_fields(obstacle))
@@ -91,6 +95,30 @@ def explain(  # noqa: PLR0913 - one for each option
 def _headline(answer: budget_service_pb2.ExplainResponse) -> str:
     yes_or_no = "no" if answer.must_wait else "yes"
     return ": ".join(filter(None, (yes_or_no, printable(answer.message))))
+
+
+def _grant_fields(grant: grant_pb2.GrantExplanation) -> list[tuple[str, str]]:
+    """Say why there is an access token, or none, and who uses it."""
+    status, attempt = grant.status, grant.last_attempt
+    why = status.message.removesuffix(f": {status.remedy}")
+    users = [
+        f"{user.identity} from {user.host}: {user.streams}"
+        if user.streams > 1
+        else f"{user.identity} from {user.host}"
+        for user in grant.users
+    ]
+    return [
+        ("access token", "yes" if grant.has_access_token else "no"),
+        ("state", enum_text(status, "state")),
+        ("because", why or NOTHING),
+        ("since", time_text(status, "since_time")),
+        ("until", time_text(status, "until_time")),
+        ("remedy", status.remedy or NOTHING),
+        ("last request", time_text(attempt, "begin_time")),
+        ("its result", attempt.outcome or NOTHING),
+        ("made by", attempt.replica or NOTHING),
+        *(("used by", user) for user in users or [NOTHING]),
+    ]
 
 
 def _fields(obstacle: budget_service_pb2.Obstacle) -> list[tuple[str, str]]:

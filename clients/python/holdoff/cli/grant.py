@@ -39,6 +39,7 @@ from holdoff.cli.params import Duration, Name
 from holdoff.custody.files import AccessTokenFile
 from holdoff.durations import format_duration
 from holdoff.names import AppName, TokenName
+from holdoff.v1 import grant_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 
     from holdoff.cli._live import Part
     from holdoff.custody.calls import ClientAuthentication
-    from holdoff.v1 import custody_service_pb2, grant_pb2
+    from holdoff.v1 import custody_service_pb2
 
 _MOST_BYTES = 64 * 1024
 _SECRET_FILE = click.Path(dir_okay=False, allow_dash=True)
@@ -156,14 +157,37 @@ def put_grant(  # noqa: PLR0913 - one for each option
     _emit(put, output)
 
 
-@grant.command("show", epilog=example("holdoff grant show apps/exact-nl/tokens/finance"))
+@grant.command(
+    "show",
+    epilog=example(
+        "holdoff grant show apps/exact-nl/tokens/finance",
+        "holdoff grant show apps/exact-nl/tokens/finance --check",
+    ),
+)
 @click.argument("token", type=Name(TokenName))
+@click.option(
+    "--check", is_flag=True, help="Check instead what a refresh needs, without refreshing."
+)
 @output_option
 @click.pass_obj
-def show_grant(endpoint: str, token: str, output: str) -> None:
-    """Show the grant of TOKEN: whether an access token can be had, and if not, why."""
+def show_grant(endpoint: str, token: str, check: bool, output: str) -> None:
+    """Show the grant of TOKEN: whether an access token can be had, and if not, why.
+
+    With --check the coordinator that answers checks what a refresh needs: policy, state, master
+    keys, secrets, spool, clock, and whether it can reach the hosts. It connects to them, but sends
+    no request. The exit code is 1 if something failed. It takes the role `custodian`.
+    """
     with Client(endpoint) as client:
-        _emit(client.grants.get(token), output)
+        if not check:
+            _emit(client.grants.get(token), output)
+            return
+        found = client.grants.check(token)
+    if output == "json":
+        emit_json(resource(found))
+    else:
+        emit_table(("CHECK", "RESULT", "OF", "FOUND", "REMEDY"), map(_check_row, found.checks))
+    if any(one.result == grant_pb2.GRANT_CHECK_RESULT_FAILED for one in found.checks):
+        raise click.exceptions.Exit(exits.CHECK_FAILED)
 
 
 @grant.command("list", epilog=example("holdoff grant list", "holdoff grant list apps/exact-nl"))
@@ -274,7 +298,7 @@ def rotate_keys(endpoint: str, key_id: str, dry_run: bool, output: str) -> None:
 
 @grant.command(
     "access-token",
-    epilog=example("holdoff grant access-token apps/exact-nl/tokens/finance | ./upload"),
+    epilog=example("holdoff grant access-token apps/exact-nl/tokens/finance --wait 5m"),
 )
 @click.argument("token", type=Name(TokenName))
 @click.option(
@@ -422,6 +446,16 @@ def _row(one: grant_pb2.Grant) -> tuple[str, ...]:
         enum_text(one.status, "state"),
         time_text(one.status, "until_time"),
         one.status.message,
+    )
+
+
+def _check_row(one: grant_pb2.GrantCheck) -> tuple[str, ...]:
+    return (
+        enum_text(one, "subject"),
+        enum_text(one, "result"),
+        one.target or NOTHING,
+        one.message,
+        one.remedy or NOTHING,
     )
 
 

@@ -128,6 +128,11 @@ def _labels(
     help="What to do when no coordinator answers within the wait: `run` runs without a lease.",
 )
 @click.option(
+    "--access-token-file",
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
+    help="Keep the current access token of a token in custody in this file, for the command.",
+)
+@click.option(
     "--result-file",
     type=click.Path(path_type=Path, dir_okay=False, readable=False),
     help="Write a JSON report of the run to this file.",
@@ -157,6 +162,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     when_quiet: WhenQuiet | None,
     isolate: Isolate,
     if_unreachable: str,
+    access_token_file: Path | None,
     result_file: Path | None,
     command: Sequence[str],
 ) -> None:
@@ -170,6 +176,10 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     token. While one of these is spent, or the provider blocks calls, the command is paused, or
     ended with exit code 75. COMMAND can report errors itself, with lines that begin with
     HOLDOFF-ERROR or HOLDOFF-BLOCKED and key=$HOLDOFF_REPORT_KEY.
+
+    With --access-token-file the command starts when there is an access token. It reads the file
+    before each call: it is replaced at each renewal, absent while there is no access token, and
+    removed at the end. Only its owner can read it.
     """
     if no_wait and wait is not None:
         raise click.UsageError("--wait and --no-wait exclude each other")
@@ -177,8 +187,12 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
         raise click.BadParameter(
             "must be at most 366d; without it the wait has no limit", param_hint="--wait"
         )
-    if result_file and not os.path.isdir(result_file.parent):  # noqa: PTH112 - never raises
-        raise click.BadParameter("its folder does not exist", param_hint="--result-file")
+    _require_folders({"--result-file": result_file, "--access-token-file": access_token_file})
+    if access_token_file and if_unreachable == "run":
+        raise click.UsageError(
+            "--access-token-file excludes --if-unreachable run: a coordinator hands the access "
+            "token out"
+        )
     order = Order(
         coordinator=coordinator,
         timing=_timing(ttl, grace),
@@ -189,6 +203,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
         # Of log file and output one is read: Data Hub writes the same errors to both.
         read_output=read_output and not log_file,
         trust_output=trust_output,
+        access_token_file=access_token_file,
     )
     job = described(job, MOST_JOB_CHARACTERS)
     account = Account(token=token, job=job, labels=labels, requested_at=now())
@@ -256,6 +271,12 @@ def _started(order: Order, account: Account) -> Iterator[Run]:
         if passage:
             one.read_output(passage)
         yield one
+
+
+def _require_folders(files: Mapping[str, Path | None]) -> None:
+    for option, file in files.items():
+        if file and not os.path.isdir(file.parent):  # noqa: PTH112 - never raises
+            raise click.BadParameter("its folder does not exist", param_hint=option)
 
 
 def _timing(ttl: float, grace: float | None) -> Timing:

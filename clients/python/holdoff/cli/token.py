@@ -32,10 +32,12 @@ from holdoff.cli.params import (
     Name,
     PolicyName,
 )
+from holdoff.errors import GrantNotFound, HoldoffError
 from holdoff.names import AppName, TokenName
 from holdoff.v1 import lease_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
     from holdoff.v1 import token_pb2
@@ -157,9 +159,14 @@ def update_token(  # noqa: PLR0913 - one for each option
 @output_option
 @click.pass_obj
 def show_token(endpoint: str, name: str, output: str) -> None:
-    """Show the token NAME: its rules, its cooldown, and who holds it."""
+    """Show the token NAME: its rules, its cooldown, who holds it, and whether it is in custody.
+
+    `holdoff grant show` has more of what is in custody.
+    """
     with Client(endpoint) as client:
-        _emit(client, client.get_token(name), output)
+        token = client.get_token(name)
+        custody = _custody(client, name) if output != "json" else ""
+        _emit(client, token, output, [("custody", custody)])
 
 
 @token.command("list", epilog=example("holdoff token list", "holdoff token list apps/exact-nl"))
@@ -274,7 +281,9 @@ def _history_row(lease: lease_pb2.Lease) -> tuple[str, ...]:
     )
 
 
-def _emit(client: Client, token: token_pb2.Token, output: str) -> None:
+def _emit(
+    client: Client, token: token_pb2.Token, output: str, more: Sequence[tuple[str, str]] = ()
+) -> None:
     if output == "json":
         emit_json(resource(token))
         return
@@ -303,5 +312,16 @@ def _emit(client: Client, token: token_pb2.Token, output: str) -> None:
             ("not before", time_text(token, "not_before_time")),
             ("created", time_text(token, "create_time")),
             ("updated", time_text(token, "update_time")),
+            *more,
         ]
     )
+
+
+def _custody(client: Client, name: str) -> str:
+    try:
+        status = client.grants.get(name).status
+    except GrantNotFound:
+        return "no"
+    except HoldoffError as error:  # the rest is shown
+        return f"not known: {error}"
+    return f"{enum_text(status, 'state')}: {status.message}"

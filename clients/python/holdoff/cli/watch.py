@@ -56,7 +56,8 @@ def watch(endpoint: str, parent: str | None, output: str, resume: str) -> None:
     last `resume_token` and the same PARENT, --resume misses no change; if that is no longer
     possible, a new snapshot follows.
 
-    While the coordinator cannot be reached, the command retries.
+    While the coordinator cannot be reached, the command retries. What is in custody is watched by
+    `holdoff grant watch`.
     """
     as_lines = wants_lines(output)
     if resume and not as_lines:

@@ -21,15 +21,6 @@ if TYPE_CHECKING:
 
 _DRIFT: Final = 500e-6  # what NTP may slew at most: 500 ppm
 _STATES = grant_pb2.GrantState
-_LASTING: Final = frozenset(
-    {
-        _STATES.GRANT_STATE_REAUTHORIZE,
-        _STATES.GRANT_STATE_CONFIGURATION,
-        _STATES.GRANT_STATE_KEY_MISSING,
-        _STATES.GRANT_STATE_STALE,
-    }
-)
-"""Only an operator ends these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +103,11 @@ class Access(Listening[custody_service_pb2.GetAccessTokenResponse]):
         """The stream has ended for good: what was handed out may have been revoked."""
         self.final, self._last = error, None
 
-    def usable(self) -> Usable | None:
+    def usable(self, newer_than: int = 0) -> Usable | None:
         """Return the access token if calls may begin with it now.
+
+        Args:
+            newer_than: Only one of a later generation.
 
         Raises:
             HoldoffError: The stream has ended for good.
@@ -121,7 +115,9 @@ class Access(Listening[custody_service_pb2.GetAccessTokenResponse]):
         if self.final:
             raise self.final
         last = self._last
-        return last if last and self.clock() < last.until_ns else None
+        if last is None or last.generation <= newer_than:
+            return None
+        return last if self.clock() < last.until_ns else None
 
     def must_wait(self, *, is_over: bool) -> None:
         """Raise if it makes no sense to wait any longer for an access token.
@@ -140,10 +136,10 @@ class Access(Listening[custody_service_pb2.GetAccessTokenResponse]):
             if is_over:
                 raise NoAccessToken(f"no answer about the access token of {self.token} came yet")
             return
-        if not is_over and status.state not in _LASTING:
-            return
         state = _STATES.DESCRIPTOR.values_by_number.get(status.state)
         word = state.name.removeprefix("GRANT_STATE_") if state else str(status.state)
+        if not is_over and word not in NoAccessToken.LASTING:
+            return
         why = status.message
         if status.state == _STATES.GRANT_STATE_READY:
             why = "none came from the coordinator yet, and the last one is too old"

@@ -93,6 +93,16 @@ class Grants:
         """
         return await self._connection._call(calls.get_grant(token))  # noqa: SLF001
 
+    async def check(self, token: str) -> custody_service_pb2.CheckGrantResponse:
+        """Check what a refresh of a grant needs, without refreshing it.
+
+        The coordinator that answers connects to the hosts of the grant, but sends no request.
+
+        Raises:
+            GrantNotFound: None is in custody.
+        """
+        return await self._connection._call(calls.check_grant(token))  # noqa: SLF001
+
     def list(self, parent: str = "") -> AsyncIterator[grant_pb2.Grant]:
         """Yield all grants, or those of an app."""
         return self._connection._items(calls.list_grants(parent))  # noqa: SLF001

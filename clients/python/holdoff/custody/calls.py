@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _CUSTODY = "/holdoff.v1.CustodyService"
 
+_CHECK_SECONDS = 30.0
+"""Longer than a check takes."""
+
 ClientAuthentication = Literal["basic", "body", "query"]
 """Where a client id and secret go in a request: RFC 6749, section 2.3.1, or the URL."""
 
@@ -100,6 +103,17 @@ def list_grants(parent: str, page_token: str = "") -> Call[Any, Page[grant_pb2.G
         custody_service_pb2.ListGrantsRequest(parent=parent, page_token=page_token),
         custody_service_pb2.ListGrantsResponse,
         read,
+    )
+
+
+def check_grant(token: str) -> Call[Any, custody_service_pb2.CheckGrantResponse]:
+    """Check one grant."""
+    return Call(
+        f"{_CUSTODY}/CheckGrant",
+        custody_service_pb2.CheckGrantRequest(name=_name(token)),
+        custody_service_pb2.CheckGrantResponse,
+        lambda response: response,
+        timeout_seconds=_CHECK_SECONDS,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, Self
 from holdoff import _files
 from holdoff._platform import boottime_ns
 from holdoff._timing import SECOND
-from holdoff.errors import NoAccessToken
+from holdoff.errors import NoAccessToken, Unavailable
 
 if TYPE_CHECKING:
     import threading
@@ -49,7 +49,17 @@ class AccessTokenFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the file."""
         self._path.unlink(missing_ok=True)
+        self._written = None
+
+    def remove_if_too_old(self) -> None:
+        """Remove the file if no call may begin with what is in it."""
+        if self._written and boottime_ns() >= self._written.until_ns:
+            self.remove()
 
     def keep(self, access: AccessToken, stop: threading.Event) -> None:
         """Keep the file current until a stop.
@@ -74,12 +84,11 @@ class AccessTokenFile:
         """
         try:
             usable = access.usable(wait_seconds=0)
-        except NoAccessToken as error:
+        except (NoAccessToken, Unavailable) as error:
             if str(error) != self._said:
                 self._said = str(error)
                 self._say(self._said)
-            self._path.unlink(missing_ok=True)
-            self._written = None
+            self.remove()
             return
         self._said = ""
         if self._written is None or usable.access_token != self._written.access_token:

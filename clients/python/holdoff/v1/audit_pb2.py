@@ -23,18 +23,19 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from holdoff.v1 import grant_pb2 as holdoff_dot_v1_dot_grant__pb2
 from holdoff.v1 import lease_pb2 as holdoff_dot_v1_dot_lease__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16holdoff/v1/audit.proto\x12\nholdoff.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16holdoff/v1/lease.proto\"\x80\x02\n\nAuditEvent\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.holdoff.v1.AuditKind\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08resource\x18\x03 \x01(\t\x12\x10\n\x08identity\x18\x04 \x01(\t\x12\x0c\n\x04peer\x18\x05 \x01(\t\x12\"\n\x06holder\x18\x06 \x01(\x0b\x32\x12.holdoff.v1.Holder\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\r\n\x05\x63ount\x18\x08 \x01(\x03\x12.\n\nfirst_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp*\xf0\x05\n\tAuditKind\x12\x1a\n\x16\x41UDIT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41UDIT_KIND_LEASE_GRANTED\x10\x01\x12\x1d\n\x19\x41UDIT_KIND_LEASE_RELEASED\x10\x02\x12\x19\n\x15\x41UDIT_KIND_LEASE_LOST\x10\x03\x12\"\n\x1e\x41UDIT_KIND_LEASE_BREAK_ORDERED\x10\x04\x12\x1b\n\x17\x41UDIT_KIND_LEASE_BROKEN\x10\x05\x12\x19\n\x15\x41UDIT_KIND_LOCK_TAKEN\x10\x06\x12\x19\n\x15\x41UDIT_KIND_LOCK_FREED\x10\x07\x12\x1c\n\x18\x41UDIT_KIND_TOKEN_CREATED\x10\x08\x12\x1c\n\x18\x41UDIT_KIND_TOKEN_UPDATED\x10\t\x12\x1b\n\x17\x41UDIT_KIND_BUDGET_RESET\x10\n\x12\x1d\n\x19\x41UDIT_KIND_BACK_OFF_BEGAN\x10\x0b\x12\x1f\n\x1b\x41UDIT_KIND_BACK_OFF_CLEARED\x10\x0c\x12\x1f\n\x1b\x41UDIT_KIND_QUARANTINE_BEGAN\x10\r\x12 \n\x1c\x41UDIT_KIND_CREDENTIAL_ISSUED\x10\x0e\x12!\n\x1d\x41UDIT_KIND_CREDENTIAL_REVOKED\x10\x0f\x12\x1b\n\x17\x41UDIT_KIND_CALL_REFUSED\x10\x10\x12\x1f\n\x1b\x41UDIT_KIND_QUARANTINE_ENDED\x10\x11\x12\x1d\n\x19\x41UDIT_KIND_ACCESS_CHANGED\x10\x12\x12\x18\n\x14\x41UDIT_KIND_GRANT_PUT\x10\x13\x12\x1c\n\x18\x41UDIT_KIND_GRANT_DELETED\x10\x14\x12\x1e\n\x1a\x41UDIT_KIND_GRANT_REFRESHED\x10\x15\x12&\n\"AUDIT_KIND_ACCESS_TOKEN_HANDED_OUT\x10\x16\x12\x1c\n\x18\x41UDIT_KIND_GRANT_TRUSTED\x10\x17\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16holdoff/v1/audit.proto\x12\nholdoff.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16holdoff/v1/grant.proto\x1a\x16holdoff/v1/lease.proto\"\xd0\x02\n\nAuditEvent\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.holdoff.v1.AuditKind\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08resource\x18\x03 \x01(\t\x12\x10\n\x08identity\x18\x04 \x01(\t\x12\x0c\n\x04peer\x18\x05 \x01(\t\x12\"\n\x06holder\x18\x06 \x01(\x0b\x32\x12.holdoff.v1.Holder\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\r\n\x05\x63ount\x18\x08 \x01(\x03\x12.\n\nfirst_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07replica\x18\n \x01(\t\x12)\n\x06result\x18\x0b \x01(\x0e\x32\x19.holdoff.v1.RefreshResult\x12\x12\n\ngeneration\x18\x0c \x01(\x04*\xf0\x05\n\tAuditKind\x12\x1a\n\x16\x41UDIT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x41UDIT_KIND_LEASE_GRANTED\x10\x01\x12\x1d\n\x19\x41UDIT_KIND_LEASE_RELEASED\x10\x02\x12\x19\n\x15\x41UDIT_KIND_LEASE_LOST\x10\x03\x12\"\n\x1e\x41UDIT_KIND_LEASE_BREAK_ORDERED\x10\x04\x12\x1b\n\x17\x41UDIT_KIND_LEASE_BROKEN\x10\x05\x12\x19\n\x15\x41UDIT_KIND_LOCK_TAKEN\x10\x06\x12\x19\n\x15\x41UDIT_KIND_LOCK_FREED\x10\x07\x12\x1c\n\x18\x41UDIT_KIND_TOKEN_CREATED\x10\x08\x12\x1c\n\x18\x41UDIT_KIND_TOKEN_UPDATED\x10\t\x12\x1b\n\x17\x41UDIT_KIND_BUDGET_RESET\x10\n\x12\x1d\n\x19\x41UDIT_KIND_BACK_OFF_BEGAN\x10\x0b\x12\x1f\n\x1b\x41UDIT_KIND_BACK_OFF_CLEARED\x10\x0c\x12\x1f\n\x1b\x41UDIT_KIND_QUARANTINE_BEGAN\x10\r\x12 \n\x1c\x41UDIT_KIND_CREDENTIAL_ISSUED\x10\x0e\x12!\n\x1d\x41UDIT_KIND_CREDENTIAL_REVOKED\x10\x0f\x12\x1b\n\x17\x41UDIT_KIND_CALL_REFUSED\x10\x10\x12\x1f\n\x1b\x41UDIT_KIND_QUARANTINE_ENDED\x10\x11\x12\x1d\n\x19\x41UDIT_KIND_ACCESS_CHANGED\x10\x12\x12\x18\n\x14\x41UDIT_KIND_GRANT_PUT\x10\x13\x12\x1c\n\x18\x41UDIT_KIND_GRANT_DELETED\x10\x14\x12\x1e\n\x1a\x41UDIT_KIND_GRANT_REFRESHED\x10\x15\x12&\n\"AUDIT_KIND_ACCESS_TOKEN_HANDED_OUT\x10\x16\x12\x1c\n\x18\x41UDIT_KIND_GRANT_TRUSTED\x10\x17\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdoff.v1.audit_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_AUDITKIND']._serialized_start=355
-  _globals['_AUDITKIND']._serialized_end=1107
-  _globals['_AUDITEVENT']._serialized_start=96
-  _globals['_AUDITEVENT']._serialized_end=352
+  _globals['_AUDITKIND']._serialized_start=459
+  _globals['_AUDITKIND']._serialized_end=1211
+  _globals['_AUDITEVENT']._serialized_start=120
+  _globals['_AUDITEVENT']._serialized_end=456
 # @@protoc_insertion_point(module_scope)

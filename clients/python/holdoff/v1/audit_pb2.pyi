@@ -7,6 +7,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from holdoff.v1 import grant_pb2 as _grant_pb2
 from holdoff.v1 import lease_pb2 as _lease_pb2
 import builtins as _builtins
 import sys
@@ -150,6 +151,9 @@ class AuditEvent(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     FIRST_TIME_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     kind: Global___AuditKind.ValueType
     """What happened."""
     resource: _builtins.str
@@ -169,6 +173,14 @@ class AuditEvent(_message.Message):
     """How many events this entry summarises, if one caller caused many of this
     kind for one token; else 0. All other fields describe the last of them.
     """
+    replica: _builtins.str
+    """Of a request for an access token: the replica that made it."""
+    result: _grant_pb2.RefreshResult.ValueType
+    """Of a request for an access token: what came of it; `reason` says more.
+    Unspecified while that may still come.
+    """
+    generation: _builtins.int
+    """Of a request for an access token: the generation of the grant after it."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """When, by the store's clock."""
@@ -193,10 +205,13 @@ class AuditEvent(_message.Message):
         reason: _builtins.str = ...,
         count: _builtins.int = ...,
         first_time: _timestamp_pb2.Timestamp | None = ...,
+        replica: _builtins.str = ...,
+        result: _grant_pb2.RefreshResult.ValueType = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_time", b"first_time", "holder", b"holder", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first_time", b"first_time", "holder", b"holder", "identity", b"identity", "kind", b"kind", "peer", b"peer", "reason", b"reason", "resource", b"resource", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "first_time", b"first_time", "generation", b"generation", "holder", b"holder", "identity", b"identity", "kind", b"kind", "peer", b"peer", "reason", b"reason", "replica", b"replica", "resource", b"resource", "result", b"result", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

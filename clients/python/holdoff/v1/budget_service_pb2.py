@@ -25,54 +25,55 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from holdoff.v1 import budget_pb2 as holdoff_dot_v1_dot_budget__pb2
+from holdoff.v1 import grant_pb2 as holdoff_dot_v1_dot_grant__pb2
 from holdoff.v1 import lease_pb2 as holdoff_dot_v1_dot_lease__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fholdoff/v1/budget_service.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17holdoff/v1/budget.proto\x1a\x16holdoff/v1/lease.proto\"8\n\x13RecordEventsRequest\x12!\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x11.holdoff.v1.Event\"V\n\x14RecordEventsResponse\x12*\n\x08outcomes\x18\x01 \x03(\x0e\x32\x18.holdoff.v1.EventOutcome\x12\x12\n\nstore_life\x18\x02 \x01(\t\"\xa6\x01\n\x0eReserveRequest\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12 \n\x05scope\x18\x02 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12#\n\x04kind\x18\x03 \x01(\x0e\x32\x15.holdoff.v1.EventKind\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12&\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x0fReserveResponse\x12,\n\x0breservation\x18\x01 \x01(\x0b\x32\x17.holdoff.v1.Reservation\"l\n\rCommitRequest\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\x0b\n\x03\x61pp\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\x05\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x0e\x43ommitResponse\x12,\n\x0breservation\x18\x01 \x01(\x0b\x32\x17.holdoff.v1.Reservation\"4\n\rCancelRequest\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\x0b\n\x03\x61pp\x18\x02 \x01(\t\">\n\x0e\x43\x61ncelResponse\x12,\n\x0breservation\x18\x01 \x01(\x0b\x32\x17.holdoff.v1.Reservation\" \n\x10GetBudgetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x11GetBudgetResponse\x12\"\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x12.holdoff.v1.Budget\"\x95\x01\n\x12ListBudgetsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12 \n\x05scope\x18\x02 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.holdoff.v1.BudgetState\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"S\n\x13ListBudgetsResponse\x12#\n\x07\x62udgets\x18\x01 \x03(\x0b\x32\x12.holdoff.v1.Budget\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x13ListBackOffsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\">\n\x14ListBackOffsResponse\x12&\n\tback_offs\x18\x01 \x03(\x0b\x32\x13.holdoff.v1.BackOff\"G\n\x13WatchBudgetsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12 \n\x05scope\x18\x02 \x01(\x0b\x32\x11.holdoff.v1.Scope\"y\n\x14WatchBudgetsResponse\x12#\n\x07\x62udgets\x18\x01 \x03(\x0b\x32\x12.holdoff.v1.Budget\x12&\n\tback_offs\x18\x02 \x03(\x0b\x32\x13.holdoff.v1.BackOff\x12\x14\n\x0csnapshot_end\x18\x03 \x01(\x08\"?\n\x0e\x45xplainRequest\x12 \n\x05scope\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12\x0b\n\x03job\x18\x02 \x01(\t\"\xfd\x01\n\x0f\x45xplainResponse\x12\x11\n\tmust_wait\x18\x01 \x01(\x08\x12(\n\x05go_in\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\tobstacles\x18\x03 \x03(\x0b\x32\x14.holdoff.v1.Obstacle\x12#\n\x07\x62udgets\x18\x04 \x03(\x0b\x32\x12.holdoff.v1.Budget\x12\'\n\x06\x65rrors\x18\x05 \x03(\x0b\x32\x17.holdoff.v1.RecentError\x12\x0f\n\x07message\x18\x06 \x01(\t\x12%\n\x08narrower\x18\x07 \x03(\x0b\x32\x13.holdoff.v1.BackOff\"\xbf\x02\n\x08Obstacle\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.holdoff.v1.WaitReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tremaining\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\tcaused_by\x18\x06 \x01(\x0b\x32\x12.holdoff.v1.Holder\x12%\n\x08\x62\x61\x63k_off\x18\x07 \x01(\x0b\x32\x13.holdoff.v1.BackOff\x12 \n\x05lease\x18\x08 \x01(\x0b\x32\x11.holdoff.v1.Lease2\xae\x05\n\rBudgetService\x12Q\n\x0cRecordEvents\x12\x1f.holdoff.v1.RecordEventsRequest\x1a .holdoff.v1.RecordEventsResponse\x12\x42\n\x07Reserve\x12\x1a.holdoff.v1.ReserveRequest\x1a\x1b.holdoff.v1.ReserveResponse\x12?\n\x06\x43ommit\x12\x19.holdoff.v1.CommitRequest\x1a\x1a.holdoff.v1.CommitResponse\x12?\n\x06\x43\x61ncel\x12\x19.holdoff.v1.CancelRequest\x1a\x1a.holdoff.v1.CancelResponse\x12H\n\tGetBudget\x12\x1c.holdoff.v1.GetBudgetRequest\x1a\x1d.holdoff.v1.GetBudgetResponse\x12N\n\x0bListBudgets\x12\x1e.holdoff.v1.ListBudgetsRequest\x1a\x1f.holdoff.v1.ListBudgetsResponse\x12Q\n\x0cListBackOffs\x12\x1f.holdoff.v1.ListBackOffsRequest\x1a .holdoff.v1.ListBackOffsResponse\x12S\n\x0cWatchBudgets\x12\x1f.holdoff.v1.WatchBudgetsRequest\x1a .holdoff.v1.WatchBudgetsResponse0\x01\x12\x42\n\x07\x45xplain\x12\x1a.holdoff.v1.ExplainRequest\x1a\x1b.holdoff.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fholdoff/v1/budget_service.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17holdoff/v1/budget.proto\x1a\x16holdoff/v1/grant.proto\x1a\x16holdoff/v1/lease.proto\"8\n\x13RecordEventsRequest\x12!\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x11.holdoff.v1.Event\"V\n\x14RecordEventsResponse\x12*\n\x08outcomes\x18\x01 \x03(\x0e\x32\x18.holdoff.v1.EventOutcome\x12\x12\n\nstore_life\x18\x02 \x01(\t\"\xa6\x01\n\x0eReserveRequest\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12 \n\x05scope\x18\x02 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12#\n\x04kind\x18\x03 \x01(\x0e\x32\x15.holdoff.v1.EventKind\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12&\n\x03ttl\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x0fReserveResponse\x12,\n\x0breservation\x18\x01 \x01(\x0b\x32\x17.holdoff.v1.Reservation\"l\n\rCommitRequest\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\x0b\n\x03\x61pp\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\x05\x12&\n\x03\x61ge\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x0e\x43ommitResponse\x12,\n\x0breservation\x18\x01 \x01(\x0b\x32\x17.holdoff.v1.Reservation\"4\n\rCancelRequest\x12\x16\n\x0ereservation_id\x18\x01 \x01(\t\x12\x0b\n\x03\x61pp\x18\x02 \x01(\t\">\n\x0e\x43\x61ncelResponse\x12,\n\x0breservation\x18\x01 \x01(\x0b\x32\x17.holdoff.v1.Reservation\" \n\x10GetBudgetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x11GetBudgetResponse\x12\"\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x12.holdoff.v1.Budget\"\x95\x01\n\x12ListBudgetsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12 \n\x05scope\x18\x02 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.holdoff.v1.BudgetState\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"S\n\x13ListBudgetsResponse\x12#\n\x07\x62udgets\x18\x01 \x03(\x0b\x32\x12.holdoff.v1.Budget\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"%\n\x13ListBackOffsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\">\n\x14ListBackOffsResponse\x12&\n\tback_offs\x18\x01 \x03(\x0b\x32\x13.holdoff.v1.BackOff\"G\n\x13WatchBudgetsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12 \n\x05scope\x18\x02 \x01(\x0b\x32\x11.holdoff.v1.Scope\"y\n\x14WatchBudgetsResponse\x12#\n\x07\x62udgets\x18\x01 \x03(\x0b\x32\x12.holdoff.v1.Budget\x12&\n\tback_offs\x18\x02 \x03(\x0b\x32\x13.holdoff.v1.BackOff\x12\x14\n\x0csnapshot_end\x18\x03 \x01(\x08\"?\n\x0e\x45xplainRequest\x12 \n\x05scope\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Scope\x12\x0b\n\x03job\x18\x02 \x01(\t\"\xaa\x02\n\x0f\x45xplainResponse\x12\x11\n\tmust_wait\x18\x01 \x01(\x08\x12(\n\x05go_in\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\tobstacles\x18\x03 \x03(\x0b\x32\x14.holdoff.v1.Obstacle\x12#\n\x07\x62udgets\x18\x04 \x03(\x0b\x32\x12.holdoff.v1.Budget\x12\'\n\x06\x65rrors\x18\x05 \x03(\x0b\x32\x17.holdoff.v1.RecentError\x12\x0f\n\x07message\x18\x06 \x01(\t\x12%\n\x08narrower\x18\x07 \x03(\x0b\x32\x13.holdoff.v1.BackOff\x12+\n\x05grant\x18\x08 \x01(\x0b\x32\x1c.holdoff.v1.GrantExplanation\"\xbf\x02\n\x08Obstacle\x12&\n\x06reason\x18\x01 \x01(\x0e\x32\x16.holdoff.v1.WaitReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tremaining\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\tcaused_by\x18\x06 \x01(\x0b\x32\x12.holdoff.v1.Holder\x12%\n\x08\x62\x61\x63k_off\x18\x07 \x01(\x0b\x32\x13.holdoff.v1.BackOff\x12 \n\x05lease\x18\x08 \x01(\x0b\x32\x11.holdoff.v1.Lease2\xae\x05\n\rBudgetService\x12Q\n\x0cRecordEvents\x12\x1f.holdoff.v1.RecordEventsRequest\x1a .holdoff.v1.RecordEventsResponse\x12\x42\n\x07Reserve\x12\x1a.holdoff.v1.ReserveRequest\x1a\x1b.holdoff.v1.ReserveResponse\x12?\n\x06\x43ommit\x12\x19.holdoff.v1.CommitRequest\x1a\x1a.holdoff.v1.CommitResponse\x12?\n\x06\x43\x61ncel\x12\x19.holdoff.v1.CancelRequest\x1a\x1a.holdoff.v1.CancelResponse\x12H\n\tGetBudget\x12\x1c.holdoff.v1.GetBudgetRequest\x1a\x1d.holdoff.v1.GetBudgetResponse\x12N\n\x0bListBudgets\x12\x1e.holdoff.v1.ListBudgetsRequest\x1a\x1f.holdoff.v1.ListBudgetsResponse\x12Q\n\x0cListBackOffs\x12\x1f.holdoff.v1.ListBackOffsRequest\x1a .holdoff.v1.ListBackOffsResponse\x12S\n\x0cWatchBudgets\x12\x1f.holdoff.v1.WatchBudgetsRequest\x1a .holdoff.v1.WatchBudgetsResponse0\x01\x12\x42\n\x07\x45xplain\x12\x1a.holdoff.v1.ExplainRequest\x1a\x1b.holdoff.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdoff.v1.budget_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RECORDEVENTSREQUEST']._serialized_start=161
-  _globals['_RECORDEVENTSREQUEST']._serialized_end=217
-  _globals['_RECORDEVENTSRESPONSE']._serialized_start=219
-  _globals['_RECORDEVENTSRESPONSE']._serialized_end=305
-  _globals['_RESERVEREQUEST']._serialized_start=308
-  _globals['_RESERVEREQUEST']._serialized_end=474
-  _globals['_RESERVERESPONSE']._serialized_start=476
-  _globals['_RESERVERESPONSE']._serialized_end=539
-  _globals['_COMMITREQUEST']._serialized_start=541
-  _globals['_COMMITREQUEST']._serialized_end=649
-  _globals['_COMMITRESPONSE']._serialized_start=651
-  _globals['_COMMITRESPONSE']._serialized_end=713
-  _globals['_CANCELREQUEST']._serialized_start=715
-  _globals['_CANCELREQUEST']._serialized_end=767
-  _globals['_CANCELRESPONSE']._serialized_start=769
-  _globals['_CANCELRESPONSE']._serialized_end=831
-  _globals['_GETBUDGETREQUEST']._serialized_start=833
-  _globals['_GETBUDGETREQUEST']._serialized_end=865
-  _globals['_GETBUDGETRESPONSE']._serialized_start=867
-  _globals['_GETBUDGETRESPONSE']._serialized_end=922
-  _globals['_LISTBUDGETSREQUEST']._serialized_start=925
-  _globals['_LISTBUDGETSREQUEST']._serialized_end=1074
-  _globals['_LISTBUDGETSRESPONSE']._serialized_start=1076
-  _globals['_LISTBUDGETSRESPONSE']._serialized_end=1159
-  _globals['_LISTBACKOFFSREQUEST']._serialized_start=1161
-  _globals['_LISTBACKOFFSREQUEST']._serialized_end=1198
-  _globals['_LISTBACKOFFSRESPONSE']._serialized_start=1200
-  _globals['_LISTBACKOFFSRESPONSE']._serialized_end=1262
-  _globals['_WATCHBUDGETSREQUEST']._serialized_start=1264
-  _globals['_WATCHBUDGETSREQUEST']._serialized_end=1335
-  _globals['_WATCHBUDGETSRESPONSE']._serialized_start=1337
-  _globals['_WATCHBUDGETSRESPONSE']._serialized_end=1458
-  _globals['_EXPLAINREQUEST']._serialized_start=1460
-  _globals['_EXPLAINREQUEST']._serialized_end=1523
-  _globals['_EXPLAINRESPONSE']._serialized_start=1526
-  _globals['_EXPLAINRESPONSE']._serialized_end=1779
-  _globals['_OBSTACLE']._serialized_start=1782
-  _globals['_OBSTACLE']._serialized_end=2101
-  _globals['_BUDGETSERVICE']._serialized_start=2104
-  _globals['_BUDGETSERVICE']._serialized_end=2790
+  _globals['_RECORDEVENTSREQUEST']._serialized_start=185
+  _globals['_RECORDEVENTSREQUEST']._serialized_end=241
+  _globals['_RECORDEVENTSRESPONSE']._serialized_start=243
+  _globals['_RECORDEVENTSRESPONSE']._serialized_end=329
+  _globals['_RESERVEREQUEST']._serialized_start=332
+  _globals['_RESERVEREQUEST']._serialized_end=498
+  _globals['_RESERVERESPONSE']._serialized_start=500
+  _globals['_RESERVERESPONSE']._serialized_end=563
+  _globals['_COMMITREQUEST']._serialized_start=565
+  _globals['_COMMITREQUEST']._serialized_end=673
+  _globals['_COMMITRESPONSE']._serialized_start=675
+  _globals['_COMMITRESPONSE']._serialized_end=737
+  _globals['_CANCELREQUEST']._serialized_start=739
+  _globals['_CANCELREQUEST']._serialized_end=791
+  _globals['_CANCELRESPONSE']._serialized_start=793
+  _globals['_CANCELRESPONSE']._serialized_end=855
+  _globals['_GETBUDGETREQUEST']._serialized_start=857
+  _globals['_GETBUDGETREQUEST']._serialized_end=889
+  _globals['_GETBUDGETRESPONSE']._serialized_start=891
+  _globals['_GETBUDGETRESPONSE']._serialized_end=946
+  _globals['_LISTBUDGETSREQUEST']._serialized_start=949
+  _globals['_LISTBUDGETSREQUEST']._serialized_end=1098
+  _globals['_LISTBUDGETSRESPONSE']._serialized_start=1100
+  _globals['_LISTBUDGETSRESPONSE']._serialized_end=1183
+  _globals['_LISTBACKOFFSREQUEST']._serialized_start=1185
+  _globals['_LISTBACKOFFSREQUEST']._serialized_end=1222
+  _globals['_LISTBACKOFFSRESPONSE']._serialized_start=1224
+  _globals['_LISTBACKOFFSRESPONSE']._serialized_end=1286
+  _globals['_WATCHBUDGETSREQUEST']._serialized_start=1288
+  _globals['_WATCHBUDGETSREQUEST']._serialized_end=1359
+  _globals['_WATCHBUDGETSRESPONSE']._serialized_start=1361
+  _globals['_WATCHBUDGETSRESPONSE']._serialized_end=1482
+  _globals['_EXPLAINREQUEST']._serialized_start=1484
+  _globals['_EXPLAINREQUEST']._serialized_end=1547
+  _globals['_EXPLAINRESPONSE']._serialized_start=1550
+  _globals['_EXPLAINRESPONSE']._serialized_end=1848
+  _globals['_OBSTACLE']._serialized_start=1851
+  _globals['_OBSTACLE']._serialized_end=2170
+  _globals['_BUDGETSERVICE']._serialized_start=2173
+  _globals['_BUDGETSERVICE']._serialized_end=2859
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from holdoff.v1 import budget_pb2 as _budget_pb2
+from holdoff.v1 import grant_pb2 as _grant_pb2
 from holdoff.v1 import lease_pb2 as _lease_pb2
 import builtins as _builtins
 import sys
@@ -531,6 +532,7 @@ class ExplainResponse(_message.Message):
     ERRORS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     NARROWER_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
     must_wait: _builtins.bool
     """Something prevents it."""
     message: _builtins.str
@@ -559,6 +561,10 @@ class ExplainResponse(_message.Message):
         calls in those scopes.
         """
 
+    @_builtins.property
+    def grant(self) -> _grant_pb2.GrantExplanation:
+        """Why there is an access token, or none, if the scope is a token in custody."""
+
     def __init__(
         self,
         *,
@@ -569,10 +575,11 @@ class ExplainResponse(_message.Message):
         errors: _abc.Iterable[_budget_pb2.RecentError] | None = ...,
         message: _builtins.str = ...,
         narrower: _abc.Iterable[_budget_pb2.BackOff] | None = ...,
+        grant: _grant_pb2.GrantExplanation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["go_in", b"go_in"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["go_in", b"go_in", "grant", b"grant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "errors", b"errors", "go_in", b"go_in", "message", b"message", "must_wait", b"must_wait", "narrower", b"narrower", "obstacles", b"obstacles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "errors", b"errors", "go_in", b"go_in", "grant", b"grant", "message", b"message", "must_wait", b"must_wait", "narrower", b"narrower", "obstacles", b"obstacles"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

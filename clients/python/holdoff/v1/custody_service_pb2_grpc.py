@@ -75,6 +75,11 @@ class CustodyServiceStub:
                 request_serializer=holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenResponse.FromString,
                 _registered_method=True)
+        self.CheckGrant = channel.unary_unary(
+                '/holdoff.v1.CustodyService/CheckGrant',
+                request_serializer=holdoff_dot_v1_dot_custody__service__pb2.CheckGrantRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_custody__service__pb2.CheckGrantResponse.FromString,
+                _registered_method=True)
 
 
 class CustodyServiceServicer:
@@ -145,6 +150,14 @@ class CustodyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckGrant(self, request, context):
+        """Checks what a refresh of a grant needs, at the coordinator that answers. It
+        connects to the hosts of the grant, but sends no request.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CustodyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -187,6 +200,11 @@ def add_CustodyServiceServicer_to_server(servicer, server):
                     servicer.GetAccessToken,
                     request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenResponse.SerializeToString,
+            ),
+            'CheckGrant': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckGrant,
+                    request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.CheckGrantRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_custody__service__pb2.CheckGrantResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -406,6 +424,33 @@ class CustodyService:
             '/holdoff.v1.CustodyService/GetAccessToken',
             holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenRequest.SerializeToString,
             holdoff_dot_v1_dot_custody__service__pb2.GetAccessTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckGrant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.CustodyService/CheckGrant',
+            holdoff_dot_v1_dot_custody__service__pb2.CheckGrantRequest.SerializeToString,
+            holdoff_dot_v1_dot_custody__service__pb2.CheckGrantResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,6 +63,10 @@ class CustodyServiceStub:
     and why there is none, for as long as the stream is open. The coordinator
     refreshes tokens that a stream is open for.
     """
+    CheckGrant: _grpc.UnaryUnaryMultiCallable[_custody_service_pb2.CheckGrantRequest, _custody_service_pb2.CheckGrantResponse]
+    """Checks what a refresh of a grant needs, at the coordinator that answers. It
+    connects to the hosts of the grant, but sends no request.
+    """
 
 @_typing.type_check_only
 class CustodyServiceAsyncStub(CustodyServiceStub):
@@ -98,6 +102,10 @@ class CustodyServiceAsyncStub(CustodyServiceStub):
     """Hands out the access token of a grant: the current one, then each renewal,
     and why there is none, for as long as the stream is open. The coordinator
     refreshes tokens that a stream is open for.
+    """
+    CheckGrant: _aio.UnaryUnaryMultiCallable[_custody_service_pb2.CheckGrantRequest, _custody_service_pb2.CheckGrantResponse]  # type: ignore[assignment]
+    """Checks what a refresh of a grant needs, at the coordinator that answers. It
+    connects to the hosts of the grant, but sends no request.
     """
 
 class CustodyServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -179,6 +187,16 @@ class CustodyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Hands out the access token of a grant: the current one, then each renewal,
         and why there is none, for as long as the stream is open. The coordinator
         refreshes tokens that a stream is open for.
+        """
+
+    @_abc_1.abstractmethod
+    def CheckGrant(
+        self,
+        request: _custody_service_pb2.CheckGrantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_custody_service_pb2.CheckGrantResponse, _abc.Awaitable[_custody_service_pb2.CheckGrantResponse]]:
+        """Checks what a refresh of a grant needs, at the coordinator that answers. It
+        connects to the hosts of the grant, but sends no request.
         """
 
 def add_CustodyServiceServicer_to_server(servicer: CustodyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -141,6 +141,122 @@ REFRESH_STEP_STORED: RefreshStep.ValueType  # 5
 """It is over, and its access token is stored."""
 Global___RefreshStep: _TypeAlias = RefreshStep  # noqa: Y015
 
+class _RefreshResult:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RefreshResultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RefreshResult.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REFRESH_RESULT_UNSPECIFIED: _RefreshResult.ValueType  # 0
+    """Nothing yet, or never sent."""
+    REFRESH_RESULT_ISSUED: _RefreshResult.ValueType  # 1
+    """An access token came, and is stored."""
+    REFRESH_RESULT_REFUSED: _RefreshResult.ValueType  # 2
+    """The provider refused it."""
+    REFRESH_RESULT_NOT_SENT: _RefreshResult.ValueType  # 3
+    """It was not sent."""
+    REFRESH_RESULT_UNPROVEN: _RefreshResult.ValueType  # 4
+    """It may have been answered, but no good answer came. The access token counts
+    as issued at the last possible instant.
+    """
+    REFRESH_RESULT_STALE: _RefreshResult.ValueType  # 5
+    """It was not made: the store may have lost a newer refresh token."""
+
+class RefreshResult(_RefreshResult, metaclass=_RefreshResultEnumTypeWrapper):
+    """What came of a request for an access token."""
+
+REFRESH_RESULT_UNSPECIFIED: RefreshResult.ValueType  # 0
+"""Nothing yet, or never sent."""
+REFRESH_RESULT_ISSUED: RefreshResult.ValueType  # 1
+"""An access token came, and is stored."""
+REFRESH_RESULT_REFUSED: RefreshResult.ValueType  # 2
+"""The provider refused it."""
+REFRESH_RESULT_NOT_SENT: RefreshResult.ValueType  # 3
+"""It was not sent."""
+REFRESH_RESULT_UNPROVEN: RefreshResult.ValueType  # 4
+"""It may have been answered, but no good answer came. The access token counts
+as issued at the last possible instant.
+"""
+REFRESH_RESULT_STALE: RefreshResult.ValueType  # 5
+"""It was not made: the store may have lost a newer refresh token."""
+Global___RefreshResult: _TypeAlias = RefreshResult  # noqa: Y015
+
+class _GrantCheckSubject:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GrantCheckSubjectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GrantCheckSubject.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GRANT_CHECK_SUBJECT_UNSPECIFIED: _GrantCheckSubject.ValueType  # 0
+    """Never sent."""
+    GRANT_CHECK_SUBJECT_POLICY: _GrantCheckSubject.ValueType  # 1
+    """Whether the policy still allows what was put."""
+    GRANT_CHECK_SUBJECT_STATE: _GrantCheckSubject.ValueType  # 2
+    """Whether the grant is in a state in which it is refreshed."""
+    GRANT_CHECK_SUBJECT_KEY: _GrantCheckSubject.ValueType  # 3
+    """Whether the coordinator has the master keys."""
+    GRANT_CHECK_SUBJECT_SEAL: _GrantCheckSubject.ValueType  # 4
+    """Whether the secrets of the grant can be decrypted."""
+    GRANT_CHECK_SUBJECT_SPOOL: _GrantCheckSubject.ValueType  # 5
+    """Whether the spool for answers can be written."""
+    GRANT_CHECK_SUBJECT_CLOCK: _GrantCheckSubject.ValueType  # 6
+    """How much the clocks of the coordinator and of the store differ."""
+    GRANT_CHECK_SUBJECT_TOKEN_URL: _GrantCheckSubject.ValueType  # 7
+    """Whether the host of the token URL can be reached."""
+    GRANT_CHECK_SUBJECT_API_HOST: _GrantCheckSubject.ValueType  # 8
+    """Whether an API host can be reached."""
+
+class GrantCheckSubject(_GrantCheckSubject, metaclass=_GrantCheckSubjectEnumTypeWrapper):
+    """What was checked of a grant."""
+
+GRANT_CHECK_SUBJECT_UNSPECIFIED: GrantCheckSubject.ValueType  # 0
+"""Never sent."""
+GRANT_CHECK_SUBJECT_POLICY: GrantCheckSubject.ValueType  # 1
+"""Whether the policy still allows what was put."""
+GRANT_CHECK_SUBJECT_STATE: GrantCheckSubject.ValueType  # 2
+"""Whether the grant is in a state in which it is refreshed."""
+GRANT_CHECK_SUBJECT_KEY: GrantCheckSubject.ValueType  # 3
+"""Whether the coordinator has the master keys."""
+GRANT_CHECK_SUBJECT_SEAL: GrantCheckSubject.ValueType  # 4
+"""Whether the secrets of the grant can be decrypted."""
+GRANT_CHECK_SUBJECT_SPOOL: GrantCheckSubject.ValueType  # 5
+"""Whether the spool for answers can be written."""
+GRANT_CHECK_SUBJECT_CLOCK: GrantCheckSubject.ValueType  # 6
+"""How much the clocks of the coordinator and of the store differ."""
+GRANT_CHECK_SUBJECT_TOKEN_URL: GrantCheckSubject.ValueType  # 7
+"""Whether the host of the token URL can be reached."""
+GRANT_CHECK_SUBJECT_API_HOST: GrantCheckSubject.ValueType  # 8
+"""Whether an API host can be reached."""
+Global___GrantCheckSubject: _TypeAlias = GrantCheckSubject  # noqa: Y015
+
+class _GrantCheckResult:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GrantCheckResultEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GrantCheckResult.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GRANT_CHECK_RESULT_UNSPECIFIED: _GrantCheckResult.ValueType  # 0
+    """Never sent."""
+    GRANT_CHECK_RESULT_OK: _GrantCheckResult.ValueType  # 1
+    """Nothing is wrong."""
+    GRANT_CHECK_RESULT_WARNING: _GrantCheckResult.ValueType  # 2
+    """Something may be wrong; refreshes do not depend on it."""
+    GRANT_CHECK_RESULT_FAILED: _GrantCheckResult.ValueType  # 3
+    """A refresh would fail, or not be made."""
+
+class GrantCheckResult(_GrantCheckResult, metaclass=_GrantCheckResultEnumTypeWrapper):
+    """What came of a check."""
+
+GRANT_CHECK_RESULT_UNSPECIFIED: GrantCheckResult.ValueType  # 0
+"""Never sent."""
+GRANT_CHECK_RESULT_OK: GrantCheckResult.ValueType  # 1
+"""Nothing is wrong."""
+GRANT_CHECK_RESULT_WARNING: GrantCheckResult.ValueType  # 2
+"""Something may be wrong; refreshes do not depend on it."""
+GRANT_CHECK_RESULT_FAILED: GrantCheckResult.ValueType  # 3
+"""A refresh would fail, or not be made."""
+Global___GrantCheckResult: _TypeAlias = GrantCheckResult  # noqa: Y015
+
 @_typing.final
 class Grant(_message.Message):
     """The OAuth grant of a token that is in custody: the coordinator keeps it
@@ -265,10 +381,13 @@ class GrantStatus(_message.Message):
     SINCE_TIME_FIELD_NUMBER: _builtins.int
     UNTIL_TIME_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    REMEDY_FIELD_NUMBER: _builtins.int
     state: Global___GrantState.ValueType
     """The state."""
     message: _builtins.str
     """For people: why, and what to do about it."""
+    remedy: _builtins.str
+    """The part of `message` that says what to do; empty where only waiting helps."""
     @_builtins.property
     def since_time(self) -> _timestamp_pb2.Timestamp:
         """Since when; absent if that is not known."""
@@ -284,10 +403,11 @@ class GrantStatus(_message.Message):
         since_time: _timestamp_pb2.Timestamp | None = ...,
         until_time: _timestamp_pb2.Timestamp | None = ...,
         message: _builtins.str = ...,
+        remedy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["since_time", b"since_time", "until_time", b"until_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "since_time", b"since_time", "state", b"state", "until_time", b"until_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "remedy", b"remedy", "since_time", b"since_time", "state", b"state", "until_time", b"until_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -332,6 +452,118 @@ class RefreshAttempt(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RefreshAttempt: _TypeAlias = RefreshAttempt  # noqa: Y015
+
+@_typing.final
+class GrantExplanation(_message.Message):
+    """How a token in custody stands, and who uses it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    HAS_ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
+    LAST_ATTEMPT_FIELD_NUMBER: _builtins.int
+    USERS_FIELD_NUMBER: _builtins.int
+    has_access_token: _builtins.bool
+    """Whether there is an access token at this instant."""
+    @_builtins.property
+    def status(self) -> Global___GrantStatus:
+        """Whether an access token can be had, since when, until when, why, and what to
+        do about it.
+        """
+
+    @_builtins.property
+    def last_attempt(self) -> Global___RefreshAttempt:
+        """The last request for an access token; absent before the first."""
+
+    @_builtins.property
+    def users(self) -> _containers.RepeatedCompositeFieldContainer[Global___GrantUser]:
+        """Who receives access tokens from the coordinator that answers, those with
+        the most streams first; at most 20.
+        """
+
+    def __init__(
+        self,
+        *,
+        status: Global___GrantStatus | None = ...,
+        has_access_token: _builtins.bool = ...,
+        last_attempt: Global___RefreshAttempt | None = ...,
+        users: _abc.Iterable[Global___GrantUser] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_attempt", b"last_attempt", "status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_access_token", b"has_access_token", "last_attempt", b"last_attempt", "status", b"status", "users", b"users"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrantExplanation: _TypeAlias = GrantExplanation  # noqa: Y015
+
+@_typing.final
+class GrantUser(_message.Message):
+    """A caller that receives the access tokens of a grant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    STREAMS_FIELD_NUMBER: _builtins.int
+    identity: _builtins.str
+    """As the coordinator authenticated it."""
+    host: _builtins.str
+    """From which host."""
+    streams: _builtins.int
+    """How many streams it has open."""
+    def __init__(
+        self,
+        *,
+        identity: _builtins.str = ...,
+        host: _builtins.str = ...,
+        streams: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "identity", b"identity", "streams", b"streams"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrantUser: _TypeAlias = GrantUser  # noqa: Y015
+
+@_typing.final
+class GrantCheck(_message.Message):
+    """One check of what a refresh of a grant needs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    REMEDY_FIELD_NUMBER: _builtins.int
+    subject: Global___GrantCheckSubject.ValueType
+    """What was checked."""
+    target: _builtins.str
+    """The host, key or directory that was checked, where there is one."""
+    result: Global___GrantCheckResult.ValueType
+    """What came of it."""
+    message: _builtins.str
+    """For people: what was found."""
+    remedy: _builtins.str
+    """For people: what to do; empty if nothing is wrong."""
+    def __init__(
+        self,
+        *,
+        subject: Global___GrantCheckSubject.ValueType = ...,
+        target: _builtins.str = ...,
+        result: Global___GrantCheckResult.ValueType = ...,
+        message: _builtins.str = ...,
+        remedy: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "remedy", b"remedy", "result", b"result", "subject", b"subject", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrantCheck: _TypeAlias = GrantCheck  # noqa: Y015
 
 @_typing.final
 class AccessToken(_message.Message):

@@ -21,7 +21,10 @@ if reason then return answer('WAIT', {reason = reason, until_us = until_us, gran
 local is_doubtful = ask.fears ~= '' and may_be_restored(grant)
 if is_doubtful or (ask.fears == 'WRITES' and may_be_behind(grant)) then
   keep_grant(grant, {condition = 'STALE', message = '', since_us = now})
-  audit('GRANT_REFRESHED', token_name(id), {reason = 'STALE: the store may have lost a newer refresh token'})
+  audit('GRANT_REFRESHED', token_name(id), {
+    reason = 'the store may have lost a newer refresh token', result = 'STALE', generation = grant.generation,
+    replica = ask.replica,
+  })
   redis.call('SPUBLISH', SHARD .. ':custody', id)
   return answer('STALE', {grant = grant})
 end

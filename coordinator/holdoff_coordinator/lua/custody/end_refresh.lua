@@ -1,5 +1,5 @@
 -- Stores what came of a request: the whole answer, or what follows from having none.
--- ask: chain, from_generation, attempt, step, outcome, condition, message, unproven, first_unproven_us,
+-- ask: chain, from_generation, attempt, step, result, outcome, condition, message, unproven, first_unproven_us,
 --      not_sent, idle_us (0 for none, -1 for no change); generation, and for a new one sealed_grant,
 --      sealed_access, fingerprint and facts; restores, if it was stored before and may be lost; confirms, if
 --      the replica knows of no newer one;
@@ -56,6 +56,8 @@ if ask.idle_us >= 0 then
 end
 keep_grant(grant, changes)
 mirror(id, token, lease)
-audit('GRANT_REFRESHED', token_name(id), {reason = ask.step .. ': ' .. ask.outcome})
+audit('GRANT_REFRESHED', token_name(id), {
+  reason = ask.outcome, result = ask.result, generation = grant.generation, replica = is_current and grant.attempt_replica,
+})
 redis.call('SPUBLISH', SHARD .. ':custody', id)
 return answer('OK', {grant = grant})
