@@ -205,7 +205,21 @@ def _of_the_store(command: Callable[..., None]) -> Callable[..., None]:
     "--custody-spool-dir",
     type=click.Path(path_type=Path),
     help="Directory of this replica alone, where answers with access tokens lie encrypted until "
-    "they are in the store. [default: spool in --data-dir]",
+    "they are in the store; created if needed. [default: spool in --data-dir]",
+)
+@click.option(
+    "--custody-network",
+    metavar="CIDR",
+    multiple=True,
+    callback=lambda _context, _option, given: ",".join(given) or None,
+    help="A network that is not public and that token URLs in custody may be in, such as "
+    "10.1.0.0/16; repeatable. In HOLDOFF_CUSTODY_NETWORK, separated by commas. [default: none]",
+)
+@click.option(
+    "--custody-ca-file",
+    type=click.Path(path_type=Path),
+    help="Authorities (PEM) for the certificates of token URLs in custody, besides those of the "
+    "system; reread for each request.",
 )
 @click.option(
     "--custody-loopback-http",

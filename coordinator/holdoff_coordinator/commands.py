@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,9 +29,10 @@ from holdoff.policies import PolicyError
 from holdoff_coordinator import tracing
 from holdoff_coordinator.access import IDENTITY_TYPES, AccessError
 from holdoff_coordinator.credentials import Credentials
-from holdoff_coordinator.custody import memory
+from holdoff_coordinator.custody import memory, spool_folder
 from holdoff_coordinator.custody.grants import Terms
 from holdoff_coordinator.custody.key_files import KeyDirectory, KeyFileError
+from holdoff_coordinator.custody.spool_folder import SpoolFolderError, SpoolInUseError
 from holdoff_coordinator.embedded import EmbeddedStore
 from holdoff_coordinator.exits import EX_CANNOT_SERVE, EX_USAGE, fail
 from holdoff_coordinator.failures import Failure
@@ -87,14 +89,43 @@ def serve(options: Options) -> None:
         if settings.custody_key_dir:
             memory.protect()
         keys = KeyDirectory(settings.custody_key_dir) if settings.custody_key_dir else None
-        if spool := settings.spool():
-            spool.mkdir(mode=0o700, parents=True, exist_ok=True)  # of data_dir, by default
+        if settings.custody_ca_file:
+            _require_authorities(settings.custody_ca_file)
     except (TlsError, AccessError, KeyFileError) as error:
         fail(EX_USAGE, str(error))
     except OSError as error:
         fail(EX_USAGE, _explain(error))
     tracing.start()
     _run(_serve(settings, store, policies, _Files(certificates, access, keys)))
+
+
+@contextlib.contextmanager
+def _spool_held(spool: Path | None) -> Iterator[None]:
+    """Keep other coordinators out of the spool; end the process if one uses it."""
+    if spool is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(spool_folder.held(spool))
+        except SpoolFolderError as error:
+            code = EX_CANNOT_SERVE if isinstance(error, SpoolInUseError) else EX_USAGE
+            fail(code, str(error))
+        yield
+
+
+def _require_authorities(path: Path) -> None:
+    """Refuse a file without certificates of authorities; end the process then.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    path.open("rb").close()
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(path)
+    except ssl.SSLError:
+        fail(EX_USAGE, f"--custody-ca-file: {path} has no certificates (PEM) of authorities")
 
 
 def hold_back(options: Options) -> None:
@@ -344,6 +375,8 @@ async def _serve(
 
     async with contextlib.AsyncExitStack() as stack:
         client, embedded = await stack.enter_async_context(store.connected(settings, new=True))
+        # After the embedded store, whose error fits better if its directory is in use.
+        stack.enter_context(_spool_held(settings.spool()))
         coordinator = Coordinator(
             client,
             policies=policies,
@@ -385,6 +418,8 @@ def _terms(settings: Settings, files: _Files) -> Terms:
         keys.keys if keys else dict,
         is_closed=bool(files.access) or is_loopback(settings.listen),
         loopback_http=settings.custody_loopback_http,
+        networks=settings.networks(),
+        ca_file=settings.custody_ca_file,
         spool=settings.spool(),
     )
 

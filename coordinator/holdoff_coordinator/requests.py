@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from holdoff_coordinator import validation
 from holdoff_coordinator.budgets import MOST_EVENTS
 from holdoff_coordinator.custody import grants
+from holdoff_coordinator.custody.copies import MOST_SEALED_BYTES
 from holdoff_coordinator.failures import Failure, invalid
 from holdoff_coordinator.places import MOST_SCOPES
 from holdoff_coordinator.seldom import warn
@@ -42,6 +43,7 @@ TEXTS = {
     "holdoff.v1.BreakLeaseRequest.reason": validation.MOST_REASON_CHARACTERS,
     "holdoff.v1.ClearBackOffRequest.reason": validation.MOST_REASON_CHARACTERS,
     "holdoff.v1.EndQuarantineRequest.reason": validation.MOST_REASON_CHARACTERS,
+    "holdoff.v1.GetAccessTokenRequest.sealed_copy": MOST_SEALED_BYTES,
     "holdoff.v1.Grant.api_hosts": grants.MOST_HOST_CHARACTERS,
     "holdoff.v1.Grant.client_id": grants.MOST_CLIENT_ID_CHARACTERS,
     "holdoff.v1.Grant.token_url": grants.MOST_URL_CHARACTERS,

@@ -177,9 +177,12 @@ class Coordinator:
         self._notices = KeyNotices(self.scripts, terms.keys, self._replica)
         self._has_keys = bool(terms.keys())
         seals = Seals(self.scripts, terms.keys, self._notices)
-        self.refreshes = self._refreshes(terms, durability, seals) if terms.spool else None
-        """Keeps access tokens in custody fresh; None where this replica requests none."""
         places = Places(self.scripts, self.policies)
+        budgets = Budgets(self.scripts, places, self._replays, self.limits)
+        self.refreshes: Duty | None = None
+        """Keeps access tokens in custody fresh; None where this replica requests none."""
+        if terms.spool:
+            self.refreshes = self._refreshes(terms, durability, seals, budgets)
         self._gate = Gate(Credentials(redis), access, trail, client_identity)
         self._followers = Followers(self.scripts, self.hub, places, self.limits)
         looks = Looks(self.scripts, self.hub)
@@ -213,7 +216,7 @@ class Coordinator:
             ),
             hand_outs=self._hand_outs,
             key_rotation=KeyRotation(self.scripts, seals, terms),
-            budgets=Budgets(self.scripts, places, self._replays, self.limits),
+            budgets=budgets,
             back_offs=BackOffs(
                 self.scripts,
                 places,
@@ -263,7 +266,9 @@ class Coordinator:
         )
         return self
 
-    def _refreshes(self, terms: Terms, durability: Durability, seals: Seals) -> Duty:
+    def _refreshes(
+        self, terms: Terms, durability: Durability, seals: Seals, budgets: Budgets
+    ) -> Duty:
         """Make what refreshes grants."""
         refresher = Refresher(
             self.scripts,
@@ -273,6 +278,7 @@ class Coordinator:
             send=partial(Sending, reach=_reach(terms), limits=LIMITS),
             folder=str(terms.spool),
             is_copied=durability.replicas > 0,
+            report=budgets.record_events,
         )
         duty = Duty(self.scripts, refresher)
         others = self.scripts.on_new_life
@@ -360,9 +366,8 @@ class Coordinator:
         log.info("draining", seconds=self._drain_seconds)
         await self._health.enter_graceful_shutdown()
         self.hub.drain()
-        if self.refreshes:
-            await self.refreshes.drain(self._drain_seconds)
-        await self._close()
+        drains = [self.refreshes.drain(self._drain_seconds)] if self.refreshes else []
+        await asyncio.gather(self._close(), *drains)
         await self._sweeper.stop()
 
     async def _close(self) -> None:
@@ -379,7 +384,11 @@ class Coordinator:
 
 def _reach(terms: Terms) -> Reach:
     """Say where requests for access tokens may go."""
-    return Reach(plain_http=terms.loopback_http)
+    return Reach(
+        terms.networks,
+        plain_http=terms.loopback_http,
+        ca_files=(str(terms.ca_file.absolute()),) if terms.ca_file else (),
+    )
 
 
 def _open(

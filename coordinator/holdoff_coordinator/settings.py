@@ -145,6 +145,12 @@ class Settings(BaseSettings):
     """Directory of this replica alone, where answers with access tokens lie sealed until they are
     stored. None: `spool` in `data_dir`."""
 
+    custody_network: str = ""
+    """Networks in which token URLs may be although they are not public: `10.1.0.0/16,fd00::/8`."""
+
+    custody_ca_file: Path | None = None
+    """Authorities (PEM) for token URLs, besides those of the system."""
+
     custody_loopback_http: bool = False
     """Grants in custody may have token URLs with http:// on this host, such as a simulator's."""
 
@@ -204,6 +210,19 @@ class Settings(BaseSettings):
                     "write noeviction, fsync=always, fsync=everysec or fsync=no, with a comma "
                     "between two of them"
                 )
+        return text
+
+    @field_validator("custody_network")
+    @classmethod
+    def _networks(cls, text: str) -> str:
+        for word in filter(None, text.split(",")):
+            try:
+                ipaddress.ip_network(word)
+            except ValueError:
+                raise ValueError(
+                    "write a network such as 10.1.0.0/16 or fd00:1::/32, without bits after its "
+                    "prefix"
+                ) from None
         return text
 
     @field_validator("limit")
@@ -296,6 +315,10 @@ class Settings(BaseSettings):
         """Return the limits that differ from the default."""
         words = (word.partition("=") for word in filter(None, self.limit.split(",")))
         return {name: int(value) for name, _, value in words}
+
+    def networks(self) -> tuple[str, ...]:
+        """Return the networks in which token URLs may be although they are not public."""
+        return tuple(filter(None, self.custody_network.split(",")))
 
     def durability(self) -> Durability:
         """Return how many copies of a change the store must have."""

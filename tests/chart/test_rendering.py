@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import chart_values
+from holdoff_coordinator.custody.rules import SECOND, TAKEOVER_US
 from tests.chart.helm import CHART, DEPLOY, Rendering, differences, helm, render
 from tests.harness import LONG
 
@@ -183,8 +184,25 @@ TOGGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "custody": (
         {"custody": {"keysSecret": "k"}},
-        (argument("--custody-key-dir="), *mounted("custody-keys")),
+        (
+            argument("--custody-key-dir="),
+            argument("--custody-spool-dir="),
+            f"{POD}.terminationGracePeriodSeconds",
+            *mounted("custody-keys"),
+        ),
     ),
+    "custody with an external store": (
+        EXTERNAL
+        | {"custody": {"keysSecret": "k", "networks": ["10.1.0.0/16"], "caSecret": SECRET}},
+        (
+            argument("--custody-*="),
+            f"{POD}.terminationGracePeriodSeconds",
+            *mounted("custody-keys"),
+            *mounted("custody-ca"),
+            *mounted("spool"),
+        ),
+    ),
+    "custody without keys": ({"custody": {"networks": ["fd00::/8"], "caSecret": SECRET}}, ()),
     "policies": (
         {"policies": {"ours": 'name = "ours"\n'}},
         (
@@ -420,7 +438,19 @@ def the_grace_period_covers_the_drain(name: str) -> None:
         if one.startswith("--drain-seconds=")
     )
     hook = pod["containers"][0].get("lifecycle", {}).get("preStop", {}).get("sleep", {})
-    assert pod["terminationGracePeriodSeconds"] >= drain + hook.get("seconds", 0) + 5
+    least = drain + hook.get("seconds", 0) + 5
+    if any(one.startswith("--custody-key-dir=") for one in pod["containers"][0]["args"]):
+        least += TAKEOVER_US / SECOND
+    assert pod["terminationGracePeriodSeconds"] >= least
+
+
+def the_spool_outlives_a_container(name: str) -> None:
+    """Fails when the directory of the spool is in no volume, or in one that others write to."""
+    container = rendered(name).pod()["containers"][0]
+    spools = [one for one in container["args"] if one.startswith("--custody-spool-dir=")]
+    places = [f"{one['mountPath']}/" for one in container["volumeMounts"] if "readOnly" not in one]
+    for spool in spools:
+        assert any(spool.partition("=")[2].startswith(one) for one in places), places
 
 
 def what_is_selected_exists(name: str) -> None:
@@ -446,6 +476,7 @@ CHECKS = (
     pods_are_safe,
     insecure_is_what_is_not_safe,
     the_grace_period_covers_the_drain,
+    the_spool_outlives_a_container,
     what_is_selected_exists,
 )
 

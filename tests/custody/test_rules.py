@@ -12,14 +12,19 @@ from holdoff_coordinator.custody.answers import Issued, NotSent, Refusal, Refuse
 from holdoff_coordinator.custody.rules import (
     PROBE_US,
     SECOND,
+    STALE_PRIMARY_US,
     TAKEOVER_US,
     Condition,
+    Loss,
+    Quarantine,
     Rotation,
     Rules,
     Standing,
     Times,
     adopts,
     after,
+    continues,
+    continues_anyway_us,
     due_us,
     earliest_us,
     may_request,
@@ -238,3 +243,35 @@ def test_no_two_requests_within_an_interval(
             issued_at = last
         repeats = 0 if rotated else repeats + isinstance(verdict, Unproven)
         standing, now = following, last
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_copied", "seen", "over", "now", "goes_on"),
+    [
+        (Loss.WRITES, True, 0, None, 0, True),  # every intent is there
+        (Loss.DATA, True, 0, None, 0, False),  # but not in a backup
+        (Loss.CLOCK, True, 0, None, 0, False),
+        (Loss.WRITES, False, 0, None, 900, False),  # another replica's answer
+        (Loss.WRITES, False, 0, 500, 500, True),  # ours; nobody could begin before 500
+        (Loss.DATA, False, 0, 500, 500, True),
+        (Loss.CLOCK, False, 0, 500, 500, True),
+        (Loss.WRITES, False, 0, 500, 499, False),  # too early by our own clock
+        (Loss.WRITES, False, 470, 500, 500, True),
+        (Loss.WRITES, False, 471, 500, 900, False),  # an intent may have been lost with the server
+    ],
+)
+def test_evidence_in_quarantine(  # noqa: PLR0913, PLR0917 - a table
+    loss: Loss, is_copied: bool, seen: int, over: int | None, now: int, goes_on: bool
+) -> None:
+    """Either all intents were copied, or nobody but us could have made one since our answer."""
+    quarantine = Quarantine(0, loss, seen * SECOND)
+    over_us = None if over is None else over * SECOND
+    assert continues(quarantine, over_us, now * SECOND, is_copied=is_copied) is goes_on
+
+
+def test_without_evidence_in_quarantine() -> None:
+    """The last refresh counts as made on the last right that a replaced server may have given."""
+    rules = Rules(Rotation.UNTIL_USED, 572 * SECOND, 600 * SECOND)
+    quarantine = Quarantine(1000 * SECOND, Loss.DATA, 0)
+    expected = 1000 * SECOND + STALE_PRIMARY_US + TAKEOVER_US + 572 * SECOND
+    assert continues_anyway_us(quarantine, rules) == expected

@@ -795,7 +795,7 @@ def test_a_field_that_is_too_long(world: World, method: str, path: str) -> None:
     most = TEXTS.get(field.full_name, MOST_CHARACTERS)
     value = getattr(message, last)
     if not field.is_repeated:
-        setattr(message, last, "x" * (most + 1))
+        setattr(message, last, type(value)().ljust(most + 1))  # a text, or bytes
     else:
         most = MOST_ENTRIES[field.full_name]
         assert 0 < most <= 1000

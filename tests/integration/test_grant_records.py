@@ -122,7 +122,7 @@ class Grant:
             "attempt": attempt,
             "replica": "r",
             "takeover_us": TAKEOVER_US,
-            "has_evidence": False,
+            "quarantine": "",
             "fears": "",
             "event": uuid.uuid4().hex,
             "budgets": [],

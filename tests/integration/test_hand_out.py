@@ -98,8 +98,16 @@ class Refreshed:
 class Stream:
     """A stream of access tokens, read in a thread."""
 
-    def __init__(self, custodian: Custodian, token: str, *metadata: tuple[str, str]) -> None:
-        request = custody_service_pb2.GetAccessTokenRequest(name=f"{token}/grant")
+    def __init__(
+        self,
+        custodian: Custodian,
+        token: str,
+        *metadata: tuple[str, str],
+        sealed_copy: bytes = b"",
+    ) -> None:
+        request = custody_service_pb2.GetAccessTokenRequest(
+            name=f"{token}/grant", sealed_copy=sealed_copy
+        )
         self._call = custodian.custody.GetAccessToken(request, metadata=metadata)
         self._heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -133,9 +141,11 @@ class Stream:
 
 
 @contextlib.contextmanager
-def stream(custodian: Custodian, token: str, *metadata: tuple[str, str]) -> Iterator[Stream]:
+def stream(
+    custodian: Custodian, token: str, *metadata: tuple[str, str], sealed_copy: bytes = b""
+) -> Iterator[Stream]:
     """Open a stream for the block."""
-    one = Stream(custodian, token, *metadata)
+    one = Stream(custodian, token, *metadata, sealed_copy=sealed_copy)
     try:
         yield one
     finally:

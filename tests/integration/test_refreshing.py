@@ -608,6 +608,39 @@ async def test_a_failover_that_lost_the_answer(url: str, keys: Path, tmp_path: P
         assert (await w.record()).generation == 2
 
 
+async def test_a_failover_that_lost_an_answer_of_a_replica_that_is_gone(
+    url: str, keys: Path, tmp_path: Path
+) -> None:
+    """Another replica, which only read the grant, presents it; a copy that was changed it does not.
+
+    Fails when a chain breaks whose answer only the store and the dead replica had.
+    """
+    async with world(url, keys, tmp_path) as w:
+        key = f"holdoff:{{{w.name.app}}}:grant:{w.name.token}"
+        before = w.store.dump(key)
+        await w.refresh("one")
+        stored = await w.secrets()
+        two, three = w.refresher("two"), w.refresher("three")
+        assert (await two.refresh(w.name)).why == "COOLING"
+        sealed = w.store.hget(key, "sealed_grant")
+        w.store.hset(key, "sealed_grant", base64.b64encode(b"\1" * 200))
+        await three.refresh(w.name)
+        w.store.hset(key, "sealed_grant", sealed or "")
+        assert before is not None
+        w.store.restore(key, 0, before, replace=True)
+        await three.restore(w.name.app)
+        assert (await w.record()).generation == 1
+        presenting = two.restore(w.name.app)
+        await two.refresh(w.name, lambda *_: None)  # what it reads now is no newer
+        await presenting
+        record = await w.record()
+        assert record.generation == 2
+        assert await w.secrets() == stored
+        assert (await two.refresh(w.name)).why == "COOLING"
+        assert record.not_before_us - record.refreshed_us >= (INTERVAL_SECONDS - 1) * SECOND
+        assert await w.report() == (1, 0, 0)
+
+
 @pytest.mark.parametrize("rotation", Rotation)
 async def test_a_failover_that_may_have_lost_an_answer(
     rotation: Rotation, url: str, keys: Path, tmp_path: Path
@@ -634,7 +667,7 @@ async def test_a_failover_that_may_have_lost_an_answer(
 
 
 async def test_quarantine_holds_a_refresh(url: str, keys: Path, tmp_path: Path) -> None:
-    """Without evidence nothing is requested in quarantine. First version: there never is any."""
+    """Without evidence nothing is requested in quarantine; evidence needs to know when it began."""
     async with world(url, keys, tmp_path) as w:
         shard = f"holdoff:{{{w.name.app}}}"
         seconds, _ = w.store.time()

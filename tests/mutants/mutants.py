@@ -1245,6 +1245,134 @@ MUTANTS = [
         "tests/unit/test_access_token.py::test_a_state_alone_leaves_the_token",
     ),
     Mutant(
+        "two coordinators never share a spool",
+        *(f"{CUSTODY}/spool_folder.py", "        _lock(folder, lock)\n", ""),
+        "tests/unit/test_spool_folder.py::test_a_second_coordinator_is_refused",
+    ),
+    Mutant(
+        "a drain finishes a request to a token URL",
+        f"{CUSTODY}/duty.py",
+        "_ended(self._refresher.requests, TAKEOVER_US / SECOND)",
+        "_ended(self._refresher.requests, 0)",
+        f"{TESTS}/test_duty.py::test_a_drain_finishes_a_request",
+    ),
+    Mutant(
+        "a drain begins no request",
+        *(f"{CUSTODY}/refreshing.py", "        self._starts_none = True\n", "        pass\n"),
+        f"{TESTS}/test_duty.py::test_a_drain_finishes_a_request",
+    ),
+    Mutant(
+        "a grant that changed is looked at by what refreshes it",
+        *(f"{CUSTODY}/handout.py", "self._users.look(served.name)", "pass"),
+        f"{TESTS}/test_duty.py::test_what_ends_a_wait_is_followed_at_once",
+    ),
+    Mutant(
+        "the end of a back-off is followed by what refreshes",
+        *(f"{CUSTODY}/handout.py", "        hub.on_announcement(self._announced)\n", ""),
+        f"{TESTS}/test_duty.py::test_what_ends_a_wait_is_followed_at_once",
+    ),
+    Mutant(
+        "so it is where a token is held that still has an access token",
+        *(f"{CUSTODY}/duty.py", "            if name.app == app:\n", "            if False:\n"),
+        f"{TESTS}/test_duty.py::test_the_end_of_what_held_a_token_is_followed",
+    ),
+    Mutant(
+        "what a token URL answers becomes a back-off, and is counted",
+        *(f"{CUSTODY}/refreshing.py", "await self._record(work.name, events, outcome)", "pass"),
+        f"{TESTS}/test_duty.py::test_the_provider_s_word_becomes_a_back_off",
+    ),
+    Mutant(
+        "a refresh in custody does not wait for the probe of a back-off",
+        *(
+            f"{LUA}/custody/grants.lua",
+            "    if one.state == 'QUIET' then pause",
+            "    if true then pause",
+        ),
+        f"{TESTS}/test_duty.py::test_the_provider_s_word_becomes_a_back_off",
+    ),
+    Mutant(
+        "an answer with an access token is not searched",
+        *(
+            f"{CUSTODY}/reports.py",
+            "if received is None or isinstance(verdict, Issued):",
+            "if received is None:",
+        ),
+        "tests/custody/test_reports.py::test_a_token_that_was_issued_is_not_searched",
+    ),
+    Mutant(
+        "a right that a replaced server may have given is no evidence",
+        *(
+            f"{CUSTODY}/rules.py",
+            "quarantine.seen_us + STALE_PRIMARY_US <= interval_over_us",
+            "True",
+        ),
+        f"{TESTS}/test_custody_quarantine.py::test_an_intent_that_may_be_lost_is_waited_for",
+    ),
+    Mutant(
+        "in quarantine the interval is measured on the replica's own clock",
+        *(f"{CUSTODY}/rules.py", "is_last and interval_over_us <= now_us", "is_last"),
+        f"{TESTS}/test_custody_quarantine.py::test_our_own_answer_is_evidence",
+    ),
+    Mutant(
+        "copies on other servers are no evidence after a restore",
+        *(
+            f"{CUSTODY}/rules.py",
+            "if is_copied and quarantine.loss is Loss.WRITES:",
+            "if is_copied:",
+        ),
+        f"{TESTS}/test_custody_quarantine.py::test_copies_are_evidence_after_a_failover",
+    ),
+    Mutant(
+        "evidence is of the quarantine that holds",
+        *(f"{LUA}/custody/grants.lua", "ask.quarantine == this_quarantine()", "true"),
+        f"{TESTS}/test_custody_quarantine.py::test_evidence_is_of_one_quarantine",
+    ),
+    Mutant(
+        "replicas keep copies of what they read",
+        *(
+            f"{CUSTODY}/refreshing.py",
+            "            self._keep(name, copy_of(held, asked_us))\n",
+            "",
+        ),
+        f"{TESTS}/test_refreshing.py::test_a_failover_that_lost_an_answer_of_a_replica_that_is_gone",
+    ),
+    Mutant(
+        "a copy is opened before it is presented",
+        *(
+            f"{CUSTODY}/refreshing.py",
+            "not copy.is_ours and not self._is_sound(name, copy)",
+            "False",
+        ),
+        f"{TESTS}/test_refreshing.py::test_a_failover_that_lost_an_answer_of_a_replica_that_is_gone",
+    ),
+    Mutant(
+        "what is read in quarantine is no copy",
+        *(f"{CUSTODY}/copies.py", 'held.reason == "QUARANTINED" or ', ""),
+        "tests/custody/test_copies.py::test_what_may_be_out_of_date_is_not_kept",
+    ),
+    Mutant(
+        "private networks are for token URLs of operators who allow them",
+        f"{COORDINATOR}/server.py",
+        "        terms.networks,\n",
+        '        ("127.0.0.0/8",),\n',
+        f"{TESTS}/test_duty.py::test_private_token_urls_with_an_authority_of_their_own",
+    ),
+    Mutant(
+        "a client's copy is taken where an old refresh token does no harm only",
+        *(f"{CUSTODY}/refreshing.py", "request.generation and not revokes", "request.generation"),
+        f"{TESTS}/test_duty.py::test_a_client_s_copy_where_an_old_token_revokes_the_grant",
+    ),
+    Mutant(
+        "a client's copy confirms nothing",
+        *(f"{CUSTODY}/copies.py", "msgspec.structs.replace(later, confirms=False)", "later"),
+        f"{TESTS}/test_duty.py::test_a_client_s_copy_where_an_old_token_revokes_the_grant",
+    ),
+    Mutant(
+        "a client's copy is for its own token",
+        *(f"{CUSTODY}/copies.py", 'Binding(str(name), ""', 'Binding("", ""'),
+        "tests/custody/test_copies.py::test_a_copy_that_clients_keep",
+    ),
+    Mutant(
         "a guard removes the access token of a run that was killed",
         *(f"{CLIENT}/_guard.py", "        if path is not None:\n", "        if False:\n"),
         "tests/e2e/test_run_access_token.py::test_no_file_outlives_the_run",

@@ -182,3 +182,12 @@ def test_its_texts_do_not_have_the_token() -> None:
     access, _ = opened()
     access.received(response(access_token="a-secret"))
     assert "a-secret" not in f"{access!r} {access.usable()!r}"
+
+
+def test_what_a_coordinator_gave_to_keep_is_given_back() -> None:
+    """On the next connection, also if what came meanwhile has none."""
+    access, _ = opened()
+    access.received(response(access_token="a", sealed_copy=b"sealed"))
+    access.received(response(access_token="b"))
+    assert access.request().sealed_copy == b"sealed"
+    assert "sealed" not in repr(access)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
@@ -21,7 +21,7 @@ from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Collection, Coroutine, Iterator
 
     from holdoff_coordinator.custody.refreshing import Next, Refresher
     from holdoff_coordinator.scripts import Scripts
@@ -40,7 +40,14 @@ IDLE_AT_ONCE: Final = 10
 """Grants that nothing uses, refreshed in one round of an app, one after the other."""
 IDLE_AGAIN_US: Final = 600 * SECOND
 SPOOL_SECONDS: Final = 5.0
+STORE_SECONDS: Final = 5.0
+"""How long a coordinator that stops tries to store an answer."""
 _REPORT: Final = "a fault of Holdoff: report it"
+
+
+def is_held(found: Next) -> bool:
+    """Tell whether something besides the grant itself prevents a request."""
+    return found.wait_us is not None and found.why not in {"DUE", "COOLING", "REFRESHING"}
 
 
 def pause_after(found: Next) -> float:
@@ -56,6 +63,12 @@ def pause_after(found: Next) -> float:
     return min(max(seconds, HELD_SECONDS), LOOK_AGAIN_SECONDS)
 
 
+async def _ended(tasks: Collection[asyncio.Task[Any]], seconds: float) -> None:
+    """Wait for tasks, but not for long."""
+    if tasks:
+        await asyncio.wait([*tasks], timeout=seconds)
+
+
 class Duty:
     """Refreshes what is due, by a `Refresher`."""
 
@@ -65,8 +78,11 @@ class Duty:
         self._users: Counter[TokenName] = Counter()
         self._keepers: dict[TokenName, asyncio.Task[None]] = {}
         self._wake: dict[TokenName, asyncio.Event] = {}
+        self._held: set[TokenName] = set()
+        """Those in use that something else held when they were looked at."""
         self._refreshing: set[asyncio.Task[float]] = set()
         self._restoring: set[asyncio.Task[None]] = set()
+        self._presenting: set[TokenName] = set()
         self._is_draining = False
 
     @contextlib.contextmanager
@@ -87,6 +103,37 @@ class Duty:
         if name in self._wake:
             self._wake[name].set()
 
+    def look_at_held(self, app: str) -> None:
+        """Look at the tokens of an app that something else held: it may have ended."""
+        for name in self._held:
+            if name.app == app:
+                self.look(name)
+
+    def present(self, name: TokenName, sealed: bytes) -> None:
+        """Take in what a client kept of a grant; one at a time for each token."""
+        if name not in self._presenting and not self._is_draining:
+            self._presenting.add(name)
+            task = asyncio.create_task(self._present(name, sealed))
+            self._restoring.add(task)
+            task.add_done_callback(self._restoring.discard)
+
+    async def _present(self, name: TokenName, sealed: bytes) -> None:
+        try:
+            await self._refresher.take(name, sealed)
+        except Failure as failure:
+            warn(
+                "what a client kept of a grant was not presented",
+                failure.reason,
+                token=str(name),
+                remedy=failure.message,
+            )
+        except Exception:
+            log.exception(
+                "what a client kept of a grant was not presented", token=str(name), remedy=_REPORT
+            )
+        finally:
+            self._presenting.discard(name)
+
     def new_life(self, app: str) -> None:
         """Present our answers to a store that may have lost some of an app."""
         task = asyncio.create_task(self._refresher.restore(app))
@@ -94,12 +141,20 @@ class Duty:
         task.add_done_callback(self._restoring.discard)
 
     async def drain(self, seconds: float) -> None:
-        """Finish the refreshes that are under way, and start none."""
+        """Finish the refreshes that are under way, and start none.
+
+        A request ends within its right, however short `seconds` is. Its answer is in the spool, and
+        does not wait for a store that is away.
+        """
         self._is_draining = True
+        self._refresher.start_none()
         for name in self._wake:
             self.look(name)
-        if self._refreshing:
-            await asyncio.wait(self._refreshing, timeout=seconds)
+        await asyncio.gather(
+            _ended(self._refreshing, seconds),
+            _ended(self._refresher.requests, TAKEOVER_US / SECOND),
+        )
+        await _ended(self._refreshing, STORE_SECONDS)
         for task in (*self._keepers.values(), *self._refreshing, *self._restoring):
             task.cancel()  # what is left of a request goes on in its sender
 
@@ -120,6 +175,7 @@ class Duty:
                         await wake.wait()
         finally:
             del self._keepers[name], self._wake[name]
+            self._held.discard(name)
 
     async def _begin(self, refresh: Coroutine[None, None, float]) -> float:
         """Refresh, to the end also if this task is cancelled."""
@@ -142,6 +198,10 @@ class Duty:
         except Exception:
             log.exception("a refresh failed", token=str(name), remedy=_REPORT)
             return LOOK_AGAIN_SECONDS
+        if is_held(found) and name in self._keepers:
+            self._held.add(name)
+        else:
+            self._held.discard(name)
         return pause_after(found)
 
     async def refresh_idle_forever(self) -> None:

@@ -73,6 +73,10 @@ class Terms:
     """Only callers that an access file names, or processes of this host, can reach it."""
     loopback_http: bool = False
     """Token URLs may be http:// on this host."""
+    networks: tuple[str, ...] = ()
+    """Networks in which token URLs may be although they are not public."""
+    ca_file: Path | None = None
+    """Authorities (PEM) for token URLs besides those of the system."""
     spool: Path | None = None
     """Where answers of token URLs lie until they are stored: a directory of this replica alone.
     Without it, this replica requests no access tokens."""

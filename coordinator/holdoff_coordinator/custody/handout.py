@@ -24,6 +24,7 @@ import structlog
 
 from holdoff.v1 import custody_service_pb2, grant_pb2
 from holdoff_coordinator import validation
+from holdoff_coordinator.custody.copies import seal_copy
 from holdoff_coordinator.custody.grants import grant_not_found
 from holdoff_coordinator.custody.messages import grant_message, status_of
 from holdoff_coordinator.custody.records import ReadGrants, ask, held_of, read
@@ -69,10 +70,19 @@ MARGIN_US: Final = 10_000_000
 
 
 class Users(Protocol):
-    """Is told which tokens are used, so that they are refreshed."""
+    """Is told which tokens are used, so that they are refreshed, and when they may have changed."""
 
     def in_use(self, token: TokenName, /) -> AbstractContextManager[object]:
         """Count a token as used for as long as the block lasts."""
+
+    def look(self, token: TokenName, /) -> None:
+        """Look at a token, since its grant changed."""
+
+    def present(self, token: TokenName, sealed: bytes, /) -> None:
+        """Take in what a client kept of a grant."""
+
+    def look_at_held(self, app: str, /) -> None:
+        """Look at the tokens of an app that something else held: it may have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +100,8 @@ class Stand:
     """None if there is no access token, it was not opened, or there is no key for that."""
     look_in_seconds: float
     """How long after the look to look again."""
+    sealed_copy: bytes = b""
+    """Of the grant, for clients; empty for none."""
 
     @property
     def version(self) -> tuple[str, int]:
@@ -147,6 +159,7 @@ class Stand:
             response.access_token.remaining.CopyFrom(duration(remaining_us))
             response.access_token.early_margin.CopyFrom(duration(self.margin_us))
             response.access_token.api_hosts.extend(self.held.record.public.api_hosts)
+            response.access_token.sealed_copy = self.sealed_copy
         return response
 
 
@@ -222,8 +235,8 @@ class _Served:
         self.changed = asyncio.Event()
         """Set once: the next change has another one."""
 
-    def take(self, stand: Stand) -> None:
-        """Take in what a look showed."""
+    def take(self, stand: Stand) -> bool:
+        """Take in what a look showed; tell whether that is news."""
         if not self.users:  # the last one left during the look
             stand = replace(stand, secrets=None)
         before = self.stand
@@ -231,6 +244,7 @@ class _Served:
         self.stand = stand
         if is_news:
             self.wake()
+        return is_news
 
     def fail(self, failure: Failure) -> None:
         """End its streams."""
@@ -279,6 +293,7 @@ class HandOuts:
         """By app and token."""
         self._looking: dict[str, asyncio.Task[None]] = {}
         """Looks that are under way, by app: a slow shard delays its own apps only."""
+        hub.on_announcement(self._announced)
 
     async def hand_out(
         self, request: custody_service_pb2.GetAccessTokenRequest, caller: Caller
@@ -294,6 +309,8 @@ class HandOuts:
         had: tuple[str, int] | None = None
         told: tuple[object, ...] | None = None
         with self._joined(name) as served, self._used(served, caller):
+            if request.sealed_copy and self._users:
+                self._users.present(name, request.sealed_copy)
             while True:
                 stand = await self._next(served, lambda stand: stand.news, told)
                 if stand.hands_out(self._boot_us(), had):
@@ -366,6 +383,7 @@ class HandOuts:
         if not served.users:
             if self._users:
                 served.used.enter_context(self._users.in_use(served.name))
+            served.used.enter_context(self._hub.wake_ups.wanted(served.name.app))
             served.stand = None  # those who only watched had no need to open it
             served.look_at = 0.0
             self._look_soon(served.name.app)
@@ -404,6 +422,15 @@ class HandOuts:
         if served:
             served.look_at = 0.0
             self._look_soon(app)
+
+    async def _announced(self, app: str) -> None:
+        """Look at the tokens that something held, such as a back-off: it may have ended."""
+        for served in self._served.get(app, {}).values():
+            if served.stand and served.stand.status.state == grant_pb2.GRANT_STATE_HELD:
+                served.look_at = 0.0
+        self._look_soon(app)
+        if self._users:
+            self._users.look_at_held(app)
 
     async def look_forever(self) -> None:
         """Look at each token that is due; wake all streams if they have to end."""
@@ -463,7 +490,8 @@ class HandOuts:
             except Failure as failure:
                 self._not_looked([served], failure)
                 continue
-            served.take(stand)
+            if served.take(stand) and self._users:
+                self._users.look(served.name)
             served.look_at = min(served.look_at, time.monotonic() + stand.look_in_seconds)
 
     async def _look_alone(self, served: _Served) -> Stand:
@@ -500,12 +528,15 @@ class HandOuts:
         margin_us = before.margin_us if before and is_known else await self._margin(served.name)
         keys = self._terms.keys()
         has_key = held.record.public.key_id in keys
+        sealed_copy = before.sealed_copy if before and is_known else b""
         if held.record.sealed_access and secrets is None and served.users:
             try:
                 secrets = _opened(Keyring(keys, None), served.name, held)
+                sealed_copy = seal_copy(served.name, held, keys)
             except KeyMissingError:
                 has_key = False
-        return stand_of(served.name, held, looked_us, margin_us, secrets, has_key, before)
+        stand = stand_of(served.name, held, looked_us, margin_us, secrets, has_key, before)
+        return replace(stand, sealed_copy=sealed_copy)
 
     async def _margin(self, name: TokenName) -> int:
         policy: Any = await self._scripts.policy(name.app, name.token)

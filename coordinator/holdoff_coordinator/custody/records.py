@@ -127,7 +127,8 @@ class BeginRefresh(msgspec.Struct, frozen=True, kw_only=True):
     attempt: str
     replica: str
     takeover_us: int
-    has_evidence: bool
+    quarantine: str
+    """As `Held` has it: in this one there is evidence; empty for none."""
     fears: str
     """After which loss the refresh token must not be sent: DATA, WRITES, or empty for none."""
     event: str
@@ -170,6 +171,8 @@ class EndRefresh(msgspec.Struct, frozen=True, kw_only=True):
     facts: str = ""
     restores: bool = False
     """It was stored before; the store may have lost it, and those before it."""
+    confirms: bool = True
+    """No newer one is known to a replica."""
 
     def later(self, by_us: int) -> EndRefresh:
         """Return what to ask for some time after this was made."""
@@ -232,6 +235,9 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     """Of the token."""
     policy: str = ""
     """Of the token."""
+    quarantine: str = ""
+    """When the quarantine began and what may be lost; empty if there is none, or a clock is in
+    doubt."""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):

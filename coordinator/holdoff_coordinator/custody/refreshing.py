@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,13 +23,18 @@ import msgspec
 import structlog
 
 from holdoff.names import TokenName
-from holdoff_coordinator.custody import outcomes, spool
+from holdoff.v1 import budget_service_pb2
+from holdoff_coordinator.caller import NOBODY
+from holdoff_coordinator.custody import outcomes, reports, spool
 from holdoff_coordinator.custody.answers import Issued, NotSent, Unproven, Verdict
+from holdoff_coordinator.custody.copies import MOST_COPIES, Copy, copy_of, open_copy
 from holdoff_coordinator.custody.outcomes import Failure as Why
 from holdoff_coordinator.custody.outcomes import boottime_us
 from holdoff_coordinator.custody.records import (
+    NEVER,
     BeginRefresh,
     EndRefresh,
+    Facts,
     IntendRefresh,
     ask,
     read,
@@ -49,9 +55,13 @@ from holdoff_coordinator.custody.rules import (
     SEND_US,
     TAKEOVER_US,
     UNACKNOWLEDGED_US,
+    Loss,
+    Quarantine,
     Rotation,
     Times,
     adopts,
+    continues,
+    continues_anyway_us,
     due_us,
 )
 from holdoff_coordinator.custody.sealing import (
@@ -77,10 +87,11 @@ from holdoff_coordinator.places import Place
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
     from holdoff.policies import Policy
-    from holdoff_coordinator.custody.answers import Reading
+    from holdoff.v1 import budget_pb2
+    from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.custody.outcomes import Outcome
     from holdoff_coordinator.custody.records import Answer, Held, Record
     from holdoff_coordinator.custody.rules import Rules, Standing
@@ -92,6 +103,8 @@ if TYPE_CHECKING:
 
     Due = Callable[[Standing, Rules, int], int | None]
     """When a grant is due, by the store's clock: `rules.due_us`, or `rules.earliest_us`."""
+    Report = Callable[[budget_service_pb2.RecordEventsRequest, Caller], Awaitable[object]]
+    """`Budgets.record_events` is one."""
 
 log = structlog.get_logger()
 
@@ -146,6 +159,7 @@ class Refresher:
         send: Makes a request; a `Sending` with reach and `LIMITS`.
         folder: The spool of this replica alone; empty for none.
         is_copied: Whether a server that may be promoted has all that is acknowledged.
+        report: Records events, as those of a job.
         now_us: The boot clock, as the sender reads it.
     """
 
@@ -159,6 +173,7 @@ class Refresher:
         send: Send,
         folder: str = "",
         is_copied: bool = False,
+        report: Report | None = None,
         now_us: Callable[[], int] = boottime_us,
     ) -> None:
         self._scripts = scripts
@@ -168,10 +183,21 @@ class Refresher:
         self._send = send
         self._folder = folder
         self._is_copied = is_copied
+        self._report = report
         self._now_us = now_us
         self._under_way: set[str] = set()
         self._unreadable: set[str] = set()
-        self._copies: dict[TokenName, _Copy] = {}
+        self._copies: dict[TokenName, Copy] = {}
+        """The newest generation of each grant that this replica received or read."""
+        self._seen: dict[str, tuple[str, int]] = {}
+        """The quarantine of an app, and when it was seen first, by our boot clock."""
+        self.requests: set[asyncio.Task[Outcome]] = set()
+        """Those that are under way."""
+        self._starts_none = False
+
+    def start_none(self) -> None:
+        """Begin no request from now on."""
+        self._starts_none = True
 
     async def refresh(self, name: TokenName, due: Due = due_us) -> Next:
         """Request an access token if that is due; return when to look again.
@@ -182,25 +208,27 @@ class Refresher:
             Failure: The store or the policy cannot be read, or a key is missing.
         """
         while True:
-            held = await read(self._scripts, name)
+            asked_us = self._now_us()
+            held = await read(self._scripts, name, sealed=True)
             if held is None:
                 return Next(None, "GONE")
+            self._keep(name, copy_of(held, asked_us))
             policy = await self._policy(name)
             rules = rules_of(policy, held.interval_us)
-            if wait := _wait(held, rules, due):
+            if wait := self._wait(name, held, rules, due):
                 return wait
             ring, prints = await self._seals.usable()
             if held.record.public.key_id not in ring.keys:
                 return Next(None, "KEY_MISSING")  # the right is for those who can use it
             attempt_id = uuid.uuid4().hex
-            answer, anchor = await self._begin(name, held.record, attempt_id, policy, rules)
+            answer, anchor = await self._begin(name, held, attempt_id, policy, rules)
             record = answer.grant
             match answer.status:
                 case "BEGUN" if record:
                     work = _Work(
                         name, Attempt(name.token, attempt_id, record, rules), anchor, ring, prints
                     )
-                    await self._request(work, reading_of(policy))
+                    await self._request(work, policy)
                 case "LOST" if record:
                     await self._count_lost(name, record, rules, answer)
                 case "WAIT":
@@ -208,6 +236,19 @@ class Refresher:
                 case "GONE":
                     return Next(None, "GONE")
                 # CHANGED, STALE: look again
+
+    def _wait(self, name: TokenName, held: Held, rules: Rules, due: Due) -> Next | None:
+        """Tell why no access token is requested now, or return None."""
+        quarantine = self._quarantine(name.app, held)
+        if wait := _not_due(held, rules, due):
+            return wait
+        if self._starts_none:
+            return Next(None, "DRAINING")
+        if held.reason == "QUARANTINED":
+            return self._wait_in_quarantine(quarantine, name, held, rules)
+        if held.reason:
+            return Next(max(0, held.until_us - held.now_us), held.reason)
+        return None
 
     async def _policy(self, name: TokenName) -> Policy:
         return self._policies.find(
@@ -217,9 +258,10 @@ class Refresher:
     # The right ------------------------------------------------------------------------------
 
     async def _begin(
-        self, name: TokenName, record: Record, attempt: str, policy: Policy, rules: Rules
+        self, name: TokenName, held: Held, attempt: str, policy: Policy, rules: Rules
     ) -> tuple[Answer, Anchor]:
         """Ask for the right, again where the answer was lost: it would be ours, unused."""
+        record = held.record
         request = BeginRefresh(
             token=name.token,
             chain=record.chain,
@@ -227,8 +269,8 @@ class Refresher:
             attempt=attempt,
             replica=self._replica,
             takeover_us=TAKEOVER_US,
-            has_evidence=self._has_evidence(name),
-            fears=self._fears(rules),
+            quarantine=held.quarantine if held.reason == "QUARANTINED" else "",
+            fears="" if self._is_newest(name, held, rules) else self._fears(rules),
             event=attempt,
             budgets=Place(name, policy, "", "").specs("token_requests"),
         )
@@ -252,15 +294,52 @@ class Refresher:
         is_revoking = rules.rotation is Rotation.SINGLE_USE_REVOKES
         return "WRITES" if is_revoking and not self._is_copied else "DATA"
 
-    def _has_evidence(self, _: TokenName) -> bool:
-        """Tell whether a refresh may continue in quarantine.
+    # Quarantine -----------------------------------------------------------------------------
 
-        FIRST VERSION: there never is evidence, so that refreshes are held. The protocol allows two
-        kinds: copies of each intent and answer on all servers that may be promoted; or the newest
-        answer is this replica's own, its interval is over on its boot clock, and no later intent
-        can exist.
-        """
-        return False
+    def _quarantine(self, app: str, held: Held) -> Quarantine | None:
+        """Return the quarantine of an app, and remember when it was seen first."""
+        if not held.quarantine:
+            self._seen.pop(app, None)
+            return None
+        known, seen_us = self._seen.get(app, ("", 0))
+        if known != held.quarantine:
+            seen_us = self._now_us()
+            self._seen[app] = held.quarantine, seen_us
+        began, loss = held.quarantine.split()
+        return Quarantine(int(began), Loss(loss), seen_us)
+
+    def _wait_in_quarantine(
+        self, quarantine: Quarantine | None, name: TokenName, held: Held, rules: Rules
+    ) -> Next | None:
+        """Tell why no access token is requested in a quarantine now, or return None."""
+        if quarantine is None:
+            return Next(max(0, held.until_us - held.now_us), held.reason)
+        now_us, over_us = self._now_us(), self._interval_over_us(name, held.record, rules)
+        if continues(quarantine, over_us, now_us, is_copied=self._is_copied):
+            return None
+        left_us = min(held.until_us, continues_anyway_us(quarantine, rules)) - held.now_us
+        return Next(left_us, held.reason) if left_us > 0 else None
+
+    def _is_newest(self, name: TokenName, held: Held, rules: Rules) -> bool:
+        """Tell whether our own answer proves, in a quarantine, that no newer one was lost."""
+        quarantine = self._quarantine(name.app, held)
+        over_us = self._interval_over_us(name, held.record, rules)
+        return quarantine is not None and continues(
+            quarantine, over_us, self._now_us(), is_copied=False
+        )
+
+    def _interval_over_us(self, name: TokenName, record: Record, rules: Rules) -> int | None:
+        """Return when the interval after the newest answer is over, if we received that answer."""
+        copy = self._copies.get(name)
+        if copy is None or not copy.is_ours or copy.request.refreshed_age_us == NEVER:
+            return None
+        ours = copy.request
+        newest = (record.chain, record.generation) == (ours.chain, ours.generation)
+        is_disputed = record.unproven or (record.under_way and record.attempt != ours.attempt)
+        if not newest or is_disputed:
+            return None
+        last_us = copy.made_us - ours.refreshed_age_us
+        return max(last_us + rules.interval_us, copy.made_us + ours.not_before_in_us)
 
     async def _count_lost(
         self, name: TokenName, record: Record, rules: Rules, answer: Answer
@@ -275,19 +354,24 @@ class Refresher:
 
     # The request ----------------------------------------------------------------------------
 
-    async def _request(self, work: _Work, reading: Reading) -> None:
+    async def _request(self, work: _Work, policy: Policy) -> None:
         """Send the request, and store what comes of it."""
         attempt = work.attempt.id
         path = f"{self._folder}/{attempt}" if self._folder else ""
         self._under_way.add(attempt)
         try:
-            outcome = await self._outcome(work, path)
-            verdict = verdict_of(outcome, reading)
+            request = asyncio.create_task(self._outcome(work, path))
+            self.requests.add(request)
+            request.add_done_callback(self.requests.discard)
+            outcome = await request
+            verdict = verdict_of(outcome, reading_of(policy))
+            events = self._events(work, policy, outcome, verdict)
             received = outcomes.body_holder(outcome)
             if received is not None and isinstance(received.body, bytearray):
                 wipe(received.body)
             made_us = self._now_us()
             await self._finish(work, verdict, self._times(work, outcome, made_us), made_us)
+            await self._record(work.name, events, outcome)
             if path:
                 _remove(path)
         finally:
@@ -356,6 +440,36 @@ class Refresher:
                 sent = anchor.asked_us if sent_or_none is None else sent_or_none
                 return Times(now_us, anchor.earliest_us(sent), anchor.latest_us(last))
 
+    def _events(
+        self, work: _Work, policy: Policy, outcome: Outcome, verdict: Verdict
+    ) -> Sequence[budget_pb2.Event]:
+        return reports.events_of(
+            work.name,
+            policy,
+            work.attempt,
+            outcome,
+            verdict,
+            replica=self._replica,
+            epoch_seconds=time.time(),
+        )
+
+    async def _record(
+        self, name: TokenName, events: Sequence[budget_pb2.Event], outcome: Outcome
+    ) -> None:
+        """Count what the provider answered, and back off if it says so."""
+        if not events or self._report is None:
+            return
+        reports.aged(events, outcome, self._now_us())
+        try:
+            await self._report(budget_service_pb2.RecordEventsRequest(events=events), NOBODY)
+        except Failure as failure:
+            warn(
+                "an answer of a token URL was not counted",
+                failure.reason,
+                token=str(name),
+                remedy=failure.message,
+            )
+
     # The answer -----------------------------------------------------------------------------
 
     async def _finish(self, work: _Work, verdict: Verdict, times: Times, made_us: int) -> None:
@@ -374,9 +488,8 @@ class Refresher:
         del verdict
         stored = await self._store(work.name, request, made_us)
         if stored.status == "OK" and sealed:
-            self._copies[work.name] = _Copy(
-                msgspec.structs.replace(request, restores=True), made_us
-            )
+            again = msgspec.structs.replace(request, restores=True)
+            self._keep(work.name, Copy(again, made_us, is_ours=True))
         if stored.status == "MOVED" and attempt.rules.rotation is Rotation.SINGLE_USE_REVOKES:
             alert = "two requests were made with one refresh token, which may revoke the grant"
         _tell(work.name, stored, request, alert)
@@ -415,17 +528,85 @@ class Refresher:
                 again = msgspec.structs.replace(copy.request, **resealed(ring, name, copy.request))
                 self._copies[name] = replace(copy, request=again)
 
-    async def restore(self, app: str) -> None:
-        """Present this replica's answers again, after the store may have lost some of an app.
+    # Copies ---------------------------------------------------------------------------------
 
-        The store takes what it does not have; its generations only rise.
+    def _keep(self, name: TokenName, copy: Copy | None) -> None:
+        """Keep a copy, unless there is a newer one."""
+        if copy and copy.replaces(self._copies.get(name)):
+            self._copies.pop(name, None)  # so that it is the last one
+            self._copies[name] = copy
+            if len(self._copies) > MOST_COPIES:
+                del self._copies[next(iter(self._copies))]
+
+    def restore(self, app: str) -> Coroutine[None, None, None]:
+        """Present what this replica has, after the store may have lost some of an app.
+
+        That is what it has when this is called, not what it reads in the store afterwards. The
+        store takes what it does not have; its generations only rise.
         """
-        for name, copy in [one for one in self._copies.items() if one[0].app == app]:
+        return self._present([one for one in self._copies.items() if one[0].app == app])
+
+    async def _present(self, copies: Sequence[tuple[TokenName, Copy]]) -> None:
+        for name, copy in copies:
+            if not copy.is_ours and not self._is_sound(name, copy):
+                continue
             stored = await self._store(name, copy.request, copy.made_us)
             if stored.status == "GONE" or (
                 stored.grant is not None and stored.grant.chain != copy.request.chain
             ):
-                self._copies.pop(name, None)
+                self._forget(name, copy)
+
+    async def take(self, name: TokenName, sealed: bytes) -> None:
+        """Present what a client kept, if the store lost it.
+
+        Not where an old refresh token revokes the grant: the client may have missed newer ones.
+
+        Raises:
+            Failure: STORE_…, CUSTODY_OFF or POLICY_NOT_FOUND.
+        """
+        try:
+            found = open_copy(name, sealed, self._seals.require())
+        except SealError as error:
+            warn(
+                "what a client kept of a grant cannot be used",
+                str(error),
+                token=str(name),
+                remedy="none, if its key was removed or the client changed it",
+            )
+            return
+        held, now_us = await read(self._scripts, name), self._now_us()
+        request = found.request
+        if held is None or held.record.chain != request.chain:
+            return
+        policy = await self._policy(name)
+        revokes = rules_of(policy, held.interval_us).rotation is Rotation.SINGLE_USE_REVOKES
+        if held.record.generation < request.generation and not revokes:
+            copy = Copy(found.again(held.now_us), now_us, is_ours=False)
+            await self._present([(name, copy)])
+
+    def _forget(self, name: TokenName, copy: Copy) -> None:
+        if self._copies.get(name) is copy:
+            del self._copies[name]
+
+    def _is_sound(self, name: TokenName, copy: Copy) -> bool:
+        """Tell whether our keys sealed a copy, for this token and generation."""
+        request = copy.request
+        try:
+            ring = Keyring(self._seals.require(), None)
+            facts = msgspec.json.decode(request.facts, type=Facts)
+            binding = binding_of(name, request.chain, request.generation, facts)
+            ring.open(_blob(request.sealed_grant), binding, GrantSecrets)
+            if request.sealed_access:
+                ring.open(_blob(request.sealed_access), binding, AccessSecrets)
+        except (Failure, SealError, ValueError, msgspec.MsgspecError) as error:
+            warn(
+                "a copy of a grant is not presented",
+                type(error).__name__,
+                token=str(name),
+                remedy="holdoff-coordinator key list: compare the keys of the replicas",
+            )
+            return False
+        return True
 
     # The spool ------------------------------------------------------------------------------
 
@@ -502,15 +683,11 @@ class Refresher:
         verdict = verdict_of(found.outcome, reading_of(policy))
         if has_secrets(verdict) or (held.record.attempt == attempt_id and held.record.under_way):
             await self._finish(work, verdict, times, made_us)
+        if found.of_this_boot():
+            await self._record(
+                name, self._events(work, policy, found.outcome, verdict), found.outcome
+            )
         _remove(path)
-
-
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """An answer that was stored, sealed."""
-
-    request: EndRefresh
-    made_us: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,16 +752,14 @@ class _Work:
         }
 
 
-def _wait(held: Held, rules: Rules, due: Due) -> Next | None:
-    """Tell why no access token is requested now, or return None."""
+def _not_due(held: Held, rules: Rules, due: Due) -> Next | None:
+    """Tell why the grant itself is not due, or return None."""
     at_us = due(held.record.standing, rules, held.now_us)
     if at_us is None:
         return Next(None, held.record.condition.value)
     if held.now_us < at_us:
         is_cooling = held.now_us < held.record.not_before_us
         return Next(at_us - held.now_us, "COOLING" if is_cooling else "DUE")
-    if held.reason:
-        return Next(max(0, held.until_us - held.now_us), held.reason)
     return None
 
 

@@ -24,6 +24,8 @@ ANSWER_US: Final = 30 * SECOND
 TAKEOVER_US: Final = INTENT_US + SEND_US + UNACKNOWLEDGED_US + ANSWER_US + 15 * SECOND
 """How long the right to a request lasts: until its answer would have come, and a margin. A request
 whose result is not known counts as answered then."""
+STALE_PRIMARY_US: Final = 30 * SECOND
+"""How long after another server of the store took over the old one may still accept an intent."""
 FIRST_PAUSE_US: Final = 1 * SECOND
 LONGEST_PAUSE_US: Final = 60 * SECOND
 """After a request that was not sent: a pause, twice as long with each."""
@@ -239,3 +241,56 @@ def may_request(standing: Standing, rules: Rules, now_us: int) -> bool:
 def adopts(known: Standing, generation: int) -> bool:
     """Tell whether a late answer to a request of a generation is still to be stored."""
     return known.generation == generation
+
+
+class Loss(StrEnum):
+    """What a quarantine began for."""
+
+    DATA = "DATA"
+    """The store may have lost anything."""
+    WRITES = "WRITES"
+    """Another server took over, which may lack the last writes."""
+    CLOCK = "CLOCK"
+    """The store's clock is doubtful."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """A quarantine, as a replica knows it."""
+
+    began_us: int
+    """By the store's clock: when it began, or the last loss in it was found."""
+    loss: Loss
+    """The worst one in it."""
+    seen_us: int
+    """By the boot clock of this replica: it began at this instant at the latest."""
+
+
+def continues(
+    quarantine: Quarantine, interval_over_us: int | None, now_us: int, *, is_copied: bool
+) -> bool:
+    """Tell whether there is evidence that a refresh in quarantine is no second one.
+
+    Args:
+        quarantine: What the store may have lost.
+        interval_over_us: When the interval after the newest known answer is over, by the boot clock
+            of the replica that received it; None if this replica is another one.
+        now_us: The same clock, now.
+        is_copied: Whether servers that may be promoted have every intent and answer.
+    """
+    if is_copied and quarantine.loss is Loss.WRITES:
+        return True
+    if interval_over_us is None:
+        return False
+    # An intent after that answer could be stored only when the interval was over.
+    is_last = quarantine.seen_us + STALE_PRIMARY_US <= interval_over_us
+    return is_last and interval_over_us <= now_us
+
+
+def continues_anyway_us(quarantine: Quarantine, rules: Rules) -> int:
+    """Return when a refresh continues without evidence, by the store's clock.
+
+    A request may have been made on the last right that a server which was replaced has given.
+    """
+    last_right_us = quarantine.began_us + STALE_PRIMARY_US
+    return last_right_us + TAKEOVER_US + rules.interval_us

@@ -114,8 +114,10 @@ def answers(folder: str) -> list[str]:
     """Return the paths of the answers in a folder; remove what killed senders left."""
     found = []
     for entry in os.scandir(folder):
-        if not entry.name.endswith(_SUFFIX):
+        if not entry.name.startswith("."):
             found.append(entry.path)
+        elif not entry.name.endswith(_SUFFIX):
+            continue
         elif time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:
             os.unlink(entry.path)  # noqa: PTH108 -- pathlib loads slowly
     return sorted(found)

@@ -217,13 +217,14 @@ local function quarantine(why, loss)
   if loss == 'DATA' or loss == 'RESTORE' or loss == 'EXPIRED' then put(SHARD, shard, {data_lost_us = now}) end
   if restored then put(SHARD, shard, {restored_us = now}) end
   if loss == 'WRITES' then put(SHARD, shard, {writes_lost_us = now}) end
+  if loss == 'NOTHING' then put(SHARD, shard, {clock_doubted_us = now}) end
 end
 
 -- The clock went back: what was to last from then lasts from now.
 local function go_back()
   for field, span in pairs({
     quarantine_since_us = 0, quarantine_until_us = number(shard.quarantine_for_us or ARGV[4]), recovery_until_us = RECOVERY, gain_until_us = number(ARGV[4]), data_lost_us = 0, writes_lost_us = 0,
-    restored_us = 0, hold_until_us = longest_hold(),
+    clock_doubted_us = 0, restored_us = 0, hold_until_us = longest_hold(),
   }) do
     if number(shard[field]) > now + span then put(SHARD, shard, {[field] = now + span}) end
   end

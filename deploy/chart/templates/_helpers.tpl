@@ -168,6 +168,13 @@ seccompProfile:
 {{- end }}
 {{- if .Values.custody.keysSecret }}
 - --custody-key-dir=/etc/holdoff/custody-keys
+- --custody-spool-dir=/var/lib/holdoff/spool
+{{- range .Values.custody.networks }}
+- --custody-network={{ . }}
+{{- end }}
+{{- if .Values.custody.caSecret.name }}
+- --custody-ca-file=/etc/holdoff/custody-ca/{{ .Values.custody.caSecret.key }}
+{{- end }}
 {{- end }}
 {{- end }}
 
@@ -181,6 +188,9 @@ seccompProfile:
 {{- $_ := set $secrets "store-password" $store.passwordSecret.name }}
 {{- $_ := set $secrets "store-ca" $store.tls.caSecret.name }}
 {{- $_ := set $secrets "store-certificate" $store.tls.certificateSecret }}
+{{- end }}
+{{- if .Values.custody.keysSecret }}
+{{- $_ := set $secrets "custody-ca" .Values.custody.caSecret.name }}
 {{- end }}
 {{- if eq $store.mode "sentinel" }}
 {{- $_ := set $secrets "sentinel-password" $store.sentinel.passwordSecret.name }}
@@ -207,7 +217,8 @@ spec:
   automountServiceAccountToken: false
   # Else Kubernetes puts variables HOLDOFF_… for our own Service into the environment.
   enableServiceLinks: false
-  terminationGracePeriodSeconds: {{ add (int .Values.drainSeconds) (include "holdoff.preStopSeconds" . | int) 10 }}
+  # With custody, a request to a token URL is finished, which takes at most 100 s.
+  terminationGracePeriodSeconds: {{ add (int .Values.drainSeconds) (include "holdoff.preStopSeconds" . | int) 10 (ternary 100 0 (not (empty .Values.custody.keysSecret))) }}
   securityContext:
     {{- include "holdoff.podSecurityContext" . | nindent 4 }}
   {{- with .Values.imagePullSecrets }}
@@ -267,6 +278,9 @@ spec:
         {{- if eq .Values.store.mode "embedded" }}
         - name: data
           mountPath: /var/lib/holdoff
+        {{- else if .Values.custody.keysSecret }}
+        - name: spool
+          mountPath: /var/lib/holdoff
         {{- end }}
         {{- range $kind := list "secrets" "configMaps" }}
         {{- range $folder, $name := get $mounts $kind }}
@@ -281,6 +295,12 @@ spec:
     - name: tmp
       emptyDir:
         sizeLimit: 64Mi
+    {{- if and .Values.custody.keysSecret (ne .Values.store.mode "embedded") }}
+    # It outlives a container; before the pod ends, a drain stores what is in it.
+    - name: spool
+      emptyDir:
+        sizeLimit: 64Mi
+    {{- end }}
     {{- range $folder, $name := $mounts.secrets }}
     {{- if $name }}
     - name: {{ $folder }}

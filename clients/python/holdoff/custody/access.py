@@ -49,11 +49,15 @@ class Access(Listening[custody_service_pb2.GetAccessTokenResponse]):
     """Why the last connection ended, until a response comes."""
     _last: Usable | None = field(init=False, default=None)
     _opened_ns: int = field(init=False, default=0)
+    _sealed_copy: bytes = field(init=False, default=b"", repr=False)
+    """What to give back to a coordinator, whose store may have lost it."""
 
     def request(self) -> custody_service_pb2.GetAccessTokenRequest:
         """What to send on a new connection."""
         self._opened_ns = self.clock()
-        return custody_service_pb2.GetAccessTokenRequest(name=f"{self.token}/grant")
+        return custody_service_pb2.GetAccessTokenRequest(
+            name=f"{self.token}/grant", sealed_copy=self._sealed_copy
+        )
 
     def received(
         self, response: custody_service_pb2.GetAccessTokenResponse
@@ -82,6 +86,7 @@ class Access(Listening[custody_service_pb2.GetAccessTokenResponse]):
         Its time counts from when it was sent, as far as that is known: a response may have been
         delayed, as while this machine was suspended. The two boot clocks may drift apart.
         """
+        self._sealed_copy = given.sealed_copy or self._sealed_copy
         if not (given.access_token.isascii() and given.access_token.isprintable()):
             log.warning("ignored an access token of %s that no HTTP header can have", self.token)
             self._last = None

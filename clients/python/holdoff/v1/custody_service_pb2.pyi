@@ -491,16 +491,23 @@ class GetAccessTokenRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    SEALED_COPY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`apps/{app}/tokens/{token}/grant`."""
+    sealed_copy: _builtins.bytes
+    """The last `sealed_copy` that an earlier stream sent; absent if there was none.
+    If the store has lost that generation of the grant, it gets it back. At most
+    98,304 bytes.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        sealed_copy: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "sealed_copy", b"sealed_copy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -576,10 +576,15 @@ class AccessToken(_message.Message):
     REMAINING_FIELD_NUMBER: _builtins.int
     EARLY_MARGIN_FIELD_NUMBER: _builtins.int
     API_HOSTS_FIELD_NUMBER: _builtins.int
+    SEALED_COPY_FIELD_NUMBER: _builtins.int
     access_token: _builtins.str
     """The secret."""
     generation: _builtins.int
     """Of the grant; it rises with each refresh."""
+    sealed_copy: _builtins.bytes
+    """This generation of the grant, encrypted so that only coordinators can read
+    it. Keep it, and send it with the next stream. May be absent.
+    """
     @_builtins.property
     def remaining(self) -> _duration_pb2.Duration:
         """How long it still lives. Its life counts from when it was requested."""
@@ -600,10 +605,11 @@ class AccessToken(_message.Message):
         remaining: _duration_pb2.Duration | None = ...,
         early_margin: _duration_pb2.Duration | None = ...,
         api_hosts: _abc.Iterable[_builtins.str] | None = ...,
+        sealed_copy: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["early_margin", b"early_margin", "remaining", b"remaining"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "api_hosts", b"api_hosts", "early_margin", b"early_margin", "generation", b"generation", "remaining", b"remaining"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access_token", b"access_token", "api_hosts", b"api_hosts", "early_margin", b"early_margin", "generation", b"generation", "remaining", b"remaining", "sealed_copy", b"sealed_copy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,6 +1,6 @@
 -- Takes the right to request an access token, and counts the request in the budgets.
 -- ask: chain, generation, attempt (its id), replica, takeover_us (after so long the right of
---      another is over), has_evidence, event (id), budgets; fears: after which loss this refresh token
+--      another is over), quarantine (in which there is evidence), event (id), budgets; fears: after which loss this refresh token
 --      must not be sent, since there may be a newer one: DATA (a restore), WRITES (also a failover), or ''
 -- Answers BEGUN with `grant`; WAIT with `reason` and `until_us`; CHANGED with `grant`; GONE; LOST with
 -- `over_us`: the last request may have been answered until then, and nothing is known of it; or STALE.

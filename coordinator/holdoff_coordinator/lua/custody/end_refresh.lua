@@ -1,7 +1,8 @@
 -- Stores what came of a request: the whole answer, or what follows from having none.
 -- ask: chain, from_generation, attempt, step, result, outcome, condition, message, unproven, first_unproven_us,
 --      not_sent, idle_us (0 for none, -1 for no change); generation, and for a new one sealed_grant,
---      sealed_access, fingerprint and facts; restores, if it was stored before and may be lost;
+--      sealed_access, fingerprint and facts; restores, if it was stored before and may be lost; confirms, if
+--      the replica knows of no newer one;
 --      in µs from now, -1 for none: refreshed_age_us, not_before_in_us, expires_in_us
 -- Answers OK, or MOVED with `grant` if another answer was stored meanwhile, or, for a result without
 -- secrets, if its attempt was counted, or another one began.
@@ -11,7 +12,7 @@ if not token or not is_kept(grant) then return answer('GONE') end
 local is_current = grant.chain == ask.chain and grant.attempt == ask.attempt
 local is_under_way = is_current and (grant.attempt_step == 'BEGUN' or grant.attempt_step == 'INTENDED')
 local has_secrets = ask.generation ~= ask.from_generation
-if ask.restores and grant.chain == ask.chain and grant.generation == ask.generation then
+if ask.restores and ask.confirms and grant.chain == ask.chain and grant.generation == ask.generation then
   -- The newest answer that a replica knows; the store has it.
   local ends_doubt = grant.condition == 'STALE' and not may_be_restored(grant)
   keep_grant(grant, {confirmed_us = now, condition = ends_doubt and ask.condition or grant.condition})
@@ -34,10 +35,11 @@ local changes = {
   unproven = ask.unproven, first_unproven_us = ask.first_unproven_us, not_sent = ask.not_sent,
   not_before_us = not_before, since_us = ask.condition == grant.condition and grant.since_us or now,
 }
-if ask.restores then changes.confirmed_us = now end
+if ask.restores and ask.confirms then changes.confirmed_us = now end
+if grant.condition == 'STALE' and not ask.confirms then changes.condition = 'STALE' end
 if has_secrets then
   changes.sealed_grant, changes.sealed_access = ask.sealed_grant, ask.sealed_access
-  changes.facts, changes.evidence_us = ask.facts, now
+  changes.facts, changes.evidence_us = ask.facts, ask.confirms and now or nil
   redis.call('HDEL', PRINTS, grant.fingerprint)
   redis.call('HSET', PRINTS, ask.fingerprint, id)
   changes.fingerprint = ask.fingerprint

@@ -70,6 +70,20 @@ local function lost_at(grant)
   return grant and grant.attempt_step == 'INTENDED' and right_until(grant) or 0
 end
 
+-- The quarantine: when it began, or the last loss in it was found, and the worst loss. '' if there is
+-- none, or the clock is in doubt, since then no instant means anything.
+local function this_quarantine()
+  local since = number(shard.quarantine_since_us)
+  if clock_in_doubt or since == 0 or sure >= number(shard.quarantine_until_us) then return '' end
+  local began, loss = since, 'CLOCK'
+  for _, one in ipairs({{'WRITES', shard.writes_lost_us}, {'CLOCK', shard.clock_doubted_us}, {'DATA', shard.data_lost_us}}) do
+    if number(one[2]) >= since and number(one[2]) > 0 then
+      began, loss = math.max(began, number(one[2])), one[1]
+    end
+  end
+  return us(began) .. ' ' .. loss
+end
+
 -- Whether a grant may be that of a backup, so that its refresh token may have been used since. Newer
 -- evidence is a put, an answer that was stored since, or the word of an operator.
 local function may_be_restored(grant)
@@ -86,12 +100,18 @@ end
 -- What prevents the next request for an access token, apart from the grant itself: a reason, and
 -- until when; nothing if nothing does. The holder of a lease may refresh by itself.
 local function held_by(token, lease)
-  if in_quarantine() and not ask.has_evidence then return 'QUARANTINED', quarantined_until() end
+  if in_quarantine() and not (ask.quarantine and ask.quarantine ~= '' and ask.quarantine == this_quarantine()) then
+    return 'QUARANTINED', quarantined_until()
+  end
   if lease then return 'LEASED', number(lease.expires_us) end
   if token.foreign then return 'LOCKED', now + SECOND end
   if cools(token) then return 'COOLING', over_at(number(token.not_before_us)) end
-  local wait = wait_of('', subject_to(id, {{'', ''}}), false)
-  if wait then return 'BACKING_OFF', wait.start end
+  -- One request an interval neither probes a back-off nor follows in turn: it goes when the pause is over.
+  local pause = 0
+  for _, one in ipairs(subject_to(id, {{'', ''}})) do
+    if one.state == 'QUIET' then pause = math.max(pause, over_at(number(one.until_us))) end
+  end
+  if pause > 0 then return 'BACKING_OFF', pause end
 end
 
 local function answer(status, facts)
