@@ -154,6 +154,7 @@ def ask(  # noqa: PLR0913 - the fields of the request
     job: str = "",
     last_fencing_token: int = 0,
     scopes: Sequence[tuple[str, str]] = (),
+    mode: lease_pb2.LeaseMode.ValueType = lease_pb2.LEASE_MODE_UNSPECIFIED,
 ) -> lease_service_pb2.AcquireLeaseRequest:
     """Build a request for a lease."""
     request = lease_service_pb2.AcquireLeaseRequest(
@@ -162,6 +163,7 @@ def ask(  # noqa: PLR0913 - the fields of the request
         ttl=duration(ttl),
         wait=None if wait is None else duration(wait),
         last_fencing_token=last_fencing_token,
+        mode=mode,
         scopes=[
             budget_pb2.Scope(division=division, endpoint=endpoint) for division, endpoint in scopes
         ],

@@ -16,6 +16,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import structlog
+
 from holdoff.v1 import budget_pb2, lease_service_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.failures import Failure, token_damaged
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from holdoff_coordinator.limits import Limits
     from holdoff_coordinator.places import Places
     from holdoff_coordinator.scripts import Scripts
+
+log = structlog.get_logger()
 
 TICK_SECONDS = 1.0
 STATUS_SECONDS = 15.0
@@ -123,6 +127,7 @@ class Followers:
         self._places = places
         self._limits = limits
         self._by_app: defaultdict[str, set[Follower]] = defaultdict(set)
+        self._looking: dict[str, asyncio.Task[None]] = {}
         hub.on_announcement(self.look)
 
     async def follow(
@@ -185,10 +190,19 @@ class Followers:
                 for follower in (one for app in self._by_app.values() for one in app):
                     follower.stirred.set()
             for app in [app for app, followers in self._by_app.items() if followers]:
-                try:
-                    await self.look(app)
-                except Failure as failure:  # one app's trouble is its own
-                    warn("followers were not looked at", failure.reason, app=app)
+                if app not in self._looking:
+                    self._looking[app] = asyncio.create_task(self._tick(app))
+
+    async def _tick(self, app: str) -> None:
+        """Look at an app; one whose store hangs holds up no other."""
+        try:
+            await self.look(app)
+        except Failure as failure:
+            warn("followers were not looked at", failure.reason, app=app)
+        except Exception:
+            log.exception("followers were not looked at", app=app)
+        finally:
+            del self._looking[app]
 
     async def _ask(self, app: str, followers: Sequence[Follower]) -> None:
         arguments: list[str] = []

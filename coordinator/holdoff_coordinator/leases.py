@@ -73,6 +73,8 @@ class Ask:
     last_fencing_token: int
     places: str
     job: str
+    mode: str
+    """EXCLUSIVE, SHARED, or empty for the token's own."""
 
     @property
     def may_queue(self) -> bool:
@@ -98,7 +100,10 @@ def check_ask(
     declared = as_json(places)
     bound = [caller.identity.encode(), str(token).encode(), b"%d" % ttl_us, holder]
     # Schema 2 knew no places. What a later release binds too is left out where it is empty.
+    mode = _mode(request.mode)
     forms = [[*bound, declared.encode()], *([] if declared else [bound])]
+    if mode:
+        forms = [[*bound, declared.encode(), mode.encode()]]
     return Ask(
         token=token,
         caller=caller,
@@ -113,7 +118,15 @@ def check_ask(
         last_fencing_token=request.last_fencing_token,
         places=declared,
         job=job_hash(request.holder.job),
+        mode=mode,
     )
+
+
+def _mode(mode: lease_pb2.LeaseMode.ValueType) -> str:
+    if mode not in lease_pb2.LeaseMode.values():
+        raise invalid("mode", "must be LEASE_MODE_EXCLUSIVE or LEASE_MODE_SHARED, or left out")
+    word = lease_pb2.LeaseMode.Name(mode).removeprefix("LEASE_MODE_")
+    return word if mode else ""
 
 
 class Leases:
@@ -242,6 +255,7 @@ class Leases:
         raise failure_of(reply, ask.token)
 
     async def _acquire(self, ask: Ask, waiter: Waiter) -> Reply:
+        policy = await self._places.policy("token", ask.token)
         async with self._turns.taken((ask.caller.account, ask.token.app)):
             return await self._scripts.run(
                 "acquire",
@@ -258,6 +272,8 @@ class Leases:
                 ask.places,
                 ask.job,
                 self._limits.values["scope-bytes"],
+                ask.mode,
+                policy.most_runs,
             )
 
     async def renew(
@@ -382,20 +398,32 @@ class Leases:
             ]
             for start in range(0, len(wanted), READ_BATCH):
                 reply = await self._scripts.run("read", app, *wanted[start : start + READ_BATCH])
-                for token_id, _, lease_id, flat, *_ in reply.values[0]:
-                    if not lease_id:
+                for token_id, _, lease_id, flat, *_, running in reply.values[0]:
+                    if not lease_id and not int(running):
                         continue
-                    if len(leases) == size:
+                    if len(leases) >= size:
                         last = LeaseName.parse(leases[-1].name).token_name
                         return lease_service_pb2.ListLeasesResponse(
                             leases=leases, next_page_token=str(last)
                         )
                     token = TokenName(app, token_id.decode())
+                    if not lease_id:
+                        leases += await self._shared(token)
+                        continue
                     with self._scripts.sparing(app, f"tokens/{token.token}"):
                         leases.append(
                             lease_message(token, lease_id.decode(), record(flat), reply.now_us)
                         )
         return lease_service_pb2.ListLeasesResponse(leases=leases)
+
+    async def _shared(self, token: TokenName) -> list[lease_pb2.Lease]:
+        """Return the live shared leases of a token in custody."""
+        reply = await self._scripts.run("read_shared", token.app, token.token)
+
+        def read(entry: Any) -> lease_pb2.Lease:
+            return lease_message(token, entry[0].decode(), record(entry[1]), reply.now_us)
+
+        return self._scripts.readable(token.app, "leases", reply.values[0], read)
 
     async def history(
         self, request: lease_service_pb2.ListLeaseHistoryRequest, _: Caller
@@ -456,6 +484,17 @@ _MESSAGES = {
     "OFFER_EXPIRED": "{name} was offered, and not accepted in time: the request waits on",
 }
 
+_WRONG_MODE = {
+    "IN_CUSTODY": (
+        "the token is in custody, so that its leases are shared: omit the mode, or ask for "
+        "LEASE_MODE_SHARED"
+    ),
+    "NOT_IN_CUSTODY": (
+        "only leases on a token in custody are shared: omit the mode, or put its grant with "
+        "`holdoff grant put`"
+    ),
+}
+
 
 def failure_of(reply: Reply, name: TokenName | LeaseName) -> Failure:
     """Turn a script's refusal into the failure that the caller gets."""
@@ -472,8 +511,14 @@ def failure_of(reply: Reply, name: TokenName | LeaseName) -> Failure:
             "holder; a new request needs a new one"
         )
         return Failure(reason, message, field="request_id")
+    elif reason in _WRONG_MODE:
+        return invalid("mode", _WRONG_MODE[reason])
     elif reason == "FENCING_TOKEN_TOO_LARGE":
         return invalid("last_fencing_token", "is more than a year ahead of the store's clock")
+    return _failure(reason, why, name)
+
+
+def _failure(reason: str, why: str, name: TokenName | LeaseName) -> Failure:
     token = name.token_name if isinstance(name, LeaseName) else name
     if reason == "TOKEN_NOT_FOUND":
         return token_not_found(token)

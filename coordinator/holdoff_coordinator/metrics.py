@@ -415,13 +415,17 @@ class Metrics(grpc.aio.ServerInterceptor):
         shown = busy[:TOKENS_MOST]
         for start in range(0, len(shown), READ_BATCH):
             reply = await self._scripts.run("read", app, *shown[start : start + READ_BATCH])
-            for token_id, flat, lease_id, _, waiting, *_, first_us in reply.values[0]:
+            for token_id, flat, lease_id, _, waiting, _, _, first_us, running in reply.values[0]:
                 labels, token = (app, token_id.decode()), record(flat)
                 with self._scripts.sparing(app, f"tokens/{labels[1]}"):
                     cooldown_us = max(0, int(token.get("not_before_us", b"0")) - reply.now_us)
                     waits_us = reply.now_us - int(first_us) if int(first_us) else 0
                     found += [
-                        (self._held, labels, float(bool(lease_id) or "foreign" in token)),
+                        (
+                            self._held,
+                            labels,
+                            float(bool(lease_id or int(running)) or "foreign" in token),
+                        ),
                         (self._waiting, labels, int(waiting)),
                         (self._longest, labels, max(0, waits_us) / 1e6),
                         (self._cooldown, labels, cooldown_us / 1e6),

@@ -178,6 +178,7 @@ def policy_message(policy: Policy) -> policy_pb2.Policy:
             else None
         ),
         longest_ttl=_duration(policy.longest_ttl),
+        most_runs=policy.most_runs,
         when_quiet=policy_pb2.WhenQuiet.Value(f"WHEN_QUIET_{policy.when_quiet.upper()}"),
         oauth=policy_pb2.OAuthPolicy(
             token_urls=policy.oauth.token_urls,

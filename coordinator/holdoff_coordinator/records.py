@@ -32,6 +32,7 @@ _LIVE = (
 _WAIT_REASONS = {
     "": lease_pb2.WAIT_REASON_UNSPECIFIED,
     "HELD": lease_pb2.WAIT_REASON_HELD,
+    "FULL": lease_pb2.WAIT_REASON_HELD,
     "COOLING": lease_pb2.WAIT_REASON_COOLING,
     "QUARANTINED": lease_pb2.WAIT_REASON_QUARANTINED,
     "BACKING_OFF": lease_pb2.WAIT_REASON_BACKING_OFF,
@@ -41,6 +42,7 @@ _WAIT_REASONS = {
 _WAIT_WORDS = {
     "": "the token is free, and this waiter was not heard from",
     "HELD": "its lock is held by a python-redis-lock user",
+    "FULL": "as many runs as its policy allows at once have a lease",
     "COOLING": "cooling down after the last refresh",
     "QUARANTINED": "quarantined: the store may have forgotten something",
     "QUEUED": "another waiter comes first",
@@ -48,6 +50,7 @@ _WAIT_WORDS = {
 
 _FAILURE_REASONS = {
     "HELD": "LEASE_HELD",
+    "FULL": "LEASE_HELD",
     "COOLING": "TOKEN_COOLING",
     "QUARANTINED": "QUARANTINED",
     "BACKING_OFF": "BACKING_OFF",
@@ -88,7 +91,9 @@ def lease_message(token: TokenName, lease_id: str, lease: Record, now_us: int) -
     return lease_pb2.Lease(
         name=str(LeaseName(token.app, token.token, lease_id)),
         state=state,
-        mode=lease_pb2.LEASE_MODE_EXCLUSIVE,
+        mode=lease_pb2.LeaseMode.Value(
+            f"LEASE_MODE_{lease.get('mode', b'EXCLUSIVE').decode()}"  # which older releases omit
+        ),
         holder=lease_pb2.Holder.FromString(lease["holder"]),
         fencing_token=int(lease["fencing"]),
         ttl=duration(int(lease["ttl_us"])),
@@ -125,7 +130,7 @@ def _activity(
 
 def token_message(token: TokenName, found: Sequence[Any], now_us: int) -> token_pb2.Token:
     """A token as the API shows it, from an entry of `read.lua`."""
-    _, flat, lease_id, _, queue_length, reason, *_ = found
+    _, flat, lease_id, _, queue_length, reason, *_, running = found
     rec = record(flat)
     own_refresh_at = rec["own_refresh_at"].decode()
     own_interval = rec["own_interval_us"]
@@ -147,6 +152,7 @@ def token_message(token: TokenName, found: Sequence[Any], now_us: int) -> token_
         last_refresh_time=timestamp(rec, "last_refresh_us"),
         fencing_token=int(rec["fencing"]),
         lease=str(LeaseName(token.app, token.token, lease_id.decode())) if lease_id else "",
+        shared_lease_count=int(running),
         queue_length=int(queue_length),
         create_time=timestamp(rec, "created_us"),
         update_time=timestamp(rec, "updated_us"),
@@ -155,8 +161,9 @@ def token_message(token: TokenName, found: Sequence[Any], now_us: int) -> token_
 
 def status_message(token: TokenName, found: Sequence[Any], now_us: int) -> lease_pb2.TokenStatus:
     """How a token stands, from an entry of `read.lua`."""
-    _, flat, lease_id, lease, queue_length, reason, *_ = found
-    return _status(token, record(flat), lease_id, record(lease), queue_length, reason, now_us)
+    _, flat, lease_id, lease, queue_length, reason, *_, running = found
+    facts = {**record(flat), "shared": running}
+    return _status(token, facts, lease_id, record(lease), queue_length, reason, now_us)
 
 
 def change_message(app: str, change: Record) -> lease_pb2.Change:
@@ -199,6 +206,7 @@ def _status(  # noqa: PLR0913, PLR0917 - the facts, as both sources have them
         cooldown=duration(not_before_us - now_us) if not_before_us > now_us else None,
         not_before_time=timestamp(facts, "not_before_us") if not_before_us else None,
         queue_length=int(queue_length),
+        shared_lease_count=int(facts.get("shared", b"0")),
     )
 
 
@@ -502,7 +510,7 @@ class Standing:
 
     app: str
     reason: str
-    """HELD, COOLING, QUARANTINED, BACKING_OFF, QUEUED, or '' when nothing is in the way."""
+    """HELD, FULL, COOLING, QUARANTINED, BACKING_OFF, QUEUED, or '' when nothing is in the way."""
     place: int
     queue_length: int
     start_us: int
@@ -540,7 +548,7 @@ class Standing:
     @property
     def start_after_seconds(self) -> float:
         """When to ask again without being woken; only the first in line has an instant."""
-        timed = self.first and self.reason not in ("HELD", "")
+        timed = self.first and self.reason not in ("HELD", "FULL", "")
         return self.start_in_us / 1e6 if timed else math.inf
 
     @property

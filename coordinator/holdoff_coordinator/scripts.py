@@ -105,6 +105,7 @@ SCRIPTS = (
     "read_lease",
     "read_quarantine",
     "read_queue",
+    "read_shared",
     "release",
     "renew",
     "set_back_off",

@@ -127,6 +127,7 @@ def test_errors_say_what_to_do(
     assert holdoff(*put(token, *files, "--replace")).exit_code == 0
     both = holdoff(*put(token, *files, "--replace", "--etag", "x"))
     assert both.exit_code == exits.USAGE
+    custodian.delete(token)
     leased = custodian.token()
     custodian.hold(leased)
     done = holdoff(*put(leased, *files))

@@ -257,8 +257,8 @@ def test_a_lease_keeps_a_token_out_of_custody(custodian: Custodian) -> None:
     assert error.retry_after_seconds == pytest.approx(60, abs=20)
     custodian.release(offer)
     custodian.put(token)
-    custodian.hold(token)
-    assert refused(custodian.put, token, replace=True).metadata["cause"] == "LEASED"
+    custodian.hold(token)  # a shared one, whose holder does not refresh
+    custodian.put(token, replace=True)
 
 
 def test_a_foreign_lock_keeps_a_token_out_of_custody(

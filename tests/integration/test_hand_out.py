@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+import redis
 
 from holdoff._status import from_rpc_error
 from holdoff.v1 import admin_service_pb2, audit_pb2, custody_service_pb2, grant_pb2
@@ -174,14 +175,15 @@ def test_the_current_token_comes_first_then_each_renewal(custodian: Custodian, u
 
 
 def test_a_stream_waits_for_the_first_token_and_says_why(custodian: Custodian, url: str) -> None:
-    """A lease prevents a request; its end is told too."""
+    """A foreign lock prevents a request; its end is told too."""
     one = Refreshed(custodian, url)
-    with stream(custodian, one.token) as some:
+    lock = f"lock:{custodian.show_token(one.token).lock_name}"
+    with redis.Redis.from_url(url) as store, stream(custodian, one.token) as some:
         heard = some.next()
         assert (heard.status.state, heard.has_access_token) == (State.GRANT_STATE_READY, False)
-        offer = custodian.hold(one.token)
-        assert "lease" in some.until(State.GRANT_STATE_HELD).status.message
-        custodian.release(offer, unused=True)
+        store.set(lock, "foreign", px=60_000)
+        assert "python-redis-lock" in some.until(State.GRANT_STATE_HELD).status.message
+        store.delete(lock)
         some.until(State.GRANT_STATE_READY)
         assert one.refresh() == some.token()
 

@@ -14,7 +14,7 @@ from holdoff._platform import boottime_ns
 from holdoff._proof import lease_proof, secret_hash
 from holdoff._timing import SECOND
 from holdoff.errors import LeaseEnded, LeaseLost
-from holdoff.v1 import budget_pb2, lease_service_pb2
+from holdoff.v1 import budget_pb2, lease_pb2, lease_service_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from holdoff._core import Renewal, Renewals
     from holdoff._recognise import Headers
     from holdoff.errors import HoldoffError
-    from holdoff.v1 import lease_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +47,9 @@ class Held:
         """`apps/{app}/tokens/{token}/leases/{lease}`."""
         self.fencing_token = offer.lease.fencing_token
         """A number that rises with every lease of the token."""
+        self.is_shared = offer.lease.mode == lease_pb2.LEASE_MODE_SHARED
+        """Other leases of the token may live at the same time: the token is in custody, and the
+        holder does not refresh."""
         self.policy = offer.policy
         """What the provider asks; empty from a coordinator that does not say it."""
         self.notice: lease_service_pb2.FollowLeaseResponse | None = None

@@ -4,7 +4,8 @@
 --         '1' to queue or '0', TTL µs, holder, hash of the lease's secret,
 --         time since the waiter was heard in µs, highest fencing token it knows,
 --         places of its calls as JSON, hash of the job's name or '', how many bytes of
---         places all waiters of the token may declare
+--         places all waiters of the token may declare, the mode that it must have or '', how
+--         many shared leases may live at once
 local id, hash, fingerprints = ARGV[7], ARGV[8], ARGV[9]
 local may_queue, ttl, heard_age = ARGV[10] == '1', number(ARGV[11]), number(ARGV[14])
 
@@ -16,6 +17,9 @@ if request.fingerprint and not is_same_request(request, fingerprints) then
 end
 if request.state == 'ended' then return reply('LEASE_ENDED', request.lease) end
 if request.lease then return reply('OFFER', request.lease, flat_lease(id, request.lease)) end
+if ARGV[19] == 'EXCLUSIVE' and token.custody_us then return reply('IN_CUSTODY') end
+if ARGV[19] == 'SHARED' and not token.custody_us then return reply('NOT_IN_CUSTODY') end
+if token.custody_us and token.most_runs ~= ARGV[20] then put(token_key(id), token, {most_runs = ARGV[20]}) end
 
 local known = number(ARGV[15])
 if known > math.max(number(token.fencing), now + 366 * 24 * 3600 * SECOND) then return reply('FENCING_TOKEN_TOO_LARGE') end
@@ -43,7 +47,7 @@ end
 if request.state then hear(hash, request, heard_age) end
 
 if known > number(token.fencing) then put(token_key(id), token, {fencing = known}) end
-local queue = queue_of(id, obstacle(token, lease) == '')
+local queue = queue_of(id, obstacle(token, lease) == '', token.custody_us)
 local stand = standing(token, lease, queue, hash, wait_of(hash, subject, false))
 if stand[1] ~= '' or heard_age > LIVE_FOR then
   return reply('WAITING', stand, token.lease and flat_lease(id, token.lease) or {}, token.lease or '')
@@ -59,9 +63,15 @@ put(lease_key(id, lease_id), lease, {
   state = 'OFFERED', request = hash, secret_hash = ARGV[13], holder = ARGV[12],
   fencing = fencing, ttl_us = ttl, interval_us = token.interval_us, refresh_at = token.refresh_at,
   access_token_life_us = token.access_token_life_us, queued_us = facts.queued_us,
-  created_us = now, expires_us = now + OFFER_FOR,
+  created_us = now, expires_us = now + OFFER_FOR, mode = token.custody_us and 'SHARED' or 'EXCLUSIVE',
 })
-put(token_key(id), token, {fencing = fencing, lease = lease_id})
+put(token_key(id), token, {fencing = fencing})
+if token.custody_us then
+  redis.call('ZADD', shared.key(id), us(now + OFFER_FOR), lease_id)
+else
+  put(token_key(id), token, {lease = lease_id})
+end
 go(hash, subject)
 mirror(id, token, lease)
+if token.custody_us then wake_next(id) end -- there may be room for more
 return reply('OFFER', lease_id, flat_lease(id, lease_id))

@@ -19,8 +19,27 @@ local function cools(token)
   return sure < number(token.not_before_us) and number(token.not_before_us) > number(token.last_refresh_us)
 end
 
+-- Leases on a token in custody do not exclude each other. They are in an index of their own, by when they
+-- expire, and never in `token.lease`, except for as long as a script deals with one of them. They tell
+-- nothing of refreshes, so that their end begins no cooldown.
+local shared = {LOCK = 'holdoff-custody'} -- the lock's value while the token is in custody
+function shared.key(id) return SHARD .. ':shared:' .. id end
+
+-- Notes in a token that was loaded how many shared leases live.
+function shared.count(id, token)
+  token.running = token.custody_us and redis.call('ZCARD', shared.key(id))
+end
+
+-- What stands between a token in custody and its next shared lease, apart from the queue.
+function shared.obstacle(token)
+  local was_in_custody = number(token.custody_us) < number(shard.quarantine_since_us)
+  if clock_in_doubt or (in_quarantine() and not was_in_custody) then return 'QUARANTINED' end
+  return token.most_runs and token.running >= number(token.most_runs) and 'FULL' or ''
+end
+
 -- What stands between a token and its next lease, apart from the queue.
 local function obstacle(token, lease)
+  if token.custody_us then return shared.obstacle(token) end
   if in_quarantine() then return 'QUARANTINED' end
   if token.foreign or lease then return 'HELD' end
   if cools(token) then return 'COOLING' end
@@ -63,6 +82,7 @@ end
 -- the live one, or the one that just ended. Changes are numbered without a gap,
 -- so that a reader knows whether it missed one.
 local function tell(kind, id, token, lease_id, lease)
+  shared.count(id, token)
   local change = us(redis.call('HINCRBY', SHARD, 'changes', 1))
   local entry = {
     'MAXLEN', '~', CHANGES_KEPT, change .. '-0',
@@ -70,7 +90,7 @@ local function tell(kind, id, token, lease_id, lease)
     'reason', shown_obstacle(id, token, token.lease and lease),
     'not_before_us', token.not_before_us or '0',
     'queue_length', us(redis.call('ZCARD', queue_key(id))),
-    'lease', lease_id or '',
+    'lease', lease_id or '', 'shared', us(token.running or 0),
   }
   local shown = lease and shown_lease(id, lease_id, lease) or {}
   for i = 1, #shown, 2 do
@@ -139,7 +159,7 @@ end
 -- says whether the token could be given away now: only then does the first who must
 -- be quiet for a back-off ask for its turn there.
 local NOTHING = {}
-local function queue_of(id, free)
+local function queue_of(id, free, is_shared)
   local queue = {length = 0, ahead = 0, first = true, ahead_returning = false}
   local asked, all_go = {}, not next(back_offs())
   walk_queue(id, function(hash, request, live)
@@ -157,7 +177,8 @@ local function queue_of(id, free)
       place = queue.length, ahead = queue.ahead, first = queue.first,
       ahead_returning = queue.ahead_returning, wait = wait,
     }
-    if not wait then
+    -- One that has an offer of a shared lease stands before nobody.
+    if not wait and not (is_shared and request.state == 'offered') then
       queue.ahead = queue.ahead + 1
       if live then queue.first = false else queue.ahead_returning = true end
     end
@@ -169,7 +190,8 @@ end
 local function next_waiter(id)
   local first
   walk_queue(id, function(hash, request, live)
-    if live and not wait_of(hash, back_offs_of(request), false) then first = hash end
+    local waits = live and request.state ~= 'offered'
+    if waits and not wait_of(hash, back_offs_of(request), false) then first = hash end
     return first
   end)
   return first
@@ -214,7 +236,12 @@ local function cool_down(id, token, refreshed, interval)
 end
 
 local function forget_lease(id, token)
-  redis.call('HDEL', token_key(id), 'lease')
+  if token.custody_us then
+    redis.call('ZREM', shared.key(id), token.lease)
+    shared.count(id, token)
+  else
+    redis.call('HDEL', token_key(id), 'lease')
+  end
   token.lease = nil
 end
 
@@ -289,6 +316,14 @@ local function mirror(id, token, lease)
   local value, until_us, look_us
   if token.foreign then
     look_us = now + SECOND
+  elseif token.custody_us then
+    -- Nobody else may refresh. It does not expire.
+    if redis.call('GET', lock_key(id)) ~= shared.LOCK then
+      redis.call('SET', lock_key(id), shared.LOCK)
+      put(token_key(id), token, {mirror = shared.LOCK, mirror_until_us = 0})
+    end
+    local first_end = redis.call('ZRANGE', shared.key(id), 0, 0, 'WITHSCORES')[2]
+    look_us = first_end and number(first_end)
   elseif lease and token.lease then
     value, until_us = token.lease, number(lease.expires_us)
     look_us = until_us
@@ -306,7 +341,7 @@ local function mirror(id, token, lease)
       redis.call('SET', lock_key(id), value, 'PX', us(math.ceil((until_us - sure) / 1000)))
       put(token_key(id), token, {mirror = value, mirror_until_us = until_us})
     end
-  elseif token.mirror and not token.foreign then
+  elseif token.mirror and not token.foreign and not token.custody_us then
     redis.call('DEL', lock_key(id))
     if next_waiter(id) then
       look_us = now + SECOND -- should that waiter not take it
@@ -342,6 +377,24 @@ local function stay_in_the_past(id, token, lease)
   end
 end
 
+-- Ends the shared leases of a token that have run out; returns whether there were any.
+function shared.settle(id, token)
+  local ended = redis.call('ZRANGEBYSCORE', shared.key(id), '-inf', us(sure))
+  for _, lease_id in ipairs(ended) do
+    local lease = load(lease_key(id, lease_id))
+    token.lease = lease_id
+    if not lease.state then
+      forget_lease(id, token)
+    elseif lease.state == 'OFFERED' then
+      withdraw_offer(id, token, lease, true)
+    else
+      finish(id, token, lease, lease.break_reason and 'BROKEN' or 'EXPIRED', number(lease.expires_us))
+    end
+  end
+  shared.count(id, token)
+  return #ended > 0
+end
+
 -- Brings a token up to this instant: ends what has run out, sees foreign locks, and
 -- tells of a late renewal, unless it is the holder that is here. Returns the token and
 -- its live lease, or nothing if there is no such token.
@@ -351,6 +404,7 @@ local function settle(id, by_holder)
   local lease = token.lease and load(lease_key(id, token.lease))
   local before = token.lease
   stay_in_the_past(id, token, lease)
+  if token.custody_us and shared.settle(id, token) then before = 'shared' end
   if lease and sure >= number(lease.expires_us) then
     if lease.state == 'OFFERED' then
       withdraw_offer(id, token, lease, true)
@@ -411,10 +465,11 @@ local function standing(token, lease, queue, hash, wait)
 
   local interval = number(token.interval_us)
   local reason, start = obstacle(token, lease), math.max(number(token.not_before_us), now)
+  if token.custody_us then interval, start = 0, now end
   if reason == 'COOLING' then start = over_at(number(token.not_before_us)) end
   if reason == 'QUARANTINED' then
     start = math.max(start, quarantined_until())
-  elseif token.foreign then
+  elseif token.foreign and not token.custody_us then
     start = start + interval
   elseif lease and lease.state == 'ACTIVE' then
     local refreshed = now
@@ -446,6 +501,9 @@ local function flat_lease(id, lease_id) return shown_lease(id, lease_id, load(le
 local function owned_lease(id, lease_id, secret_hash)
   local token, live = settle(id, secret_hash)
   if not token then return nil, reply('TOKEN_NOT_FOUND') end
+  if token.custody_us and redis.call('ZSCORE', shared.key(id), lease_id) then
+    token.lease, live = lease_id, load(lease_key(id, lease_id))
+  end
   if token.lease ~= lease_id then live = nil end
   local record = live or load(lease_key(id, lease_id))
   if not record.state then return nil, reply('LEASE_NOT_FOUND') end

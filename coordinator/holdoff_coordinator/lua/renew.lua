@@ -20,7 +20,11 @@ end
 if ARGV[10] == '1' and not lease.started_us then changes.started_us = now end
 if ARGV[11] ~= '' then changes.reported_refresh_us = now - number(ARGV[11]) end
 put(lease_key(id, lease_id), lease, changes)
-note_hold(number(lease.ttl_us) + math.max(number(lease.interval_us), number(token.interval_us)))
+if token.custody_us then
+  redis.call('ZADD', shared.key(id), us(changes.expires_us), lease_id)
+else
+  note_hold(number(lease.ttl_us) + math.max(number(lease.interval_us), number(token.interval_us)))
+end
 if changes.accepted_us then
   tell('GRANTED', id, token, lease_id, lease)
   -- It was to be had since the last one had ended and cooled down, if somebody waited.

@@ -16,7 +16,7 @@ end
 local function look(first)
   local token, lease = settle(id)
   local lease_id = token and token.lease or ''
-  local queue = queue_of(id, token and obstacle(token, lease) == '')
+  local queue = queue_of(id, token and obstacle(token, lease) == '', token and token.custody_us)
   local group = {id, lease_id, lease_id ~= '' and flat_lease(id, lease_id) or {}}
   for i = first, #ARGV, 3 do
     if ARGV[i] ~= id then break end

@@ -7,6 +7,7 @@ local request = load(request_key(hash))
 if not is_same_request(request, ARGV[9]) then return reply('OK') end
 if request.state == 'waiting' or request.state == 'offered' then
   redis.call('ZREM', queue_key(id), hash)
+  if token.custody_us and request.lease then token, lease = owned_lease(id, request.lease) end
   if lease and lease.state == 'OFFERED' and lease.request == hash then
     withdraw_offer(id, token, lease, false)
     mirror(id, token, nil)

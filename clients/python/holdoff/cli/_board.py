@@ -121,7 +121,8 @@ class Board:
         )
 
     def _row(self, status: lease_pb2.TokenStatus, now_ns: int) -> Row:
-        lease = status.lease if status.lease.state in _LIVE else None
+        is_alone = status.lease.state in _LIVE and not status.shared_lease_count
+        lease = status.lease if is_alone else None
         return Row(
             token=status.token,
             state=_state(status),
@@ -164,6 +165,8 @@ def _change_texts(change: lease_pb2.Change) -> tuple[str, str, str, str]:
 
 
 def _state(status: lease_pb2.TokenStatus) -> str:
+    if status.shared_lease_count:
+        return f"{status.shared_lease_count} running"
     if status.wait_reason == lease_pb2.WAIT_REASON_HELD and status.HasField("lease"):
         state = lease_state_text(status.lease)
         return state if state != "active" and status.lease.state in _LIVE else "held"
@@ -171,6 +174,8 @@ def _state(status: lease_pb2.TokenStatus) -> str:
 
 
 def _holder(status: lease_pb2.TokenStatus, *, also_ended: bool = False) -> str:
+    if status.shared_lease_count and not also_ended:
+        return NOTHING  # `holdoff lease list` lists them
     if status.HasField("lease") and (also_ended or status.lease.state in _LIVE):
         return holder_text(status.lease.holder)
     if status.wait_reason == lease_pb2.WAIT_REASON_HELD:
@@ -179,7 +184,8 @@ def _holder(status: lease_pb2.TokenStatus, *, also_ended: bool = False) -> str:
 
 
 def _is_idle(status: lease_pb2.TokenStatus) -> bool:
-    return status.wait_reason == lease_pb2.WAIT_REASON_UNSPECIFIED and not status.queue_length
+    is_free = status.wait_reason == lease_pb2.WAIT_REASON_UNSPECIFIED
+    return is_free and not status.queue_length and not status.shared_lease_count
 
 
 def _instant_ns(status: lease_pb2.TokenStatus) -> int | None:

@@ -85,6 +85,7 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
             ("client authentication", ", ".join(found.oauth.client_authentication) or NOTHING),
             ("authorization scheme", found.oauth.authorization_scheme or NOTHING),
             ("longest lease", duration_text(found, "longest_ttl")),
+            ("runs at a time", f"{found.most_runs}, of a token in custody"),
             *((f"limit {limit.name}", _limit_text(limit)) for limit in found.limits),
             *(
                 (f"concurrency {one.name}", _concurrency_text(one))

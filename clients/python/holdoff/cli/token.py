@@ -301,6 +301,7 @@ def _emit(
             ("holder", holder_text(holders[0]) if holders else NOTHING),
             ("labels", labels_text(holders[0]) if holders else NOTHING),
             ("lease", token.lease or NOTHING),
+            ("shared leases", str(token.shared_lease_count or NOTHING)),
             ("waiters", str(token.queue_length)),
             ("policy", token.policy or "exact-online"),
             ("refresh interval", duration_text(rules, "refresh_interval") + own_interval),

@@ -317,6 +317,8 @@ class Policy(_Table, frozen=True, kw_only=True):
     refresh: Refresh
     longest_ttl: Seconds = Seconds(86400)
     """The longest TTL of a lease; a loss of data holds back grants for as long, and an interval."""
+    most_runs: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    """How many shared leases on a token in custody may live at the same time."""
     endpoint: Endpoint | None = None
     oauth: OAuth = msgspec.field(default_factory=OAuth)
     refusal: tuple[Refusal, ...] = ()

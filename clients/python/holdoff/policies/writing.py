@@ -25,6 +25,7 @@ FIELDS = {
         '"pause"',
     ),
     "longest_ttl": ("The longest TTL of a lease.", '"1d"'),
+    "most_runs": ("How many jobs may use a token in custody at the same time.", "100"),
     "refresh.interval": (
         'Least time between two refreshes; "0s" if there is no such rule.',
         '"0s"',

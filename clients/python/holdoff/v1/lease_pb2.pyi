@@ -193,6 +193,11 @@ class _LeaseModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LeaseMode.V
     """Never sent."""
     LEASE_MODE_EXCLUSIVE: _LeaseMode.ValueType  # 1
     """No other lease of the token lives at the same time."""
+    LEASE_MODE_SHARED: _LeaseMode.ValueType  # 2
+    """Other shared leases of the token may live at the same time, up to the limit
+    of its policy. Its token is in custody: the holder does not refresh, and its
+    fencing token fences nothing.
+    """
 
 class LeaseMode(_LeaseMode, metaclass=_LeaseModeEnumTypeWrapper):
     """How a lease excludes other leases of its token."""
@@ -201,6 +206,11 @@ LEASE_MODE_UNSPECIFIED: LeaseMode.ValueType  # 0
 """Never sent."""
 LEASE_MODE_EXCLUSIVE: LeaseMode.ValueType  # 1
 """No other lease of the token lives at the same time."""
+LEASE_MODE_SHARED: LeaseMode.ValueType  # 2
+"""Other shared leases of the token may live at the same time, up to the limit
+of its policy. Its token is in custody: the holder does not refresh, and its
+fencing token fences nothing.
+"""
 Global___LeaseMode: _TypeAlias = LeaseMode  # noqa: Y015
 
 class _WaitReason:
@@ -268,7 +278,9 @@ class Lease(_message.Message):
     state: Global___LeaseState.ValueType
     """Where the lease is in its life."""
     mode: Global___LeaseMode.ValueType
-    """How the lease excludes others. Only EXCLUSIVE exists now."""
+    """How the lease excludes others: SHARED if the token was in custody when the
+    lease was offered.
+    """
     fencing_token: _builtins.int
     """A number that strictly rises with every lease of the token, also when the
     store lost data. Hand it to anything that can refuse an older number.
@@ -484,12 +496,17 @@ class TokenStatus(_message.Message):
     COOLDOWN_FIELD_NUMBER: _builtins.int
     NOT_BEFORE_TIME_FIELD_NUMBER: _builtins.int
     QUEUE_LENGTH_FIELD_NUMBER: _builtins.int
+    SHARED_LEASE_COUNT_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     """The token: `apps/{app}/tokens/{token}`."""
     wait_reason: Global___WaitReason.ValueType
     """Why no lease would be given; unspecified when one would."""
     queue_length: _builtins.int
     """Number of waiters in the queue."""
+    shared_lease_count: _builtins.int
+    """Number of live shared leases, if the token is in custody. `lease` is then
+    the one that a change is about; ListLeases lists them.
+    """
     @_builtins.property
     def lease(self) -> Global___Lease:
         """The live lease. In a change that ended a lease: that lease."""
@@ -511,10 +528,11 @@ class TokenStatus(_message.Message):
         cooldown: _duration_pb2.Duration | None = ...,
         not_before_time: _timestamp_pb2.Timestamp | None = ...,
         queue_length: _builtins.int = ...,
+        shared_lease_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cooldown", b"cooldown", "lease", b"lease", "not_before_time", b"not_before_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cooldown", b"cooldown", "lease", b"lease", "not_before_time", b"not_before_time", "queue_length", b"queue_length", "token", b"token", "wait_reason", b"wait_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cooldown", b"cooldown", "lease", b"lease", "not_before_time", b"not_before_time", "queue_length", b"queue_length", "shared_lease_count", b"shared_lease_count", "token", b"token", "wait_reason", b"wait_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -62,6 +62,7 @@ class AcquireLeaseRequest(_message.Message):
     HOLDER_FIELD_NUMBER: _builtins.int
     LAST_FENCING_TOKEN_FIELD_NUMBER: _builtins.int
     SCOPES_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     """The token: `apps/{app}/tokens/{token}`."""
     request_id: _builtins.str
@@ -72,6 +73,11 @@ class AcquireLeaseRequest(_message.Message):
     last_fencing_token: _builtins.int
     """The highest fencing token this client has seen for the token, or 0. The
     store raises its own number to it.
+    """
+    mode: _lease_pb2.LeaseMode.ValueType
+    """Which mode the lease must have; the request is refused if the token gives
+    none of that mode. Unspecified: SHARED if the token is in custody, else
+    EXCLUSIVE.
     """
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
@@ -105,10 +111,11 @@ class AcquireLeaseRequest(_message.Message):
         holder: _lease_pb2.Holder | None = ...,
         last_fencing_token: _builtins.int = ...,
         scopes: _abc.Iterable[_budget_pb2.Scope] | None = ...,
+        mode: _lease_pb2.LeaseMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_wait", b"_wait", "holder", b"holder", "ttl", b"ttl", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_wait", b"_wait", "holder", b"holder", "last_fencing_token", b"last_fencing_token", "request_id", b"request_id", "scopes", b"scopes", "token", b"token", "ttl", b"ttl", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_wait", b"_wait", "holder", b"holder", "last_fencing_token", b"last_fencing_token", "mode", b"mode", "request_id", b"request_id", "scopes", b"scopes", "token", b"token", "ttl", b"ttl", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__wait: _TypeAlias = _typing.Literal["wait"]  # noqa: Y015
     _WhichOneofArgType__wait: _TypeAlias = _typing.Literal["_wait", b"_wait"]  # noqa: Y015
@@ -627,7 +634,9 @@ class ListLeasesRequest(_message.Message):
     (`apps/{app}/tokens/{token}`); empty means all that the caller may see.
     """
     page_size: _builtins.int
-    """At most this many leases, up to 1000; 0 means 100."""
+    """At most this many leases, up to 1000; 0 means 100. Shared leases of one
+    token stay on one page, which may exceed it.
+    """
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     def __init__(

@@ -111,6 +111,7 @@ class Policy(_message.Message):
     CONCURRENCY_LIMITS_FIELD_NUMBER: _builtins.int
     DIVISION_QUERY_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
+    MOST_RUNS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The policy's name, such as `exact-online`; tokens refer to it."""
     title: _builtins.str
@@ -123,6 +124,8 @@ class Policy(_message.Message):
     """
     when_quiet: Global___WhenQuiet.ValueType
     """What a run does while one of its scopes backs off."""
+    most_runs: _builtins.int
+    """How many shared leases on a token in custody may live at the same time."""
     @_builtins.property
     def refresh(self) -> Global___RefreshPolicy:
         """When a token may be refreshed."""
@@ -189,10 +192,11 @@ class Policy(_message.Message):
         concurrency_limits: _abc.Iterable[Global___ConcurrencyLimit] | None = ...,
         division_query: _abc.Iterable[_builtins.str] | None = ...,
         refusals: _abc.Iterable[Global___Refusal] | None = ...,
+        most_runs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "longest_ttl", b"longest_ttl", "oauth", b"oauth", "output", b"output", "refresh", b"refresh"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "concurrency_limits", b"concurrency_limits", "division_query", b"division_query", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "name", b"name", "oauth", b"oauth", "output", b"output", "preset", b"preset", "refresh", b"refresh", "refusals", b"refusals", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "concurrency_limits", b"concurrency_limits", "division_query", b"division_query", "endpoint_path", b"endpoint_path", "limits", b"limits", "longest_ttl", b"longest_ttl", "most_runs", b"most_runs", "name", b"name", "oauth", b"oauth", "output", b"output", "preset", b"preset", "refresh", b"refresh", "refusals", b"refusals", "throttles", b"throttles", "title", b"title", "when_quiet", b"when_quiet"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,17 +27,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from holdoff.v1 import lease_pb2 as holdoff_dot_v1_dot_lease__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16holdoff/v1/token.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16holdoff/v1/lease.proto\"\xa3\x04\n\x05Token\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x33\n\x10refresh_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\nrefresh_at\x18\x04 \x01(\x0e\x32\x15.holdoff.v1.RefreshAt\x12%\n\x05rules\x18\x05 \x01(\x0b\x32\x16.holdoff.v1.TokenRules\x12\x11\n\tlock_name\x18\x06 \x01(\t\x12+\n\x0bwait_reason\x18\x07 \x01(\x0e\x32\x16.holdoff.v1.WaitReason\x12+\n\x08\x63ooldown\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x0fnot_before_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11last_refresh_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rfencing_token\x18\x0b \x01(\x04\x12\r\n\x05lease\x18\x0c \x01(\t\x12\x14\n\x0cqueue_length\x18\r \x01(\r\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x01\n\nTokenRules\x12\x33\n\x10refresh_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\nrefresh_at\x18\x02 \x01(\x0e\x32\x15.holdoff.v1.RefreshAt\x12\x34\n\x11\x61\x63\x63\x65ss_token_life\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*Q\n\tRefreshAt\x12\x1a\n\x16REFRESH_AT_UNSPECIFIED\x10\x00\x12\x12\n\x0eREFRESH_AT_END\x10\x01\x12\x14\n\x10REFRESH_AT_START\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16holdoff/v1/token.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16holdoff/v1/lease.proto\"\xbf\x04\n\x05Token\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x33\n\x10refresh_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\nrefresh_at\x18\x04 \x01(\x0e\x32\x15.holdoff.v1.RefreshAt\x12%\n\x05rules\x18\x05 \x01(\x0b\x32\x16.holdoff.v1.TokenRules\x12\x11\n\tlock_name\x18\x06 \x01(\t\x12+\n\x0bwait_reason\x18\x07 \x01(\x0e\x32\x16.holdoff.v1.WaitReason\x12+\n\x08\x63ooldown\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x0fnot_before_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11last_refresh_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rfencing_token\x18\x0b \x01(\x04\x12\r\n\x05lease\x18\x0c \x01(\t\x12\x14\n\x0cqueue_length\x18\r \x01(\r\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12shared_lease_count\x18\x10 \x01(\r\"\xa2\x01\n\nTokenRules\x12\x33\n\x10refresh_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\nrefresh_at\x18\x02 \x01(\x0e\x32\x15.holdoff.v1.RefreshAt\x12\x34\n\x11\x61\x63\x63\x65ss_token_life\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*Q\n\tRefreshAt\x12\x1a\n\x16REFRESH_AT_UNSPECIFIED\x10\x00\x12\x12\n\x0eREFRESH_AT_END\x10\x01\x12\x14\n\x10REFRESH_AT_START\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'holdoff.v1.token_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFRESHAT']._serialized_start=842
-  _globals['_REFRESHAT']._serialized_end=923
+  _globals['_REFRESHAT']._serialized_start=870
+  _globals['_REFRESHAT']._serialized_end=951
   _globals['_TOKEN']._serialized_start=128
-  _globals['_TOKEN']._serialized_end=675
-  _globals['_TOKENRULES']._serialized_start=678
-  _globals['_TOKENRULES']._serialized_end=840
+  _globals['_TOKEN']._serialized_end=703
+  _globals['_TOKENRULES']._serialized_start=706
+  _globals['_TOKENRULES']._serialized_end=868
 # @@protoc_insertion_point(module_scope)

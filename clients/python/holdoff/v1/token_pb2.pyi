@@ -71,6 +71,7 @@ class Token(_message.Message):
     QUEUE_LENGTH_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    SHARED_LEASE_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name: `apps/{app}/tokens/{token}`; both ids are `[a-z0-9-]{1,63}`."""
     policy: _builtins.str
@@ -91,6 +92,8 @@ class Token(_message.Message):
     """Name of the live lease, if there is one. Output only."""
     queue_length: _builtins.int
     """Number of waiters in the queue. Output only."""
+    shared_lease_count: _builtins.int
+    """Number of live shared leases, if the token is in custody. Output only."""
     @_builtins.property
     def refresh_interval(self) -> _duration_pb2.Duration:
         """Least time between two refreshes, taken exactly. Absent: the policy's
@@ -143,10 +146,11 @@ class Token(_message.Message):
         queue_length: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        shared_lease_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cooldown", b"cooldown", "create_time", b"create_time", "last_refresh_time", b"last_refresh_time", "not_before_time", b"not_before_time", "refresh_interval", b"refresh_interval", "rules", b"rules", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cooldown", b"cooldown", "create_time", b"create_time", "fencing_token", b"fencing_token", "last_refresh_time", b"last_refresh_time", "lease", b"lease", "lock_name", b"lock_name", "name", b"name", "not_before_time", b"not_before_time", "policy", b"policy", "queue_length", b"queue_length", "refresh_at", b"refresh_at", "refresh_interval", b"refresh_interval", "rules", b"rules", "update_time", b"update_time", "wait_reason", b"wait_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cooldown", b"cooldown", "create_time", b"create_time", "fencing_token", b"fencing_token", "last_refresh_time", b"last_refresh_time", "lease", b"lease", "lock_name", b"lock_name", "name", b"name", "not_before_time", b"not_before_time", "policy", b"policy", "queue_length", b"queue_length", "refresh_at", b"refresh_at", "refresh_interval", b"refresh_interval", "rules", b"rules", "shared_lease_count", b"shared_lease_count", "update_time", b"update_time", "wait_reason", b"wait_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -42,6 +42,7 @@ keep_grant(grant, {
   unproven = 0, first_unproven_us = 0, not_sent = 0, confirmed_us = 0, evidence_us = 0,
   attempt = '', attempt_replica = '', attempt_begun_us = 0, attempt_step = '', attempt_outcome = '',
 })
+put(token_key(id), token, {custody_us = kept and token.custody_us or now})
 mirror(id, token, lease)
 audit('GRANT_PUT', token_name(id), {reason = kept and 'replaced' or ''}, true)
 redis.call('SPUBLISH', SHARD .. ':custody', id)
