@@ -966,8 +966,8 @@ MUTANTS = [
     Mutant(
         "the release of a shared lease begins no cooldown",
         f"{LUA}/release.lua",
-        "if ARGV[12] == '1' or token.custody_us then",
-        "if ARGV[12] == '1' then",
+        "if token.custody_us then refreshed = nil end",
+        "",
         f"{TESTS}/test_shared_leases.py::test_no_end_begins_a_cooldown",
     ),
     Mutant(

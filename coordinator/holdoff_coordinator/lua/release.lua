@@ -15,12 +15,12 @@ if lease.state == 'OFFERED' then
   redis.call('ZREM', queue_key(id), lease.request)
   withdraw_offer(id, token, lease, false)
 else
-  local refreshed = not token.custody_us and now or nil
+  local refreshed = now
   if not lease.break_reason then
     local reported = ARGV[11] ~= '' and now - number(ARGV[11]) or 0
     local started = number(lease.started_us)
     local life = math.min(number(lease.access_token_life_us), number(token.access_token_life_us))
-    if ARGV[12] == '1' or token.custody_us then
+    if ARGV[12] == '1' then
       refreshed = nil
     elseif ARGV[10] == '1' and reported >= number(lease.accepted_us) then
       refreshed = math.min(reported, now)
@@ -29,6 +29,7 @@ else
       refreshed = started
     end
   end
+  if token.custody_us then refreshed = nil end -- its holder does not refresh
   finish(id, token, lease, lease.break_reason and 'BROKEN' or 'RELEASED', now, refreshed)
 end
 mirror(id, token, nil)
