@@ -133,6 +133,7 @@ def test_offers_are_made_at_once(custodian: Custodian, token: str) -> None:
         wait_until(lambda: other.last and other.last.waiting.place == 2)
         for holder in holders:
             custodian.release(holder)
+        wait_until(lambda: len(listed(custodian, token)) == MOST, 10)
         assert one.offer().lease.name != other.offer().lease.name
 
 
