@@ -416,7 +416,7 @@ class Leases:
                         )
         return lease_service_pb2.ListLeasesResponse(leases=leases)
 
-    async def _shared(self, token: TokenName) -> list[lease_pb2.Lease]:
+    async def _shared(self, token: TokenName) -> Sequence[lease_pb2.Lease]:
         """Return the live shared leases of a token in custody."""
         reply = await self._scripts.run("read_shared", token.app, token.token)
 

@@ -33,7 +33,7 @@ def test_two_runs_use_one_access_token(tmp_path: Path) -> None:
                 "HOLDOFF_ENDPOINT": one.endpoint,
                 "XDG_STATE_HOME": str(tmp_path / name),
             }
-            options = ["--token", one.token, "--access-token-file", tmp_path / f"{name}.token"]
+            options = ["--token", one.token, "--access-token-file", str(tmp_path / f"{name}.token")]
             runs.append(
                 subprocess.Popen(
                     [BIN / "holdoff", "run", *options, "--", "sh", "-c", JOB],

@@ -114,7 +114,7 @@ def test_as_many_as_the_policy_allows(custodian: Custodian, token: str) -> None:
         custodian.release(first)
         offer = third.offer()
         custodian.renew(offer)
-        assert not fourth.last.HasField("offer")
+        assert not any(event.HasField("offer") for event in fourth.events)
         custodian.release(second)
         custodian.renew(fourth.offer())
     history = custodian.leases.ListLeaseHistory(
@@ -166,10 +166,10 @@ def test_a_cooldown_holds_up_no_run(custodian: Custodian) -> None:
 def test_a_quarantine_holds_up_no_run(custodian: Custodian, token: str, store: redis.Redis) -> None:
     """But it holds those of a token that was put since it began. Fails if it stops all jobs."""
     now_us = round(time.time() * 1e6)
-    quarantine = {"quarantine_since_us": now_us, "quarantine_until_us": now_us + 600_000_000}
-    store.hset(shard(token), mapping=quarantine)
+    store.hset(shard(token), "quarantine_since_us", str(now_us))
+    store.hset(shard(token), "quarantine_until_us", str(now_us + 600_000_000))
     assert custodian.hold(token).lease.mode == SHARED
-    store.hset(f"{shard(token)}:token:{token.split('/')[3]}", "custody_us", now_us + 1)
+    store.hset(f"{shard(token)}:token:{token.split('/')[3]}", "custody_us", str(now_us + 1))
     assert refused(custodian.acquire, token).reason == "QUARANTINED"
 
 
