@@ -14,7 +14,11 @@ put(key, token, {
 })
 redis.call('ZADD', SHARD .. ':tokens', 0, id)
 -- What custody knows outlives the token, which may have been removed from the store by hand.
-local refreshed = math.min(now, number(redis.call('HGET', SHARD .. ':grant:' .. id, 'refreshed_us')))
+local grant = load(SHARD .. ':grant:' .. id)
+local refreshed = math.min(now, number(grant.refreshed_us))
+if grant.sealed_grant and grant.sealed_grant ~= '' then
+  put(key, token, {custody_us = now, mirror = shared.LOCK, mirror_until_us = 0})
+end
 if refreshed > 0 then cool_down(id, token, refreshed, number(ARGV[11])) end
 if ARGV[14] ~= '' then cool_down(id, token, now - number(ARGV[14]), number(ARGV[11])) end
 settle(id)
