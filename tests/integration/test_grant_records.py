@@ -13,6 +13,7 @@ import pytest
 from holdoff._core import duration
 from holdoff.names import TokenName
 from holdoff.v1 import admin_service_pb2, budget_pb2
+from holdoff.v1.lease_pb2 import LEASE_MODE_SHARED
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.custody.records import (
     Answer,
@@ -387,11 +388,10 @@ def test_a_request_whose_result_is_unknown_counts_at_its_last_possible_moment(
         store.hset(f"holdoff:{{{grant.name.app}}}:grant:t", "not_before_us", 0)
 
 
-def test_a_lease_holds_the_request(grant: Grant, replica: Replica) -> None:
-    """The holder of an exclusive lease may refresh by itself."""
-    replica.hold(str(grant.name))
-    waiting = grant.begin()
-    assert (waiting.status, waiting.reason) == ("WAIT", "LEASED")
+def test_a_shared_lease_holds_no_request(grant: Grant, replica: Replica) -> None:
+    """Its holder does not refresh: an access token is requested while jobs run."""
+    assert replica.hold(str(grant.name)).lease.mode == LEASE_MODE_SHARED
+    assert grant.begin().status == "BEGUN"
 
 
 def test_secrets_are_sealed_for_the_generation_that_they_get(grant: Grant) -> None:

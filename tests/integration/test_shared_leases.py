@@ -12,7 +12,13 @@ import redis
 import redis_lock
 
 from holdoff.policies import presets
-from holdoff.v1 import admin_service_pb2, lease_pb2, lease_service_pb2
+from holdoff.v1 import (
+    admin_service_pb2,
+    budget_pb2,
+    budget_service_pb2,
+    lease_pb2,
+    lease_service_pb2,
+)
 from tests.custodian import Custodian, key_directory, refused
 from tests.harness import Waiter, ask, end_cooldown, token_to_create, wait_until
 
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 SHARED = lease_pb2.LEASE_MODE_SHARED
 EXCLUSIVE = lease_pb2.LEASE_MODE_EXCLUSIVE
 MOST = 2
+HOST = "start.exactonline.nl"
 INTERVAL_SECONDS = 600.0
 
 
@@ -63,11 +70,11 @@ def token(custodian: Custodian) -> str:
     return name
 
 
-def in_policy(custodian: Custodian) -> str:
-    """Create a token with that policy, and an interval."""
+def in_policy(custodian: Custodian, policy: str = "two") -> str:
+    """Create a token with a policy, and an interval."""
     name = f"apps/{uuid.uuid4().hex}/tokens/t"
     request = token_to_create(name, INTERVAL_SECONDS)
-    request.token.policy = "two"
+    request.token.policy = policy
     custodian.tokens.CreateToken(request)
     return name
 
@@ -216,6 +223,33 @@ def test_python_redis_lock_is_kept_out(
     wait_until(lambda: store.get(f"lock:{name}") == b"holdoff-custody")
     assert custodian.show_token(token).HasField("cooldown")
     custodian.renew(holder)
+
+
+def test_a_clock_that_went_back_keeps_no_dead_lease(
+    custodian: Custodian, token: str, store: redis.Redis
+) -> None:
+    """Fails when the lease of a holder that is gone lives for as long as the step."""
+    offer = custodian.hold(token, ttl=1.0)
+    lease_id = offer.lease.name.rpartition("/")[2]
+    ahead_us = round((time.time() + 3600) * 1e6)
+    store.hset(f"{shard(token)}:lease:t:{lease_id}", "expires_us", str(ahead_us))
+    store.zadd(f"{shard(token)}:shared:t", {lease_id: ahead_us})
+    store.hset(shard(token), "high_water_us", str(ahead_us))
+    wait_until(lambda: not listed(custodian, token))
+    assert custodian.show(offer.lease.name).state == lease_pb2.LEASE_STATE_EXPIRED
+
+
+def test_back_offs_of_token_requests_hold_no_run(custodian: Custodian) -> None:
+    """Those of its calls do. Fails when a spent budget of token requests stops all jobs."""
+    token = in_policy(custodian, "exact-online")
+    where = {"token_url": f"https://{HOST}/api/oauth2/token", "api_hosts": [HOST]}
+    custodian.put(token, grant=where)
+    event = budget_pb2.Event(
+        kind=budget_pb2.EVENT_KIND_TOKEN_REQUEST, count=1000, id=str(uuid.uuid4())
+    )
+    event.scope.token = token
+    custodian.budgets.RecordEvents(budget_service_pb2.RecordEventsRequest(events=[event]))
+    assert custodian.hold(token).lease.mode == SHARED
 
 
 def test_a_waiter_withdraws_its_offer(custodian: Custodian, token: str) -> None:

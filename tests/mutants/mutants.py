@@ -978,6 +978,27 @@ MUTANTS = [
         f"{TESTS}/test_shared_leases.py::test_no_end_begins_a_cooldown",
     ),
     Mutant(
+        "a clock that went back keeps no dead shared lease",
+        f"{LUA}/leases.lua",
+        "if shard.went_back_us ~= token.went_back_us then",
+        "if false then",
+        f"{TESTS}/test_shared_leases.py::test_a_clock_that_went_back_keeps_no_dead_lease",
+    ),
+    Mutant(
+        "back-offs of token requests hold no shared lease",
+        f"{LUA}/leases.lua",
+        "if not shared[id] then return subject end",
+        "if true then return subject end",
+        f"{TESTS}/test_shared_leases.py::test_back_offs_of_token_requests_hold_no_run",
+    ),
+    Mutant(
+        "a quarantine holds no run of a token that was in custody before",
+        f"{LUA}/leases.lua",
+        "(in_quarantine() and not was_in_custody)",
+        "in_quarantine()",
+        f"{TESTS}/test_shared_leases.py::test_a_quarantine_holds_up_no_run",
+    ),
+    Mutant(
         "a grant is not deleted while a shared lease lives",
         f"{LUA}/custody/delete_grant.lua",
         "if (token.running or 0) > 0 then",
@@ -1086,11 +1107,6 @@ MUTANTS = [
         "a deletion takes the secrets",
         *(f"{LUA}/custody/delete_grant.lua", "sealed_access = '', facts = '',", "facts = '',"),
         f"{TESTS}/test_grant_records.py::test_a_grant_that_is_put_again_still_waits",
-    ),
-    Mutant(
-        "the holder of a lease holds the request for an access token",
-        *(f"{LUA}/custody/grants.lua", "if lease then return 'LEASED'", "if false then return ''"),
-        f"{TESTS}/test_grant_records.py::test_a_lease_holds_the_request",
     ),
     Mutant(
         "whose refresh token it is, is told to those who see that token",

@@ -17,8 +17,13 @@ if request.fingerprint and not is_same_request(request, fingerprints) then
 end
 if request.state == 'ended' then return reply('LEASE_ENDED', request.lease) end
 if request.lease then return reply('OFFER', request.lease, flat_lease(id, request.lease)) end
-if ARGV[19] == 'EXCLUSIVE' and token.custody_us then return reply('IN_CUSTODY') end
-if ARGV[19] == 'SHARED' and not token.custody_us then return reply('NOT_IN_CUSTODY') end
+local refusal = ARGV[19] == 'EXCLUSIVE' and token.custody_us and 'IN_CUSTODY'
+  or ARGV[19] == 'SHARED' and not token.custody_us and 'NOT_IN_CUSTODY'
+if refusal then
+  redis.call('ZREM', queue_key(id), hash)
+  redis.call('DEL', request_key(hash))
+  return reply(refusal)
+end
 if token.custody_us and token.most_runs ~= ARGV[20] then put(token_key(id), token, {most_runs = ARGV[20]}) end
 
 local known = number(ARGV[15])
@@ -48,7 +53,7 @@ if request.state then hear(hash, request, heard_age) end
 
 if known > number(token.fencing) then put(token_key(id), token, {fencing = known}) end
 local queue = queue_of(id, obstacle(token, lease) == '', token.custody_us)
-local stand = standing(token, lease, queue, hash, wait_of(hash, subject, false))
+local stand = standing(id, token, lease, queue, hash, wait_of(hash, subject, false))
 if stand[1] ~= '' or heard_age > LIVE_FOR then
   return reply('WAITING', stand, token.lease and flat_lease(id, token.lease) or {}, token.lease or '')
 end

@@ -222,6 +222,7 @@ end
 
 -- The clock went back: what was to last from then lasts from now.
 local function go_back()
+  put(SHARD, shard, {went_back_us = now})
   for field, span in pairs({
     quarantine_since_us = 0, quarantine_until_us = number(shard.quarantine_for_us or ARGV[4]), recovery_until_us = RECOVERY, gain_until_us = number(ARGV[4]), data_lost_us = 0, writes_lost_us = 0,
     clock_doubted_us = 0, restored_us = 0, hold_until_us = longest_hold(),

@@ -30,6 +30,17 @@ function shared.count(id, token)
   token.running = token.custody_us and redis.call('ZCARD', shared.key(id))
 end
 
+-- Of the back-offs that a job is subject to, those that hold one with this token: in custody the
+-- coordinator requests access tokens, so that back-offs of these requests hold no job.
+function shared.holding(id, subject)
+  if not shared[id] then return subject end
+  local holding = {}
+  for _, one in ipairs(subject) do
+    if one.kind ~= 'TOKEN_REQUEST' then holding[#holding + 1] = one end
+  end
+  return holding
+end
+
 -- What stands between a token in custody and its next shared lease, apart from the queue.
 function shared.obstacle(token)
   local was_in_custody = number(token.custody_us) < number(shard.quarantine_since_us)
@@ -50,7 +61,8 @@ end
 -- token makes all of its calls quiet.
 local function shown_obstacle(id, token, lease)
   local reason = obstacle(token, lease)
-  if reason == '' and wait_of('', subject_to(id, {{'', ''}}), false) then return 'BACKING_OFF' end
+  local subject = shared.holding(id, subject_to(id, {{'', ''}}))
+  if reason == '' and wait_of('', subject, false) then return 'BACKING_OFF' end
   return reason
 end
 
@@ -150,7 +162,8 @@ local function walk_queue(id, visit)
 end
 
 local function back_offs_of(request)
-  return subject_to(request.token, places_of(request.token, request.places, request.job))
+  local subject = subject_to(request.token, places_of(request.token, request.places, request.job))
+  return shared.holding(request.token, subject)
 end
 
 -- The queue of a token at this instant: its length, and by request hash the
@@ -236,12 +249,8 @@ local function cool_down(id, token, refreshed, interval)
 end
 
 local function forget_lease(id, token)
-  if token.custody_us then
-    redis.call('ZREM', shared.key(id), token.lease)
-    shared.count(id, token)
-  else
-    redis.call('HDEL', token_key(id), 'lease')
-  end
+  if redis.call('ZREM', shared.key(id), token.lease) == 0 then redis.call('HDEL', token_key(id), 'lease') end
+  shared.count(id, token)
   token.lease = nil
 end
 
@@ -379,6 +388,19 @@ end
 
 -- Ends the shared leases of a token that have run out; returns whether there were any.
 function shared.settle(id, token)
+  shared[id] = true
+  if shard.went_back_us ~= token.went_back_us then
+    -- The clock of the store went back: none was renewed later than now.
+    for _, lease_id in ipairs(redis.call('ZRANGE', shared.key(id), 0, -1)) do
+      local lease = load(lease_key(id, lease_id))
+      local latest = now + (lease.state == 'OFFERED' and OFFER_FOR or number(lease.ttl_us))
+      if lease.state and number(lease.expires_us) > latest then
+        put(lease_key(id, lease_id), lease, {expires_us = latest})
+        redis.call('ZADD', shared.key(id), us(latest), lease_id)
+      end
+    end
+    put(token_key(id), token, {went_back_us = shard.went_back_us})
+  end
   local ended = redis.call('ZRANGEBYSCORE', shared.key(id), '-inf', us(sure))
   for _, lease_id in ipairs(ended) do
     local lease = load(lease_key(id, lease_id))
@@ -456,7 +478,7 @@ end
 -- it may have the lease then without being told, the back-off in its way or ''}. The
 -- reason is '' when it may have the lease at this instant. A request without a place,
 -- for which `wait` says what it must be quiet for, comes after all others.
-local function standing(token, lease, queue, hash, wait)
+local function standing(id, token, lease, queue, hash, wait)
   local spot = queue[hash] or {
     place = 0, ahead = queue.ahead, first = queue.first, ahead_returning = queue.ahead_returning, wait = wait,
   }
@@ -466,6 +488,9 @@ local function standing(token, lease, queue, hash, wait)
   local interval = number(token.interval_us)
   local reason, start = obstacle(token, lease), math.max(number(token.not_before_us), now)
   if token.custody_us then interval, start = 0, now end
+  if reason == 'FULL' then
+    start = math.max(now, number(redis.call('ZRANGE', shared.key(id), 0, 0, 'WITHSCORES')[2]))
+  end
   if reason == 'COOLING' then start = over_at(number(token.not_before_us)) end
   if reason == 'QUARANTINED' then
     start = math.max(start, quarantined_until())

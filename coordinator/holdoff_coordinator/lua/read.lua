@@ -7,8 +7,8 @@ local found = {}
 local function read(id)
   local token, lease = settle(id)
   if token then
-    local wait = wait_of('', subject_to(id, {{'', ''}}), false)
-    local stand = standing(token, lease, queue_of(id, false, token.custody_us), '', wait)
+    local wait = wait_of('', shared.holding(id, subject_to(id, {{'', ''}})), false)
+    local stand = standing(id, token, lease, queue_of(id, false, token.custody_us), '', wait)
     local head = redis.call('ZRANGE', queue_key(id), 0, 0)[1]
     found[#found + 1] = {
       id, redis.call('HGETALL', token_key(id)), token.lease or '',

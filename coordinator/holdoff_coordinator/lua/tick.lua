@@ -22,7 +22,7 @@ local function look(first)
     if ARGV[i] ~= id then break end
     local hash = ARGV[i + 1]
     local waiting = token and redis.call('HGET', request_key(hash), 'state') == 'waiting'
-    group[#group + 1] = {hash, waiting and standing(token, lease, queue, hash) or {}}
+    group[#group + 1] = {hash, waiting and standing(id, token, lease, queue, hash) or {}}
   end
   groups[#groups + 1] = group
 end

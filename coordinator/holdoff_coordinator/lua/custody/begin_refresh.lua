@@ -16,7 +16,7 @@ end
 if sure < grant.not_before_us then
   return answer('WAIT', {reason = 'COOLING', until_us = over_at(grant.not_before_us), grant = grant})
 end
-local reason, until_us = held_by(token, lease)
+local reason, until_us = held_by(token)
 if reason then return answer('WAIT', {reason = reason, until_us = until_us, grant = grant}) end
 local is_doubtful = ask.fears ~= '' and may_be_restored(grant)
 if is_doubtful or (ask.fears == 'WRITES' and may_be_behind(grant)) then

@@ -99,11 +99,10 @@ end
 
 -- What prevents the next request for an access token, apart from the grant itself: a reason, and
 -- until when; nothing if nothing does. The holder of a lease may refresh by itself.
-local function held_by(token, lease)
+local function held_by(token)
   if in_quarantine() and not (ask.quarantine and ask.quarantine ~= '' and ask.quarantine == this_quarantine()) then
     return 'QUARANTINED', quarantined_until()
   end
-  if lease then return 'LEASED', number(lease.expires_us) end
   if token.foreign then return 'LOCKED', now + SECOND end
   if cools(token) then return 'COOLING', over_at(number(token.not_before_us)) end
   -- One request an interval neither probes a back-off nor follows in turn: it goes when the pause is over.

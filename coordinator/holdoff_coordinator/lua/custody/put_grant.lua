@@ -44,6 +44,7 @@ keep_grant(grant, {
 })
 put(token_key(id), token, {custody_us = kept and token.custody_us or now})
 mirror(id, token, lease)
+wake_next(id)
 audit('GRANT_PUT', token_name(id), {reason = kept and 'replaced' or ''}, true)
 redis.call('SPUBLISH', SHARD .. ':custody', id)
 return answer('OK')

@@ -7,7 +7,7 @@ for _, one in ipairs(ask.tokens) do
     id = one
     local grant, token, lease = load_grant(id), settle(id)
     if not is_kept(grant) or not token then return end
-    local reason, until_us = held_by(token, lease)
+    local reason, until_us = held_by(token)
     if not ask.sealed then grant.sealed_grant, grant.sealed_access = nil, nil end
     grants[#grants + 1] = {
       id, grant, reason or '', until_us or 0, now, number(token.interval_us), token.policy or '', this_quarantine(),
