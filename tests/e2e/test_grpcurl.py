@@ -167,7 +167,8 @@ def story(start_valkey: StartValkey, tmp_path: Path) -> Iterator[tuple[Replica, 
         replica.create_token(None, name=PAYROLL)
         host = "start.exactonline.nl"
         url = f"https://{host}/api/oauth2/token"
-        replica.put(PAYROLL, grant={"client_id": "7e3f", "token_url": url, "api_hosts": [host]})
+        put = {"client_id": "7e3f", "token_url": url, "api_hosts": [host]}
+        replica.put(PAYROLL, grant=put, last_refresh_age=None)
         export, began = _run(replica, FINANCE, _holder("export", "web3", 77))
         replica.release(export)
         payslips, _ = _run(replica, PAYROLL, _holder("payslips", "web3", 311))
