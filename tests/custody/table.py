@@ -67,7 +67,7 @@ TABLE: dict[str, dict[Rotation, Cell]] = {
     ),
     "stored, crash before hand-out": _cells(f"{CASES}::test_a_crash_after_it_was_stored", ALIVE),
     "failover lost the token; a copy": _cells(
-        f"{REFRESHING}::test_a_failover_that_may_have_lost_an_answer", ALIVE
+        f"{CASES}::test_a_failover_that_lost_an_answer_of_which_a_replica_has_a_copy", ALIVE
     ),
     "failover lost the token; no copy": _cells(
         f"{CASES}::test_a_failover_that_lost_an_answer_of_which_no_copy_is_left",

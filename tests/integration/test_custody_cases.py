@@ -25,6 +25,7 @@ from tests.integration.test_refreshing import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from holdoff_coordinator.custody.refreshing import Refresher
     from tests.conftest import StartValkey
 
 ACCESS_SECONDS = 600
@@ -58,16 +59,18 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return key_directory(tmp_path_factory.mktemp("keys"), "first")
 
 
-async def lose(w: World) -> None:
-    """Have the store lose what a replica stores now, and know that it may have lost something."""
+async def lose(w: World) -> Refresher:
+    """Have the store lose what a replica stores now, and know that it may; return the replica."""
     key = f"holdoff:{{{w.name.app}}}:grant:{w.name.token}"
     before = w.store.dump(key)
-    await w.refresh()
+    one = w.refresher()
+    await one.refresh(w.name)
     assert before is not None
     w.store.restore(key, 0, before, replace=True)
     await w.pass_seconds(GRACE_SECONDS + ACCESS_SECONDS)
     seconds, _ = w.store.time()
     w.store.hset(f"holdoff:{{{w.name.app}}}", "writes_lost_us", (seconds - 60) * SECOND)
+    return one
 
 
 @pytest.mark.parametrize("rotation", Rotation)
@@ -136,6 +139,23 @@ async def test_a_failover_that_lost_an_answer_of_which_no_copy_is_left(
         else:
             assert (record.condition, record.generation) == (Condition.REAUTHORIZE, 1)
             assert await report(w) == (1, 1, OLD_TOKEN_ONCE)
+
+
+@pytest.mark.parametrize("rotation", Rotation)
+async def test_a_failover_that_lost_an_answer_of_which_a_replica_has_a_copy(
+    rotation: Rotation, url: str, keys: Path, tmp_path: Path
+) -> None:
+    """The replica stores it again, and the chain continues with the new refresh token."""
+    async with world(url, keys, tmp_path, rotation) as w:
+        one = await lose(w)
+        assert (await w.record()).generation == 1
+        await one.restore(w.name.app)
+        assert (await w.record()).generation == 2
+        await w.pass_seconds(INTERVAL_SECONDS)  # its boot clock was not moved
+        await one.refresh(w.name)
+        record = await w.record()
+        assert (record.condition, record.generation) == (Condition.READY, 3)
+        assert await report(w) == (2, 0, {})
 
 
 async def test_no_proof_after_the_grace_period(url: str, keys: Path, tmp_path: Path) -> None:
