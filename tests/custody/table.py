@@ -44,7 +44,8 @@ SINGLE = dict.fromkeys(
     (Rotation.GRACE, Rotation.SINGLE_USE, Rotation.SINGLE_USE_REVOKES), REAUTHORIZE
 )
 GRACE_REPEATED = Cell(
-    "alive at once, within the period", f"{REFRESHING}::test_no_proof_within_a_grace_period"
+    "alive at once, within the period",
+    f"{CASES}::test_no_proof_of_a_request_that_was_not_acted_on",
 )
 TABLE: dict[str, dict[Rotation, Cell]] = {
     "not sent": _cells(f"{REFRESHING}::test_not_sent", WAIT),
@@ -60,6 +61,7 @@ TABLE: dict[str, dict[Rotation, Cell]] = {
             dict.fromkeys(SINGLE, REFUSED),
             parameter="{}-lost-answer",
         ),
+        # Within the period: test_no_proof_within_a_grace_period.
         Rotation.GRACE: Cell(REFUSED, f"{CASES}::test_no_proof_after_the_grace_period"),
     },
     "answered, crash before stored": _cells(

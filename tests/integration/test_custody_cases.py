@@ -169,3 +169,15 @@ async def test_no_proof_after_the_grace_period(url: str, keys: Path, tmp_path: P
         record = await w.record()
         assert (record.condition, record.generation) == (Condition.REAUTHORIZE, 1)
         assert await report(w) == (1, 1, OLD_TOKEN_ONCE)
+
+
+async def test_no_proof_of_a_request_that_was_not_acted_on(
+    url: str, keys: Path, tmp_path: Path
+) -> None:
+    """Within a proven grace period the token is repeated at once."""
+    async with world(url, keys, tmp_path, Rotation.GRACE, has_interval=False) as w:
+        await w.fault({"fault": "error", "status": 500})
+        await w.refresh()
+        record = await w.record()
+        assert (record.condition, record.generation) == (Condition.READY, 2)
+        assert (await report(w))[::2] == (1, {})
