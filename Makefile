@@ -92,6 +92,7 @@ bench: $(READY) ## Benchmarks, without assertions
 	PYTHONPATH=. python tests/bench/output.py
 	PYTHONPATH=. python tests/bench/sending.py
 	PYTHONPATH=. python tests/bench/handing_out.py
+	PYTHONPATH=. python tests/bench/renewing.py
 	PYTHONPATH=. SECONDS=5 python tests/bench/attacks.py
 
 coverage: $(READY) ## Coverage of lines and branches, including started processes

@@ -105,7 +105,12 @@ async def measure(address: str, pid: int, grants: list[Refreshed]) -> None:
 def main() -> None:
     """Measure on a store of its own."""
     say(f"machine: {os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}\n")
-    with tempfile.TemporaryDirectory() as folder, testing.valkey() as (url, _):
+    # The runner ends last: the operator's loop still calls gRPC's poller of this one.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        asyncio.Runner() as runner,
+        testing.valkey() as (url, _),
+    ):
         keys = key_directory(Path(folder), "first")
         os.environ["HOLDOFF_CUSTODY_KEY_DIR"] = folder
         os.environ["HOLDOFF_LIMIT"] = f"access-tokens={STREAMS}"
@@ -113,7 +118,7 @@ def main() -> None:
             grants = [Refreshed(operator, url) for _ in range(TOKENS)]
             for one in grants:
                 one.refresh()
-            asyncio.run(measure(address, pid, grants))
+            runner.run(measure(address, pid, grants))
 
 
 if __name__ == "__main__":
