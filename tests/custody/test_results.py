@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from holdoff.policies import presets
+from holdoff.policies import Policy, Refresh, Seconds, presets
 from holdoff_coordinator.custody import outcomes
 from holdoff_coordinator.custody.answers import (
     Issued,
@@ -189,3 +189,13 @@ def test_instants_of_two_clocks() -> None:
     """An instant of the boot clock is as early, or as late, as it can have been."""
     anchor = Anchor(store_us=1_000, asked_us=10, answered_us=14)
     assert (anchor.earliest_us(20), anchor.latest_us(20)) == (1_006, 1_010)
+
+
+def test_a_grace_period_breaks_no_interval() -> None:
+    """A provider with an interval may refuse a repeat at once, and count it as an error."""
+    policy = Policy(
+        name="mine",
+        refresh=Refresh(interval=Seconds(570), rotation="grace", grace=Seconds(60)),
+    )
+    assert rules_of(policy, 0).grace_us == 60 * SECOND
+    assert rules_of(policy, 572 * SECOND).grace_us == 0

@@ -71,7 +71,8 @@ def rules_of(policy: Policy, interval_us: int) -> Rules:
         Rotation(refresh.rotation),
         max(interval_us, LEAST_INTERVAL_US),
         life_us,
-        grace_us=round((refresh.grace or 0) * SECOND),
+        # A repeat at once would break an interval that the provider has.
+        grace_us=0 if interval_us else round((refresh.grace or 0) * SECOND),
         idle_life_us=round((refresh.idle_life or 0) * SECOND),
         early_us=min(MOST_EARLY_US, life_us // 10) if early is None else round(early * SECOND),
     )
