@@ -33,7 +33,15 @@ def test_two_runs_use_one_access_token(tmp_path: Path) -> None:
                 "HOLDOFF_ENDPOINT": one.endpoint,
                 "XDG_STATE_HOME": str(tmp_path / name),
             }
-            options = ["--token", one.token, "--access-token-file", str(tmp_path / f"{name}.token")]
+            result = str(tmp_path / f"{name}.json")
+            options = [
+                "--result-file",
+                result,
+                "--token",
+                one.token,
+                "--access-token-file",
+                str(tmp_path / f"{name}.token"),
+            ]
             runs.append(
                 subprocess.Popen(
                     [BIN / "holdoff", "run", *options, "--", "sh", "-c", JOB],
@@ -61,6 +69,8 @@ def test_two_runs_use_one_access_token(tmp_path: Path) -> None:
             for run in runs:
                 run.kill()
                 run.communicate(timeout=40)
+        for name in ("a", "b"):
+            assert json.loads((tmp_path / f"{name}.json").read_text())["lease_mode"] == "shared"
         with urllib.request.urlopen(f"{one.provider}/_simulator/report") as response:  # noqa: S310
             report = json.load(response)
         assert report["token_requests"]["accepted"] == 2

@@ -76,6 +76,7 @@ class Account:
     child_signal: int | None = None
     lease: str | None = None
     """Name of the lease; absent when the command ran without one, or did not run."""
+    lease_mode: Literal["exclusive", "shared"] | None = None
     fencing_token: int | None = None
     reason: str = ""
     """Why there was no lease, why it was lost, or why the command had to be quiet."""

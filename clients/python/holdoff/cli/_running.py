@@ -281,6 +281,7 @@ class Run:
                 waiting.close()
                 remember_fencing_token(token, lease.fencing_token)
         self._account.lease = lease.name
+        self._account.lease_mode = "shared" if lease.is_shared else "exclusive"
         self._account.fencing_token = lease.fencing_token
 
     def _launch(self, path: str, command: Sequence[str]) -> None:
