@@ -105,7 +105,7 @@ def waiting(custodian: Custodian, token: str) -> Iterator[Waiter]:
         wait_until(lambda: one.last)
         yield one
     finally:
-        one.close()
+        one.vanish()
 
 
 def test_as_many_as_the_policy_allows(custodian: Custodian, token: str) -> None:
