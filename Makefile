@@ -21,7 +21,7 @@ SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh deploy/*.sh t
 
 .PHONY: help demo demo-short test test-all lint format types pyright imports unit custody integration clients model e2e \
 	proto chart pytest \
-	stores every-store models generate man lock dist wheels bench soak soak-short chaos chaos-short mutants \
+	stores every-store models generate man lock dist wheels bench soak soak-short chaos chaos-short custody-chaos mutants \
 	fuzz fuzz-short coverage prove-bare clean
 
 help: ## Show the targets
@@ -40,7 +40,7 @@ test: $(READY) ## Every check and all tests in parallel: one line per stage, and
 stage-%:
 	@scripts/stage.sh $*
 
-LONG_STAGES := every-store models pytest-long demo soak bench chaos fuzz-short mutants prove-bare
+LONG_STAGES := every-store models pytest-long demo soak bench chaos custody-chaos fuzz-short mutants prove-bare
 test-all: test ## The long version: every store, many examples, whole fleets, soak, a bare Debian
 	@$(MAKE) --keep-going $(LONG_STAGES:%=stage-%)
 
@@ -118,6 +118,10 @@ chaos: $(READY) ## A fleet, and faults from a SEED, on a STORE for SECONDS; what
 
 chaos-short: $(READY) ## The same for two minutes in all, as CI runs it
 	$(CHAOS) --seconds 120
+
+ROTATION := until-used
+custody-chaos: $(READY) ## A token in custody whose coordinators are killed and frozen, under a ROTATION
+	PYTHONPATH=. python tests/chaos/custody.py --seconds $(CHAOS_SECONDS) --seed $(SEED) --rotation $(ROTATION)
 
 mutants: $(READY) ## Take out one safeguard at a time: does a test notice? ONLY=words picks some
 	PYTHONPATH=. python -m tests.mutants.run --only "$(ONLY)"

@@ -66,9 +66,9 @@ def provider(folder: Path) -> Iterator[str]:
     """Run a simulated provider that knows the refresh token; give its address."""
     (folder / "seeds.toml").write_text(SEED)
     address = f"127.0.0.1:{free_port()}"
-    command = [BIN / "holdoff", "simulator", "serve", "--listen", address]
+    command = [str(BIN / "holdoff"), "simulator", "serve", "--listen", address]
     process = subprocess.Popen(
-        [*command, "--seed-file", folder / "seeds.toml"], stdout=subprocess.PIPE, text=True
+        [*command, "--seed-file", str(folder / "seeds.toml")], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout
