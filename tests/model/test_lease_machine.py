@@ -802,7 +802,7 @@ def test_the_scripts_do_what_the_model_says(valkey: Server) -> None:
         run_state_machine_as_test(
             LeaseMachine,
             settings=settings(
-                max_examples=examples(60),
+                max_examples=examples(40),
                 stateful_step_count=50,
                 deadline=None,
                 print_blob=True,
