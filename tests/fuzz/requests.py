@@ -279,6 +279,8 @@ class _Builder:
             valid = _texts(field)
         elif field.type == FieldDescriptor.TYPE_BOOL:
             valid = [False, True]
+        elif field.type == FieldDescriptor.TYPE_BYTES:
+            valid = [b"", b"\x01first"]
         return self._one_of(valid)
 
     def _time(self, kind: Descriptor, *, hostile: bool) -> Message:
@@ -298,6 +300,8 @@ def _hostile(field: FieldDescriptor) -> SearchStrategy[Any]:
         return st.sampled_from(HOSTILE_TEXTS) | FREE_TEXT
     if field.type == FieldDescriptor.TYPE_BOOL:
         return st.booleans()
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return st.binary(max_size=200)
     least, most = _INTS[field.type]  # a type that is new to the API fails here
     return st.sampled_from((least, most, most - 1)) | st.integers(least, most)
 
