@@ -17,7 +17,7 @@ print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), *resource.getrlimit(resource.RLIMI
 """Prints what PR_GET_DUMPABLE gives, and the limits of a dump."""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has prctl")
 def test_no_dump() -> None:
     """Fails when another process of the user may read the memory, or a crash writes it."""
     done = subprocess.run(

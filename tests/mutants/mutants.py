@@ -957,7 +957,7 @@ MUTANTS = [
         f"{TESTS}/test_shared_leases.py::test_as_many_as_the_policy_allows",
     ),
     Mutant(
-        "a waiter with an offer stands before nobody",
+        "a waiter with an offer does not delay those behind it",
         f"{LUA}/leases.lua",
         "if not wait and not (is_shared and request.state == 'offered') then",
         "if not wait then",

@@ -58,7 +58,7 @@ _MODULES = {
 }
 
 
-# Only where nobody checks types: a checker that saw it would take any name for known.
+# Hidden from type checkers, which would otherwise accept any name.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:

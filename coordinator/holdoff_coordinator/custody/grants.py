@@ -82,14 +82,14 @@ class Terms:
     Without it, this replica requests no access tokens."""
 
     def require_closed(self) -> None:
-        """Refuse callers from the network whom nobody knows.
+        """Refuse unauthenticated callers from the network.
 
         Raises:
             Failure: CUSTODY_OFF.
         """
         if not self.is_closed:
             raise seals.off(
-                "it listens beyond loopback without an access file, so that everybody could use "
+                "it listens beyond loopback without an access file, so that any caller could use "
                 "the tokens. Start it with --access-file FILE"
             )
 

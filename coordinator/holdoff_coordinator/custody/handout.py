@@ -70,7 +70,7 @@ MARGIN_US: Final = 10_000_000
 
 
 class Users(Protocol):
-    """Is told which tokens are used, so that they are refreshed, and when they may have changed."""
+    """Refreshes the tokens that are in use; also notified when a grant may have changed."""
 
     def in_use(self, token: TokenName, /) -> AbstractContextManager[object]:
         """Count a token as used for as long as the block lasts."""
@@ -140,7 +140,7 @@ class Stand:
     def response(
         self, now_us: int, had: tuple[str, int] | None, age_us: int
     ) -> custody_service_pb2.GetAccessTokenResponse:
-        """Build what a stream is told.
+        """Build the response for a stream.
 
         Args:
             now_us: The instant at which it is sent.
@@ -266,7 +266,7 @@ class HandOuts:
         policies: Say when an access token is too old.
         terms: Whether there is custody, and its keys.
         note: Called with each hand-out, before it.
-        users: Is told which tokens are used.
+        users: Refreshes the tokens that are in use; None refreshes none.
         boot_us: The boot clock.
     """
 

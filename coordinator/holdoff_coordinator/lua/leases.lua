@@ -190,7 +190,7 @@ local function queue_of(id, free, is_shared)
       place = queue.length, ahead = queue.ahead, first = queue.first,
       ahead_returning = queue.ahead_returning, wait = wait,
     }
-    -- One that has an offer of a shared lease stands before nobody.
+    -- A waiter that has an offer of a shared lease does not delay those behind it.
     if not wait and not (is_shared and request.state == 'offered') then
       queue.ahead = queue.ahead + 1
       if live then queue.first = false else queue.ahead_returning = true end

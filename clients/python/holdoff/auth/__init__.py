@@ -25,7 +25,7 @@ __all__ = ["AsyncHttpxAuth", "HttpxAuth", "RequestsAuth"]
 _LIBRARIES = {"AsyncHttpxAuth": "httpx", "HttpxAuth": "httpx", "RequestsAuth": "requests"}
 
 
-# Only where nobody checks types: a checker that saw it would take any name for known.
+# Hidden from type checkers, which would otherwise accept any name.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:

@@ -65,7 +65,7 @@ class RequestsAuth(AuthBase):
     def _answered(
         self, attempt: Attempt, response: Response, *_: object, **options: Any
     ) -> Response:
-        """Take in an answer to a call, or to what it was redirected to."""
+        """Handle the answer to a call, or to a redirect of it."""
         _keep_from_others(attempt, response, response.request)
         if attempt.is_over:
             if _may_have_token(attempt, response.url):

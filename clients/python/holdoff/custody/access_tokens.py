@@ -77,7 +77,7 @@ class _Shared:
 
 
 class Streams:
-    """The streams of access tokens of one client: one for each token, while somebody uses it."""
+    """The streams of access tokens of one client: one for each token that is in use."""
 
     def __init__(self, client: Connection) -> None:
         self.client = client
