@@ -76,16 +76,22 @@ class Cluster(AsyncCoreCommands):
     async def sent(self, key: bytes | str, send: Callable[[Redis], Awaitable[T]]) -> T:
         """Send to the node that serves a key; again only if the command did not run."""
         slot = key_slot(key.encode() if isinstance(key, str) else key)
+        moved = False
         for _ in range(_MOST_HOPS):
             address = await self._owner(slot)
             try:
-                return await send(self._node(address))
+                answer = await send(self._node(address))
             except MovedError as error:
+                # Trusted for this command: whoever is asked for all slots may not know it yet.
                 self._owners[slot] = (error.host or address[0], error.port)
+                moved = True
+                continue
             except (RedisConnectionError, RedisTimeoutError, ClusterDownError):
                 # Whether it ran is for the caller to find out; where it goes next, for us.
                 self._must_look = True
                 raise
+            self._must_look |= moved  # after a failover other slots have moved, too
+            return answer
         raise ClusterError("the nodes of the Cluster disagree about who serves a key")
 
     async def node_of(self, key: str) -> Redis:
@@ -98,6 +104,7 @@ class Cluster(AsyncCoreCommands):
         Raises:
             ClusterError: Some slots are served by no node.
         """
+        self._must_look = True
         await self._look()
         if None in self._owners:
             raise ClusterError(

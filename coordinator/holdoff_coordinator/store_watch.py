@@ -44,6 +44,8 @@ class StoreWatch:
         self._scripts = scripts
         self._open_store = open_store
         self._epoch: bytes | None = None
+        self._reported: bytes | None = None
+        """The epoch of the last loss in the log."""
         self._comparing = asyncio.Lock()
         self._jumps = 0
         self._due: dict[str, tuple[str, ...]] = {}
@@ -75,7 +77,7 @@ class StoreWatch:
                     await self.compare_epoch()
                     await self._declare_jumps()
             except (Failure, RedisError, StoreError, TimeoutError) as error:
-                warn("the store was not looked at", type(error).__name__)
+                warn("the store was not looked at", type(error).__name__, why=str(error))
         return any(answers)
 
     async def compare_epoch(self) -> None:
@@ -89,7 +91,9 @@ class StoreWatch:
             found = await answered(self._scripts.redis.get(EPOCH_KEY))
             if found == self._epoch:
                 return
-            log.error("the store lost its data: no new leases at first", epoch=repr(found))
+            if found is None or found != self._reported:
+                log.error("the store lost its data: no new leases at first", epoch=repr(found))
+                self._reported = found
             self._scripts.data_is_lost()
             held = "quarantine", "the store lost its data", "DATA"
             # Before the new epoch is known: a look that ends here is repeated.
