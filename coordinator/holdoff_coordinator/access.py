@@ -374,6 +374,8 @@ NEEDS: Mapping[type[Message], tuple[Role, bool, Callable[[Any], tuple[Place, ...
     token_service_pb2.GetTokenRequest: (Role.VIEWER, _WHOLE, _name_of_token),
     token_service_pb2.ListTokensRequest: (Role.VIEWER, _PART, _parent),
     custody_service_pb2.PutGrantRequest: (Role.CUSTODIAN, _WHOLE, _new_grant),
+    custody_service_pb2.BeginAuthorizationRequest: (Role.CUSTODIAN, _WHOLE, _new_grant),
+    custody_service_pb2.CompleteAuthorizationRequest: (Role.CUSTODIAN, _WHOLE, _name_of_grant),
     custody_service_pb2.GetGrantRequest: (Role.VIEWER, _WHOLE, _name_of_grant),
     custody_service_pb2.ListGrantsRequest: (Role.VIEWER, _PART, _parent),
     custody_service_pb2.WatchGrantRequest: (Role.VIEWER, _WHOLE, _name_of_grant),

@@ -184,6 +184,8 @@ def policy_message(policy: Policy) -> policy_pb2.Policy:
             token_urls=policy.oauth.token_urls,
             hosts=policy.oauth.hosts,
             client_authentication=policy.oauth.client_authentication,
+            authorization_urls=policy.oauth.authorization_urls,
+            scopes=policy.oauth.scopes,
             authorization_scheme=policy.oauth.authorization_scheme,
         ),
         refusals=[

@@ -77,12 +77,16 @@ _BUSY = ("due", "backoffs", "reservations")
 """The keys of an app of which one exists while the sweeper has something to do."""
 
 CUSTODY_SCRIPTS = (
+    "begin_authorization",
     "begin_refresh",
     "claim_idle",
     "delete_grant",
+    "end_authorization",
     "end_refresh",
+    "intend_authorization",
     "intend_refresh",
     "put_grant",
+    "read_authorization",
     "read_grants",
     "reseal_grant",
     "trust_grant",
@@ -117,6 +121,7 @@ SCRIPTS = (
 )
 NEEDS_MEMORY = (
     "acquire",
+    "begin_authorization",
     "create_token",
     "put_grant",
     "record_events",
@@ -127,10 +132,13 @@ NEEDS_MEMORY = (
 free, or change what exists: they run, so that a full store ends no lease."""
 
 LASTING = (
+    "begin_authorization",
     "begin_refresh",
     "commit",
     "delete_grant",
+    "end_authorization",
     "end_refresh",
+    "intend_authorization",
     "intend_refresh",
     "put_grant",
     "record_events",
@@ -146,7 +154,7 @@ LASTING = (
 def source(name: str) -> str:
     """Return the text of a script, with what stands before it."""
     before, own = ["common", "backoffs", "leases"], [name]
-    if name in (*BUDGET_SCRIPTS, "begin_refresh"):
+    if name in (*BUDGET_SCRIPTS, "begin_authorization", "begin_refresh", "intend_authorization"):
         before.append("budgets")
     if name in CUSTODY_SCRIPTS:
         own = ["custody/grants", f"custody/{name}"]

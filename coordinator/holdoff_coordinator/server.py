@@ -18,6 +18,7 @@ from holdoff_coordinator.audit import AuditTrail
 from holdoff_coordinator.backoffs import BackOffs
 from holdoff_coordinator.budgets import Budgets
 from holdoff_coordinator.credentials import Credentials
+from holdoff_coordinator.custody.authorizing import Authorizations
 from holdoff_coordinator.custody.checking import GrantChecks
 from holdoff_coordinator.custody.duty import Duty
 from holdoff_coordinator.custody.explaining import GrantExplanations
@@ -114,7 +115,7 @@ class Coordinator:
         CannotListenError: On entering, if the port is taken or the address is not ours.
     """
 
-    def __init__(  # noqa: PLR0913 - the composition root
+    def __init__(  # noqa: PLR0913, PLR0915 - the composition root
         self,
         redis: StoreClient,
         *,
@@ -181,8 +182,9 @@ class Coordinator:
         budgets = Budgets(self.scripts, places, self._replays, self.limits)
         self.refreshes: Duty | None = None
         """Keeps access tokens in custody fresh; None where this replica requests none."""
-        if terms.spool:
-            self.refreshes = self._refreshes(terms, durability, seals, budgets)
+        refresher = self._refresher(terms, durability, seals, budgets) if terms.spool else None
+        if refresher:
+            self.refreshes = self._duty(refresher)
         self._gate = Gate(Credentials(redis), access, trail, client_identity)
         self._followers = Followers(self.scripts, self.hub, places, self.limits)
         looks = Looks(self.scripts, self.hub)
@@ -197,6 +199,7 @@ class Coordinator:
         )
         if self._metrics:
             self._metrics.watch_grants(self.policies, terms.keys, self._hand_outs)
+        grants = Grants(self.scripts, self.policies, terms, seals)
         handlers = Handlers(
             gate=self._gate,
             limits=self.limits,
@@ -205,7 +208,8 @@ class Coordinator:
             followers=self._followers,
             watches=Watches(self.scripts, self.hub, looks, self.limits),
             tokens=Tokens(self.scripts, self.policies, self._watch.compare_epoch),
-            grants=Grants(self.scripts, self.policies, terms, seals),
+            grants=grants,
+            authorizations=Authorizations(self.scripts, grants, seals, terms, refresher),
             grant_checks=GrantChecks(
                 self.scripts,
                 self.policies,
@@ -266,11 +270,11 @@ class Coordinator:
         )
         return self
 
-    def _refreshes(
+    def _refresher(
         self, terms: Terms, durability: Durability, seals: Seals, budgets: Budgets
-    ) -> Duty:
+    ) -> Refresher:
         """Make what refreshes grants."""
-        refresher = Refresher(
+        return Refresher(
             self.scripts,
             self.policies,
             seals,
@@ -280,6 +284,9 @@ class Coordinator:
             is_copied=durability.replicas > 0,
             report=budgets.record_events,
         )
+
+    def _duty(self, refresher: Refresher) -> Duty:
+        """Make what refreshes those that are due."""
         duty = Duty(self.scripts, refresher)
         others = self.scripts.on_new_life
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from holdoff_coordinator.backoffs import BackOffs
     from holdoff_coordinator.budgets import Budgets
     from holdoff_coordinator.caller import Caller
+    from holdoff_coordinator.custody.authorizing import Authorizations
     from holdoff_coordinator.custody.checking import GrantChecks
     from holdoff_coordinator.custody.grants import Grants
     from holdoff_coordinator.custody.handout import HandOuts
@@ -87,6 +88,7 @@ class Handlers:
     watches: Watches
     tokens: Tokens
     grants: Grants
+    authorizations: Authorizations
     grant_checks: GrantChecks
     hand_outs: HandOuts
     key_rotation: KeyRotation
@@ -336,6 +338,18 @@ class CustodyService(_Adapter, custody_service_pb2_grpc.CustodyServiceServicer):
     ) -> custody_service_pb2.PutGrantResponse:
         """Take into custody."""
         return await self._answer(self._handlers.grants.put, request, context)
+
+    async def BeginAuthorization(  # noqa: N802
+        self, request: custody_service_pb2.BeginAuthorizationRequest, context: Context
+    ) -> custody_service_pb2.BeginAuthorizationResponse:
+        """Take the right to an authorization."""
+        return await self._answer(self._handlers.authorizations.begin, request, context)
+
+    async def CompleteAuthorization(  # noqa: N802
+        self, request: custody_service_pb2.CompleteAuthorizationRequest, context: Context
+    ) -> custody_service_pb2.CompleteAuthorizationResponse:
+        """Exchange its code."""
+        return await self._answer(self._handlers.authorizations.complete, request, context)
 
     async def GetGrant(  # noqa: N802
         self, request: custody_service_pb2.GetGrantRequest, context: Context

@@ -13,7 +13,7 @@ from holdoff.policies import presets
 from holdoff.v1 import budget_pb2
 from holdoff_coordinator.custody.answers import Issued, Refusal, Refused, Unproven
 from holdoff_coordinator.custody.outcomes import Answered, Failure, NoProof, NotSent, Received
-from holdoff_coordinator.custody.reports import aged, events_of
+from holdoff_coordinator.custody.reports import Requested, aged, events_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,19 +24,7 @@ NAME = TokenName("a", "t")
 EXACT = presets()["exact-online"]
 BUSY = Refused(Refusal.BUSY, "HTTP 429")
 KIND = {budget_pb2.EVENT_KIND_ERROR: "error", budget_pb2.EVENT_KIND_BLOCK: "block"}
-
-
-class _Public:
-    token_url = "https://start.exactonline.nl/api/oauth2/token"
-
-
-class _Record:
-    public = _Public
-
-
-class _Attempt:
-    id = uuid.uuid4().hex
-    record = _Record
+REQUEST = Requested(uuid.uuid4().hex, "https://start.exactonline.nl/api/oauth2/token")
 
 
 def answer(status: int, body: bytes = b"{}", **headers: str) -> Answered:
@@ -47,8 +35,7 @@ def answer(status: int, body: bytes = b"{}", **headers: str) -> Answered:
 
 def events(outcome: Outcome, verdict: Any = BUSY) -> Sequence[budget_pb2.Event]:
     """Return what is reported."""
-    attempt: Any = _Attempt
-    return events_of(NAME, EXACT, attempt, outcome, verdict, replica="one:1", epoch_seconds=1e9)
+    return events_of(NAME, EXACT, REQUEST, outcome, verdict, replica="one:1", epoch_seconds=1e9)
 
 
 @pytest.mark.parametrize(
@@ -94,13 +81,12 @@ def test_what_is_reported(outcome: Outcome, expected: list[tuple[str, str, float
 
 def test_when_to_come_again_needs_no_throttle_of_the_policy() -> None:
     """A policy without throttles obeys `Retry-After`, and nothing without it."""
-    attempt: Any = _Attempt
     policy = presets()["xero"]
     for one, expected in ((answer(503, retry_after="40"), 40), (answer(503), None)):
         found = events_of(
             NAME,
             msgspec.structs.replace(policy, throttle=()),
-            attempt,
+            REQUEST,
             one,
             Unproven("HTTP 503"),
             replica="one:1",

@@ -56,6 +56,7 @@ REPEATABLE = (Rotation.NONE, Rotation.REUSABLE, Rotation.UNTIL_USED)
 NO_PROOF_NOT_ACTED_ON = (
     {"fault": "error", "status": 500},
     {"fault": "error", "status": 503},
+    {"fault": "error", "status": 302},
     {"fault": "reset"},
     {"fault": "html"},
 )

@@ -1336,7 +1336,7 @@ MUTANTS = [
     ),
     Mutant(
         "what a token URL answers becomes a back-off, and is counted",
-        *(f"{CUSTODY}/refreshing.py", "await self._record(work.name, events, outcome)", "pass"),
+        *(f"{CUSTODY}/refreshing.py", "await self.record(work.name, events, outcome)", "pass"),
         f"{TESTS}/test_duty.py::test_the_provider_s_word_becomes_a_back_off",
     ),
     Mutant(

@@ -55,12 +55,12 @@ def test_what_is_listed_can_be_asked_for_again(kind: FaultKind) -> None:
         ({"fault": "hang", "seconds": float("inf")}, "seconds: expected"),
         ({"fault": "hang", "seconds": "1"}, "seconds: expected"),
         ({"fault": "hang", "status": 500}, "status: hang has none; error, error-answer do"),
-        ({"fault": "error-answer", "status": 200}, "status: expected 500 to 599"),
+        ({"fault": "error-answer", "status": 200}, "status: expected 300 to 399, or 500 to 599"),
         ({"fault": "lost-answer", "without": ["a"]}, "without: lost-answer has none"),
         ({"fault": "partial-answer", "without": "a"}, "without: expected a list of 1 to 10"),
         ({"fault": "partial-answer", "without": []}, "without: expected a list of 1 to 10"),
         ({"fault": "partial-answer", "without": [1]}, "without: expected a list of 1 to 10"),
-        ({"fault": "error", "status": 404}, "status: expected 500 to 599"),
+        ({"fault": "error", "status": 404}, "status: expected 300 to 399, or 500 to 599"),
     ],
 )
 def test_wrong_requests_are_refused(document: object, says: str) -> None:

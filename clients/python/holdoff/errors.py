@@ -252,6 +252,18 @@ class GrantDuplicate(AlreadyExists):
     REASON = "GRANT_DUPLICATE"
 
 
+class AuthorizationNotFound(NotFound):
+    """No authorization of the token can be completed: it took too long, or ended."""
+
+    REASON = "AUTHORIZATION_NOT_FOUND"
+
+
+class AuthorizationFailed(HoldoffError):  # noqa: N818 - an answer, not a fault
+    """The provider issued nothing for the code, and the grant in custody is as it was."""
+
+    REASON = "AUTHORIZATION_FAILED"
+
+
 class CustodyOff(HoldoffError):  # noqa: N818 - a state
     """The coordinator takes nothing into custody; the message says why."""
 
@@ -292,6 +304,12 @@ class Unavailable(HoldoffError):  # noqa: N818 - a state
 
 class TimedOut(Unavailable):
     """No answer came within the time of the call."""
+
+
+class TokenUrlUnreachable(Unavailable):
+    """The coordinator cannot reach the provider's token URL."""
+
+    REASON = "TOKEN_URL_UNREACHABLE"
 
 
 class StoreUnavailable(Unavailable):

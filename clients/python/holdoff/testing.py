@@ -48,7 +48,7 @@ from typing import TYPE_CHECKING, Any, Self
 from holdoff._client import Client
 from holdoff.names import TokenName
 from holdoff.simulator import Seed, serving
-from holdoff.simulator.faults import TOKEN_PATH
+from holdoff.simulator.faults import AUTH_PATH, TOKEN_PATH
 
 try:
     import msgspec
@@ -217,7 +217,10 @@ def _simulated(provider: str, hosts: tuple[str, ...]) -> Policy:
     """Make the policy of a simulated provider: that of Exact Online, with its addresses."""
     exact = presets()["exact-online"]
     oauth = msgspec.structs.replace(
-        exact.oauth, token_urls=(f"{provider}{TOKEN_PATH}",), hosts=hosts
+        exact.oauth,
+        token_urls=(f"{provider}{TOKEN_PATH}",),
+        authorization_urls=(f"{provider}{AUTH_PATH}",),
+        hosts=hosts,
     )
     return msgspec.structs.replace(exact, name="simulated", oauth=oauth)
 

@@ -33,7 +33,7 @@ from holdoff_coordinator.custody.records import (
     read,
 )
 from holdoff_coordinator.custody.rules import TAKEOVER_US
-from holdoff_coordinator.custody.sealing import GrantSecrets
+from holdoff_coordinator.custody.sealing import AccessSecrets, GrantSecrets
 from holdoff_coordinator.custody.seals import binding_of
 from holdoff_coordinator.failures import Failure, invalid, token_not_found
 from holdoff_coordinator.scripts import READ_BATCH
@@ -110,7 +110,7 @@ class Grants:
         """Take a grant into custody: its secrets are sealed at once, and nowhere kept."""
         name = validation.grant_name("grant.name", request.grant.name).token_name
         self._terms.require_closed()
-        condition = _condition(request.WhichOneof("condition") or "", request)
+        condition = condition_of(request.WhichOneof("condition") or "", request)
         chain = uuid.uuid4().hex
         if request.request_id:
             chain = uuid.UUID(validation.request_id(request.request_id)).hex
@@ -119,8 +119,36 @@ class Grants:
             age_us = validation.microseconds("last_refresh_age", request.last_refresh_age)
         secrets = _secrets(request)
         self._seals.require()
-        policy = await self._policy(name)
-        facts = self._facts(request.grant, policy)
+        policy = await self.policy(name)
+        await self.store(
+            name,
+            secrets,
+            self.facts(request.grant, policy),
+            caller,
+            policy,
+            chain=chain,
+            age_us=age_us,
+            **condition,
+        )
+        return custody_service_pb2.PutGrantResponse(grant=await self.read(name))
+
+    async def store(  # noqa: PLR0913 - what belongs to a grant
+        self,
+        name: TokenName,
+        secrets: GrantSecrets,
+        facts: Facts,
+        caller: Caller,
+        policy: Policy,
+        *,
+        chain: str,
+        access: AccessSecrets | None = None,
+        **fields: Any,
+    ) -> None:
+        """Seal a grant, and put it; `fields` are those of `PutGrant` that say how.
+
+        Raises:
+            Failure: GRANT_…, TOKEN_…, QUARANTINED, CUSTODY_KEY_MISSING or STORE_….
+        """
         ring, fingerprints = await self._seals.unlocked()
         fingerprint = fingerprints.fingerprint(
             facts.token_url, facts.client_id, secrets.refresh_token
@@ -129,44 +157,39 @@ class Grants:
         claim = await self._claim(fingerprint, name, caller)
         generation = 1
         while True:  # each time only because another change of the grant succeeded
-            sealed = ring.seal(secrets, binding_of(name, chain, generation, facts))
-            answer = await ask(
-                self._scripts,
-                name.app,
-                PutGrant(
-                    token=name.token,
-                    chain=chain,
-                    generation=generation,
-                    sealed_grant=base64.b64encode(sealed).decode(),
-                    facts=msgspec.json.encode(
-                        msgspec.structs.replace(facts, key_id=ring.primary)
-                    ).decode(),
-                    fingerprint=fingerprint,
-                    age_us=age_us,
-                    idle_us=round((policy.refresh.idle_life or 0) * 1e6),
-                    takeover_us=TAKEOVER_US,
-                    **condition,
-                ),
-                caller,
+            binding = binding_of(name, chain, generation, facts)
+            request = PutGrant(
+                token=name.token,
+                chain=chain,
+                generation=generation,
+                sealed_grant=_text(ring.seal(secrets, binding)),
+                sealed_access=_text(ring.seal(access, binding)) if access else "",
+                facts=msgspec.json.encode(
+                    msgspec.structs.replace(facts, key_id=ring.primary)
+                ).decode(),
+                fingerprint=fingerprint,
+                idle_us=round((policy.refresh.idle_life or 0) * 1e6),
+                takeover_us=TAKEOVER_US,
+                **fields,
             )
+            answer = await ask(self._scripts, name.app, request, caller)
             if answer.status != "MOVED":
                 break
             generation = answer.generation
         if answer.status != "OK":
             await self._release(fingerprint, name, claim)
-            _refuse(name, answer, caller)
+            refuse(name, answer, caller)
         await self._confirm(fingerprint, name, f"{chain}.{generation}", caller)
         if before and before.record.claim:
             old = before.record.claim
             await self._release(old, name, await self._owners.held(old, name))
-        return custody_service_pb2.PutGrantResponse(grant=await self._read(name))
 
     async def get(
         self, request: custody_service_pb2.GetGrantRequest, _: Caller
     ) -> custody_service_pb2.GetGrantResponse:
         """Return one grant."""
         name = validation.grant_name("name", request.name).token_name
-        return custody_service_pb2.GetGrantResponse(grant=await self._read(name))
+        return custody_service_pb2.GetGrantResponse(grant=await self.read(name))
 
     async def list(
         self, request: custody_service_pb2.ListGrantsRequest, caller: Caller
@@ -198,14 +221,14 @@ class Grants:
         """End custody of a token."""
         name = validation.grant_name("name", request.name).token_name
         self._terms.require_closed()
-        condition = _condition("etag" if request.etag else "", request)
+        condition = condition_of("etag" if request.etag else "", request)
         wanted = DeleteGrant(token=name.token, takeover_us=TAKEOVER_US, **condition)
         before = await read(self._scripts, name)
         fingerprint = before.record.claim if before else ""
         claim = await self._owners.held(fingerprint, name) if fingerprint else ""
         answer = await ask(self._scripts, name.app, wanted, caller)
         if answer.status != "OK":
-            _refuse(name, answer, caller)
+            refuse(name, answer, caller)
         await self._release(fingerprint, name, claim)
         return custody_service_pb2.DeleteGrantResponse()
 
@@ -215,13 +238,13 @@ class Grants:
         """Take the caller's word that a grant has the newest refresh token."""
         name = validation.grant_name("name", request.name).token_name
         self._terms.require_closed()
-        condition = _condition("etag" if request.etag else "", request)
+        condition = condition_of("etag" if request.etag else "", request)
         answer = await ask(
             self._scripts, name.app, TrustGrant(token=name.token, **condition), caller
         )
         if answer.status != "OK":
-            _refuse(name, answer, caller)
-        return custody_service_pb2.TrustGrantResponse(grant=await self._read(name))
+            refuse(name, answer, caller)
+        return custody_service_pb2.TrustGrantResponse(grant=await self.read(name))
 
     async def _claim(self, fingerprint: str, name: TokenName, caller: Caller) -> str:
         """Claim a grant for a token, before it is put.
@@ -269,14 +292,23 @@ class Grants:
         with contextlib.suppress(Failure):
             await self._owners.release(fingerprint, name, claim)
 
-    async def _policy(self, name: TokenName) -> Policy:
+    async def policy(self, name: TokenName) -> Policy:
+        """Return the policy of a token.
+
+        Raises:
+            Failure: TOKEN_NOT_FOUND, POLICY_NOT_FOUND or STORE_….
+        """
         policy = await self._scripts.policy(name.app, name.token)
         if policy is None:
             raise token_not_found(name)
         return self._policies.find("the token's policy", policy)
 
-    def _facts(self, grant: grant_pb2.Grant, policy: Policy) -> Facts:
-        """Check what is not secret, and put in what only the policy says."""
+    def facts(self, grant: grant_pb2.Grant, policy: Policy) -> Facts:
+        """Check what is not secret, and put in what only the policy says.
+
+        Raises:
+            Failure: INVALID_FIELD.
+        """
         oauth = policy.oauth
         urls = _allowed("grant.token_url", [grant.token_url], oauth.token_urls, policy)
         hosts = _allowed("grant.api_hosts", grant.api_hosts, oauth.hosts, policy)
@@ -307,7 +339,12 @@ class Grants:
             key_id="",
         )
 
-    async def _read(self, name: TokenName) -> grant_pb2.Grant:
+    async def read(self, name: TokenName) -> grant_pb2.Grant:
+        """Return the grant of a token.
+
+        Raises:
+            Failure: GRANT_NOT_FOUND or STORE_….
+        """
         held = await read(self._scripts, name)
         if held is None:
             raise grant_not_found(name)
@@ -323,6 +360,10 @@ class Grants:
                 yield held
 
 
+def _text(sealed: bytes) -> str:
+    return base64.b64encode(sealed).decode()
+
+
 def _secrets(request: custody_service_pb2.PutGrantRequest) -> GrantSecrets:
     refresh_token = validation.oauth("refresh_token", request.refresh_token, MOST_SECRET_CHARACTERS)
     if request.client_secret:
@@ -330,9 +371,10 @@ def _secrets(request: custody_service_pb2.PutGrantRequest) -> GrantSecrets:
     return GrantSecrets(refresh_token, request.client_secret)
 
 
-def _condition(
+def condition_of(
     kind: str,
     request: custody_service_pb2.PutGrantRequest
+    | custody_service_pb2.BeginAuthorizationRequest
     | custody_service_pb2.DeleteGrantRequest
     | custody_service_pb2.TrustGrantRequest,
 ) -> dict[str, Any]:
@@ -386,7 +428,7 @@ def _duplicate(name: TokenName, of: TokenName, caller: Caller) -> Failure:
     )
 
 
-def _refuse(name: TokenName, answer: Answer, caller: Caller) -> NoReturn:
+def refuse(name: TokenName, answer: Answer, caller: Caller) -> NoReturn:
     """Say why a grant was not changed."""
     resource = str(GrantName(name.app, name.token))
     match answer.status:

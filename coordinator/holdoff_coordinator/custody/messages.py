@@ -45,6 +45,8 @@ HELD_WORDS = {
     "LEASED": "a lease on the token lives, and its holder may refresh: holdoff watch {name}",
     "LOCKED": "a python-redis-lock user holds the token's lock, and may refresh",
     "COOLING": "the token cools down after the last refresh: holdoff token show {name}",
+    "AUTHORIZING": "a person is authorizing the app for it: holdoff grant show {name}",
+    "BUDGET_SPENT": "the budget of token requests is spent: holdoff budget list apps/{app}",
     "REFRESHING": "an access token is being requested: holdoff grant show {name}",
     "BACKING_OFF": "a scope of the token backs off: holdoff explain {name}",
 }

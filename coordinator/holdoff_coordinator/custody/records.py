@@ -109,6 +109,54 @@ class PutGrant(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     replace: bool = False
     etag_chain: str | None = None
     etag_generation: int | None = None
+    attempt: str | None = None
+    """Of the exchange that completes an authorization."""
+    sealed_access: str = ""
+    expires_in_us: int = 0
+
+
+class BeginAuthorization(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Asks for `begin_authorization.lua`."""
+
+    token: str
+    chain: str
+    facts: str
+    sealed: str
+    """`AuthorizationSecrets`, in base64."""
+    valid_us: int
+    takeover_us: int
+    budgets: Sequence[dict[str, Any]]
+    replace: bool = False
+    etag_chain: str | None = None
+    etag_generation: int | None = None
+
+
+class ReadAuthorization(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks for `read_authorization.lua`."""
+
+    token: str
+
+
+class IntendAuthorization(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks for `intend_authorization.lua`."""
+
+    token: str
+    chain: str
+    attempt: str
+    takeover_us: int
+    event: str
+    budgets: Sequence[dict[str, Any]]
+
+
+class EndAuthorization(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks for `end_authorization.lua`."""
+
+    token: str
+    chain: str
+    attempt: str
+    result: str
+    outcome: str
+    refreshed_age_us: int = NEVER
 
 
 class ReadGrants(msgspec.Struct, frozen=True, kw_only=True):
@@ -240,12 +288,29 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     doubt."""
 
 
+class Authorization(msgspec.Struct, frozen=True, kw_only=True):
+    """An authorization as the store has it; instants are µs of the store's clock."""
+
+    chain: str
+    facts: str
+    sealed: str
+    step: str
+    attempt: str
+    begun_us: int
+
+    @property
+    def public(self) -> Facts:
+        """What was written with the secrets."""
+        return msgspec.json.decode(self.facts, type=Facts)
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What a script of custody answers; what it does not name is absent."""
 
     status: str
     now_us: int = 0
     grant: Record | None = None
+    authorization: Authorization | None = None
     reason: str = ""
     until_us: int = 0
     over_us: int = 0
@@ -260,6 +325,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
 Request = (
     PutGrant
+    | BeginAuthorization
+    | ReadAuthorization
+    | IntendAuthorization
+    | EndAuthorization
     | ReadGrants
     | BeginRefresh
     | IntendRefresh
@@ -273,6 +342,10 @@ RequestT = TypeVar("RequestT", bound=Request)
 
 _SCRIPTS: Final = {
     PutGrant: "put_grant",
+    BeginAuthorization: "begin_authorization",
+    ReadAuthorization: "read_authorization",
+    IntendAuthorization: "intend_authorization",
+    EndAuthorization: "end_authorization",
     ReadGrants: "read_grants",
     BeginRefresh: "begin_refresh",
     IntendRefresh: "intend_refresh",
@@ -291,7 +364,11 @@ async def ask(scripts: Scripts, app: str, request: Request, caller: Caller = NOB
         Failure: STORE_UNAVAILABLE, STORE_DAMAGED or STORE_NOT_REPLICATED.
     """
     payload = msgspec.msgpack.encode(request)
-    run = scripts.run if isinstance(request, ReadGrants | ClaimIdle) else scripts.run_lasting
+    run = (
+        scripts.run
+        if isinstance(request, ReadGrants | ReadAuthorization | ClaimIdle)
+        else scripts.run_lasting
+    )
     reply = await run(_SCRIPTS[type(request)], app, payload, caller=caller)
     try:
         answer = msgspec.msgpack.decode(reply.values[0], type=Answer, strict=False)

@@ -16,8 +16,9 @@ import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 import structlog
@@ -103,6 +104,7 @@ if TYPE_CHECKING:
 
     Due = Callable[[Standing, Rules, int], int | None]
     """When a grant is due, by the store's clock: `rules.due_us`, or `rules.earliest_us`."""
+    AdoptAuthorization = Callable[[TokenName, str, spool.Spooled], Awaitable[None]]
     Report = Callable[[budget_service_pb2.RecordEventsRequest, Caller], Awaitable[object]]
     """`Budgets.record_events` is one."""
 
@@ -118,7 +120,11 @@ LIMITS: Final = Limits(
 _BEGIN_TRIES: Final = 3
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 5.0
-_HEADERS: Final = {"Accept": "application/json", "User-Agent": "holdoff"}
+HEADERS: Final = {"Accept": "application/json", "User-Agent": "holdoff"}
+
+
+AUTHORIZATION: Final = 0
+"""Stands for the generation that secrets of an authorization belong to."""
 
 
 class Send(Protocol):
@@ -180,19 +186,21 @@ class Refresher:
         self._policies = policies
         self._seals = seals
         self._replica = replica
-        self._send = send
-        self._folder = folder
+        self.send = send
+        self.folder = folder
         self._is_copied = is_copied
         self._report = report
         self._now_us = now_us
-        self._under_way: set[str] = set()
+        self.under_way: set[str] = set()
         self._unreadable: set[str] = set()
         self._copies: dict[TokenName, Copy] = {}
         """The newest generation of each grant that this replica received or read."""
         self._seen: dict[str, tuple[str, int]] = {}
         """The quarantine of an app, and when it was seen first, by our boot clock."""
-        self.requests: set[asyncio.Task[Outcome]] = set()
+        self.requests: set[asyncio.Task[Any]] = set()
         """Those that are under way."""
+        self.adopt_authorization: AdoptAuthorization | None = None
+        """Takes the answer in the spool to the code of an authorization."""
         self._starts_none = False
 
     def start_none(self) -> None:
@@ -357,8 +365,8 @@ class Refresher:
     async def _request(self, work: _Work, policy: Policy) -> None:
         """Send the request, and store what comes of it."""
         attempt = work.attempt.id
-        path = f"{self._folder}/{attempt}" if self._folder else ""
-        self._under_way.add(attempt)
+        path = f"{self.folder}/{attempt}" if self.folder else ""
+        self.under_way.add(attempt)
         try:
             request = asyncio.create_task(self._outcome(work, path))
             self.requests.add(request)
@@ -371,11 +379,11 @@ class Refresher:
                 wipe(received.body)
             made_us = self._now_us()
             await self._finish(work, verdict, self._times(work, outcome, made_us), made_us)
-            await self._record(work.name, events, outcome)
+            await self.record(work.name, events, outcome)
             if path:
-                _remove(path)
+                remove(path)
         finally:
-            self._under_way.discard(attempt)
+            self.under_way.discard(attempt)
 
     async def _outcome(self, work: _Work, path: str) -> Outcome:
         record, public = work.attempt.record, work.attempt.record.public
@@ -391,20 +399,31 @@ class Refresher:
                 secret,
                 {"refresh_token": bytearray(secrets.refresh_token.encode())},
                 {"grant_type": "refresh_token"},
-                _HEADERS,
+                HEADERS,
                 Authentication(public.client_authentication),
             )
-            sending = self._send(request, spooling=work.spooling(path) if path else None)
+            sending = self.send(request, spooling=work.spooling(path) if path else None)
         except ValueError as error:
             wipe(secret)
             return outcomes.NotSent(Why.REQUEST, str(error))
         del secrets, request
+        return await self.sent(sending, partial(self._intend, work))
+
+    async def sent(
+        self, sending: Sending, intend: Callable[[], Awaitable[outcomes.NotSent | None]]
+    ) -> Outcome:
+        """Connect, store the intent, and send.
+
+        Args:
+            sending: The request.
+            intend: Stores the intent; returns why the request may not be sent, or None.
+        """
         async with sending:
             connected = await sending.connect()
             if not isinstance(connected, Connected):
                 return connected
             deadline_us = self._now_us() + SEND_US
-            if refused := await self._intend(work):
+            if refused := await intend():
                 return refused
             return await sending.send(deadline_us)
 
@@ -443,17 +462,29 @@ class Refresher:
     def _events(
         self, work: _Work, policy: Policy, outcome: Outcome, verdict: Verdict
     ) -> Sequence[budget_pb2.Event]:
+        request = reports.Requested(work.attempt.id, work.attempt.record.public.token_url)
+        return self.events(work.name, policy, request, outcome, verdict)
+
+    def events(
+        self,
+        name: TokenName,
+        policy: Policy,
+        request: reports.Requested,
+        outcome: Outcome,
+        verdict: Verdict,
+    ) -> Sequence[budget_pb2.Event]:
+        """Return what is to be counted of a request, before its body is wiped."""
         return reports.events_of(
-            work.name,
+            name,
             policy,
-            work.attempt,
+            request,
             outcome,
             verdict,
             replica=self._replica,
             epoch_seconds=time.time(),
         )
 
-    async def _record(
+    async def record(
         self, name: TokenName, events: Sequence[budget_pb2.Event], outcome: Outcome
     ) -> None:
         """Count what the provider answered, and back off if it says so."""
@@ -616,12 +647,12 @@ class Refresher:
         Raises:
             Failure: The store or a policy cannot be read, or keys are missing.
         """
-        if not self._folder:
+        if not self.folder:
             return False
-        paths = await asyncio.to_thread(spool.answers, self._folder)
+        paths = await asyncio.to_thread(spool.answers, self.folder)
         left = False
         for path in paths:
-            if path in self._unreadable or Path(path).name in self._under_way:
+            if path in self._unreadable or Path(path).name in self.under_way:
                 continue
             try:
                 await self._adopt(path)
@@ -659,16 +690,21 @@ class Refresher:
         found = spool.read(await asyncio.to_thread(Path(path).read_bytes), unwrap)
         (envelope,) = opened
         name = TokenName.parse(envelope.binding.resource)
+        attempt_id = Path(path).name
+        if envelope.binding.generation == AUTHORIZATION:
+            if self.adopt_authorization:
+                await self.adopt_authorization(name, attempt_id, found)
+                remove(path)
+            return
         asked_us = self._now_us()
         held = await read(self._scripts, name, sealed=True)
-        attempt_id = Path(path).name
         if held is None or not _concerns(held.record, envelope, attempt_id):
             log.warning(
                 "a late answer is dropped: another one was stored",
                 token=str(name),
                 remedy=f"nothing, while holdoff grant show {name} is ready",
             )
-            _remove(path)
+            remove(path)
             return
         anchor = Anchor(held.now_us, asked_us, self._now_us())
         policy = await self._policy(name)
@@ -684,10 +720,10 @@ class Refresher:
         if has_secrets(verdict) or (held.record.attempt == attempt_id and held.record.under_way):
             await self._finish(work, verdict, times, made_us)
         if found.of_this_boot():
-            await self._record(
+            await self.record(
                 name, self._events(work, policy, found.outcome, verdict), found.outcome
             )
-        _remove(path)
+        remove(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -719,13 +755,7 @@ class _Work:
 
     def spooling(self, path: str) -> Spooling:
         """Return where the answer goes, with a key that only our master keys open."""
-        key = bytearray(os.urandom(KEY_BYTES))
-        envelope = Envelope(
-            self.binding,
-            self.attempt.record.attempt_begun_us,
-            self.sealing.seal(SpoolKey(bytes(key)), self.binding),
-        )
-        return spool.Spooling(path, key, msgspec.msgpack.encode(envelope))
+        return spooling_of(self.sealing, self.binding, self.attempt.record.attempt_begun_us, path)
 
     def sealed(self, verdict: Verdict) -> Mapping[str, str]:
         """Return the fields of `EndRefresh` for the next generation."""
@@ -750,6 +780,13 @@ class _Work:
             "fingerprint": fingerprint,
             "facts": msgspec.json.encode(facts).decode(),
         }
+
+
+def spooling_of(ring: Keyring, binding: Binding, begun_us: int, path: str) -> Spooling:
+    """Return where the answer to a request goes, with a key that only master keys open."""
+    key = bytearray(os.urandom(KEY_BYTES))
+    envelope = Envelope(binding, begun_us, ring.seal(SpoolKey(bytes(key)), binding))
+    return spool.Spooling(path, key, msgspec.msgpack.encode(envelope))
 
 
 def _not_due(held: Held, rules: Rules, due: Due) -> Next | None:
@@ -795,6 +832,7 @@ def _text(sealed: bytes) -> str:
     return base64.b64encode(sealed).decode()
 
 
-def _remove(path: str) -> None:
+def remove(path: str) -> None:
+    """Remove an answer from the spool."""
     with suppress(OSError):
         Path(path).unlink()

@@ -7,6 +7,7 @@ token, or the app, backs off.
 from __future__ import annotations
 
 import uuid
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from holdoff.policies import Policy
     from holdoff_coordinator.custody.answers import Verdict
     from holdoff_coordinator.custody.outcomes import Outcome, Received
-    from holdoff_coordinator.custody.results import Attempt
 
 JOB: Final = "custody"
 """What is shown as the job that met an error."""
@@ -35,10 +35,19 @@ _POLITE: Final = policy_pb2.Policy(
 """Recognises an answer that says when to come again, whatever a policy has."""
 
 
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """A request to a token URL."""
+
+    attempt: str
+    """Its id."""
+    token_url: str
+
+
 def events_of(  # noqa: PLR0913 - what is known of a request
     name: TokenName,
     policy: Policy,
-    attempt: Attempt,
+    request: Requested,
     outcome: Outcome,
     verdict: Verdict,
     *,
@@ -50,7 +59,7 @@ def events_of(  # noqa: PLR0913 - what is known of a request
     Args:
         name: Of the token.
         policy: Of the token.
-        attempt: The request.
+        request: The request.
         outcome: What came of it.
         verdict: What that proves.
         replica: Who made it.
@@ -60,8 +69,8 @@ def events_of(  # noqa: PLR0913 - what is known of a request
     if received is None or isinstance(verdict, Issued):  # whose body is secret
         return ()
     holder = lease_pb2.Holder(job=JOB, host=replica)
-    error_id = uuid.UUID(attempt.id)
-    endpoint = urlsplit(attempt.record.public.token_url).path
+    error_id = uuid.UUID(request.attempt)
+    endpoint = urlsplit(request.token_url).path
     found = []
     if received.status >= _FIRST_ERROR:
         found.append(

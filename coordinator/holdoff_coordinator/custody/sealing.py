@@ -127,6 +127,18 @@ class AccessSecrets(Secrets, frozen=True):
     access_token: str
 
 
+class AuthorizationSecrets(Secrets, frozen=True):
+    """What completes an authorization, beside the code that the provider gives."""
+
+    KIND: ClassVar[str] = "authorization"
+
+    state: str
+    verifier: str
+    """Of PKCE (RFC 7636)."""
+    redirect_uri: str
+    client_secret: str = ""
+
+
 class SpoolKey(Secrets, frozen=True):
     """Encrypts one answer in the spool of a replica."""
 

@@ -78,6 +78,7 @@ local SECURITY = {
   LEASE_BREAK_ORDERED = true, LEASE_BROKEN = true, BUDGET_RESET = true, BACK_OFF_CLEARED = true,
   TOKEN_CREATED = true, TOKEN_UPDATED = true, QUARANTINE_BEGAN = true, QUARANTINE_ENDED = true,
   GRANT_PUT = true, GRANT_DELETED = true, GRANT_TRUSTED = true,
+  AUTHORIZATION_BEGAN = true, AUTHORIZATION_FAILED = true,
 }
 
 -- Adds an entry to a stream of the trail; `who` is the caller and the token. Returns its id.

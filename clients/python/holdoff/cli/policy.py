@@ -83,6 +83,8 @@ def show_policy(endpoint: str, name: str, output: str) -> None:
             *(("token URL", url) for url in found.oauth.token_urls),
             *(("API host", host) for host in found.oauth.hosts),
             ("client authentication", ", ".join(found.oauth.client_authentication) or NOTHING),
+            *(("authorization URL", url) for url in found.oauth.authorization_urls),
+            ("scopes", " ".join(found.oauth.scopes) or NOTHING),
             ("authorization scheme", found.oauth.authorization_scheme or NOTHING),
             ("longest lease", duration_text(found, "longest_ttl")),
             ("runs at a time", f"{found.most_runs}, of a token in custody"),

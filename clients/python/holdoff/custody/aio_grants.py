@@ -85,6 +85,97 @@ class Grants:
         )
         return await self._connection._call(call)  # noqa: SLF001
 
+    async def begin_authorization(  # noqa: PLR0913 - the fields of a grant
+        self,
+        token: str,
+        *,
+        redirect_uri: str,
+        client_id: str = "",
+        client_secret: str = "",
+        token_url: str = "",
+        api_hosts: Sequence[str] = (),
+        client_authentication: calls.ClientAuthentication | None = None,
+        scopes: Sequence[str] = (),
+        etag: str = "",
+        replace: bool = False,
+    ) -> custody_service_pb2.BeginAuthorizationResponse:
+        """Take the right to have a person authorize the app; return the URL for the browser.
+
+        Until `complete_authorization`, or for ten minutes, nobody refreshes the token. A later call
+        replaces an authorization that was not completed. What is left empty is that of the grant in
+        custody, or else the policy's.
+
+        Args:
+            token: The token, which exists.
+            redirect_uri: Where the provider sends the browser, as registered for the app.
+            client_id: The OAuth client id.
+            client_secret: The OAuth client secret.
+            token_url: Where access tokens are requested: one of the policy's token URLs.
+            api_hosts: Hosts that an access token may be sent to, from the policy.
+            client_authentication: "basic", "body" or "query".
+            scopes: What the app asks for; empty for the policy's.
+            etag: Replace the grant that has this etag, and no other.
+            replace: Replace whatever there is.
+
+        Raises:
+            GrantExists: There is a grant, and neither `etag` nor `replace` was given.
+            GrantChanged: The grant has another etag.
+            TokenBusy: The token cools down, a lease on it lives, or an access token is being
+                requested; `retry_after_seconds` says for how long.
+            Quarantined: The app is in quarantine.
+            CustodyOff: The coordinator takes nothing into custody, or requests no access tokens.
+            CustodyKeyMissing: The coordinator does not have the key that encrypts.
+            TokenNotFound: There is no such token.
+            InvalidRequest: An argument is wrong, the policy has no authorization URL, or the secret
+                would be sent over a network without TLS.
+            ValueError: `client_authentication` is none of these, or both `etag` and `replace` were
+                given.
+        """
+        calls.require_private(self._connection._is_private)  # noqa: SLF001
+        call = calls.begin_authorization(
+            token,
+            redirect_uri=redirect_uri,
+            client_id=client_id,
+            client_secret=client_secret,
+            token_url=token_url,
+            api_hosts=api_hosts,
+            client_authentication=client_authentication,
+            scopes=scopes,
+            etag=etag,
+            replace=replace,
+        )
+        return await self._connection._call(call)  # noqa: SLF001
+
+    async def complete_authorization(
+        self, token: str, state: str, *, code: str = "", error: str = ""
+    ) -> grant_pb2.Grant | None:
+        """Exchange the code that the provider gave for a grant; or end the authorization.
+
+        It can be repeated after `Unavailable` or `TokenBusy`.
+
+        Args:
+            token: The token.
+            state: The parameter `state` that came back from the provider.
+            code: The parameter `code`.
+            error: The parameter `error`, or another word to give the authorization up.
+
+        Returns:
+            The grant in custody; None if there is none, which can be only with `error`.
+
+        Raises:
+            AuthorizationNotFound: It took too long, or ended.
+            AuthorizationFailed: The provider refused the code, or did not answer as it should. The
+                old grant is as it was.
+            GrantDuplicate: Another token has this refresh token in custody.
+            TokenBusy: The code cannot be sent now, and was not.
+            InvalidRequest: The state is another one, or the code would be sent over a network
+                without TLS.
+            ValueError: Not exactly one of `code` and `error` was given.
+        """
+        calls.require_private(self._connection._is_private)  # noqa: SLF001
+        call = calls.complete_authorization(token, state, code, error)
+        return await self._connection._call(call)  # noqa: SLF001
+
     async def get(self, token: str) -> grant_pb2.Grant:
         """Return the grant of a token.
 

@@ -18,6 +18,9 @@ _CUSTODY = "/holdoff.v1.CustodyService"
 _CHECK_SECONDS = 30.0
 """Longer than a check takes."""
 
+_EXCHANGE_SECONDS = 120.0
+"""Longer than an exchange takes."""
+
 ClientAuthentication = Literal["basic", "body", "query"]
 """Where a client id and secret go in a request: RFC 6749, section 2.3.1, or the URL."""
 
@@ -40,31 +43,73 @@ def put_grant(  # noqa: PLR0913 - the fields of a grant
     Raises:
         ValueError: `client_authentication` is none of its words, or both conditions were given.
     """
-    if etag and replace:
-        raise ValueError("give etag or replace, not both")
-    word = (client_authentication or "unspecified").upper()
     age = None if last_refresh_age_seconds is None else duration(last_refresh_age_seconds)
     request = custody_service_pb2.PutGrantRequest(
-        grant=grant_pb2.Grant(
-            name=_name(token),
-            client_id=client_id,
-            token_url=token_url,
-            api_hosts=api_hosts,
-            client_authentication=grant_pb2.ClientAuthentication.Value(
-                f"CLIENT_AUTHENTICATION_{word}"
-            ),
-        ),
+        grant=_grant(token, client_id, token_url, api_hosts, client_authentication),
         refresh_token=refresh_token,
         client_secret=client_secret,
         last_refresh_age=age,
         request_id=str(uuid.uuid4()),
-        **({"etag": etag} if etag else {"replace": True} if replace else {}),
+        **_condition(etag, replace),
     )
     return Call(
         f"{_CUSTODY}/PutGrant",
         request,
         custody_service_pb2.PutGrantResponse,
         lambda response: response.grant,
+    )
+
+
+def begin_authorization(  # noqa: PLR0913 - the fields of a grant
+    token: str,
+    *,
+    redirect_uri: str,
+    client_id: str,
+    client_secret: str,
+    token_url: str,
+    api_hosts: Sequence[str],
+    client_authentication: ClientAuthentication | None,
+    scopes: Sequence[str],
+    etag: str,
+    replace: bool,
+) -> Call[Any, custody_service_pb2.BeginAuthorizationResponse]:
+    """Take the right to have a person authorize the app.
+
+    Raises:
+        ValueError: `client_authentication` is none of its words, or both conditions were given.
+    """
+    return Call(
+        f"{_CUSTODY}/BeginAuthorization",
+        custody_service_pb2.BeginAuthorizationRequest(
+            grant=_grant(token, client_id, token_url, api_hosts, client_authentication),
+            client_secret=client_secret,
+            redirect_uri=redirect_uri,
+            scopes=scopes,
+            **_condition(etag, replace),
+        ),
+        custody_service_pb2.BeginAuthorizationResponse,
+        lambda response: response,
+    )
+
+
+def complete_authorization(
+    token: str, state: str, code: str, error: str
+) -> Call[Any, grant_pb2.Grant | None]:
+    """Complete or end an authorization.
+
+    Raises:
+        ValueError: Not exactly one of `code` and `error` was given.
+    """
+    if bool(code) == bool(error):
+        raise ValueError("give either code or error")
+    return Call(
+        f"{_CUSTODY}/CompleteAuthorization",
+        custody_service_pb2.CompleteAuthorizationRequest(
+            name=_name(token), state=state, **({"code": code} if code else {"error": error})
+        ),
+        custody_service_pb2.CompleteAuthorizationResponse,
+        lambda response: response.grant if response.HasField("grant") else None,
+        timeout_seconds=_EXCHANGE_SECONDS,
     )
 
 
@@ -161,6 +206,29 @@ def rotate_keys(
         custody_service_pb2.RotateKeysResponse,
         read,
     )
+
+
+def _grant(
+    token: str,
+    client_id: str,
+    token_url: str,
+    api_hosts: Sequence[str],
+    client_authentication: ClientAuthentication | None,
+) -> grant_pb2.Grant:
+    word = (client_authentication or "unspecified").upper()
+    return grant_pb2.Grant(
+        name=_name(token),
+        client_id=client_id,
+        token_url=token_url,
+        api_hosts=api_hosts,
+        client_authentication=grant_pb2.ClientAuthentication.Value(f"CLIENT_AUTHENTICATION_{word}"),
+    )
+
+
+def _condition(etag: str, replace: bool) -> dict[str, Any]:
+    if etag and replace:
+        raise ValueError("give etag or replace, not both")
+    return {"etag": etag} if etag else {"replace": True} if replace else {}
 
 
 def _name(token: str) -> str:

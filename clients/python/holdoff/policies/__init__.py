@@ -39,6 +39,8 @@ HeaderName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9!#$%&'*+.^_`|~-]{
 QueryName = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 Status = Annotated[int, msgspec.Meta(ge=100, le=599)]
 Url = Annotated[str, msgspec.Meta(max_length=2_000)]
+OAuthScope = Annotated[str, msgspec.Meta(pattern=r"\A[!#-\[\]-~]{1,500}\Z")]
+"""A scope token of RFC 6749, section 3.3."""
 Scheme = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}\Z")]
 
 if TYPE_CHECKING:
@@ -124,15 +126,26 @@ class OAuth(_Table, frozen=True, kw_only=True):
     """Hosts of the API, as `host` or `host:port`; none where they differ for each account."""
     client_authentication: tuple[Literal["basic", "body", "query"], ...] = ("basic",)
     """Where the client id and secret go, the preferred way first. RFC 6749 requires "basic"."""
+    authorization_urls: tuple[Url, ...] = ()
+    """Where a person authorizes an app, one for each region. The one with the host of the token URL
+    belongs to it, or the only one."""
+    scopes: tuple[OAuthScope, ...] = ()
+    """What an app asks a person for by default."""
     authorization_scheme: Scheme = "Bearer"
     """The word before the access token in the header `Authorization`."""
 
     def __post_init__(self) -> None:
         for number, url in enumerate(self.token_urls):
-            if not _is_token_url(url):
+            if not _is_safe_url(url):
                 raise ValueError(
                     f"`token_urls[{number}]` must begin with https://, or with http:// on this "
                     "machine, and have a path, no user, no query and no fragment"
+                )
+        for number, url in enumerate(self.authorization_urls):
+            if not _is_safe_url(url, has_query=True):
+                raise ValueError(
+                    f"`authorization_urls[{number}]` must begin with https://, or with http:// on "
+                    "this machine, and have a path, no user and no fragment"
                 )
         for number, host in enumerate(self.hosts):
             if not _HOST.fullmatch(host):
@@ -140,7 +153,13 @@ class OAuth(_Table, frozen=True, kw_only=True):
                     f"`hosts[{number}]` must be a host in lower case, or host:port, without "
                     "https:// and path"
                 )
-        for field in ("token_urls", "hosts", "client_authentication"):
+        for field in (
+            "token_urls",
+            "hosts",
+            "client_authentication",
+            "authorization_urls",
+            "scopes",
+        ):
             values = getattr(self, field)
             if len(set(values)) != len(values):
                 raise ValueError(f"`{field}` must not contain a value twice")
@@ -431,8 +450,8 @@ def _expand_statuses(table: Limit | Throttle) -> None:
     msgspec.structs.force_setattr(table, "statuses", tuple(sorted(expanded)))
 
 
-def _is_token_url(text: str) -> bool:
-    """Tell whether a refresh token may be sent there."""
+def _is_safe_url(text: str, *, has_query: bool = False) -> bool:
+    """Tell whether secrets, or people, may be sent there."""
     try:
         url = urlsplit(text)
         safe = url.scheme == "https" or (url.scheme == "http" and url.hostname in _LOOPBACK)
@@ -441,7 +460,8 @@ def _is_token_url(text: str) -> bool:
             and bool(url.hostname and url.path)
             and url.geturl() == text
             and (url.port is None or url.port > 0)
-            and not (url.username or url.password or url.query or url.fragment)
+            and not (url.username or url.password or url.fragment)
+            and (has_query or not url.query)
             and text.isascii()
             and text.isprintable()
             and " " not in text

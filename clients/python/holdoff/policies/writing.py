@@ -57,6 +57,11 @@ FIELDS = {
         'Where client id and secret go, the preferred way first: "basic", "body" or "query".',
         '["basic"]',
     ),
+    "oauth.authorization_urls": (
+        "Where a person authorizes an app.",
+        '["https://login.example.com/oauth/authorize"]',
+    ),
+    "oauth.scopes": ("What an app asks for by default.", '["offline_access"]'),
     "oauth.authorization_scheme": (
         "The word before the access token in the header Authorization.",
         '"Bearer"',

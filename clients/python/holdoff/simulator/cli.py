@@ -314,7 +314,11 @@ def report(url: str, ca_file: str | None, output: str) -> None:
 )
 @click.option("--count", type=click.IntRange(1), help="How many requests.  [default: 1]")
 @click.option("--seconds", type=float, help="Simulated seconds that a fault with a duration lasts.")
-@click.option("--status", type=click.IntRange(500, 599), help="Status of an error.  [default: 500]")
+@click.option(
+    "--status",
+    type=click.IntRange(300, 599),
+    help="Status of an error, 500 to 599, or of a redirect, 300 to 399.  [default: 500]",
+)
 @click.option(
     "--without",
     multiple=True,

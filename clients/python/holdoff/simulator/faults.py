@@ -54,7 +54,8 @@ _DEFAULT_SECONDS = {
 _DEFAULT_STATUS = {FaultKind.ERROR: 500, FaultKind.ERROR_ANSWER: 500}
 _DEFAULT_WITHOUT = {FaultKind.PARTIAL_ANSWER: ["access_token"]}
 _MOST_FIELDS = 10
-_STATUSES = range(500, 600)
+_STATUSES = {*range(300, 400), *range(500, 600)}
+"""Redirects, and errors of a server."""
 _MOST = 10**9
 """The largest count of requests and the largest number of seconds."""
 
@@ -102,7 +103,7 @@ class Fault:
             raise ValueError(f"seconds: expected a number above 0, at most {_MOST}")
         status = _option(document, "status", kind, _DEFAULT_STATUS)
         if status is not None and (type(status) is not int or status not in _STATUSES):
-            raise ValueError("status: expected 500 to 599")
+            raise ValueError("status: expected 300 to 399, or 500 to 599")
         without = _option(document, "without", kind, _DEFAULT_WITHOUT)
         if without is not None and not _are_names(without):
             raise ValueError(f"without: expected a list of 1 to {_MOST_FIELDS} names of fields")

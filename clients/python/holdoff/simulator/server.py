@@ -111,7 +111,9 @@ class Server:
             case FaultKind.HANG:
                 await self._pass_time(fault.seconds or 0)
             case FaultKind.ERROR:
-                return web.Response(status=fault.status or 500, text=_INJECTED)
+                return web.Response(
+                    status=fault.status or 500, text=_INJECTED, headers=_injected_headers(fault)
+                )
             case FaultKind.HTML:
                 return await self._send(request, MAINTENANCE, None)
         return _reset(request)
@@ -228,7 +230,7 @@ class Server:
             case FaultKind.LATE_ANSWER:
                 await self._pass_time(fault.seconds or 0)
             case FaultKind.ERROR_ANSWER:
-                return Answer(fault.status or 500, _INJECTED)
+                return Answer(fault.status or 500, _INJECTED, _injected_headers(fault))
             case FaultKind.HTML_ANSWER:
                 return MAINTENANCE
             case FaultKind.PARTIAL_ANSWER:
@@ -364,6 +366,12 @@ async def serve_until_signal(
     async with server as url:
         ready(url)
         await stop.wait()
+
+
+def _injected_headers(fault: Fault) -> dict[str, str]:
+    """A redirect says where to."""
+    is_redirect = 300 <= (fault.status or 500) < 400  # noqa: PLR2004
+    return {"Location": "/elsewhere"} if is_redirect else {}
 
 
 def _reset(request: web.Request) -> web.Response:

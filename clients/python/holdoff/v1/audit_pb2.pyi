@@ -78,6 +78,10 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     """
     AUDIT_KIND_GRANT_TRUSTED: _AuditKind.ValueType  # 23
     """An operator said that the grant in custody is the newest one."""
+    AUDIT_KIND_AUTHORIZATION_BEGAN: _AuditKind.ValueType  # 24
+    """The right to authorize an app for a token was taken."""
+    AUDIT_KIND_AUTHORIZATION_FAILED: _AuditKind.ValueType  # 25
+    """It ended without a new grant."""
 
 class AuditKind(_AuditKind, metaclass=_AuditKindEnumTypeWrapper):
     """The kinds of entries in the audit trail."""
@@ -134,6 +138,10 @@ one with the count of all others in it.
 """
 AUDIT_KIND_GRANT_TRUSTED: AuditKind.ValueType  # 23
 """An operator said that the grant in custody is the newest one."""
+AUDIT_KIND_AUTHORIZATION_BEGAN: AuditKind.ValueType  # 24
+"""The right to authorize an app for a token was taken."""
+AUDIT_KIND_AUTHORIZATION_FAILED: AuditKind.ValueType  # 25
+"""It ended without a new grant."""
 Global___AuditKind: _TypeAlias = AuditKind  # noqa: Y015
 
 @_typing.final

@@ -40,6 +40,16 @@ class CustodyServiceStub:
                 request_serializer=holdoff_dot_v1_dot_custody__service__pb2.PutGrantRequest.SerializeToString,
                 response_deserializer=holdoff_dot_v1_dot_custody__service__pb2.PutGrantResponse.FromString,
                 _registered_method=True)
+        self.BeginAuthorization = channel.unary_unary(
+                '/holdoff.v1.CustodyService/BeginAuthorization',
+                request_serializer=holdoff_dot_v1_dot_custody__service__pb2.BeginAuthorizationRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_custody__service__pb2.BeginAuthorizationResponse.FromString,
+                _registered_method=True)
+        self.CompleteAuthorization = channel.unary_unary(
+                '/holdoff.v1.CustodyService/CompleteAuthorization',
+                request_serializer=holdoff_dot_v1_dot_custody__service__pb2.CompleteAuthorizationRequest.SerializeToString,
+                response_deserializer=holdoff_dot_v1_dot_custody__service__pb2.CompleteAuthorizationResponse.FromString,
+                _registered_method=True)
         self.GetGrant = channel.unary_unary(
                 '/holdoff.v1.CustodyService/GetGrant',
                 request_serializer=holdoff_dot_v1_dot_custody__service__pb2.GetGrantRequest.SerializeToString,
@@ -89,6 +99,28 @@ class CustodyServiceServicer:
     def PutGrant(self, request, context):
         """Takes a grant into custody, or replaces it. Refused while a lease on the
         token lives, while the token cools down without custody, and in quarantine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginAuthorization(self, request, context):
+        """Takes the right to have a person authorize the app for a token, and returns
+        the URL for that person's browser. Until CompleteAuthorization, or
+        `expire_time`, nobody refreshes the token: the code that the provider then
+        gives lives for minutes only, and its exchange issues an access token. So it
+        is refused, with the delay after which to try again, while the token cools
+        down, a lease on it lives, an access token is requested, or in quarantine.
+        A later call replaces an authorization that was not completed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompleteAuthorization(self, request, context):
+        """Exchanges the code that the provider gave for a grant, which replaces the one
+        in custody; or ends the authorization. The old grant stays if the provider
+        refuses. Can be sent again after a time-out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,6 +198,16 @@ def add_CustodyServiceServicer_to_server(servicer, server):
                     request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.PutGrantRequest.FromString,
                     response_serializer=holdoff_dot_v1_dot_custody__service__pb2.PutGrantResponse.SerializeToString,
             ),
+            'BeginAuthorization': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginAuthorization,
+                    request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.BeginAuthorizationRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_custody__service__pb2.BeginAuthorizationResponse.SerializeToString,
+            ),
+            'CompleteAuthorization': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompleteAuthorization,
+                    request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.CompleteAuthorizationRequest.FromString,
+                    response_serializer=holdoff_dot_v1_dot_custody__service__pb2.CompleteAuthorizationResponse.SerializeToString,
+            ),
             'GetGrant': grpc.unary_unary_rpc_method_handler(
                     servicer.GetGrant,
                     request_deserializer=holdoff_dot_v1_dot_custody__service__pb2.GetGrantRequest.FromString,
@@ -235,6 +277,60 @@ class CustodyService:
             '/holdoff.v1.CustodyService/PutGrant',
             holdoff_dot_v1_dot_custody__service__pb2.PutGrantRequest.SerializeToString,
             holdoff_dot_v1_dot_custody__service__pb2.PutGrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginAuthorization(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.CustodyService/BeginAuthorization',
+            holdoff_dot_v1_dot_custody__service__pb2.BeginAuthorizationRequest.SerializeToString,
+            holdoff_dot_v1_dot_custody__service__pb2.BeginAuthorizationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompleteAuthorization(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/holdoff.v1.CustodyService/CompleteAuthorization',
+            holdoff_dot_v1_dot_custody__service__pb2.CompleteAuthorizationRequest.SerializeToString,
+            holdoff_dot_v1_dot_custody__service__pb2.CompleteAuthorizationResponse.FromString,
             options,
             channel_credentials,
             insecure,

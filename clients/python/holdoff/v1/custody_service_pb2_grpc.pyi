@@ -37,6 +37,20 @@ class CustodyServiceStub:
     """Takes a grant into custody, or replaces it. Refused while a lease on the
     token lives, while the token cools down without custody, and in quarantine.
     """
+    BeginAuthorization: _grpc.UnaryUnaryMultiCallable[_custody_service_pb2.BeginAuthorizationRequest, _custody_service_pb2.BeginAuthorizationResponse]
+    """Takes the right to have a person authorize the app for a token, and returns
+    the URL for that person's browser. Until CompleteAuthorization, or
+    `expire_time`, nobody refreshes the token: the code that the provider then
+    gives lives for minutes only, and its exchange issues an access token. So it
+    is refused, with the delay after which to try again, while the token cools
+    down, a lease on it lives, an access token is requested, or in quarantine.
+    A later call replaces an authorization that was not completed.
+    """
+    CompleteAuthorization: _grpc.UnaryUnaryMultiCallable[_custody_service_pb2.CompleteAuthorizationRequest, _custody_service_pb2.CompleteAuthorizationResponse]
+    """Exchanges the code that the provider gave for a grant, which replaces the one
+    in custody; or ends the authorization. The old grant stays if the provider
+    refuses. Can be sent again after a time-out.
+    """
     GetGrant: _grpc.UnaryUnaryMultiCallable[_custody_service_pb2.GetGrantRequest, _custody_service_pb2.GetGrantResponse]
     """Returns one grant, without its secrets."""
     ListGrants: _grpc.UnaryUnaryMultiCallable[_custody_service_pb2.ListGrantsRequest, _custody_service_pb2.ListGrantsResponse]
@@ -76,6 +90,20 @@ class CustodyServiceAsyncStub(CustodyServiceStub):
     PutGrant: _aio.UnaryUnaryMultiCallable[_custody_service_pb2.PutGrantRequest, _custody_service_pb2.PutGrantResponse]  # type: ignore[assignment]
     """Takes a grant into custody, or replaces it. Refused while a lease on the
     token lives, while the token cools down without custody, and in quarantine.
+    """
+    BeginAuthorization: _aio.UnaryUnaryMultiCallable[_custody_service_pb2.BeginAuthorizationRequest, _custody_service_pb2.BeginAuthorizationResponse]  # type: ignore[assignment]
+    """Takes the right to have a person authorize the app for a token, and returns
+    the URL for that person's browser. Until CompleteAuthorization, or
+    `expire_time`, nobody refreshes the token: the code that the provider then
+    gives lives for minutes only, and its exchange issues an access token. So it
+    is refused, with the delay after which to try again, while the token cools
+    down, a lease on it lives, an access token is requested, or in quarantine.
+    A later call replaces an authorization that was not completed.
+    """
+    CompleteAuthorization: _aio.UnaryUnaryMultiCallable[_custody_service_pb2.CompleteAuthorizationRequest, _custody_service_pb2.CompleteAuthorizationResponse]  # type: ignore[assignment]
+    """Exchanges the code that the provider gave for a grant, which replaces the one
+    in custody; or ends the authorization. The old grant stays if the provider
+    refuses. Can be sent again after a time-out.
     """
     GetGrant: _aio.UnaryUnaryMultiCallable[_custody_service_pb2.GetGrantRequest, _custody_service_pb2.GetGrantResponse]  # type: ignore[assignment]
     """Returns one grant, without its secrets."""
@@ -119,6 +147,32 @@ class CustodyServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_custody_service_pb2.PutGrantResponse, _abc.Awaitable[_custody_service_pb2.PutGrantResponse]]:
         """Takes a grant into custody, or replaces it. Refused while a lease on the
         token lives, while the token cools down without custody, and in quarantine.
+        """
+
+    @_abc_1.abstractmethod
+    def BeginAuthorization(
+        self,
+        request: _custody_service_pb2.BeginAuthorizationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_custody_service_pb2.BeginAuthorizationResponse, _abc.Awaitable[_custody_service_pb2.BeginAuthorizationResponse]]:
+        """Takes the right to have a person authorize the app for a token, and returns
+        the URL for that person's browser. Until CompleteAuthorization, or
+        `expire_time`, nobody refreshes the token: the code that the provider then
+        gives lives for minutes only, and its exchange issues an access token. So it
+        is refused, with the delay after which to try again, while the token cools
+        down, a lease on it lives, an access token is requested, or in quarantine.
+        A later call replaces an authorization that was not completed.
+        """
+
+    @_abc_1.abstractmethod
+    def CompleteAuthorization(
+        self,
+        request: _custody_service_pb2.CompleteAuthorizationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_custody_service_pb2.CompleteAuthorizationResponse, _abc.Awaitable[_custody_service_pb2.CompleteAuthorizationResponse]]:
+        """Exchanges the code that the provider gave for a grant, which replaces the one
+        in custody; or ends the authorization. The old grant stays if the provider
+        refuses. Can be sent again after a time-out.
         """
 
     @_abc_1.abstractmethod

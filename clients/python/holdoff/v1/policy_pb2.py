@@ -27,7 +27,7 @@ from holdoff.v1 import budget_pb2 as holdoff_dot_v1_dot_budget__pb2
 from holdoff.v1 import token_pb2 as holdoff_dot_v1_dot_token__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17holdoff/v1/policy.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17holdoff/v1/budget.proto\x1a\x16holdoff/v1/token.proto\"\xa5\x04\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06preset\x18\x03 \x01(\x08\x12*\n\x07refresh\x18\x04 \x01(\x0b\x32\x19.holdoff.v1.RefreshPolicy\x12!\n\x06limits\x18\x05 \x03(\x0b\x32\x11.holdoff.v1.Limit\x12&\n\x05\x62lock\x18\x06 \x01(\x0b\x32\x17.holdoff.v1.BlockPolicy\x12\x15\n\rendpoint_path\x18\x07 \x01(\t\x12\'\n\tthrottles\x18\x08 \x03(\x0b\x32\x14.holdoff.v1.Throttle\x12(\n\x06output\x18\t \x01(\x0b\x32\x18.holdoff.v1.OutputPolicy\x12)\n\nwhen_quiet\x18\n \x01(\x0e\x32\x15.holdoff.v1.WhenQuiet\x12.\n\x0blongest_ttl\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x05oauth\x18\x0c \x01(\x0b\x32\x17.holdoff.v1.OAuthPolicy\x12\x38\n\x12\x63oncurrency_limits\x18\r \x03(\x0b\x32\x1c.holdoff.v1.ConcurrencyLimit\x12\x16\n\x0e\x64ivision_query\x18\x0e \x03(\t\x12%\n\x08refusals\x18\x0f \x03(\x0b\x32\x13.holdoff.v1.Refusal\x12\x11\n\tmost_runs\x18\x10 \x01(\r\"J\n\x07Refusal\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05means\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\"m\n\x0bOAuthPolicy\x12\x12\n\ntoken_urls\x18\x01 \x03(\t\x12\r\n\x05hosts\x18\x02 \x03(\t\x12\x1d\n\x15\x63lient_authentication\x18\x03 \x03(\t\x12\x1c\n\x14\x61uthorization_scheme\x18\x04 \x01(\t\"=\n\x10\x43oncurrencyLimit\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04most\x18\x02 \x01(\x04\x12\r\n\x05scope\x18\x03 \x03(\t\"\x91\x01\n\x08Throttle\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08statuses\x18\x02 \x03(\x05\x12\x0c\n\x04\x62ody\x18\x03 \x01(\t\x12\x0e\n\x06header\x18\x04 \x01(\t\x12\r\n\x05scope\x18\x05 \x03(\t\x12\r\n\x05until\x18\x06 \x03(\t\x12)\n\x06length\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x90\x01\n\x0cOutputPolicy\x12\x0e\n\x06\x65rrors\x18\x01 \x03(\t\x12\x0e\n\x06places\x18\x02 \x03(\t\x12\x32\n\x05\x63odes\x18\x03 \x03(\x0b\x32#.holdoff.v1.OutputPolicy.CodesEntry\x1a,\n\nCodesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xab\x03\n\rRefreshPolicy\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06margin\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\nrefresh_at\x18\x03 \x01(\x0e\x32\x15.holdoff.v1.RefreshAt\x12\x34\n\x11\x61\x63\x63\x65ss_token_life\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x08rotation\x18\x05 \x01(\x0e\x32\x14.holdoff.v1.Rotation\x12(\n\x05grace\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tidle_life\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x65\x61rly_margin\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rabsolute_life\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa4\x01\n\x05Limit\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.holdoff.v1.EventKind\x12\x0c\n\x04most\x18\x03 \x01(\x04\x12)\n\x06window\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05scope\x18\x05 \x03(\t\x12\x10\n\x08statuses\x18\x06 \x03(\x05\x12\x0e\n\x06margin\x18\x07 \x01(\x04\"\xb0\x01\n\x0b\x42lockPolicy\x12\r\n\x05scope\x18\x01 \x03(\t\x12(\n\x05\x66irst\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x66\x61\x63tor\x18\x03 \x01(\x01\x12\'\n\x04most\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x66orget_after\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration*n\n\tWhenQuiet\x12\x1a\n\x16WHEN_QUIET_UNSPECIFIED\x10\x00\x12\x15\n\x11WHEN_QUIET_FINISH\x10\x01\x12\x14\n\x10WHEN_QUIET_PAUSE\x10\x02\x12\x18\n\x14WHEN_QUIET_TERMINATE\x10\x03*\xb5\x01\n\x08Rotation\x12\x18\n\x14ROTATION_UNSPECIFIED\x10\x00\x12\x15\n\x11ROTATION_REUSABLE\x10\x01\x12\x12\n\x0eROTATION_GRACE\x10\x02\x12\x17\n\x13ROTATION_SINGLE_USE\x10\x03\x12\x1f\n\x1bROTATION_SINGLE_USE_REVOKES\x10\x04\x12\x11\n\rROTATION_NONE\x10\x05\x12\x17\n\x13ROTATION_UNTIL_USED\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17holdoff/v1/policy.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17holdoff/v1/budget.proto\x1a\x16holdoff/v1/token.proto\"\xa5\x04\n\x06Policy\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0e\n\x06preset\x18\x03 \x01(\x08\x12*\n\x07refresh\x18\x04 \x01(\x0b\x32\x19.holdoff.v1.RefreshPolicy\x12!\n\x06limits\x18\x05 \x03(\x0b\x32\x11.holdoff.v1.Limit\x12&\n\x05\x62lock\x18\x06 \x01(\x0b\x32\x17.holdoff.v1.BlockPolicy\x12\x15\n\rendpoint_path\x18\x07 \x01(\t\x12\'\n\tthrottles\x18\x08 \x03(\x0b\x32\x14.holdoff.v1.Throttle\x12(\n\x06output\x18\t \x01(\x0b\x32\x18.holdoff.v1.OutputPolicy\x12)\n\nwhen_quiet\x18\n \x01(\x0e\x32\x15.holdoff.v1.WhenQuiet\x12.\n\x0blongest_ttl\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x05oauth\x18\x0c \x01(\x0b\x32\x17.holdoff.v1.OAuthPolicy\x12\x38\n\x12\x63oncurrency_limits\x18\r \x03(\x0b\x32\x1c.holdoff.v1.ConcurrencyLimit\x12\x16\n\x0e\x64ivision_query\x18\x0e \x03(\t\x12%\n\x08refusals\x18\x0f \x03(\x0b\x32\x13.holdoff.v1.Refusal\x12\x11\n\tmost_runs\x18\x10 \x01(\r\"J\n\x07Refusal\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05means\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\"\x99\x01\n\x0bOAuthPolicy\x12\x12\n\ntoken_urls\x18\x01 \x03(\t\x12\r\n\x05hosts\x18\x02 \x03(\t\x12\x1d\n\x15\x63lient_authentication\x18\x03 \x03(\t\x12\x1c\n\x14\x61uthorization_scheme\x18\x04 \x01(\t\x12\x1a\n\x12\x61uthorization_urls\x18\x05 \x03(\t\x12\x0e\n\x06scopes\x18\x06 \x03(\t\"=\n\x10\x43oncurrencyLimit\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04most\x18\x02 \x01(\x04\x12\r\n\x05scope\x18\x03 \x03(\t\"\x91\x01\n\x08Throttle\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08statuses\x18\x02 \x03(\x05\x12\x0c\n\x04\x62ody\x18\x03 \x01(\t\x12\x0e\n\x06header\x18\x04 \x01(\t\x12\r\n\x05scope\x18\x05 \x03(\t\x12\r\n\x05until\x18\x06 \x03(\t\x12)\n\x06length\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x90\x01\n\x0cOutputPolicy\x12\x0e\n\x06\x65rrors\x18\x01 \x03(\t\x12\x0e\n\x06places\x18\x02 \x03(\t\x12\x32\n\x05\x63odes\x18\x03 \x03(\x0b\x32#.holdoff.v1.OutputPolicy.CodesEntry\x1a,\n\nCodesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"\xab\x03\n\rRefreshPolicy\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06margin\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\nrefresh_at\x18\x03 \x01(\x0e\x32\x15.holdoff.v1.RefreshAt\x12\x34\n\x11\x61\x63\x63\x65ss_token_life\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x08rotation\x18\x05 \x01(\x0e\x32\x14.holdoff.v1.Rotation\x12(\n\x05grace\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tidle_life\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x65\x61rly_margin\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rabsolute_life\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa4\x01\n\x05Limit\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.holdoff.v1.EventKind\x12\x0c\n\x04most\x18\x03 \x01(\x04\x12)\n\x06window\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05scope\x18\x05 \x03(\t\x12\x10\n\x08statuses\x18\x06 \x03(\x05\x12\x0e\n\x06margin\x18\x07 \x01(\x04\"\xb0\x01\n\x0b\x42lockPolicy\x12\r\n\x05scope\x18\x01 \x03(\t\x12(\n\x05\x66irst\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x66\x61\x63tor\x18\x03 \x01(\x01\x12\'\n\x04most\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x66orget_after\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration*n\n\tWhenQuiet\x12\x1a\n\x16WHEN_QUIET_UNSPECIFIED\x10\x00\x12\x15\n\x11WHEN_QUIET_FINISH\x10\x01\x12\x14\n\x10WHEN_QUIET_PAUSE\x10\x02\x12\x18\n\x14WHEN_QUIET_TERMINATE\x10\x03*\xb5\x01\n\x08Rotation\x12\x18\n\x14ROTATION_UNSPECIFIED\x10\x00\x12\x15\n\x11ROTATION_REUSABLE\x10\x01\x12\x12\n\x0eROTATION_GRACE\x10\x02\x12\x17\n\x13ROTATION_SINGLE_USE\x10\x03\x12\x1f\n\x1bROTATION_SINGLE_USE_REVOKES\x10\x04\x12\x11\n\rROTATION_NONE\x10\x05\x12\x17\n\x13ROTATION_UNTIL_USED\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,28 +36,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_OUTPUTPOLICY_CODESENTRY']._loaded_options = None
   _globals['_OUTPUTPOLICY_CODESENTRY']._serialized_options = b'8\001'
-  _globals['_WHENQUIET']._serialized_start=1993
-  _globals['_WHENQUIET']._serialized_end=2103
-  _globals['_ROTATION']._serialized_start=2106
-  _globals['_ROTATION']._serialized_end=2287
+  _globals['_WHENQUIET']._serialized_start=2038
+  _globals['_WHENQUIET']._serialized_end=2148
+  _globals['_ROTATION']._serialized_start=2151
+  _globals['_ROTATION']._serialized_end=2332
   _globals['_POLICY']._serialized_start=121
   _globals['_POLICY']._serialized_end=670
   _globals['_REFUSAL']._serialized_start=672
   _globals['_REFUSAL']._serialized_end=746
-  _globals['_OAUTHPOLICY']._serialized_start=748
-  _globals['_OAUTHPOLICY']._serialized_end=857
-  _globals['_CONCURRENCYLIMIT']._serialized_start=859
-  _globals['_CONCURRENCYLIMIT']._serialized_end=920
-  _globals['_THROTTLE']._serialized_start=923
-  _globals['_THROTTLE']._serialized_end=1068
-  _globals['_OUTPUTPOLICY']._serialized_start=1071
-  _globals['_OUTPUTPOLICY']._serialized_end=1215
-  _globals['_OUTPUTPOLICY_CODESENTRY']._serialized_start=1171
-  _globals['_OUTPUTPOLICY_CODESENTRY']._serialized_end=1215
-  _globals['_REFRESHPOLICY']._serialized_start=1218
-  _globals['_REFRESHPOLICY']._serialized_end=1645
-  _globals['_LIMIT']._serialized_start=1648
-  _globals['_LIMIT']._serialized_end=1812
-  _globals['_BLOCKPOLICY']._serialized_start=1815
-  _globals['_BLOCKPOLICY']._serialized_end=1991
+  _globals['_OAUTHPOLICY']._serialized_start=749
+  _globals['_OAUTHPOLICY']._serialized_end=902
+  _globals['_CONCURRENCYLIMIT']._serialized_start=904
+  _globals['_CONCURRENCYLIMIT']._serialized_end=965
+  _globals['_THROTTLE']._serialized_start=968
+  _globals['_THROTTLE']._serialized_end=1113
+  _globals['_OUTPUTPOLICY']._serialized_start=1116
+  _globals['_OUTPUTPOLICY']._serialized_end=1260
+  _globals['_OUTPUTPOLICY_CODESENTRY']._serialized_start=1216
+  _globals['_OUTPUTPOLICY_CODESENTRY']._serialized_end=1260
+  _globals['_REFRESHPOLICY']._serialized_start=1263
+  _globals['_REFRESHPOLICY']._serialized_end=1690
+  _globals['_LIMIT']._serialized_start=1693
+  _globals['_LIMIT']._serialized_end=1857
+  _globals['_BLOCKPOLICY']._serialized_start=1860
+  _globals['_BLOCKPOLICY']._serialized_end=2036
 # @@protoc_insertion_point(module_scope)

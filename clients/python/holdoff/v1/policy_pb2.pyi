@@ -250,6 +250,8 @@ class OAuthPolicy(_message.Message):
     HOSTS_FIELD_NUMBER: _builtins.int
     CLIENT_AUTHENTICATION_FIELD_NUMBER: _builtins.int
     AUTHORIZATION_SCHEME_FIELD_NUMBER: _builtins.int
+    AUTHORIZATION_URLS_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
     authorization_scheme: _builtins.str
     """The word before the access token in the header `Authorization`, such as
     `Bearer`.
@@ -272,6 +274,16 @@ class OAuthPolicy(_message.Message):
         `body` or `query`.
         """
 
+    @_builtins.property
+    def authorization_urls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Where a person authorizes an app, one for each region. The one with the host
+        of the token URL belongs to it, or the only one.
+        """
+
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What an app asks a person for by default."""
+
     def __init__(
         self,
         *,
@@ -279,10 +291,12 @@ class OAuthPolicy(_message.Message):
         hosts: _abc.Iterable[_builtins.str] | None = ...,
         client_authentication: _abc.Iterable[_builtins.str] | None = ...,
         authorization_scheme: _builtins.str = ...,
+        authorization_urls: _abc.Iterable[_builtins.str] | None = ...,
+        scopes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorization_scheme", b"authorization_scheme", "client_authentication", b"client_authentication", "hosts", b"hosts", "token_urls", b"token_urls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorization_scheme", b"authorization_scheme", "authorization_urls", b"authorization_urls", "client_authentication", b"client_authentication", "hosts", b"hosts", "scopes", b"scopes", "token_urls", b"token_urls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

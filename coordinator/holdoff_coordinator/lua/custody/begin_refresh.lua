@@ -28,14 +28,8 @@ if is_doubtful or (ask.fears == 'WRITES' and may_be_behind(grant)) then
   redis.call('SPUBLISH', SHARD .. ':custody', id)
   return answer('STALE', {grant = grant})
 end
-local specs = {}
-for i, spec in ipairs(ask.budgets) do
-  specs[i] = counted_in(spec)
-  local budget = load_budget(specs[i].id, specs[i])
-  if room(budget) < 1 then
-    return answer('WAIT', {reason = 'BUDGET_SPENT', until_us = room_at(specs[i].id, budget, 1), grant = grant})
-  end
-end
+local spent = spent_until()
+if spent then return answer('WAIT', {reason = 'BUDGET_SPENT', until_us = spent, grant = grant}) end
 count_event(ask.event, now, 1, ask.budgets, id)
 keep_grant(grant, {
   attempt = ask.attempt, attempt_replica = ask.replica, attempt_begun_us = now, attempt_step = 'BEGUN',

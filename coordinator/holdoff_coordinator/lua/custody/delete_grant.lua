@@ -6,7 +6,7 @@ local token, lease = settle(id)
 local grant = load_grant(id)
 if not token or not is_kept(grant) then return answer('GONE') end
 if not is_meant(grant) then return answer('CHANGED') end
-local over = right_until(grant)
+local over = exchange_until(load_authorization(id)) or right_until(grant)
 if over and sure < over then return answer('WAIT', {reason = 'REFRESHING', until_us = over_at(over)}) end
 shared.count(id, token)
 if (token.running or 0) > 0 then

@@ -97,6 +97,26 @@ local function may_be_behind(grant)
     > math.max(grant.created_us, grant.evidence_us, grant.refreshed_us, grant.confirmed_us)
 end
 
+-- An authorization by a person: `step` is PENDING until the code is about to be sent, then INTENDED, and
+-- DONE when its grant is stored. Until `until_us` it holds the token's cooldown; `not_before_us` is that
+-- without it.
+local function authorization_key(token_id) return SHARD .. ':authorization:' .. token_id end
+
+local function load_authorization(token_id)
+  local found = load(authorization_key(token_id))
+  if not found.chain then return end
+  for _, field in ipairs({'valid_us', 'until_us', 'not_before_us', 'begun_us'}) do found[field] = number(found[field]) end
+  return found
+end
+
+-- Frees the cooldown of a token that was loaded from its authorization.
+local function free_cooldown(token, authorization)
+  if not authorization or number(token.not_before_us) ~= authorization.until_us then return end
+  token.not_before_us = us(math.max(
+    authorization.not_before_us, number(token.last_refresh_us) + number(token.interval_us)
+  ))
+end
+
 -- What prevents the next request for an access token, apart from the grant itself: a reason, and
 -- until when; nothing if nothing does. The holder of a lease may refresh by itself.
 local function held_by(token)
@@ -104,13 +124,40 @@ local function held_by(token)
     return 'QUARANTINED', quarantined_until()
   end
   if token.foreign then return 'LOCKED', now + SECOND end
-  if cools(token) then return 'COOLING', over_at(number(token.not_before_us)) end
+  if cools(token) then
+    local found, until_us = load_authorization(id), number(token.not_before_us)
+    return found and found.until_us == until_us and 'AUTHORIZING' or 'COOLING', over_at(until_us)
+  end
   -- One request an interval neither probes a back-off nor follows in turn: it goes when the pause is over.
   local pause = 0
   for _, one in ipairs(subject_to(id, {{'', ''}})) do
     if one.state == 'QUIET' then pause = math.max(pause, over_at(number(one.until_us))) end
   end
   if pause > 0 then return 'BACKING_OFF', pause end
+end
+
+-- Until when a budget of the request is spent; nothing if each has room for it.
+local function spent_until()
+  for _, spec in ipairs(ask.budgets) do
+    local counted = counted_in(spec)
+    local budget = load_budget(counted.id, counted)
+    if room(budget) < 1 then return room_at(counted.id, budget, 1) end
+  end
+end
+
+-- When the exchange of a code that is under way counts as lost; nothing if none is under way.
+local function exchange_until(authorization)
+  if not authorization or authorization.step ~= 'INTENDED' then return end
+  local over = authorization.begun_us + ask.takeover_us
+  return sure < over and over_at(over) or nil
+end
+
+-- Lets an authorization hold the cooldown of a token that was freed, and keeps changes of it.
+local function hold_cooldown(token, lease, authorization, changes)
+  changes.not_before_us = number(token.not_before_us)
+  put(authorization_key(id), authorization, changes)
+  put(token_key(id), token, {not_before_us = math.max(changes.not_before_us, changes.until_us), cooling = '1'})
+  mirror(id, token, lease)
 end
 
 local function answer(status, facts)
