@@ -87,7 +87,7 @@ STATES: dict[str, tuple[Held, str, int, str]] = {
     "a request that is over": (held(attempt_step="UNPROVEN", **BEGUN), "READY", 0, "may be"),
     "a dead refresh token": (
         held(condition=Condition.REAUTHORIZE, expires_us=SOON),
-        *("REAUTHORIZE", 0, f"holdoff grant put {NAME} --replace"),
+        *("REAUTHORIZE", 0, f"holdoff grant authorize {NAME}"),
     ),
     "with what the provider said": (
         held(condition=Condition.REAUTHORIZE, message="invalid_grant"),

@@ -114,6 +114,14 @@ MATRIX: dict[str, tuple[Any, set[str] | frozenset[str]]] = {
         custody_service_pb2.PutGrantRequest(grant=grant_pb2.Grant(name=GRANT)),
         KEEP,
     ),
+    "CustodyService/BeginAuthorization": (
+        custody_service_pb2.BeginAuthorizationRequest(grant=grant_pb2.Grant(name=GRANT)),
+        KEEP,
+    ),
+    "CustodyService/CompleteAuthorization": (
+        custody_service_pb2.CompleteAuthorizationRequest(name=GRANT),
+        KEEP,
+    ),
     "CustodyService/GetGrant": (custody_service_pb2.GetGrantRequest(name=GRANT), SEE),
     "CustodyService/ListGrants": (
         custody_service_pb2.ListGrantsRequest(parent="apps/a"),

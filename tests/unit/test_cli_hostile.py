@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "budget watch": (),
     "explain": (TOKEN,),
     "grant access-token": (TOKEN, "--wait", "1s"),
+    "grant authorize": (TOKEN, "--manual"),
     "grant delete": (TOKEN, "--yes"),
     "grant list": (),
     "grant put": (TOKEN, "--client-id", "id"),

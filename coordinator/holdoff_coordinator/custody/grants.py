@@ -412,7 +412,8 @@ def grant_not_found(name: TokenName) -> Failure:
     """Say that a token has no grant."""
     return Failure(
         "GRANT_NOT_FOUND",
-        f"no grant of {name} is in custody; to put one: holdoff grant put {name}",
+        f"no grant of {name} is in custody; to put one: holdoff grant put {name}, "
+        f"or holdoff grant authorize {name}",
         resource=str(GrantName(name.app, name.token)),
     )
 

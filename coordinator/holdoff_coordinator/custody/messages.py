@@ -22,7 +22,7 @@ _LASTING = {
     Condition.REAUTHORIZE: (
         _State.GRANT_STATE_REAUTHORIZE,
         "the provider refuses the refresh token",
-        "authorize again, and put the new one: holdoff grant put {name} --replace",
+        "authorize again: holdoff grant authorize {name}",
     ),
     Condition.CONFIGURATION: (
         _State.GRANT_STATE_CONFIGURATION,

@@ -69,6 +69,7 @@ def code_of(error: Exception) -> int | None:
         errors.NotFound: REFUSED,
         errors.AlreadyExists: REFUSED,
         errors.CustodyOff: REFUSED,
+        errors.AuthorizationFailed: REFUSED,
         errors.LeaseLost: LEASE_LOST,
         errors.HoldoffError: INTERNAL,
     }
@@ -166,6 +167,7 @@ _REMEDIES: Final = {
     "HOST:PORT",
     "ACCESS_FILE_MISSING": "restore that file, or its permissions, at the coordinator {endpoint}: "
     "it is reread automatically",
+    "TOKEN_URL_UNREACHABLE": "what it can reach: holdoff grant show {token} --check",
     "DRAINING": "it stops or restarts, and positions are kept: try again in a moment",
     "WAITER_SILENT": "was this host suspended or offline? Try again: the position is lost",
     "INTERNAL": "a fault of Holdoff: see the coordinator's log at this time, and report it",

@@ -348,7 +348,7 @@ def _ask_person(
 
 def _show_url(url: str) -> None:
     say("open this URL in a browser, and log on as the user of the token:")
-    click.echo(url, err=True)
+    click.echo(printable(url), err=True)
 
 
 @grant.command(
