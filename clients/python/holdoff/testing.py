@@ -106,6 +106,7 @@ _PASSING = {
         *("attempt_begun_us", "first_unproven_us"),
     ),
     "token": ("last_refresh_us", "not_before_us"),
+    "authorization": ("valid_us", "until_us", "not_before_us", "begun_us"),
 }
 """Instants in the records of a token."""
 
