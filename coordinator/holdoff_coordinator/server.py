@@ -224,7 +224,7 @@ class Coordinator:
             back_offs=BackOffs(
                 self.scripts,
                 places,
-                GrantExplanations(self.scripts, terms.keys, self._hand_outs).explain,
+                GrantExplanations(self.scripts, self.policies, terms.keys, self._hand_outs).explain,
             ),
             budget_watches=BudgetWatches(self.scripts, self.hub, looks, self.limits),
             quarantines=Quarantines(self.scripts),

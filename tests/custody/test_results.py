@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import msgspec
 import pytest
 
 from holdoff.policies import Policy, Refresh, Seconds, presets
@@ -167,6 +169,39 @@ def test_what_is_stored(
         assert later.expires_in_us == max(0, expires_in_us - 5) * SECOND
     else:
         assert later.expires_in_us == NEVER
+
+
+@pytest.mark.parametrize(
+    ("condition", "step", "not_sent", "ends"),
+    [
+        (Condition.REAUTHORIZE, "NOT_ISSUED", 0, True),
+        (Condition.REAUTHORIZE, "NOT_ISSUED", 1, False),
+        (Condition.REAUTHORIZE, "UNPROVEN", 0, False),
+        (Condition.REAUTHORIZE, "INTENDED", 0, False),
+        (Condition.READY, "NOT_ISSUED", 0, False),
+    ],
+)
+def test_the_pause_of_a_refused_probe(
+    condition: Condition, step: str, not_sent: int, ends: bool
+) -> None:
+    """A late answer ends it; any other pause, and the interval after the last refresh, hold."""
+    one = attempt()
+    refreshed_us, paused_us = NOW - 5 * SECOND, NOW + 3600 * SECOND
+    record = msgspec.structs.replace(
+        one.record,
+        condition=condition,
+        attempt_step=step,
+        not_sent=not_sent,
+        refreshed_us=refreshed_us,
+        not_before_us=paused_us,
+    )
+    late = replace(one, record=record)
+    times = Times(NOW, SENT, LAST)
+    until_us = refreshed_us + RULES.interval_us if ends else paused_us
+    request, _ = late.end(Issued("t", None, "r"), times)
+    assert request.not_before_in_us == until_us - NOW
+    request, _ = late.end(Refused(Refusal.TOO_EARLY, "access_denied"), times)
+    assert request.not_before_in_us == paused_us - NOW
 
 
 @pytest.mark.parametrize("rotation", Rotation)

@@ -8,10 +8,12 @@ import msgspec
 import pytest
 
 from holdoff.names import TokenName
+from holdoff.policies import presets
 from holdoff.v1 import grant_pb2
-from holdoff_coordinator.custody.messages import HELD_WORDS, grant_message, status_of
+from holdoff_coordinator.custody.messages import HELD_WORDS, grant_message, shown, status_of
 from holdoff_coordinator.custody.records import Facts, Held, Record
 from holdoff_coordinator.custody.rules import SECOND, TAKEOVER_US, Condition
+from holdoff_coordinator.policies import Policies
 
 NAME = TokenName("exact-nl", "finance")
 NOW = 1_000_000 * SECOND
@@ -125,3 +127,25 @@ def test_an_access_token_that_expired_has_no_expiry() -> None:
     """Fails when a grant shows the expiry of a token that can no longer be had."""
     assert not grant_message(NAME, held(expires_us=NOW), ["k1"]).HasField("expire_time")
     assert grant_message(NAME, held(expires_us=SOON), ["k1"]).HasField("expire_time")
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason", "changes", "is_stale"),
+    [
+        ("exact-online", "", {}, True),
+        ("exact-online", "COOLING", {"expires_us": SOON}, True),
+        ("exact-online", "QUARANTINED", {}, False),
+        ("exact-online", "", {"condition": Condition.REAUTHORIZE}, False),
+        ("exact-online", "", {"attempt_step": "INTENDED", **BEGUN}, False),
+        ("no-such-policy", "", {}, False),
+    ],
+)
+def test_a_grant_that_may_be_of_a_backup(
+    policy: str, reason: str, changes: dict[str, Any], is_stale: bool
+) -> None:
+    """It is shown as stale, except while a newer one may still come."""
+    one = msgspec.structs.replace(held(reason, LATER, **changes), policy=policy)
+    policies = Policies(presets())
+    assert shown(one, policies) is one
+    restored = msgspec.structs.replace(one, restored_us=NOW - 9 * SECOND)
+    assert (shown(restored, policies).record.condition is Condition.STALE) == is_stale

@@ -19,6 +19,7 @@ from holdoff import errors
 from holdoff.cli import exits, main
 from holdoff.custody.files import AccessTokenFile
 from holdoff.v1.grant_pb2 import GRANT_STATE_HELD as HELD
+from holdoff.v1.grant_pb2 import GRANT_STATE_STALE
 from tests.custodian import Custodian, key_directory
 from tests.harness import wait_until
 from tests.integration.test_hand_out import ACCESS, Refreshed
@@ -196,7 +197,7 @@ async def test_the_asyncio_client_does_the_same(custodian: Custodian, url: str) 
 def test_a_grant_is_watched_without_its_token(
     client: holdoff.Client, custodian: Custodian, url: str
 ) -> None:
-    """Fails when a watch opens the access token, or misses a step of a refresh."""
+    """Fails when a watch opens the access token, or misses a step of a refresh or a restore."""
     one = Refreshed(custodian, url)
     one.refresh()
     with contextlib.closing(client.grants.watch(one.token)) as watched:
@@ -212,6 +213,13 @@ def test_a_grant_is_watched_without_its_token(
         wait_until(lambda: next(watched).grant.status.state == 2)
         one.end()
         wait_until(lambda: next(watched).grant.generation == 3)
+        # After a restore it may be that of a backup.
+        shard = f"holdoff:{{{app}}}"
+        with redis.Redis.from_url(url) as store:
+            store.hset(shard, "restored_us", store.time()[0] * 1_000_000 + 5_000_000)
+            store.execute_command("SPUBLISH", f"{shard}:custody", token)
+        wait_until(lambda: next(watched).grant.status.state == GRANT_STATE_STALE)
+    assert client.grants.get(one.token).status.state == GRANT_STATE_STALE
 
 
 def run(custodian: Custodian, *arguments: str) -> tuple[int, str, str]:

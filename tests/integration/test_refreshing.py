@@ -443,6 +443,36 @@ async def test_a_late_answer(
             assert (record.generation, record.condition) == (2, Condition.READY)
 
 
+async def test_a_late_answer_after_a_refused_probe(url: str, keys: Path, tmp_path: Path) -> None:
+    """The pause of a refused probe ends with the token that it sent; the intervals hold.
+
+    Fails when the late answer is adopted and no refresh follows for an hour, or when one follows
+    within an interval of that answer.
+    """
+    async with world(url, keys, tmp_path, Rotation.SINGLE_USE) as w:
+        with pytest.raises(CrashError):
+            await w.refresh(send=dying("answered"))
+        await w.pass_seconds(TAKEOVER_US / SECOND)
+        await w.refresh("two")
+        await w.pass_seconds(INTERVAL_SECONDS + TAKEOVER_US / SECOND)
+        await w.refresh("two")
+        refused = await w.record()
+        assert (refused.condition, refused.attempt_step) == (Condition.REAUTHORIZE, "NOT_ISSUED")
+        assert refused.not_before_us > refused.attempt_begun_us + PROBE_US - SECOND
+        _, _, violations = await w.report()
+        await w.refresher().adopt()
+        record = await w.record()
+        assert (record.generation, record.condition) == (2, Condition.READY)
+        assert record.refreshed_us >= refused.refreshed_us
+        over_us = record.refreshed_us + INTERVAL_SECONDS * SECOND
+        assert over_us <= record.not_before_us < refused.not_before_us - PROBE_US // 2
+        assert (await w.refresh("two")).why == "COOLING"
+        await w.pass_seconds((record.not_before_us - record.refreshed_us) / SECOND)
+        await w.refresh("two")
+        assert (await w.record()).generation == 3
+        assert await w.report() == (2, 1, violations)
+
+
 async def test_an_answer_of_another_boot(url: str, keys: Path, tmp_path: Path) -> None:
     """After the machine started again, an answer counts when its right ended or now."""
     async with world(url, keys, tmp_path) as w:

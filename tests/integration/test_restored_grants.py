@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from holdoff.simulator import Rotation
-from holdoff_coordinator.custody.records import TrustGrant, ask
+from holdoff_coordinator.custody.messages import shown
+from holdoff_coordinator.custody.records import TrustGrant, ask, read
 from holdoff_coordinator.custody.refreshing import Next
 from holdoff_coordinator.custody.rules import Condition
 from holdoff_coordinator.restore import after_restore
@@ -45,14 +46,21 @@ async def test_a_grant_from_a_backup(
 ) -> None:
     """Where refresh tokens rotate it is not sent before an operator says that it is the newest.
 
-    Fails when it is sent, or a replica that knows no newer one ends the doubt.
+    Fails when it is sent, a replica that knows no newer one ends the doubt, or the doubt is not
+    shown before the next refresh.
     """
     async with world(url, keys, tmp_path, rotation) as w:
         one = w.refresher()
         await one.refresh(w.name)
         await restored(w)
+        held = await read(w.scripts, w.name)
+        assert held is not None
+        is_lasting = rotation in {Rotation.NONE, Rotation.REUSABLE}
+        said = shown(held, w.policies).record
+        assert said.condition is (Condition.READY if is_lasting else Condition.STALE)
+        assert is_lasting or said.since_us == held.restored_us > held.record.evidence_us
         waits = await w.refresh("two")
-        if rotation in {Rotation.NONE, Rotation.REUSABLE}:
+        if is_lasting:
             assert (await w.record()).generation == 3
             return
         assert waits == Next(None, "STALE")
@@ -62,6 +70,9 @@ async def test_a_grant_from_a_backup(
         assert await w.report() == (1, 0, 0)
         trusted = await ask(w.scripts, w.name.app, TrustGrant(token=w.name.token))
         assert trusted.status == "OK"
+        held = await read(w.scripts, w.name)
+        assert held is not None
+        assert shown(held, w.policies) is held
         # Replicas that notice the restore only now report the same one.
         await w.scripts.run("quarantine", w.name.app, "the store lost its data", "DATA")
         w.store.hset(f"holdoff:{{{w.name.app}}}", "quarantine_until_us", 0)

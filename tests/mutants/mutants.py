@@ -1159,6 +1159,13 @@ MUTANTS = [
         f"{TESTS}/test_grant_records.py::test_a_request_without_proof_counts_once",
     ),
     Mutant(
+        "the interval after a late answer holds, also where a refused probe was the last request",
+        f"{LUA}/custody/end_refresh.lua",
+        "local not_before = math.max(pause_us, now + ask.not_before_in_us)",
+        "local not_before = now + (is_only_refused(grant) and 0 or ask.not_before_in_us)",
+        f"{TESTS}/test_refreshing.py::test_a_late_answer_after_a_refused_probe",
+    ),
+    Mutant(
         "a replica that was stopped before its intent sends nothing",
         f"{CUSTODY}/refreshing.py",
         "if self._now_us() > work.anchor.asked_us + INTENT_US:",

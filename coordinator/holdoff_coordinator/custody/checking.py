@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from holdoff.v1 import custody_service_pb2, grant_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.custody.grants import grant_not_found
-from holdoff_coordinator.custody.messages import status_of, time_message
+from holdoff_coordinator.custody.messages import shown, status_of, time_message
 from holdoff_coordinator.custody.outcomes import Failure as Why
 from holdoff_coordinator.custody.records import read
 from holdoff_coordinator.custody.rules import SECOND
@@ -167,7 +167,7 @@ class GrantChecks:
         ] or [_ok(_Subject.GRANT_CHECK_SUBJECT_POLICY, f"{said}allows what was put")]
 
     def _state(self, name: TokenName, held: Held) -> Check:
-        status = status_of(name, held, has_key=True)
+        status = status_of(name, shown(held, self._policies), has_key=True)
         words = _State.Name(status.state).removeprefix("GRANT_STATE_").lower()
         check = _ok(_Subject.GRANT_CHECK_SUBJECT_STATE, f"{words}: {status.message}")
         if status.remedy:

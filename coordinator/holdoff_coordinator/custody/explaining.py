@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from holdoff.v1 import grant_pb2
-from holdoff_coordinator.custody.messages import attempt_message, status_of
+from holdoff_coordinator.custody.messages import attempt_message, shown, status_of
 from holdoff_coordinator.custody.records import read
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from holdoff.names import TokenName
     from holdoff_coordinator.custody.handout import HandOuts
+    from holdoff_coordinator.policies import Policies
     from holdoff_coordinator.scripts import Scripts
 
 MOST_USERS: Final = 20
@@ -23,14 +24,20 @@ class GrantExplanations:
 
     Args:
         scripts: Where they are read.
+        policies: Say what becomes of their refresh tokens.
         key_ids: Returns the ids of this replica's master keys.
         hand_outs: Knows who uses them here.
     """
 
     def __init__(
-        self, scripts: Scripts, key_ids: Callable[[], Collection[str]], hand_outs: HandOuts
+        self,
+        scripts: Scripts,
+        policies: Policies,
+        key_ids: Callable[[], Collection[str]],
+        hand_outs: HandOuts,
     ) -> None:
         self._scripts = scripts
+        self._policies = policies
         self._key_ids = key_ids
         self._hand_outs = hand_outs
 
@@ -43,6 +50,7 @@ class GrantExplanations:
         held = await read(self._scripts, name)
         if held is None:
             return None
+        held = shown(held, self._policies)
         record = held.record
         callers = self._hand_outs.callers(name)
         return grant_pb2.GrantExplanation(

@@ -20,6 +20,7 @@ from holdoff_coordinator.custody.messages import (
     authentication_word,
     grant_message,
     held_words,
+    shown,
 )
 from holdoff_coordinator.custody.owners import Owners, TakenError
 from holdoff_coordinator.custody.records import (
@@ -211,7 +212,7 @@ class Grants:
                         grants=found, next_page_token=last
                     )
                 name = TokenName(app, held.token)
-                found.append(grant_message(name, held, key_ids))
+                found.append(grant_message(name, shown(held, self._policies), key_ids))
                 last = str(name)
         return custody_service_pb2.ListGrantsResponse(grants=found)
 
@@ -348,7 +349,7 @@ class Grants:
         held = await read(self._scripts, name)
         if held is None:
             raise grant_not_found(name)
-        return grant_message(name, held, self._seals.ids())
+        return grant_message(name, shown(held, self._policies), self._seals.ids())
 
     async def _held(self, app: str, last: str, caller: Caller) -> AsyncIterator[Held]:
         """Read the grants of an app that a caller may see, after one token."""

@@ -26,7 +26,7 @@ from holdoff.v1 import custody_service_pb2, grant_pb2
 from holdoff_coordinator import validation
 from holdoff_coordinator.custody.copies import seal_copy
 from holdoff_coordinator.custody.grants import grant_not_found
-from holdoff_coordinator.custody.messages import grant_message, status_of
+from holdoff_coordinator.custody.messages import grant_message, shown, status_of
 from holdoff_coordinator.custody.records import ReadGrants, ask, held_of, read
 from holdoff_coordinator.custody.sealing import (
     AccessSecrets,
@@ -112,7 +112,8 @@ class Stand:
     def changes(self) -> tuple[object, ...]:
         """What has to change for those who watch the grant to be told."""
         record, is_usable = self.held.record, self.usable_until_us > 0
-        return *self._said, self.version, is_usable, record.attempt, record.attempt_step
+        attempt = record.attempt, record.attempt_step
+        return *self._said, self.version, is_usable, attempt, self.held.restored_us
 
     @property
     def news(self) -> tuple[object, ...]:
@@ -336,8 +337,10 @@ class HandOuts:
             while True:
                 stand = await self._next(served, lambda stand: stand.changes, told)
                 told = stand.changes
-                grant = grant_message(name, stand.held, self._terms.keys())
-                grant.status.CopyFrom(stand.status)
+                held = shown(stand.held, self._policies)
+                grant = grant_message(name, held, self._terms.keys())
+                if held is stand.held:
+                    grant.status.CopyFrom(stand.status)
                 yield custody_service_pb2.WatchGrantResponse(grant=grant)
 
     async def _next(

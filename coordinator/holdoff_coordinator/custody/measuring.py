@@ -10,7 +10,7 @@ from prometheus_client import Counter, Gauge
 
 from holdoff.names import TokenName
 from holdoff.v1 import grant_pb2
-from holdoff_coordinator.custody.messages import status_of
+from holdoff_coordinator.custody.messages import shown, status_of
 from holdoff_coordinator.custody.records import ReadGrants, ask, held_of
 from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.scripts import READ_BATCH
@@ -43,7 +43,7 @@ class GrantMeasures:
     Args:
         registry: Where the metrics are registered.
         scripts: Where grants are read.
-        policies: Say how long a grant lives.
+        policies: Say how long a grant lives, and what becomes of its refresh tokens.
         key_ids: Returns the ids of this replica's master keys.
         hand_outs: Knows who uses a grant here.
         most: Grants of an app that are shown one by one, as far as all together have room.
@@ -146,6 +146,7 @@ class GrantMeasures:
         return shown, max(0, number - seen)
 
     def _readings(self, name: TokenName, held: Held) -> list[Reading]:
+        held = shown(held, self._policies)
         record, now_us = held.record, held.now_us
         labels = name.app, name.token
         status = status_of(name, held, has_key=record.public.key_id in self._key_ids())

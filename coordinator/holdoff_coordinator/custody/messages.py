@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from holdoff.names import GrantName
 from holdoff.v1 import grant_pb2
-from holdoff_coordinator.custody.rules import TAKEOVER_US, Condition
+from holdoff_coordinator.custody.rules import LASTING, TAKEOVER_US, Condition
+from holdoff_coordinator.failures import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from holdoff.names import TokenName
     from holdoff_coordinator.custody.records import Held, Record
+    from holdoff_coordinator.policies import Policies
 
 _State = grant_pb2.GrantState
 
@@ -56,6 +59,28 @@ HELD_WORDS = {
 def held_words(reason: str, name: TokenName) -> str:
     """Say what prevents something, and where to look."""
     return HELD_WORDS[reason].format(name=name, app=name.app)
+
+
+def shown(held: Held, policies: Policies) -> Held:
+    """Return a grant as it is shown to people.
+
+    After a restore it may be stale. That is stored only by the next refresh, which may be far away;
+    in quarantine a replica may still have a newer one.
+    """
+    record = held.record
+    is_sure = not held.restored_us or held.reason == "QUARANTINED" or record.under_way
+    if is_sure or record.condition is not Condition.READY:
+        return held
+    try:
+        policy = policies.find("the token's policy", held.policy)
+    except Failure:
+        return held
+    if policy.refresh.rotation in LASTING:
+        return held
+    stale = msgspec.structs.replace(
+        record, condition=Condition.STALE, message="", since_us=held.restored_us
+    )
+    return msgspec.structs.replace(held, record=stale)
 
 
 def status_of(name: TokenName, held: Held, *, has_key: bool) -> grant_pb2.GrantStatus:

@@ -286,6 +286,8 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     quarantine: str = ""
     """When the quarantine began and what may be lost; empty if there is none, or a clock is in
     doubt."""
+    restored_us: int = 0
+    """When the store was restored, if the grant may be that of a backup; 0 else."""
 
 
 class Authorization(msgspec.Struct, frozen=True, kw_only=True):

@@ -52,6 +52,7 @@ from holdoff_coordinator.custody.results import (
 from holdoff_coordinator.custody.rules import (
     ANSWER_US,
     INTENT_US,
+    LASTING,
     SECOND,
     SEND_US,
     TAKEOVER_US,
@@ -297,7 +298,7 @@ class Refresher:
 
     def _fears(self, rules: Rules) -> str:
         """Tell after which loss of the store's a refresh token must not be sent."""
-        if rules.rotation in {Rotation.NONE, Rotation.REUSABLE}:
+        if rules.rotation in LASTING:
             return ""
         is_revoking = rules.rotation is Rotation.SINGLE_USE_REVOKES
         return "WRITES" if is_revoking and not self._is_copied else "DATA"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from holdoff_coordinator.custody import outcomes
@@ -151,7 +151,7 @@ class Attempt:
             times: Its instants.
             sealed: The fields of `EndRefresh` for a new generation.
         """
-        outcome = after(self.record.standing, self.rules, verdict, times)
+        outcome = after(self._before(verdict), self.rules, verdict, times)
         standing = outcome.standing
         age_us, expires_in_us, idle_us = NEVER, NEVER, NEVER
         # A repeat within a grace period must not wait for the token's cooldown.
@@ -177,6 +177,18 @@ class Attempt:
             **sealed,
         )
         return ended, outcome.alert
+
+    def _before(self, verdict: Verdict) -> Standing:
+        """Return how the grant stands, without the pause of a probe that a late answer ends.
+
+        The store decides likewise, by what it has then.
+        """
+        standing, record = self.record.standing, self.record
+        is_dead = standing.condition is Condition.REAUTHORIZE and not standing.not_sent
+        if isinstance(verdict, Issued) and is_dead and record.attempt_step == "NOT_ISSUED":
+            interval_over_us = record.refreshed_us + self.rules.interval_us
+            return replace(standing, not_before_us=interval_over_us)
+        return standing
 
     def note(self, verdict: Unproven) -> EndRefresh:
         """Return what to store of a request that is not settled yet: why there is no proof."""

@@ -49,6 +49,8 @@ class Rotation(StrEnum):
 
 _REPEATABLE: Final = (Rotation.NONE, Rotation.REUSABLE, Rotation.UNTIL_USED)
 """Here the same refresh token may be sent as often as the interval allows."""
+LASTING: Final = (Rotation.NONE, Rotation.REUSABLE)
+"""Here no use of a refresh token ends an older one: one from a backup does no harm."""
 _NEVER_PROBED: Final = (Rotation.SINGLE_USE, Rotation.SINGLE_USE_REVOKES)
 
 

@@ -6,6 +6,13 @@
 --      in µs from now, -1 for none: refreshed_age_us, not_before_in_us, expires_in_us
 -- Answers OK, or MOVED with `grant` if another answer was stored meanwhile, or, for a result without
 -- secrets, if its attempt was counted, or another one began.
+
+-- Whether the last request was refused because its refresh token is dead, so that its pause does not
+-- concern a newer one. Another refusal, and a request that was not sent, pause whatever comes next.
+local function is_only_refused(grant)
+  return grant.condition == 'REAUTHORIZE' and grant.attempt_step == 'NOT_ISSUED' and grant.not_sent == 0
+end
+
 local token, lease = settle(id)
 local grant = load_grant(id)
 if not token or not is_kept(grant) then return answer('GONE') end
@@ -29,7 +36,11 @@ if grant.chain ~= ask.chain or not follows or not (has_secrets or is_under_way) 
   end
   return answer('MOVED', {grant = grant})
 end
-local not_before = math.max(grant.not_before_us, now + ask.not_before_in_us)
+local pause_us = grant.not_before_us
+if ask.result == 'ISSUED' and not ask.restores and is_only_refused(grant) then
+  pause_us = math.max(grant.refreshed_us + number(token.interval_us), number(token.not_before_us))
+end
+local not_before = math.max(pause_us, now + ask.not_before_in_us)
 local changes = {
   condition = ask.condition, message = ask.message, generation = ask.generation,
   unproven = ask.unproven, first_unproven_us = ask.first_unproven_us, not_sent = ask.not_sent,
