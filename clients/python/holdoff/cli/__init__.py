@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _COMMANDS = {
     "run": ("holdoff.cli.run", "Run a command under a lease."),
+    "gateway": ("holdoff.cli.gateway", "Forward calls to the API with a token in custody."),
     "watch": ("holdoff.cli.watch", "Watch tokens and leases, live."),
     "token": ("holdoff.cli.token", "Create, update, show and list tokens; queues and history."),
     "grant": ("holdoff.cli.grant", "Put OAuth grants into custody, and get access tokens."),

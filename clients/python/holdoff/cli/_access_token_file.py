@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import threading
-import time
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING
 
 import click
 
-from holdoff._core import NO_WAIT_SECONDS
-from holdoff.cli._waiting import WaitDisplay
-from holdoff.cli.output import NOTHING, enum_text, time_text
+from holdoff.cli._run_token import RunToken
 from holdoff.custody.files import LOOK_SECONDS, AccessTokenFile
-from holdoff.errors import HoldoffError, NoAccessToken, Unavailable
-from holdoff.v1 import grant_pb2
+from holdoff.errors import HoldoffError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import contextlib
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from holdoff import AccessToken, Client
+    from holdoff import Client
     from holdoff._process import Guard
 
-_POLL_SECONDS: Final = 0.25
+ACCESS_TOKEN_FILE = "HOLDOFF_ACCESS_TOKEN_FILE"  # noqa: S105 - names a file
 
 
-class CommandToken:
-    """Keeps the access token of a run in a file, from entering to leaving.
+class CommandToken(RunToken):
+    """Keeps the access token of a run in a file.
 
     The guard removes the file if this process is killed.
 
@@ -54,71 +49,21 @@ class CommandToken:
         say: Callable[[str], None],
         interruptible: Callable[[], AbstractContextManager[object]],
     ) -> None:
+        super().__init__(client, token, interruptible)
         self.path = path.absolute()
         try:
             self._file = AccessTokenFile(self.path, say)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--access-token-file") from None
-        self._client = client
         self._guard = guard
-        self._token = token
         self._say = say
-        self._interruptible = interruptible
-        self._news: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> Self:
-        with contextlib.ExitStack() as stack:
-            self._guard.remove_at_end(self.path)
-            stack.enter_context(self._file)
-            self._file.remove()  # that of a run whose machine crashed
-            self._access: AccessToken = stack.enter_context(
-                self._client.access_token(self._token, on_renewed=self._news.put)
-            )
-            self._stack = stack.pop_all()
-        return self
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        self._guard.remove_at_end(self.path)
+        stack.enter_context(self._file)
+        self._file.remove()  # that of a run whose machine crashed
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def wait(self, wait_seconds: float | None) -> None:
-        """Wait until there is an access token, and show why there is none.
-
-        Raises:
-            NoAccessToken: There is none within the wait, or only an operator can help.
-            HoldoffError: There is no grant, the caller may not use it, or no coordinator answers.
-        """
-        began = time.monotonic()
-        with WaitDisplay(self._token, self._client.endpoint) as display:
-            while True:
-                try:
-                    self._access.usable(wait_seconds=0)
-                except (NoAccessToken, Unavailable) as error:
-                    waited = time.monotonic() - began
-                    self._give_up(error, None if wait_seconds is None else wait_seconds - waited)
-                    if isinstance(error, Unavailable):
-                        display.unreachable(error)
-                else:
-                    return
-                if self._access.status:
-                    display.no_access_token(*_why(self._access.status))
-                with self._interruptible(), contextlib.suppress(queue.Empty):
-                    self._news.get(timeout=_POLL_SECONDS)
-
-    def _give_up(self, error: HoldoffError, left: float | None) -> None:
-        """Raise if it makes no sense to wait any longer.
-
-        Raises:
-            HoldoffError: It does not.
-        """
-        if isinstance(error, NoAccessToken) and error.needs_operator:
-            raise error
-        # Also who does not want to wait waits for an answer.
-        patience = 0 if self._access.status else NO_WAIT_SECONDS
-        if left is not None and left + patience <= 0:
-            raise error
-
-    def keep(self) -> None:
+    def begin(self) -> Mapping[str, str]:
         """Write the file, and keep it current until the end.
 
         Raises:
@@ -138,6 +83,7 @@ class CommandToken:
         thread.start()
         self._stack.callback(thread.join)
         self._stack.callback(stop.set)
+        return {ACCESS_TOKEN_FILE: str(self.path)}
 
     def _keep_on(self, stop: threading.Event) -> None:
         said = ""
@@ -154,16 +100,3 @@ class CommandToken:
                     self._say(f"the new access token cannot be written to {self.path}: {said}")
                 self._file.remove_if_too_old()
                 stop.wait(LOOK_SECONDS)
-
-
-def _why(status: grant_pb2.GrantStatus) -> tuple[object, str]:
-    """Say in which state a grant is, since when, until when and why; and what of it is news."""
-    state, until = enum_text(status, "state"), time_text(status, "until_time")
-    when = "".join(
-        f" {word} {text}"
-        for word, text in (("since", time_text(status, "since_time")), ("until", until))
-        if text != NOTHING
-    )
-    # The end of a lease moves with each of its renewals.
-    moves = status.state == grant_pb2.GRANT_STATE_HELD
-    return (state, status.message, moves or until), f"{state}{when}: {status.message}"

@@ -49,6 +49,8 @@ class Order:
     """Whether markers in the output count without the key of the run."""
     access_token_file: Path | None = None
     """Where the command finds the access token of its token, which is in custody."""
+    gateway: bool = False
+    """Whether the command calls the API through a gateway of its own."""
 
 
 @dataclass(slots=True)

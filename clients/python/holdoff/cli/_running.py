@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from holdoff._outcome import Event, Outcome
     from holdoff._output import Passage
     from holdoff._process import Guard
-    from holdoff.cli._access_token_file import CommandToken
     from holdoff.cli._account import Account, Order
+    from holdoff.cli._run_token import RunToken
     from holdoff.cli._voice import Voice
 
 REST_SECONDS = 5.0
@@ -57,10 +57,9 @@ _HARMLESS_SIGNALS = {
 }
 
 REPORT_KEY = "HOLDOFF_REPORT_KEY"
-ACCESS_TOKEN_FILE = "HOLDOFF_ACCESS_TOKEN_FILE"  # noqa: S105 - names a file
 VARIABLES = (
     *("HOLDOFF_TOKEN", "HOLDOFF_LEASE", "HOLDOFF_FENCING_TOKEN", REPORT_KEY),
-    ACCESS_TOKEN_FILE,
+    *("HOLDOFF_ACCESS_TOKEN_FILE", "HOLDOFF_GATEWAY_URL"),
 )
 
 
@@ -107,11 +106,11 @@ class Run:
             self._say,
             report_key=self._report_key,
             trust_output=order.trust_output,
-            renews_token=bool(order.access_token_file),
+            renews_token=bool(order.access_token_file) or order.gateway,
         )
         self._passage: Passage | None = None
         self._log: LogTail | None = None
-        self._token: CommandToken | None = None
+        self._token: RunToken | None = None
         if order.access_token_file:
             from holdoff.cli._access_token_file import CommandToken  # noqa: PLC0415 - seldom used
 
@@ -119,6 +118,10 @@ class Run:
                 *(client, guard, account.token, order.access_token_file, self._say),
                 self._interruptible,
             )
+        elif order.gateway:
+            from holdoff.cli._gateway import CommandGateway  # noqa: PLC0415 - seldom used
+
+            self._token = CommandGateway(client, account.token, account.job, self._interruptible)
 
     def __enter__(self) -> Self:
         logging.getLogger("holdoff").addHandler(self._faults)
@@ -293,8 +296,7 @@ class Run:
             env["HOLDOFF_LEASE"] = self._lease.name
             env["HOLDOFF_FENCING_TOKEN"] = str(self._lease.fencing_token)
         if self._token:
-            env[ACCESS_TOKEN_FILE] = str(self._token.path)
-            self._token.keep()
+            env |= self._token.begin()
         self._conduct.begin(self._guard, self._lease)
         with self._interruptible():
             if self._log:

@@ -133,6 +133,12 @@ def _labels(
     help="Keep the current access token of a token in custody in this file, for the command.",
 )
 @click.option(
+    "--gateway",
+    is_flag=True,
+    help="Serve a gateway for the command, whose URL is in HOLDOFF_GATEWAY_URL: its token is in "
+    "custody, its calls are counted, and held while they have to wait.",
+)
+@click.option(
     "--result-file",
     type=click.Path(path_type=Path, dir_okay=False, readable=False),
     help="Write a JSON report of the run to this file.",
@@ -163,6 +169,7 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     isolate: Isolate,
     if_unreachable: str,
     access_token_file: Path | None,
+    gateway: bool,
     result_file: Path | None,
     command: Sequence[str],
 ) -> None:
@@ -180,6 +187,9 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
     With --access-token-file the command starts when there is an access token. It reads the file
     before each call: it is replaced at each renewal, absent while there is no access token, and
     removed at the end. Only its owner can read it.
+
+    With --gateway the command sends its calls to the URL in HOLDOFF_GATEWAY_URL in place of the
+    API's, and needs no access token. Its calls are counted there, and not in its output.
     """
     if no_wait and wait is not None:
         raise click.UsageError("--wait and --no-wait exclude each other")
@@ -188,22 +198,21 @@ def run(  # noqa: PLR0913, PLR0917 - one argument an option
             "must be at most 366d; without it the wait has no limit", param_hint="--wait"
         )
     _require_folders({"--result-file": result_file, "--access-token-file": access_token_file})
-    if access_token_file and if_unreachable == "run":
-        raise click.UsageError(
-            "--access-token-file excludes --if-unreachable run: a coordinator hands the access "
-            "token out"
-        )
+    _require_consistent(access_token_file, if_unreachable, log_file, gateway=gateway)
     order = Order(
         coordinator=coordinator,
         timing=_timing(ttl, grace),
         scopes=scopes_of(divisions, endpoints),
-        when_quiet=when_quiet,
+        # The gateway holds the calls: the command itself need not be paused.
+        when_quiet=when_quiet or ("finish" if gateway else None),
         isolate=isolate,
         log_file=log_file,
         # Of log file and output one is read: Data Hub writes the same errors to both.
-        read_output=read_output and not log_file,
+        # What the gateway counts is not counted again.
+        read_output=read_output and not log_file and not gateway,
         trust_output=trust_output,
         access_token_file=access_token_file,
+        gateway=gateway,
     )
     job = described(job, MOST_JOB_CHARACTERS)
     account = Account(token=token, job=job, labels=labels, requested_at=now())
@@ -271,6 +280,21 @@ def _started(order: Order, account: Account) -> Iterator[Run]:
         if passage:
             one.read_output(passage)
         yield one
+
+
+def _require_consistent(
+    access_token_file: Path | None, if_unreachable: str, log_file: Path | None, *, gateway: bool
+) -> None:
+    """Refuse options of custody that exclude others."""
+    if (access_token_file or gateway) and if_unreachable == "run":
+        raise click.UsageError(
+            "--access-token-file and --gateway exclude --if-unreachable run: a coordinator hands "
+            "the access token out"
+        )
+    if access_token_file and gateway:
+        raise click.UsageError("give --access-token-file or --gateway, not both")
+    if gateway and log_file:
+        raise click.UsageError("--gateway excludes --log-file: the gateway counts the errors")
 
 
 def _require_folders(files: Mapping[str, Path | None]) -> None:

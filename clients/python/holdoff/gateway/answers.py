@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from holdoff.errors import BudgetSpent, NoAccessToken, Refused, Unavailable
+from holdoff.errors import BudgetSpent, NoAccessToken
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 STAND_IN_SECONDS: Final = 30 * 86_400
 """The life of a stand-in, as clients see it: so long that none is renewed during a job."""
 _LEAST_RETRY_SECONDS: Final = 1
+_UNAUTHORIZED, _AWAY = 401, 503
 _UNKNOWN_RETRY_SECONDS: Final = 5
 
 
@@ -29,18 +30,18 @@ class Reason(StrEnum):
     TARGET = "target"
     HOST = "host"
     ORIGIN = "origin"
-    SECRET = "secret"
+    SECRET = "secret"  # noqa: S105 - a word
     UPGRADE = "upgrade"
     OAUTH = "oauth"
     GRANT_TYPE = "grant-type"
-    FOREIGN_TOKEN = "foreign-token"
+    FOREIGN_TOKEN = "foreign-token"  # noqa: S105
     BUDGET = "budget"
-    NO_ACCESS_TOKEN = "no-access-token"
+    NO_ACCESS_TOKEN = "no-access-token"  # noqa: S105
     COORDINATOR = "coordinator"
     TOO_MANY_HELD = "too-many-held"
     DRAINING = "draining"
     UPSTREAM = "upstream"
-    TOKEN = "token"
+    TOKEN = "token"  # noqa: S105
 
 
 _REFUSALS: Final[Mapping[Reason, tuple[int, str]]] = {
@@ -53,8 +54,10 @@ _REFUSALS: Final[Mapping[Reason, tuple[int, str]]] = {
     Reason.OAUTH: (403, "the gateway holds the token: nothing has to be authorized here"),
     Reason.FOREIGN_TOKEN: (
         401,
-        "the access token is not one that this gateway issued: get one at its token endpoint, or "
-        "send none",
+        (
+            "the access token is not one that this gateway issued: get one at its token endpoint, "
+            "or send none"
+        ),
     ),
     Reason.TOO_MANY_HELD: (503, "too many calls wait already"),
     Reason.DRAINING: (503, "the gateway ends: call another one, or try again"),
@@ -88,8 +91,9 @@ class Local:
 def refused(reason: Reason) -> Local:
     """Refuse a request."""
     status, message = _REFUSALS[reason]
-    retry = _UNKNOWN_RETRY_SECONDS if status == 503 else None  # noqa: PLR2004
-    more = {"WWW-Authenticate": 'Bearer error="invalid_token"'} if status == 401 else {}  # noqa: PLR2004
+    retry = _UNKNOWN_RETRY_SECONDS if status == _AWAY else None
+    challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+    more = challenge if status == _UNAUTHORIZED else {}
     return Local(status, reason, _document(reason, message), retry, more)
 
 
@@ -104,8 +108,6 @@ def not_now(error: HoldoffError) -> Local:
             return Local(429, Reason.BUDGET, _document(Reason.BUDGET, str(error)), retry)
         case NoAccessToken():
             reason = Reason.NO_ACCESS_TOKEN
-        case Refused() | Unavailable():
-            reason = Reason.COORDINATOR
         case _:
             reason = Reason.COORDINATOR
     return Local(503, reason, _document(reason, str(error)), retry)
@@ -120,7 +122,7 @@ def token_answer(form: Mapping[str, str], stand_ins: StandIns) -> Local:
     """Answer a request for an access token with stand-ins.
 
     Any code or refresh token will do: who asks has the secret of the gateway already.
-    `expires_in` is a string of digits, which all clients take (domain.md, "What HTTP clients need").
+    `expires_in` is a string of digits, which all clients take.
     """
     if form.get("grant_type") not in {"refresh_token", "authorization_code"}:
         body = {

@@ -19,10 +19,20 @@ _OF_THE_GATEWAY: Final = frozenset({"host", "authorization", "expect"})
 _MOST_LISTED: Final = 50
 
 
-def to_upstream(headers: CIMultiDictProxy[str], authorization: str) -> CIMultiDict[str]:
-    """Return the headers of a call, with the access token in place of the job's own."""
+def to_upstream(
+    headers: CIMultiDictProxy[str], authorization: str, *, is_read: bool = False
+) -> CIMultiDict[str]:
+    """Return the headers of a call, with the access token in place of the job's own.
+
+    Args:
+        headers: As they came.
+        authorization: The header with the access token.
+        is_read: The gateway reads the answer, which must not be compressed then.
+    """
     passed = _passed(headers, _OF_THE_GATEWAY)
     passed["Authorization"] = authorization
+    if is_read:
+        passed["Accept-Encoding"] = "identity"
     return passed
 
 
@@ -36,4 +46,6 @@ def _passed(headers: CIMultiDictProxy[str], without: frozenset[str]) -> CIMultiD
     dropped = _HOP_BY_HOP | without | {one.strip().lower() for one in listed}
     # What says how long a body is belongs to the message itself.
     dropped -= {"content-length"}
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in dropped)
+    return CIMultiDict(
+        (name, value) for name, value in headers.items() if name.lower() not in dropped
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import posixpath
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
 _REFUSED_METHODS: Final = frozenset({"CONNECT", "TRACE", "TRACK"})
-_MOST_PATH_CHARACTERS: Final = 8_000
+_MOST_TARGET_CHARACTERS: Final = 8_000
+_MOST_HOST_CHARACTERS: Final = 300
+_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +32,6 @@ class Places:
     """Other paths of the provider's OAuth server."""
     secret: str = field(default="", repr=False)
     """First segment of each path; empty on a Unix socket that only its owner can open."""
-    hosts: Collection[str] = ()
-    """What the header Host may be, in lower case; empty on a Unix socket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +66,11 @@ def route(method: str, target: str, headers: Mapping[str, str], places: Places) 
         headers: Its headers, by name without case.
         places: What this gateway serves.
     """
-    if method.upper() in _REFUSED_METHODS:
-        return Refusal(Reason.METHOD)
-    if not target.startswith("/"):  # absolute-form, `*`, or an authority
-        return Refusal(Reason.TARGET)
-    if places.hosts and headers.get("Host", "").lower() not in places.hosts:
-        return Refusal(Reason.HOST)  # a name that was made to lead here (DNS rebinding)
-    if "Origin" in headers:
-        return Refusal(Reason.ORIGIN)  # a web page
-    if places.secret:
-        secret, slash, rest = target[1:].partition("/")
-        is_right = hmac.compare_digest(secret.encode(), places.secret.encode())
-        if not is_right or not slash:
-            return Refusal(Reason.SECRET)
-        target = f"/{rest}"
-    if "Upgrade" in headers and headers["Upgrade"].lower() != "h2c":
-        return Refusal(Reason.UPGRADE)
+    reason = _trouble(method, target, headers, places)
+    if reason:
+        return Refusal(reason)
+    target = target[len(places.secret) + 1 :] if places.secret else target
     path = _plain(target)
-    if path is None:
-        return Refusal(Reason.TARGET)
     if path == _plain(places.token_path):
         return TokenRequest() if method == "POST" else Refusal(Reason.OAUTH)
     if path in {_plain(one) for one in places.oauth_paths}:
@@ -91,15 +78,38 @@ def route(method: str, target: str, headers: Mapping[str, str], places: Places) 
     return Call(target)
 
 
-def upstream_of(url: str) -> str:
-    """Return scheme and authority of a URL."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}"
+def _trouble(method: str, target: str, headers: Mapping[str, str], places: Places) -> Reason | None:
+    """Tell why a request goes nowhere, whatever its path is."""
+    found: Mapping[Reason, bool] = {
+        Reason.METHOD: method.upper() in _REFUSED_METHODS,
+        # absolute-form, `*`, or an authority
+        Reason.TARGET: not target.startswith("/") or len(target) > _MOST_TARGET_CHARACTERS,
+        # a name that was made to lead here (DNS rebinding)
+        Reason.HOST: places.secret != "" and not _is_this_host(headers.get("Host", "")),
+        # a web page
+        Reason.ORIGIN: "Origin" in headers,
+        Reason.SECRET: not _has_secret(target, places.secret),
+        Reason.UPGRADE: headers.get("Upgrade", "h2c").lower() != "h2c",
+    }
+    return next((reason for reason, is_so in found.items() if is_so), None)
 
 
-def _plain(target: str) -> str | None:
-    """Return a path as a server may understand it, for comparison; None for one too long."""
+def _has_secret(target: str, secret: str) -> bool:
+    """Tell whether a target begins with the secret, in constant time."""
+    if not secret:
+        return True
+    first, slash, _ = target[1:].partition("/")
+    return slash != "" and hmac.compare_digest(first.encode("utf-8", "replace"), secret.encode())
+
+
+def _is_this_host(host: str) -> bool:
+    """Tell whether a header Host names this machine."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(f"//{host[:_MOST_HOST_CHARACTERS]}").hostname in _LOOPBACK
+    return False
+
+
+def _plain(target: str) -> str:
+    """Return a path as a server may understand it, for comparison."""
     path = target.partition("?")[0]
-    if len(path) > _MOST_PATH_CHARACTERS:
-        return None
     return posixpath.normpath(unquote(path)).lower().rstrip("/") or "/"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import parse_qsl
@@ -18,10 +19,12 @@ from holdoff.auth._rules import UNAUTHORIZED, Target
 from holdoff.errors import HoldoffError
 from holdoff.gateway import answers, headers
 from holdoff.gateway.answers import Local, Reason
+from holdoff.gateway.links import LinkRewriter, has_links
 from holdoff.gateway.routing import Call, Refusal, TokenRequest, route
 from holdoff.gateway.standins import StandIns
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator
     from types import TracebackType
 
@@ -53,6 +56,8 @@ class Options:
     """How long a call waits for room and for an access token, before its body is read."""
     job: str = ""
     """Name of the job, for listings."""
+    rewrites_links: bool = True
+    """Whether links to the next page lead through the gateway. Answers come uncompressed then."""
 
 
 class Gateway:
@@ -73,6 +78,9 @@ class Gateway:
         options: Options = Options(),
     ) -> None:
         self._places = places
+        self._rewrites_links = options.rewrites_links
+        self.base = ""
+        """What jobs use in place of the upstream; empty where links stay as they are."""
         self._stand_ins = StandIns(access.token, places.upstream)
         self._calls = _aio_calls.Calls(
             client,
@@ -81,7 +89,9 @@ class Gateway:
             call_seconds=_CALL_SECONDS,
             job=options.job,
         )
-        self._held = 0
+        self._held = self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._is_draining = False
         self._session: aiohttp.ClientSession
         self._runner = web.ServerRunner(
@@ -115,15 +125,15 @@ class Gateway:
         await self._runner.cleanup()
         await self._session.close()
 
-    async def listen(self, host: str, port: int) -> int:
-        """Open a port; return it.
+    async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> str:
+        """Open a port, 0 for any, with or without TLS; return `host:port`.
 
         Raises:
             OSError: It cannot be opened.
         """
-        site = web.TCPSite(self._runner, host, port)
-        await site.start()
-        return int(self._runner.addresses[-1][1])
+        await web.TCPSite(self._runner, host, port, ssl_context=tls).start()
+        chosen = self._runner.addresses[-1][1]
+        return f"[{host}]:{chosen}" if ":" in host else f"{host}:{chosen}"
 
     async def listen_unix(self, path: str) -> None:
         """Open a Unix socket that only its owner can use.
@@ -131,21 +141,32 @@ class Gateway:
         Raises:
             OSError: It cannot be opened.
         """
-        import os  # noqa: PLC0415
-
         before = os.umask(0o177)
         try:
             await web.UnixSite(self._runner, path).start()
         finally:
             os.umask(before)
 
-    def drain(self) -> None:
-        """Answer new calls with 503; those in flight end."""
+    async def drain(self, seconds: float) -> None:
+        """Answer new calls with 503, and wait until those in flight have ended."""
         self._is_draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         if self._is_draining:
             return _response(answers.refused(Reason.DRAINING))
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            return await self._routed(request)
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+    async def _routed(self, request: web.BaseRequest) -> web.StreamResponse:
         match route(request.method, request.raw_path, request.headers, self._places):
             case Refusal(reason):
                 return _response(answers.refused(reason))
@@ -188,7 +209,9 @@ class Gateway:
                 async with self._session.request(
                     request.method,
                     URL(attempt.url, encoded=True),
-                    headers=headers.to_upstream(request.headers, attempt.header),
+                    headers=headers.to_upstream(
+                        request.headers, attempt.header, is_read=self._reads_bodies
+                    ),
                     data=request.content.iter_any() if request.body_exists else None,
                     allow_redirects=False,
                     skip_auto_headers=_SKIPPED,
@@ -202,7 +225,7 @@ class Gateway:
                         if again is not None:
                             attempt = again
                             continue
-                    return await _passed_on(request, upstream, head)
+                    return await self._passed_on(request, upstream, head)
             except (aiohttp.ClientError, TimeoutError) as error:
                 if ended:  # half an answer is there already
                     if request.transport is not None:
@@ -213,6 +236,35 @@ class Gateway:
             finally:
                 if not ended:
                     await asyncio.shield(self._calls.end(attempt, _NO_ANSWER, {}, b""))
+
+    @property
+    def _reads_bodies(self) -> bool:
+        return self._rewrites_links and self.base != ""
+
+    async def _passed_on(
+        self, request: web.BaseRequest, upstream: aiohttp.ClientResponse, head: bytes
+    ) -> web.StreamResponse:
+        """Send an answer to the job as it comes."""
+        passed = headers.to_job(upstream.headers)
+        rewriter: LinkRewriter | None = None
+        if self._reads_bodies:
+            links = LinkRewriter(self._places.upstream, self.base)
+            for name in ("Location", "Link"):
+                if name in passed:
+                    passed[name] = links.header(passed[name])
+            if has_links(passed) and request.method != "HEAD":
+                rewriter = links
+                passed.popall("Content-Length", None)
+        response = web.StreamResponse(
+            status=upstream.status, reason=upstream.reason, headers=passed
+        )
+        await response.prepare(request)
+        async for part in _parts(upstream, head):
+            await response.write(rewriter.part(part) if rewriter else part)
+        if rewriter:
+            await response.write(rewriter.end())
+        await response.write_eof()
+        return response
 
 
 async def _head(upstream: aiohttp.ClientResponse, attempt: Attempt) -> bytes:
@@ -225,20 +277,6 @@ async def _head(upstream: aiohttp.ClientResponse, attempt: Attempt) -> bytes:
                 break
             head += part
     return head
-
-
-async def _passed_on(
-    request: web.BaseRequest, upstream: aiohttp.ClientResponse, head: bytes
-) -> web.StreamResponse:
-    """Send an answer to the job as it comes."""
-    response = web.StreamResponse(
-        status=upstream.status, reason=upstream.reason, headers=headers.to_job(upstream.headers)
-    )
-    await response.prepare(request)
-    async for part in _parts(upstream, head):
-        await response.write(part)
-    await response.write_eof()
-    return response
 
 
 async def _parts(upstream: aiohttp.ClientResponse, head: bytes) -> AsyncIterator[bytes]:

@@ -43,7 +43,7 @@ class StandIns:
             return False
 
     def _mark(self, salt: bytes) -> bytes:
-        about = "\0".join((self.token, self.audience)).encode()
+        about = f"{self.token}\0{self.audience}".encode()
         return hmac.digest(self.key, salt + about, "sha256")
 
 

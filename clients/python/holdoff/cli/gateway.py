@@ -1,0 +1,155 @@
+"""`holdoff gateway`: an HTTP proxy that gives calls the access token of a token in custody."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from holdoff import _files
+from holdoff.cli._help import example
+from holdoff.cli._voice import say
+from holdoff.cli.params import Duration, Name
+from holdoff.gateway.server import Options
+from holdoff.gateway.serving import Listen, serving
+from holdoff.names import TokenName
+
+if TYPE_CHECKING:
+    from holdoff.gateway.serving import Serving
+
+_MOST_SECRET_BYTES = 1_000
+_LEAST_SECRET_CHARACTERS = 16
+
+
+@click.command(
+    "gateway",
+    epilog=example(
+        "holdoff gateway --token apps/exact-nl/tokens/finance --url-file /run/jobs/gateway.url",
+        "holdoff gateway --token apps/exact-nl/tokens/finance --listen unix:/run/jobs/gateway.sock",
+    ),
+)
+@click.option("--token", type=Name(TokenName), required=True, help="The token in custody.")
+@click.option(
+    "--listen",
+    default="127.0.0.1:8377",
+    show_default=True,
+    metavar="HOST:PORT|unix:PATH",
+    help="Where jobs send their calls: a port of this host, or a Unix socket of its owner alone.",
+)
+@click.option(
+    "--secret-file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="File with the secret that begins each path. [default: a random one]",
+)
+@click.option(
+    "--url-file",
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
+    help="Write the URL for jobs, with the secret, to this file, which only its owner can read. "
+    "[default: print it]",
+)
+@click.option(
+    "--upstream",
+    default="",
+    metavar="HOST",
+    help="The API host of the grant that calls go to. [default: the only one]",
+)
+@click.option(
+    "--hold",
+    type=Duration(),
+    default=20.0,
+    show_default="20s",
+    help="How long a call waits for room in its budgets, and for an access token.",
+)
+@click.option("--job", default="", help="Name of the job, shown where its calls are listed.")
+@click.pass_obj
+def gateway(  # noqa: PLR0913, PLR0917 - one for each option
+    endpoint: str,
+    token: str,
+    listen: str,
+    secret_file: Path | None,
+    url_file: Path | None,
+    upstream: str,
+    hold: float,
+    job: str,
+) -> None:
+    """Forward the calls of jobs to the API, with the access token of a token in custody.
+
+    Jobs use the URL that the command prints in place of the API's: they send the same paths, and
+    may ask its token endpoint for an access token, which is a stand-in. Each call is counted, and
+    held while a budget of it is spent or its scope backs off; then it is answered with 429.
+
+    It takes the role `gateway`. Ctrl-C and TERM let calls in flight end.
+    """
+    where = _listen(listen)
+    secret = _secret(secret_file) if secret_file else ""
+    try:
+        asyncio.run(_serve(endpoint, token, where, Options(hold, job), upstream, secret, url_file))
+    except OSError as error:
+        raise click.UsageError(
+            f"cannot listen on {listen}: {error.strerror}; choose another with --listen"
+        ) from None
+
+
+async def _serve(  # noqa: PLR0913, PLR0917 - what it needs
+    endpoint: str,
+    token: str,
+    listen: Listen,
+    options: Options,
+    upstream: str,
+    secret: str,
+    url_file: Path | None,
+) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows
+            loop.add_signal_handler(number, stop.set)
+    async with serving(endpoint, token, listen, options, upstream=upstream, secret=secret) as one:
+        _show(one, token, url_file, is_known=bool(secret))
+        try:
+            await stop.wait()
+        finally:
+            if url_file:
+                url_file.unlink(missing_ok=True)  # noqa: ASYNC240 - at the end
+            say("the gateway ends: calls in flight may end")
+
+
+def _show(one: Serving, token: str, url_file: Path | None, *, is_known: bool) -> None:
+    say(f"forwarding calls for {token} to {one.upstream}")
+    if url_file:
+        _files.write(url_file, f"{one.url}\n".encode())
+        say(f"serving on {one.base}; the URL for jobs is in {url_file}")
+    elif is_known or not one.secret:
+        click.echo(one.base)
+    else:
+        click.echo(one.url)
+
+
+def _listen(text: str) -> Listen:
+    if text.startswith("unix:"):
+        return Listen(path=text.removeprefix("unix:"))
+    host, colon, port = text.rpartition(":")
+    try:
+        if colon and port.isdecimal() and int(port) <= 65535:  # noqa: PLR2004 - the last port
+            return Listen(host.removeprefix("[").removesuffix("]"), int(port))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--listen") from None
+    raise click.BadParameter(f"{text!r} is neither HOST:PORT nor unix:PATH", param_hint="--listen")
+
+
+def _secret(path: Path) -> str:
+    """Read the secret; no error repeats it."""
+    with path.open("rb") as file:
+        raw = file.read(_MOST_SECRET_BYTES)
+    text = raw.decode("ascii", "replace").strip()
+    if len(text) < _LEAST_SECRET_CHARACTERS or not text.replace("-", "").replace("_", "").isalnum():
+        raise click.BadParameter(
+            f"the secret in {path} must be at least {_LEAST_SECRET_CHARACTERS} letters, digits, - "
+            "and _",
+            param_hint="--secret-file",
+        )
+    return text
