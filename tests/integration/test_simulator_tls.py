@@ -19,9 +19,9 @@ import pytest
 from click.testing import CliRunner
 from cryptography import x509
 
+from holdoff._authority import server_context
 from holdoff.cli import main
 from holdoff.simulator import serving
-from holdoff.simulator.tls import server_context
 
 PROGRAM = str(Path(sys.executable).with_name("holdoff"))
 
@@ -80,7 +80,7 @@ async def test_authorities_differ(ca: Path, tmp_path: Path) -> None:
 
 def test_the_certificate_of_the_authority(ca: Path) -> None:
     """The file has the certificate of an authority and no key."""
-    server_context("example.com", ca)
+    server_context("Holdoff simulator", "example.com", ca)
     assert b"PRIVATE" not in ca.read_bytes()
     certificate = x509.load_pem_x509_certificate(ca.read_bytes())
     assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -153,7 +153,7 @@ def test_wrong_options(ca: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if Path("/dev/full").exists():  # a disk that is full
         result = serve("--tls", "--ca-out", "/dev/full")
         assert (result.exit_code, "--ca-out /dev/full: No space" in result.stderr) == (64, True)
-    monkeypatch.delitem(sys.modules, "holdoff.simulator.tls", raising=False)
+    monkeypatch.delitem(sys.modules, "holdoff._authority", raising=False)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     result = serve("--tls", "--ca-out", str(ca))
     assert result.exit_code == 1

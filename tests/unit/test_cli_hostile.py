@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "budget show": (BUDGET,),
     "budget watch": (),
     "explain": (TOKEN,),
+    "gateway": ("--token", TOKEN, "--listen", "127.0.0.1:0", "--upstream", "other.example"),
     "grant access-token": (TOKEN, "--wait", "1s"),
     "grant authorize": (TOKEN, "--manual"),
     "grant delete": (TOKEN, "--yes"),

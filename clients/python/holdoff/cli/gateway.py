@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,17 @@ _LEAST_SECRET_CHARACTERS = 16
     help="Where jobs send their calls: a port of this host, or a Unix socket of its owner alone.",
 )
 @click.option(
+    "--tls",
+    metavar="auto|CERT,KEY",
+    help="Serve TLS: with a certificate of an authority that is made for this run, which is in "
+    "--ca-out, or with a certificate and its key in files. [default: no TLS]",
+)
+@click.option(
+    "--ca-out",
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
+    help="Where to write what jobs must trust, with --tls auto.",
+)
+@click.option(
     "--secret-file",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="File with the secret that begins each path. [default: a random one]",
@@ -70,6 +82,8 @@ def gateway(  # noqa: PLR0913, PLR0917 - one for each option
     endpoint: str,
     token: str,
     listen: str,
+    tls: str | None,
+    ca_out: Path | None,
     secret_file: Path | None,
     url_file: Path | None,
     upstream: str,
@@ -84,7 +98,7 @@ def gateway(  # noqa: PLR0913, PLR0917 - one for each option
 
     It takes the role `gateway`. Ctrl-C and TERM let calls in flight end.
     """
-    where = _listen(listen)
+    where = _listen(listen, tls, ca_out)
     secret = _secret(secret_file) if secret_file else ""
     try:
         asyncio.run(_serve(endpoint, token, where, Options(hold, job), upstream, secret, url_file))
@@ -129,16 +143,41 @@ def _show(one: Serving, token: str, url_file: Path | None, *, is_known: bool) ->
         click.echo(one.url)
 
 
-def _listen(text: str) -> Listen:
+def _listen(text: str, tls: str | None, ca_out: Path | None) -> Listen:
+    if (tls == "auto") != (ca_out is not None):
+        raise click.UsageError("--tls auto and --ca-out belong together")
     if text.startswith("unix:"):
+        if tls:
+            raise click.UsageError("a Unix socket needs no TLS: leave out --tls")
         return Listen(path=text.removeprefix("unix:"))
     host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
     try:
         if colon and port.isdecimal() and int(port) <= 65535:  # noqa: PLR2004 - the last port
-            return Listen(host.removeprefix("[").removesuffix("]"), int(port))
+            return Listen(host, int(port), tls=_tls(tls, host, ca_out) if tls else None)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--listen") from None
     raise click.BadParameter(f"{text!r} is neither HOST:PORT nor unix:PATH", param_hint="--listen")
+
+
+def _tls(kind: str, host: str, ca_out: Path | None) -> ssl.SSLContext:
+    try:
+        if ca_out:
+            from holdoff._authority import server_context  # noqa: PLC0415 - slow, and an extra
+
+            return server_context("Holdoff gateway", host, ca_out)
+        cert, _, key = kind.partition(",")
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(cert, key or None)
+    except ModuleNotFoundError:
+        raise click.UsageError(
+            "--tls auto needs the package cryptography: pip install 'holdoff[gateway]'"
+        ) from None
+    except OSError as error:  # of SSL, too
+        raise click.UsageError(
+            f"--tls: {error.filename or kind}: {error.strerror or error}"
+        ) from None
+    return context
 
 
 def _secret(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
@@ -44,6 +45,9 @@ _CALL_SECONDS: Final = 600.0
 """Longer than most calls take: one without an answer counts as failed then."""
 _NO_ANSWER: Final = 599
 _REPEATED: Final = frozenset({"GET", "HEAD"})
+_SILENT: Final = logging.getLogger("holdoff.gateway.http")
+_SILENT.setLevel(logging.CRITICAL)
+"""What cannot be parsed may have secrets: it is answered, and not logged."""
 _SKIPPED: Final = frozenset({"User-Agent", "Accept", "Accept-Encoding", "Content-Type"})
 """Headers that aiohttp would add."""
 
@@ -99,6 +103,7 @@ class Gateway:
                 self._answer,
                 handler_cancellation=True,  # a call whose client has gone is not sent
                 access_log=None,
+                logger=_SILENT,
                 auto_decompress=False,
             ),
             handle_signals=False,

@@ -45,10 +45,8 @@ class Listen:
     tls: ssl.SSLContext | None = None
 
     def __post_init__(self) -> None:
-        if not self.path and not self.tls and not _is_loopback(self.host):
-            raise ValueError(
-                "without TLS a gateway listens on this host only: 127.0.0.1, ::1 or localhost"
-            )
+        if not self.path and not _is_loopback(self.host):
+            raise ValueError("a gateway listens on this host only: 127.0.0.1, ::1 or localhost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +129,21 @@ class GatewayThread:
         endpoint: Of the coordinator.
         token: The token in custody.
         options: How it treats calls.
+        listen: Where; None for any port of this host.
+        upstream: An API host of the grant, where it has several.
 
     Entering it raises what `serving` does.
     """
 
-    def __init__(self, endpoint: str | None, token: str, options: Options | None = None) -> None:
-        self._serving = serving(endpoint, token, options=options)
+    def __init__(
+        self,
+        endpoint: str | None,
+        token: str,
+        options: Options | None = None,
+        listen: Listen | None = None,
+        upstream: str = "",
+    ) -> None:
+        self._serving = serving(endpoint, token, listen, options, upstream=upstream)
         self._ready: queue.SimpleQueue[str | BaseException] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event

@@ -319,9 +319,9 @@ async def serving(  # noqa: PLR0913 -- each can be left out
     context = None
     if tls is not None:
         # Only this needs more than the client does.
-        from holdoff.simulator.tls import server_context  # noqa: PLC0415
+        from holdoff._authority import server_context  # noqa: PLC0415
 
-        context = server_context(host, tls)
+        context = server_context("Holdoff simulator", host, tls)
     clock = SimulatedClock(time_scale)
     provider = Provider(
         seeds,

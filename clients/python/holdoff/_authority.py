@@ -1,6 +1,7 @@
-"""TLS of the simulated provider: a certificate of its own authority, made at each start.
+"""TLS of a server on this host: a certificate of an authority of its own, made at each start.
 
-It needs the package `cryptography`, which `pip install 'holdoff[simulator]'` installs.
+It needs the package `cryptography`, which `pip install 'holdoff[simulator]'` and
+`pip install 'holdoff[gateway]'` install.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ _LIFE = timedelta(days=365)  # some clients refuse certificates that are valid f
 _CLOCK_ERROR = timedelta(days=1)
 
 
-def server_context(host: str, ca_file: Path) -> ssl.SSLContext:
+def server_context(owner: str, host: str, ca_file: Path) -> ssl.SSLContext:
     """Make a certificate for a server, and write that of its authority to a file.
 
     The authority's key is discarded; that of the server is kept in memory.
 
     Args:
+        owner: what the certificates are named after.
         host: the address that the server listens on; the certificate is valid for
             localhost, 127.0.0.1 and ::1 too.
         ca_file: what a client must trust, as PEM.
@@ -35,7 +37,7 @@ def server_context(host: str, ca_file: Path) -> ssl.SSLContext:
         OSError: the file cannot be written.
     """
     ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca_name = _name("Holdoff simulator CA")
+    ca_name = _name(f"{owner} CA")
     ca = (
         _builder(ca_name, ca_name, ca_key.public_key(), ca_key.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -44,7 +46,7 @@ def server_context(host: str, ca_file: Path) -> ssl.SSLContext:
     )
     names = [_general_name(name) for name in dict.fromkeys((*_NAMES, host))]
     certificate = (
-        _builder(_name("Holdoff simulator"), ca_name, key.public_key(), ca_key.public_key())
+        _builder(_name(owner), ca_name, key.public_key(), ca_key.public_key())
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
