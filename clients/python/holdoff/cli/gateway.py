@@ -76,6 +76,13 @@ _LEAST_SECRET_CHARACTERS = 16
     show_default="20s",
     help="How long a call waits for room in its budgets, and for an access token.",
 )
+@click.option(
+    "--rewrite-links",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    show_default=True,
+    help="Change links to the next page, so that jobs follow them through the gateway.",
+)
 @click.option("--job", default="", help="Name of the job, shown where its calls are listed.")
 @click.pass_obj
 def gateway(  # noqa: PLR0913, PLR0917 - one for each option
@@ -88,6 +95,7 @@ def gateway(  # noqa: PLR0913, PLR0917 - one for each option
     url_file: Path | None,
     upstream: str,
     hold: float,
+    rewrite_links: str,
     job: str,
 ) -> None:
     """Forward the calls of jobs to the API, with the access token of a token in custody.
@@ -101,7 +109,17 @@ def gateway(  # noqa: PLR0913, PLR0917 - one for each option
     where = _listen(listen, tls, ca_out)
     secret = _secret(secret_file) if secret_file else ""
     try:
-        asyncio.run(_serve(endpoint, token, where, Options(hold, job), upstream, secret, url_file))
+        asyncio.run(
+            _serve(
+                endpoint,
+                token,
+                where,
+                Options(hold, job, rewrites_links=rewrite_links == "auto"),
+                upstream,
+                secret,
+                url_file,
+            )
+        )
     except OSError as error:
         raise click.UsageError(
             f"cannot listen on {listen}: {error.strerror}; choose another with --listen"
