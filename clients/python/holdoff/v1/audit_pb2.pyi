@@ -78,6 +78,10 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     """
     AUDIT_KIND_GRANT_TRUSTED: _AuditKind.ValueType  # 23
     """An operator said that the grant in custody is the newest one."""
+    AUDIT_KIND_KEYS_ROTATED: _AuditKind.ValueType  # 26
+    """An operator chose the key that encrypts grants, and had them encrypted with
+    it again: `resource` is `keys/` and its id.
+    """
 
 class AuditKind(_AuditKind, metaclass=_AuditKindEnumTypeWrapper):
     """The kinds of entries in the audit trail."""
@@ -134,6 +138,10 @@ one with the count of all others in it.
 """
 AUDIT_KIND_GRANT_TRUSTED: AuditKind.ValueType  # 23
 """An operator said that the grant in custody is the newest one."""
+AUDIT_KIND_KEYS_ROTATED: AuditKind.ValueType  # 26
+"""An operator chose the key that encrypts grants, and had them encrypted with
+it again: `resource` is `keys/` and its id.
+"""
 Global___AuditKind: _TypeAlias = AuditKind  # noqa: Y015
 
 @_typing.final
