@@ -1,9 +1,9 @@
 """The audit trail: who did what, from where, when and why, as the store keeps it and as our log.
 
 The script that makes a change adds its entry; the coordinator adds refused calls, changes of the
-access file, and hand-outs of access tokens. Operators' actions, automatic events, credentials and
-refusals have separate streams of bounded length, so that none displaces entries of another.
-Repeated events of one caller become one entry with a count.
+access file, rotations of custody's keys, and hand-outs of access tokens. Operators' actions,
+automatic events, credentials and refusals have separate streams of bounded length, so that none
+displaces entries of another. Repeated events of one caller become one entry with a count.
 """
 
 from __future__ import annotations
@@ -157,6 +157,23 @@ class AuditTrail:
         self.on_event({b"kind": b"ACCESS_CHANGED", b"resource": b""})
         entry = {"kind": "ACCESS_CHANGED", "resource": "", "reason": reason}
         await self._add(CREDENTIAL_CHANGES, entry)
+
+    async def keys_rotated(self, caller: Caller, before: str, key_id: str) -> None:
+        """Add that an operator has grants encrypted with a key, before that is done.
+
+        Raises:
+            Failure: STORE_….
+        """
+        self.on_event({b"kind": b"KEYS_ROTATED", b"resource": b""})
+        entry = {
+            "kind": "KEYS_ROTATED",
+            "resource": f"keys/{key_id}",
+            "identity": caller.identity,
+            "peer": caller.peer,
+            "reason": "again" if before == key_id else f"until now {before!r}",
+        }
+        entry_id = await self._scripts.add_audit(CREDENTIAL_CHANGES, entry)
+        _log(entry_id, {key.encode(): value.encode() for key, value in entry.items()})
 
     async def flush_forever(self) -> None:
         """Add the counts of events whose time is over."""

@@ -119,8 +119,13 @@ class BackOffs:
         validation.printable("job", request.job, 100)
         token = TokenName(app, values["token"]) if values["token"] else None
         pairs = [(values["division"], values["endpoint"])]
-        obstacles, start_in_us = await self._token_obstacles(token) if token else ([], 0)
-        obstacles += await self._quarantine(app)
+        grant = await self._explain_grant(token) if token else None
+        obstacles: list[budget_service_pb2.Obstacle] = []
+        start_in_us, is_quarantined = 0, True
+        if token:
+            obstacles, start_in_us, is_quarantined = await self._token_obstacles(token, grant)
+        if is_quarantined:
+            obstacles += await self._quarantine(app)
         asked = values["token"] or " ", json.dumps(pairs), job_hash(request.job)
         back_offs = await self._read(app, caller, asked)
         obstacles += [_back_off_obstacle(one) for one in back_offs]
@@ -149,7 +154,7 @@ class BackOffs:
             errors=errors,
             message=_words(_scope_of(app, values, spelled), obstacles, longest),
             narrower=narrower,
-            grant=await self._explain_grant(token) if token else None,
+            grant=grant,
         )
 
     async def _scope(self, field: str, scope: budget_pb2.Scope) -> tuple[str, dict[str, str], str]:
@@ -188,16 +193,33 @@ class BackOffs:
         return sorted(found, key=lambda one: (-one.end_time.ToMicroseconds(), one.name))
 
     async def _token_obstacles(
-        self, token: TokenName
-    ) -> tuple[list[budget_service_pb2.Obstacle], int]:
-        """What stands in the way of a token, apart from back-offs; the earliest start in µs."""
+        self, token: TokenName, grant: grant_pb2.GrantExplanation | None
+    ) -> tuple[list[budget_service_pb2.Obstacle], int, bool]:
+        """What stands in the way of a token, apart from back-offs and a quarantine.
+
+        How many runs share a token in custody is added to the explanation of its grant.
+
+        Returns:
+            The obstacles, the earliest start in µs, and whether a quarantine holds the token, too.
+        """
         reply = await self._scripts.run("read", token.app, token.token)
         if not reply.values[0]:
             raise token_damaged(token) if reply.damaged else token_not_found(token)
         [entry] = reply.values[0]
         status, now_us = status_message(token, entry, reply.now_us), reply.now_us
         obstacles = []
-        if status.HasField("lease"):
+        if grant:
+            grant.shared_lease_count = status.shared_lease_count
+            if status.shared_lease_count >= grant.most_runs > 0:
+                obstacles.append(
+                    budget_service_pb2.Obstacle(
+                        reason=lease_pb2.WAIT_REASON_HELD,
+                        message=f"{status.shared_lease_count} runs share the token in custody, as "
+                        "many as its policy allows at the same time: the next one starts when one "
+                        "of them ends",
+                    )
+                )
+        elif status.HasField("lease"):
             lease = status.lease
             obstacles.append(
                 budget_service_pb2.Obstacle(
@@ -217,7 +239,7 @@ class BackOffs:
                     message="its lock is held by a python-redis-lock user",
                 )
             )
-        if status.HasField("cooldown"):
+        if status.HasField("cooldown") and not grant:  # in custody it holds up no run
             flat = record(entry[1])
             obstacles.append(
                 budget_service_pb2.Obstacle(
@@ -235,7 +257,8 @@ class BackOffs:
                     message=f"{_waiters(status.queue_length)}: holdoff token queue {token}",
                 )
             )
-        return obstacles, int(entry[6]) - now_us
+        is_quarantined = status.wait_reason == lease_pb2.WAIT_REASON_QUARANTINED
+        return obstacles, int(entry[6]) - now_us, is_quarantined or not grant
 
     async def _quarantine(self, app: str) -> list[budget_service_pb2.Obstacle]:
         reply = await self._scripts.run("read_quarantine", app)

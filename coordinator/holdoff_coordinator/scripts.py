@@ -66,7 +66,7 @@ READ_BATCH = 100
 APPS = "holdoff:apps"
 """Index of all apps; written before anything of the app, so that it may name too many."""
 CREDENTIAL_CHANGES = "{holdoff}:audit"
-"""The audit trail of credentials and access files, in the slot of the credentials."""
+"""The audit trail of credentials, access files and custody's keys, in the slot of the first."""
 REFUSALS = "{holdoff}:refusals"
 """That of calls that were refused: apart, so that who is refused pushes nothing else out."""
 AUDIT_KEPT = 10_000

@@ -219,7 +219,7 @@ class Coordinator:
                 replica=self._replica,
             ),
             hand_outs=self._hand_outs,
-            key_rotation=KeyRotation(self.scripts, seals, terms),
+            key_rotation=KeyRotation(self.scripts, seals, terms, trail.keys_rotated),
             budgets=budgets,
             back_offs=BackOffs(
                 self.scripts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import time
@@ -37,6 +38,10 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         self.requests.append(request)
         return trace_service_pb2.ExportTraceServiceResponse()
 
+    def all(self) -> bytes:
+        """Return all that was exported."""
+        return b"".join(one.SerializeToString() for one in self.requests)
+
     def spans(self, service: str) -> list[Span]:
         """Return the spans of a service."""
         return [
@@ -49,8 +54,8 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         ]
 
 
-@pytest.fixture
-def collector() -> Iterator[tuple[Collector, dict[str, str]]]:
+@contextlib.contextmanager
+def collecting() -> Iterator[tuple[Collector, dict[str, str]]]:
     """Give a collector, and the variables that name it."""
     server, one = grpc.server(futures.ThreadPoolExecutor(2)), Collector()
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(one, server)  # type: ignore[no-untyped-call]
@@ -64,6 +69,13 @@ def collector() -> Iterator[tuple[Collector, dict[str, str]]]:
         },
     )
     server.stop(None)
+
+
+@pytest.fixture
+def collector() -> Iterator[tuple[Collector, dict[str, str]]]:
+    """Give the same for one test."""
+    with collecting() as one:
+        yield one
 
 
 def test_a_run_is_one_trace(tmp_path: Path, collector: tuple[Collector, dict[str, str]]) -> None:
@@ -109,7 +121,7 @@ def test_a_run_is_one_trace(tmp_path: Path, collector: tuple[Collector, dict[str
         ]
         assert [name for name in orphans if "/" not in name] == []
         secret = credential.read_text().strip().split("_", 2)[2]
-        raw = b"".join(one.SerializeToString() for one in collected.requests)
+        raw = collected.all()
         assert secret.encode() not in raw
         assert b"authorization" not in raw.lower()
 

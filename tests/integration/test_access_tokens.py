@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import json
 import queue
+import re
 import threading
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
@@ -17,6 +18,7 @@ from click.testing import CliRunner, _NamedTextIOWrapper
 import holdoff
 from holdoff import errors
 from holdoff.cli import exits, main
+from holdoff.cli._waiting import WaitDisplay
 from holdoff.custody.files import AccessTokenFile
 from holdoff.v1.grant_pb2 import GRANT_STATE_HELD as HELD
 from holdoff.v1.grant_pb2 import GRANT_STATE_STALE
@@ -243,6 +245,34 @@ def test_a_script_gets_the_current_token(
     code, out, err = run(custodian, "access-token", one.token)
     assert (code, out, "--force" in err) == (exits.USAGE, "", True)
     assert run(custodian, "access-token", one.token, "--force")[:2] == (0, f"{access}\n")
+
+
+def test_a_terminal_shows_what_a_wait_is_for(
+    custodian: Custodian, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """State, reason and when it ends, on the standard error; the output has the token alone."""
+    one = Refreshed(custodian, url)
+    one.begin()
+    shown, renewed = threading.Event(), queue.SimpleQueue[str]()
+    show = WaitDisplay.no_access_token
+
+    def noted(*arguments: Any) -> None:
+        show(*arguments)
+        shown.set()
+
+    def refresh() -> None:
+        if shown.wait(60):
+            renewed.put(one.end())
+
+    monkeypatch.setattr(WaitDisplay, "no_access_token", noted)
+    monkeypatch.setattr(_NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    thread = threading.Thread(target=refresh)
+    thread.start()
+    code, out, err = run(custodian, "access-token", one.token, "--force", "--wait", "60s")
+    thread.join()
+    assert (code, out) == (0, f"{renewed.get(timeout=0)}\n")
+    assert re.search("waited [0-9]+s, [0-9ms]+ left; no access token: refreshing: replica", err)
 
 
 def test_the_command_that_watches_never_shows_the_token(custodian: Custodian, url: str) -> None:

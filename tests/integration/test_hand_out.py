@@ -6,7 +6,6 @@ import base64
 import contextlib
 import queue
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,6 +14,8 @@ import redis
 
 from holdoff._status import from_rpc_error
 from holdoff.v1 import admin_service_pb2, audit_pb2, custody_service_pb2, grant_pb2
+from holdoff_coordinator import gate
+from holdoff_coordinator.custody import handout
 from holdoff_coordinator.custody.key_files import KeyDirectory
 from holdoff_coordinator.custody.rules import SECOND
 from holdoff_coordinator.custody.sealing import AccessSecrets, Binding, Keyring
@@ -153,8 +154,12 @@ def stream(
         one.close()
 
 
-def test_the_current_token_comes_first_then_each_renewal(custodian: Custodian, url: str) -> None:
-    """Fails when a renewal, or the request for it, is told to one stream only, or late."""
+def test_the_current_token_comes_first_then_each_renewal(
+    custodian: Custodian, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when a renewal, or the request for it, is told to one stream only, or not announced."""
+    monkeypatch.setattr(handout, "REPAIR_US", 3600 * SECOND)
+    monkeypatch.setattr(handout, "LOOK_US", 3600 * SECOND)
     one = Refreshed(custodian, url)
     first = one.refresh()
     with stream(custodian, one.token) as some, stream(custodian, one.token) as other:
@@ -164,14 +169,12 @@ def test_the_current_token_comes_first_then_each_renewal(custodian: Custodian, u
         assert heard.access_token.early_margin.ToSeconds() == 60
         assert heard.status.state == State.GRANT_STATE_READY
         assert other.token() == first
-        began = time.monotonic()
         one.begin()
         refreshing = some.until(State.GRANT_STATE_REFRESHING)
         assert refreshing.has_access_token
         assert not refreshing.HasField("access_token")
         second = one.end()
         assert (some.token(), other.token()) == (second, second)
-        assert time.monotonic() - began < 15, "it came by the repair, not by an announcement"
 
 
 def test_a_stream_waits_for_the_first_token_and_says_why(custodian: Custodian, url: str) -> None:
@@ -291,10 +294,10 @@ def test_only_a_gateway_gets_tokens_until_its_role_ends(
                     assert some.next().reason == "NOT_ALLOWED"
         with stream(guarded, one.token, headers["gateway"]) as some:
             assert some.token() == access
-            began = time.monotonic()
             grant("viewer")
-            assert some.next().reason == "NOT_ALLOWED"
-            assert time.monotonic() - began < 5
+            # Nothing but the next recheck ends it: the access token lives on.
+            assert some.next(300).reason == "NOT_ALLOWED"
+    assert gate.RECHECK_SECONDS < 5
 
 
 def test_without_an_access_file_it_works_on_loopback_only(url: str, keys: Path) -> None:

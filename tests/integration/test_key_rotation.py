@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from holdoff.v1 import custody_service_pb2, grant_pb2
+from holdoff.v1 import admin_service_pb2, audit_pb2, custody_service_pb2, grant_pb2
 from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.custody import key_notices
 from holdoff_coordinator.custody.key_files import KeyDirectory
@@ -103,6 +103,17 @@ def test_rotation(url: str, tmp_path: Path) -> None:
         pages = list(rotate(one, page_size=2))
         assert [page.resealed_count for page in pages] == [0, 2, 2]
         assert uses(pages) == {"second": 6}
+        # A call that was refused, one that changes nothing, and further pages are not in the trail.
+        kinds = [audit_pb2.AUDIT_KIND_KEYS_ROTATED]
+        trail = one.admin.ListAuditEvents(
+            admin_service_pb2.ListAuditEventsRequest(page_size=1000, kinds=kinds)
+        )
+        events = [(entry.resource, entry.reason, entry.identity) for entry in trail.events]
+        assert events == [
+            ("keys/second", "again", "anonymous"),
+            ("keys/second", "until now 'first'", "anonymous"),
+        ]
+        assert all(entry.peer for entry in trail.events)
         assert not any(page.skipped_grants for page in pages)
         (ours / "first.key").unlink()
         for token in tokens:

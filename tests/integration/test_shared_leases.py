@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 import redis_lock
+from click.testing import CliRunner
 
+from holdoff.cli import main
 from holdoff.policies import presets
 from holdoff.v1 import (
     admin_service_pb2,
@@ -97,6 +100,12 @@ def listed(custodian: Custodian, parent: str) -> list[str]:
     return [one.name for one in custodian.leases.ListLeases(request).leases]
 
 
+def explain(custodian: Custodian, token: str) -> budget_service_pb2.ExplainResponse:
+    """Explain whether a job may start."""
+    scope = budget_pb2.Scope(token=token)
+    return custodian.budgets.Explain(budget_service_pb2.ExplainRequest(scope=scope))
+
+
 @contextlib.contextmanager
 def waiting(custodian: Custodian, token: str) -> Iterator[Waiter]:
     """Wait for a lease in the block."""
@@ -118,6 +127,12 @@ def test_as_many_as_the_policy_allows(custodian: Custodian, token: str) -> None:
     assert "as many runs as its policy allows" in str(refused(custodian.acquire, token))
     with waiting(custodian, token) as third, waiting(custodian, token) as fourth:
         wait_until(lambda: fourth.last and fourth.last.waiting.place == 2)
+        explained = explain(custodian, token)
+        assert (explained.grant.shared_lease_count, explained.grant.most_runs) == (MOST, MOST)
+        full, queued = explained.obstacles
+        assert "2 runs share the token in custody, as many as its policy allows" in full.message
+        assert explained.message.endswith(full.message)
+        assert queued.reason == lease_pb2.WAIT_REASON_QUEUED
         custodian.release(first)
         offer = third.offer()
         custodian.renew(offer)
@@ -167,7 +182,12 @@ def test_a_cooldown_holds_up_no_run(custodian: Custodian) -> None:
     token = in_policy(custodian)
     custodian.put(token, last_refresh_age=None)
     assert custodian.show_token(token).HasField("cooldown")
+    assert not explain(custodian, token).must_wait
     assert custodian.hold(token).lease.mode == SHARED
+    explained = explain(custodian, token)
+    assert (explained.grant.shared_lease_count, explained.must_wait) == (1, False)
+    shown = CliRunner().invoke(main, ["--endpoint", custodian.address, "explain", token])
+    assert re.search("runs +1 of at most 2 share the token in custody", shown.output)
 
 
 def test_a_quarantine_holds_up_no_run(custodian: Custodian, token: str, store: redis.Redis) -> None:
@@ -175,9 +195,11 @@ def test_a_quarantine_holds_up_no_run(custodian: Custodian, token: str, store: r
     now_us = round(time.time() * 1e6)
     store.hset(shard(token), "quarantine_since_us", str(now_us))
     store.hset(shard(token), "quarantine_until_us", str(now_us + 600_000_000))
+    assert not explain(custodian, token).must_wait
     assert custodian.hold(token).lease.mode == SHARED
     store.hset(f"{shard(token)}:token:{token.split('/')[3]}", "custody_us", str(now_us + 1))
     assert refused(custodian.acquire, token).reason == "QUARANTINED"
+    assert explain(custodian, token).must_wait
 
 
 def test_the_mode_that_is_asked_for(custodian: Custodian, token: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from holdoff.v1 import grant_pb2
 from holdoff_coordinator.custody.messages import attempt_message, shown, status_of
 from holdoff_coordinator.custody.records import read
+from holdoff_coordinator.failures import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -42,7 +43,7 @@ class GrantExplanations:
         self._hand_outs = hand_outs
 
     async def explain(self, name: TokenName) -> grant_pb2.GrantExplanation | None:
-        """Explain the grant of a token; None if it has none.
+        """Explain the grant of a token, apart from its leases; None if it has none.
 
         Raises:
             Failure: STORE_….
@@ -55,6 +56,7 @@ class GrantExplanations:
         callers = self._hand_outs.callers(name)
         return grant_pb2.GrantExplanation(
             status=status_of(name, held, has_key=record.public.key_id in self._key_ids()),
+            most_runs=self._most_runs(held.policy),
             has_access_token=held.now_us < record.expires_us,
             last_attempt=attempt_message(record),
             users=[
@@ -62,3 +64,9 @@ class GrantExplanations:
                 for (identity, host), streams in callers.most_common(MOST_USERS)
             ],
         )
+
+    def _most_runs(self, policy: str) -> int:
+        try:
+            return self._policies.find("the token's policy", policy).most_runs
+        except Failure:
+            return 0

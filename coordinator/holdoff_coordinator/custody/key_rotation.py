@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
-import structlog
 
 from holdoff.names import GrantName, TokenName
 from holdoff.v1 import custody_service_pb2
@@ -18,7 +18,7 @@ from holdoff_coordinator.failures import invalid
 from holdoff_coordinator.scripts import READ_BATCH
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from holdoff_coordinator.caller import Caller
     from holdoff_coordinator.custody.grants import Terms
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from holdoff_coordinator.custody.sealing import Keyring
     from holdoff_coordinator.custody.seals import Seals
     from holdoff_coordinator.scripts import Scripts
-
-log = structlog.get_logger()
 
 
 class KeyRotation:
@@ -37,9 +35,17 @@ class KeyRotation:
         scripts: The store.
         seals: The master keys of this replica.
         terms: Whether there is custody.
+        note: Adds to the audit trail who rotates, the key until now, and the one from then on.
     """
 
-    def __init__(self, scripts: Scripts, seals: Seals, terms: Terms) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        seals: Seals,
+        terms: Terms,
+        note: Callable[[Caller, str, str], Awaitable[None]],
+    ) -> None:
+        self._note = note
         self._scripts = scripts
         self._seals = seals
         self._terms = terms
@@ -55,11 +61,7 @@ class KeyRotation:
             raise invalid("key_id", "write 1 to 63 of a-z, 0-9 and -, or leave it out")
         self._terms.require_closed()
         if after is None and not request.validate_only:
-            before, _ = await self._seals.unlocked()
-            await self._seals.rotate(wanted)
-            log.info(
-                "custody keys are rotated", by=caller.identity, before=before.primary, key=wanted
-            )
+            await self._seals.rotate(wanted, partial(self._note, caller))
         ring, _ = await self._seals.unlocked()
         page = custody_service_pb2.RotateKeysResponse(primary_key_id=ring.primary or "")
         uses: Counter[str] = Counter()

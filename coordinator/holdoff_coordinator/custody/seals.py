@@ -19,13 +19,15 @@ from holdoff_coordinator.custody.sealing import (
 from holdoff_coordinator.failures import Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Mapping
 
     from holdoff.names import TokenName
     from holdoff_coordinator.custody.key_notices import KeyNotices
     from holdoff_coordinator.custody.records import Facts
     from holdoff_coordinator.custody.sealing import MasterKey
     from holdoff_coordinator.scripts import Scripts
+
+    Note = Callable[[str, str], Awaitable[None]]
 
 SHARED_NAME = "custody-fingerprints"
 """Where the store has the key of the fingerprints. It belongs to no app."""
@@ -106,14 +108,20 @@ class Seals:
                 keys = {key_id: keys[key_id] for key_id in keys.keys() - {key_id_of(sealed)}}
             return Keyring(keys, None), None
 
-    async def rotate(self, wanted: str) -> None:
+    async def rotate(self, wanted: str, note: Note | None = None) -> None:
         """Seal with another key from now on; an empty id means the highest one that there is.
+
+        Args:
+            wanted: Its id.
+            note: Called before it is done, with the ids of the key until now and of that one.
 
         Raises:
             Failure: CUSTODY_KEY_MISSING, if a live replica does not have it; CUSTODY_OFF; STORE_….
         """
         wanted = await self._agreed(wanted)
         ring, prints = await self.unlocked()
+        if note:
+            await note(ring.primary or "", wanted)
         if ring.primary != wanted:
             sealed = Keyring(ring.keys, wanted).seal(prints, FINGERPRINTS)
             await self._scripts.replace_key(SHARED_NAME, sealed)

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import time
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Self
 
-from holdoff._core import NO_WAIT_SECONDS
-from holdoff.cli._waiting import WaitDisplay
-from holdoff.cli.output import NOTHING, enum_text, time_text
-from holdoff.errors import HoldoffError, NoAccessToken, Unavailable
-from holdoff.v1 import grant_pb2
+from holdoff.cli._access_wait import POLL_SECONDS, wait_for_access_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
     from holdoff import AccessToken, Client
-
-_POLL_SECONDS: Final = 0.25
 
 
 class RunToken:
@@ -73,45 +66,8 @@ class RunToken:
             NoAccessToken: There is none within the wait, or only an operator can help.
             HoldoffError: There is no grant, the caller may not use it, or no coordinator answers.
         """
-        began = time.monotonic()
-        with WaitDisplay(self._token, self._client.endpoint) as display:
-            while True:
-                try:
-                    self._access.usable(wait_seconds=0)
-                except (NoAccessToken, Unavailable) as error:
-                    waited = time.monotonic() - began
-                    self._give_up(error, None if wait_seconds is None else wait_seconds - waited)
-                    if isinstance(error, Unavailable):
-                        display.unreachable(error)
-                else:
-                    return
-                if self._access.status:
-                    display.no_access_token(*_why(self._access.status))
-                with self._interruptible(), contextlib.suppress(queue.Empty):
-                    self._news.get(timeout=_POLL_SECONDS)
+        wait_for_access_token(self._access, self._client.endpoint, wait_seconds, self._pause)
 
-    def _give_up(self, error: HoldoffError, left: float | None) -> None:
-        """Raise if it makes no sense to wait any longer.
-
-        Raises:
-            HoldoffError: It does not.
-        """
-        if isinstance(error, NoAccessToken) and error.needs_operator:
-            raise error
-        # Also who does not want to wait waits for an answer.
-        patience = 0 if self._access.status else NO_WAIT_SECONDS
-        if left is not None and left + patience <= 0:
-            raise error
-
-
-def _why(status: grant_pb2.GrantStatus) -> tuple[object, str]:
-    """Say in which state a grant is, since when, until when and why; and what of it is news."""
-    state, until = enum_text(status, "state"), time_text(status, "until_time")
-    when = "".join(
-        f" {word} {text}"
-        for word, text in (("since", time_text(status, "since_time")), ("until", until))
-        if text != NOTHING
-    )
-    # The end of a lease moves with each of its renewals.
-    moves = status.state == grant_pb2.GRANT_STATE_HELD
-    return (state, status.message, moves or until), f"{state}{when}: {status.message}"
+    def _pause(self) -> None:
+        with self._interruptible(), contextlib.suppress(queue.Empty):
+            self._news.get(timeout=POLL_SECONDS)

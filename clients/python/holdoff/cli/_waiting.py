@@ -1,4 +1,4 @@
-"""What a waiting `holdoff run` shows: a live line on a terminal, a line a change in a log."""
+"""What a waiting command shows: a live line on a terminal, a line a change in a log."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class WaitDisplay:
         self._said: object = None
         self._what = "asking the coordinator"
         self._start_at: float | None = None
+        self._until = ""
         self._stack = contextlib.ExitStack()
         self._live = sys.stderr.isatty()
 
@@ -55,7 +56,7 @@ class WaitDisplay:
         self._what = f"{position}{status.message}"
         if status.blocking_back_off:
             self._what += f" (more: holdoff explain {self._token})"
-        self._start_at, start = None, ""
+        self._start_at, self._until, start = None, "earliest start in {}", ""
         if status.HasField("earliest_start_in"):
             start_in = status.earliest_start_in.ToMicroseconds() / 1e6
             self._start_at = time.monotonic() + start_in
@@ -67,10 +68,18 @@ class WaitDisplay:
         )
         self._tell(change, f"{self._what}{start}")
 
-    def no_access_token(self, change: object, why: str) -> None:
-        """Show why there is no access token yet; in a log when `change` is another one."""
-        self._what, self._start_at = f"no access token: {why}", None
-        self._tell(change, self._what)
+    def no_access_token(self, change: object, why: str, in_log: str, ends_in: float | None) -> None:
+        """Show why there is no access token yet.
+
+        Args:
+            change: In a log it is shown only when this is another one.
+            why: The state and the reason.
+            in_log: The same, with instants.
+            ends_in: After how many seconds the state ends, if that is known.
+        """
+        self._what, self._until = f"no access token: {why}", "{} left"
+        self._start_at = None if ends_in is None else time.monotonic() + ends_in
+        self._tell(change, f"no access token: {in_log}")
 
     def unreachable(self, error: Unavailable) -> None:
         """Show that no coordinator answers."""
@@ -90,6 +99,6 @@ class WaitDisplay:
         line = f"holdoff: waited {waited}"
         if self._start_at is not None:
             left = max(0, math.ceil(self._start_at - time.monotonic()))
-            line += f", earliest start in {format_duration(left)}"
+            line += f", {self._until.format(format_duration(left))}"
         # What changes stands first: a narrow terminal cuts the end.
         return Text(printable(f"{line}; {self._what}"), overflow="ellipsis", no_wrap=True)

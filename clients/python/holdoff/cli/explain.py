@@ -65,7 +65,7 @@ def explain(  # noqa: PLR0913 - one for each option
     TOKEN_OR_APP is apps/APP/tokens/TOKEN, or apps/APP. The first line says yes or no. Then follow
     the reasons, the last to end first: since when, until when, and who caused it; then back-offs of
     narrower scopes, the budgets with the least room, and the latest errors. For a token in custody
-    the command also says why there is an access token, or none.
+    the command also says how many runs share it, and why there is an access token, or none.
 
     The exit code is 0 for either answer; with --output json the answer is `must_wait`.
     """
@@ -107,7 +107,9 @@ def _grant_fields(grant: grant_pb2.GrantExplanation) -> list[tuple[str, str]]:
         else f"{user.identity} from {user.host}"
         for user in grant.users
     ]
+    runs = f"{grant.shared_lease_count} of at most {grant.most_runs} share the token in custody"
     return [
+        ("runs", runs),
         ("access token", "yes" if grant.has_access_token else "no"),
         ("state", enum_text(status, "state")),
         ("because", why or NOTHING),

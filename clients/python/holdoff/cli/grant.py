@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import signal
 import sys
 import time
@@ -17,6 +19,7 @@ import click
 from holdoff import Client
 from holdoff._text import printable
 from holdoff.cli import _authorizing, exits
+from holdoff.cli._access_wait import POLL_SECONDS, wait_for_access_token
 from holdoff.cli._help import example
 from holdoff.cli._live import (
     live_output_option,
@@ -514,7 +517,7 @@ def access_token(endpoint: str, token: str, wait: float, force: bool, file: Path
 
     It takes the role `gateway`. The token is refreshed if necessary. Get it anew for each run: it
     lives for minutes only, and others use it too. Do not pass it on as an argument, which other
-    users of the host can see.
+    users of the host can see. On a terminal the standard error shows what a wait is for.
 
     With --file it goes to a file that only you can read, for programs that read it before each
     call. The file is replaced at each renewal. It is removed when there is no access token, and
@@ -528,7 +531,15 @@ def access_token(endpoint: str, token: str, wait: float, force: bool, file: Path
             "an access token would stay visible on the terminal: redirect the output, or give "
             "--force"
         )
-    with Client(endpoint) as client, client.access_token(token) as access:
+    news: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    def pause() -> None:
+        with contextlib.suppress(queue.Empty):
+            news.get(timeout=POLL_SECONDS)
+
+    with Client(endpoint) as client, client.access_token(token, on_renewed=news.put) as access:
+        if sys.stderr.isatty():
+            wait_for_access_token(access, client.endpoint, wait, pause)
         current = access.current(wait)
     click.echo(current)
 

@@ -82,6 +82,10 @@ class _AuditKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditKind.V
     """The right to authorize an app for a token was taken."""
     AUDIT_KIND_AUTHORIZATION_FAILED: _AuditKind.ValueType  # 25
     """It ended without a new grant."""
+    AUDIT_KIND_KEYS_ROTATED: _AuditKind.ValueType  # 26
+    """An operator chose the key that encrypts grants, and had them encrypted with
+    it again: `resource` is `keys/` and its id.
+    """
 
 class AuditKind(_AuditKind, metaclass=_AuditKindEnumTypeWrapper):
     """The kinds of entries in the audit trail."""
@@ -142,6 +146,10 @@ AUDIT_KIND_AUTHORIZATION_BEGAN: AuditKind.ValueType  # 24
 """The right to authorize an app for a token was taken."""
 AUDIT_KIND_AUTHORIZATION_FAILED: AuditKind.ValueType  # 25
 """It ended without a new grant."""
+AUDIT_KIND_KEYS_ROTATED: AuditKind.ValueType  # 26
+"""An operator chose the key that encrypts grants, and had them encrypted with
+it again: `resource` is `keys/` and its id.
+"""
 Global___AuditKind: _TypeAlias = AuditKind  # noqa: Y015
 
 @_typing.final

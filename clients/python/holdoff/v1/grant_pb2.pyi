@@ -463,8 +463,14 @@ class GrantExplanation(_message.Message):
     HAS_ACCESS_TOKEN_FIELD_NUMBER: _builtins.int
     LAST_ATTEMPT_FIELD_NUMBER: _builtins.int
     USERS_FIELD_NUMBER: _builtins.int
+    SHARED_LEASE_COUNT_FIELD_NUMBER: _builtins.int
+    MOST_RUNS_FIELD_NUMBER: _builtins.int
     has_access_token: _builtins.bool
     """Whether there is an access token at this instant."""
+    shared_lease_count: _builtins.int
+    """How many runs share the token at this instant: its live shared leases."""
+    most_runs: _builtins.int
+    """How many its policy allows at the same time."""
     @_builtins.property
     def status(self) -> Global___GrantStatus:
         """Whether an access token can be had, since when, until when, why, and what to
@@ -488,10 +494,12 @@ class GrantExplanation(_message.Message):
         has_access_token: _builtins.bool = ...,
         last_attempt: Global___RefreshAttempt | None = ...,
         users: _abc.Iterable[Global___GrantUser] | None = ...,
+        shared_lease_count: _builtins.int = ...,
+        most_runs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_attempt", b"last_attempt", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_access_token", b"has_access_token", "last_attempt", b"last_attempt", "status", b"status", "users", b"users"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_access_token", b"has_access_token", "last_attempt", b"last_attempt", "most_runs", b"most_runs", "shared_lease_count", b"shared_lease_count", "status", b"status", "users", b"users"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
