@@ -63,7 +63,7 @@ imports: $(READY) ## Which module may import which
 # Stores of tests wait for each write to the disk: less so in memory, if there is a gigabyte free.
 IN_MEMORY := $(shell grep -q ' /dev/shm [^ ]* [^ ]*noexec' /proc/mounts || \
 	df --output=avail /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 > 1048576 { print "/dev/shm" }')
-pytest stores: export TMPDIR := $(or $(TMPDIR),$(IN_MEMORY),/tmp)
+pytest stores stores-%: export TMPDIR := $(or $(TMPDIR),$(IN_MEMORY),/tmp)
 
 pytest: $(READY) ## All tests
 	$(PYTEST)
@@ -76,7 +76,11 @@ unit custody integration clients model e2e proto chart: $(READY) ## The tests of
 
 STORE_TESTS := $(addprefix tests/integration/test_,leases.py queue.py budgets.py back_offs.py audit.py)
 stores: $(READY) ## Leases, budgets and back-offs on a Cluster and behind Sentinel
-	for kind in cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) --numprocesses 3 $(STORE_TESTS); done
+	@$(MAKE) --jobs 2 --output-sync=target stores-cluster stores-sentinel
+
+# Without more workers, each of which would start a store of its own.
+stores-%: $(READY)
+	HOLDOFF_TEST_STORE=$* $(PYTEST) --numprocesses 0 $(STORE_TESTS)
 
 every-store: $(READY) ## All tests that use a store, on each kind of store
 	for kind in embedded server cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) tests/integration; done
