@@ -63,7 +63,7 @@ imports: $(READY) ## Which module may import which
 # Stores of tests wait for each write to the disk: less so in memory, if there is a gigabyte free.
 IN_MEMORY := $(shell grep -q ' /dev/shm [^ ]* [^ ]*noexec' /proc/mounts || \
 	df --output=avail /dev/shm 2>/dev/null | awk 'NR == 2 && $$1 > 1048576 { print "/dev/shm" }')
-pytest stores stores-%: export TMPDIR := $(or $(TMPDIR),$(IN_MEMORY),/tmp)
+pytest stores: export TMPDIR := $(or $(TMPDIR),$(IN_MEMORY),/tmp)
 
 pytest: $(READY) ## All tests
 	$(PYTEST)

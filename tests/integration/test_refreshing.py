@@ -39,7 +39,6 @@ from holdoff_coordinator.failures import Failure
 from holdoff_coordinator.policies import Policies
 from holdoff_coordinator.scripts import Scripts
 from tests.custodian import Custodian, key_directory
-from tests.harness import LONG
 from tests.token_urls import PATIENT
 
 if TYPE_CHECKING:
@@ -256,7 +255,7 @@ async def test_refreshes(rotation: Rotation, url: str, keys: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("rotation", "fault"),
     [
-        *product(NO_GRACE if LONG else [Rotation.NONE], NO_PROOF_NOT_ACTED_ON[:1]),
+        *product(NO_GRACE, NO_PROOF_NOT_ACTED_ON[:1]),
         *product([Rotation.UNTIL_USED], NO_PROOF_NOT_ACTED_ON[1:]),
         *product(NO_GRACE, NO_PROOF_ACTED_ON[:1]),
         *product([Rotation.UNTIL_USED], NO_PROOF_ACTED_ON[1:]),
