@@ -76,7 +76,11 @@ unit custody integration clients model e2e proto chart: $(READY) ## The tests of
 
 STORE_TESTS := $(addprefix tests/integration/test_,leases.py queue.py budgets.py back_offs.py audit.py)
 stores: $(READY) ## Leases, budgets and back-offs on a Cluster and behind Sentinel
-	for kind in cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) --numprocesses 3 $(STORE_TESTS); done
+	@$(MAKE) --jobs 2 --output-sync=target stores-cluster stores-sentinel
+
+# Without more workers, each of which would start a store of its own.
+stores-%: $(READY)
+	HOLDOFF_TEST_STORE=$* $(PYTEST) --numprocesses 0 $(STORE_TESTS)
 
 every-store: $(READY) ## All tests that use a store, on each kind of store
 	for kind in embedded server cluster sentinel; do HOLDOFF_TEST_STORE=$$kind $(PYTEST) tests/integration; done

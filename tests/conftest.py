@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from tests import stores
 from tests.stores import Server, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 __all__ = ["Server", "StartValkey"]
 
@@ -38,6 +39,20 @@ for _signum in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
         signal.signal(_signum, lambda _signum, _frame: None)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage while modules are imported, nor later among what they made.
+
+    Each worker would spend half of its start on that.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
@@ -49,9 +64,9 @@ def pytest_terminal_summary(
             terminalreporter.write_line(f"repeat it: .venv/bin/pytest{options} '{report.nodeid}'")
 
 
-@pytest.fixture(scope="session")
-def start_valkey() -> Iterator[StartValkey]:
-    """Start real Valkey servers with the given options; they end with the session.
+@contextlib.contextmanager
+def _valkeys() -> Iterator[StartValkey]:
+    """Start real Valkey servers with the given options, and end them.
 
     Each has a Unix socket in a directory of its own, so workers never meet.
     """
@@ -61,17 +76,30 @@ def start_valkey() -> Iterator[StartValkey]:
         )
 
 
+@pytest.fixture
+def start_valkey() -> Iterator[StartValkey]:
+    """Start Valkey servers that end with the test."""
+    with _valkeys() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_shared_valkey() -> Iterator[StartValkey]:
+    """Start Valkey servers that end with the module."""
+    with _valkeys() as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
-def valkey(
-    start_valkey: StartValkey, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server | Store]:
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server | Store]:
     """Give the session's shared Valkey: tests use keys of their own and never flush.
 
     HOLDOFF_TEST_STORE names another kind of store: embedded, server, cluster or sentinel.
     """
     kind = os.environ.get("HOLDOFF_TEST_STORE", "")
     if not kind:
-        yield start_valkey()
+        with _valkeys() as start:
+            yield start()
         return
     with stores.of_kind(kind, tmp_path_factory.mktemp("store")) as store:
         yield store

@@ -47,6 +47,12 @@ NO_PROXY = [("grpc.enable_http_proxy", 0)]
 LONG = os.environ.get("HOLDOFF_TEST_LENGTH") == "long"
 """Whether tests that have a short and a long form take the long one."""
 
+
+def at_length(*cases: Any) -> tuple[Any, ...]:
+    """Give those cases of a parametrized test that only the long tests need."""
+    return cases if LONG else ()
+
+
 SILENT_SECONDS = 6
 """A waiter that was not heard for so long is passed over."""
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.conftest import Server, StartValkey
 
-SIZE = 20 if LONG else 6
+SIZE = 20 if LONG else 5
 TTL_SECONDS = 5.0
 BLOCK_SECONDS = WINDOW_SECONDS = 3.0
 STARTING = 4
@@ -219,7 +219,7 @@ def test_a_fleet_keeps_a_block_and_follows_one_by_one(fleet: Fleet) -> None:
     assert len(turns) == SIZE
     wait_until(fleet.is_over)
 
-    said_at = rest[4].puppet.say("HOLDOFF-BLOCKED status=403")
+    said_at = rest[-1].puppet.say("HOLDOFF-BLOCKED status=403")
     quiet_since = fleet.paused(rest, said_at)
     killed = fleet.probe(rest, quiet_since)
     turns = fleet.turns()

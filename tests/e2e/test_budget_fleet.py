@@ -78,9 +78,9 @@ TTL_SECONDS = 3.0
 """Of a reservation: far longer than a call takes, and shorter than the window."""
 ENDPOINTS = ("crm/Accounts", "crm/Contacts", "logistics/Items", "salesorder/SalesOrders")
 SCOPES = tuple(product(("535193", "535194"), ENDPOINTS if LONG else ENDPOINTS[:2]))
-PROCESSES, CALLERS = (16, 4) if LONG else (8, 2)
+PROCESSES, CALLERS = (16, 4) if LONG else (6, 2)
 
-EVENTS = 480 if LONG else 240
+EVENTS = 480 if LONG else 96
 EVENTS_A_REPORT = 3
 REPORTERS = 8
 COUNTED_NOW = budget_pb2.EVENT_OUTCOME_COUNTED

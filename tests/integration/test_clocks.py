@@ -58,9 +58,9 @@ scope = ["app"]
 
 
 @pytest.fixture(scope="module")
-def valkey(start_valkey: StartValkey) -> Server:
+def valkey(start_shared_valkey: StartValkey) -> Server:
     """Give a store of its own: a jump concerns all apps of a store."""
-    return start_valkey()
+    return start_shared_valkey()
 
 
 @pytest.fixture

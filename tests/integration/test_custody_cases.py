@@ -48,9 +48,9 @@ OLD_TOKEN_ONCE = {"old_refresh_token": 1}
 
 
 @pytest.fixture(scope="module")
-def url(start_valkey: StartValkey) -> str:
+def url(start_shared_valkey: StartValkey) -> str:
     """Give a store of its own: its coordinators share a fingerprint key."""
-    return start_valkey().url
+    return start_shared_valkey().url
 
 
 @pytest.fixture(scope="module")

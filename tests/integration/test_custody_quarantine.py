@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def url(start_valkey: StartValkey) -> str:
+def url(start_shared_valkey: StartValkey) -> str:
     """Give a store of its own: its coordinators share a fingerprint key."""
-    return start_valkey().url
+    return start_shared_valkey().url
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def custodian(
-    start_valkey: StartValkey, tmp_path_factory: pytest.TempPathFactory
+    start_shared_valkey: StartValkey, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Custodian]:
     """Give a coordinator with a key."""
     keys = key_directory(tmp_path_factory.mktemp("keys"), "first")
-    with Custodian(start_valkey().url, keys) as one:
+    with Custodian(start_shared_valkey().url, keys) as one:
         yield one
 
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def url(start_valkey: StartValkey) -> str:
+def url(start_shared_valkey: StartValkey) -> str:
     """Give a store of its own."""
-    return start_valkey().url
+    return start_shared_valkey().url
 
 
 @pytest.fixture(scope="module")

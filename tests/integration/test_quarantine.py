@@ -40,9 +40,9 @@ class SteppedClock:
 
 
 @pytest.fixture(scope="module")
-def valkey(start_valkey: StartValkey) -> Server:
+def valkey(start_shared_valkey: StartValkey) -> Server:
     """Give a store of its own: a jump is declared for all apps that a replica has seen."""
-    return start_valkey()
+    return start_shared_valkey()
 
 
 def end_quarantine(valkey: Server, token: str) -> None:

@@ -559,7 +559,7 @@ grants_of = st.lists(
 )
 
 
-@settings(max_examples=250 if LONG else 25, **SETTINGS)
+@settings(max_examples=250 if LONG else 12, **SETTINGS)
 @given(chosen=grants_of, seed=seeds)
 @example(chosen=[("viewer", 0, "token")], seed=0)
 @example(chosen=[("viewer", 2, "token")], seed=0)
@@ -627,7 +627,7 @@ def about(world: World, caller: Caller, target: Target) -> dict[str, list[str]]:
     return found
 
 
-@settings(max_examples=30 if LONG else 3, **SETTINGS)
+@settings(max_examples=30 if LONG else 2, **SETTINGS)
 @given(role=st.sampled_from([str(role) for role in Role]), seed=seeds)
 def test_nothing_done_with_one_token_changes_what_is_said_of_another(
     worlds: Callable[[], World], role: str, seed: int

@@ -39,9 +39,9 @@ INTERVAL_SECONDS = 600.0
 
 
 @pytest.fixture(scope="module")
-def url(start_valkey: StartValkey) -> str:
+def url(start_shared_valkey: StartValkey) -> str:
     """Give a store of its own: its coordinators share a fingerprint key."""
-    return start_valkey().url
+    return start_shared_valkey().url
 
 
 @pytest.fixture(scope="module")

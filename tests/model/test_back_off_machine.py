@@ -940,7 +940,7 @@ def test_the_back_off_scripts_do_what_the_model_says(valkey: Server) -> None:
         run_state_machine_as_test(
             BackOffMachine,
             settings=settings(
-                max_examples=examples(25),
+                max_examples=examples(15),
                 stateful_step_count=40,
                 deadline=None,
                 print_blob=True,

@@ -502,7 +502,7 @@ def test_the_budget_scripts_do_what_the_model_says(valkey: Server) -> None:
         run_state_machine_as_test(
             BudgetMachine,
             settings=settings(
-                max_examples=examples(20),
+                max_examples=examples(15),
                 stateful_step_count=40,
                 deadline=None,
                 print_blob=True,

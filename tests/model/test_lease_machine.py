@@ -83,7 +83,7 @@ NAMES = ("main", "other")
 
 def examples(short: int) -> int:
     """Return how many sequences to make up, given how many they are in the short form."""
-    return int(EXAMPLES or (10 * short if LONG else short))
+    return int(EXAMPLES or (17 * short if LONG else short))
 
 
 class Store:
@@ -802,7 +802,7 @@ def test_the_scripts_do_what_the_model_says(valkey: Server) -> None:
         run_state_machine_as_test(
             LeaseMachine,
             settings=settings(
-                max_examples=examples(40),
+                max_examples=examples(25),
                 stateful_step_count=50,
                 deadline=None,
                 print_blob=True,

@@ -4,9 +4,15 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from holdoff.cli import params
+from tests.harness import LONG
 
 # How long an example takes says how busy the machine is, and nothing of the code.
-settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "ours",
+    deadline=None,
+    max_examples=100 if LONG else 40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("ours")
 
 
