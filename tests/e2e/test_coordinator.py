@@ -14,7 +14,7 @@ import pytest
 
 import holdoff
 from tests.e2e.service import BIN
-from tests.harness import at_length, coordinator_command, wait_until
+from tests.harness import coordinator_command, wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COORDINATOR = str(BIN / "holdoff-coordinator")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, *at_length(signal.SIGTERM)])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_waiters_keep_their_places_over_a_restart(
     own_service: Service, tmp_path: Path, signum: signal.Signals
 ) -> None:
