@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 
 from holdoff_coordinator import validation
 from holdoff_coordinator.budgets import MOST_EVENTS
-from holdoff_coordinator.custody import grants
+from holdoff_coordinator.custody import authorizing, grants
 from holdoff_coordinator.custody.copies import MOST_SEALED_BYTES
 from holdoff_coordinator.failures import Failure, invalid
 from holdoff_coordinator.places import MOST_SCOPES
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MOST_ENTRIES = {
     "google.protobuf.FieldMask.paths": 20,
     "holdoff.v1.AcquireLeaseRequest.scopes": MOST_SCOPES,
+    "holdoff.v1.BeginAuthorizationRequest.scopes": authorizing.MOST_SCOPES,
     "holdoff.v1.Grant.api_hosts": grants.MOST_HOSTS,
     "holdoff.v1.Holder.labels": validation.MOST_LABELS,
     "holdoff.v1.ListAuditEventsRequest.kinds": 100,
@@ -40,6 +41,11 @@ MOST_CHARACTERS = 1_000
 """Characters of a text without its own limit. No name, id or secret is that long."""
 TEXTS = {
     **{f"holdoff.v1.Holder.{field}": most for field, most in validation.HOLDER_LIMITS.items()},
+    "holdoff.v1.BeginAuthorizationRequest.client_secret": grants.MOST_SECRET_CHARACTERS,
+    "holdoff.v1.BeginAuthorizationRequest.redirect_uri": grants.MOST_URL_CHARACTERS,
+    "holdoff.v1.BeginAuthorizationRequest.scopes": authorizing.MOST_SCOPE_CHARACTERS,
+    "holdoff.v1.CompleteAuthorizationRequest.code": grants.MOST_SECRET_CHARACTERS,
+    "holdoff.v1.CompleteAuthorizationRequest.error": authorizing.MOST_ERROR_CHARACTERS,
     "holdoff.v1.BreakLeaseRequest.reason": validation.MOST_REASON_CHARACTERS,
     "holdoff.v1.ClearBackOffRequest.reason": validation.MOST_REASON_CHARACTERS,
     "holdoff.v1.EndQuarantineRequest.reason": validation.MOST_REASON_CHARACTERS,

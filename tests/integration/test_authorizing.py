@@ -123,9 +123,12 @@ def test_a_new_grant_replaces_the_old_one(world: World) -> None:
     Fails when the exchange needs a second token request, or the interval does not count it.
     """
     before = world.client.grants.get(world.token)
-    begun = world.begin()
+    begun = world.client.grants.begin_authorization(
+        world.token, redirect_uri=REDIRECT, scopes=["offline_access", "sales"], replace=True
+    )
     query = parse_qs(urlsplit(begun.authorization_url).query)
     assert query["redirect_uri"] == [REDIRECT]
+    assert query["scope"] == ["offline_access sales"]
     assert query["code_challenge_method"] == ["S256"]
     assert query["state"] == [begun.state]
     done = world.complete(world.allow(begun))

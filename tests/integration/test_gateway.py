@@ -342,9 +342,10 @@ async def test_calls_in_flight_end_and_new_ones_are_refused(world: World) -> Non
     """A gateway that ends waits for them."""
     go = threading.Event()
 
-    async def slow(_: web.Request) -> web.Response:
-        await asyncio.to_thread(go.wait, 30)
-        return web.Response(text="late")
+    async def slow(request: web.Request) -> web.Response:
+        if request.path == "/slow":
+            await asyncio.to_thread(go.wait, 60)
+        return web.Response()
 
     world.upstream.answer = slow
     thread = GatewayThread(

@@ -280,7 +280,7 @@ def test_why_there_is_no_token(custodian: Custodian, url: str) -> None:
         "access token  no",
         "reauthorize",
         "the provider says invalid_grant",
-        f"holdoff grant put {one.token} --replace",
+        f"holdoff grant authorize {one.token}",
     ):
         assert words in shown
     assert "reauthorize: the provider says" in run(custodian, "token", "show", one.token).stdout

@@ -538,8 +538,6 @@ def _redirect_uri(text: str) -> str:
 
 
 def _scopes(wanted: Any) -> tuple[str, ...]:
-    if len(wanted) > MOST_SCOPES:
-        raise invalid("scopes", f"at most {MOST_SCOPES} are possible")
     for one in wanted:
         validation.oauth("scopes", one, MOST_SCOPE_CHARACTERS)
         if " " in one:

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 _WINDOW_BYTES: Final = 1_024
 """Longer than what is looked for, so that it is found across two parts."""
 _TYPES: Final = ("json", "xml")
+_IN_BODY = re.compile(
+    rb"(?i)"
+    rb'("(?:__next|@odata\.nextLink)"\s{0,16}:\s{0,16}"'
+    rb'|<link\b(?=[^<>]{0,300}\brel="next")[^<>]{0,300}?\bhref=")'
+    rb'(https?:(?://|\\/\\/)[^"\\/?#<>\s]{1,260})(?=[/?#"\\])'
+)
+"""What stands before a link, and its scheme and authority; JSON may escape its slashes."""
+_IN_HEADER = re.compile(r"(?i)https?://[^/?#<>\s\"]{1,260}")
 
 
 class LinkRewriter:
@@ -28,31 +36,21 @@ class LinkRewriter:
 
     def __init__(self, upstream: str, base: str) -> None:
         parts = urlsplit(upstream)
-        default = {"https": 443, "http": 80}[parts.scheme]
-        port = rf"(?::{default})?" if parts.port is None else ""
-        host = re.escape(parts.netloc)
-        plain, escaped = f"{parts.scheme}://", f"{parts.scheme}:\\/\\/"
-        either = f"(?:{re.escape(plain)}|{re.escape(escaped)}){host}{port}"
-        self._origin = re.compile(rf"{either}(?=[/?#]|$)", re.IGNORECASE)
-        self._in_body = re.compile(
-            (
-                r'("(?:__next|@odata\.nextLink)"\s{0,16}:\s{0,16}"|'
-                r'<link\b(?=[^<>]{0,300}\brel="next")[^<>]{0,300}?\bhref=")'
-                rf'{either}(?=[/?#"\\])'
-            ).encode(),
-            re.IGNORECASE,
-        )
+        self._origins = {upstream.lower()}
+        if parts.port is None:
+            self._origins.add(f"{upstream.lower()}:{443 if parts.scheme == 'https' else 80}")
         self._base = base
         self._left = b""
 
     def header(self, value: str) -> str:
         """Rewrite the header `Location` or `Link`."""
-        return self._origin.sub(lambda _: self._base, value)
+        return _IN_HEADER.sub(
+            lambda match: self._base if self._is_upstream(match[0]) else match[0], value
+        )
 
     def part(self, data: bytes) -> bytes:
         """Take in a part of a body, and return what can be sent of it."""
-        text = self._left + data
-        done = self._in_body.sub(self._rewritten, text)
+        done = _IN_BODY.sub(self._rewritten, self._left + data)
         # What is kept may be the beginning of a link. One that was rewritten is no link any more.
         kept = min(_WINDOW_BYTES, len(done))
         self._left = done[len(done) - kept :]
@@ -64,7 +62,11 @@ class LinkRewriter:
         return rest
 
     def _rewritten(self, match: re.Match[bytes]) -> bytes:
-        return match[1] + self._base.encode()
+        origin = match[2].decode("latin-1").replace("\\/", "/")
+        return match[1] + self._base.encode() if self._is_upstream(origin) else match[0]
+
+    def _is_upstream(self, origin: str) -> bool:
+        return origin.lower() in self._origins
 
 
 def has_links(headers: Mapping[str, str]) -> bool:
