@@ -118,6 +118,9 @@ def _gateway(custody: testing.Custody, upstream: Upstream, **options: Any) -> It
         custody.endpoint, custody.token, Options(**options), upstream=upstream.address
     )
     with thread as gateway:
+        # Until the first access token is there.
+        wait_until(lambda: requests.get(f"{gateway.url}/first", timeout=60).status_code != 503)
+        upstream.seen.clear()
         yield gateway.url
 
 
