@@ -113,6 +113,13 @@ def test_a_state_beside_a_current_token_is_news() -> None:
     assert (state(under_way), under_way.news == stand().news) == ("REFRESHING", False)
 
 
+def test_a_restore_is_news_for_those_who_watch() -> None:
+    """Others learn of it when a refresh is due, and a replica has presented what it has."""
+    one = stand()
+    restored = dataclasses.replace(one, held=msgspec.structs.replace(one.held, restored_us=NOW))
+    assert (restored.changes == one.changes, restored.news == one.news) == (False, True)
+
+
 def test_a_lease_that_is_renewed_is_no_news() -> None:
     """Fails when each of its renewals is told to each stream."""
     none: dict[str, Any] = {"expires_us": 0, "sealed_access": "", "not_before_us": NOW}
