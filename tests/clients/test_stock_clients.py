@@ -118,7 +118,7 @@ class HasUrl(Protocol):
 def use_api(session: requests.Session, exact: HasUrl) -> None:
     """Do what a job does, with a session that sends its token: 5 calls, and one for each page."""
     answer = session.get(f"{exact.url}/api/v1/current/Me", headers=JSON)
-    assert answer.status_code == 200, answer.text
+    assert answer.status_code == 200, (answer.text, dict(answer.request.headers))
     me = answer.json()["d"]["results"][0]
     api = f"{exact.url}/api/v1/{me['CurrentDivision']}"
     divisions = session.get(f"{api}/system/Divisions", headers=JSON).json()["d"]["results"]

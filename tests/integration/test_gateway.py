@@ -217,10 +217,9 @@ def test_bad_requests(world: World, data: bytes) -> None:
 
 def test_a_dead_access_token_is_not_sent_again(world: World) -> None:
     """A GET is repeated with the next one if there is any; a POST is not."""
-    world.upstream.answer = lambda _: web.Response(
-        status=401, headers={"WWW-Authenticate": 'Bearer error="invalid_token"'}
-    )
+    dead = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
     with _gateway(world.custody, world.upstream, hold_seconds=0.5) as url:
+        world.upstream.answer = lambda _: web.Response(status=401, headers=dead)
         assert requests.get(f"{url}/x", timeout=30).status_code == 401
         assert requests.post(f"{url}/x", data=b"a", timeout=30).status_code == 401
     assert [method for method, *_ in world.upstream.seen] == ["GET", "POST"]
@@ -246,8 +245,8 @@ def test_a_scope_that_backs_off(world: World) -> None:
 def test_a_block_of_the_provider_holds_the_next_call(world: World) -> None:
     """429 with Retry-After is passed on, and no further call is sent."""
     token = world.custody.token
-    world.upstream.answer = lambda _: web.Response(status=429, headers={"Retry-After": "77"})
     with _gateway(world.custody, world.upstream, hold_seconds=0.2) as url:
+        world.upstream.answer = lambda _: web.Response(status=429, headers={"Retry-After": "77"})
         first = requests.get(f"{url}/x", timeout=30)
         assert (first.status_code, "Holdoff-Reason" in first.headers) == (429, False)
         wait_until(lambda: [*world.client.list_back_offs(token.partition("/tokens/")[0])])
