@@ -65,7 +65,7 @@ def run(one: Scene, seconds: float, chance: random.Random) -> bool:
     for name, times in sorted(struck.items()):
         say(f"{times:5} {name}, {hits[name]} of them in time\n")
     say(f"They hit {steps['BEGUN']} requests before the intent, {steps['INTENDED']} after it\n")
-    kept = [_report(one, chain, restored.get(chain.rotation), seconds) for chain in one.chains]
+    kept = [_report(one, chain, restored.get(chain.rotation)) for chain in one.chains]
     return all(kept)
 
 
@@ -113,7 +113,7 @@ def _bound_seconds(one: Scene) -> float:
     return one.bound_seconds + FINAL_SECONDS
 
 
-def _report(one: Scene, chain: Chain, restored: float | None, seconds: float) -> bool:
+def _report(one: Scene, chain: Chain, restored: float | None) -> bool:
     """Tell what happened to a chain, and judge it."""
     found = chain.provider.ask("report")
     requests, violations = found["token_requests"], found["totals"]["by_rule"]
@@ -132,7 +132,7 @@ def _report(one: Scene, chain: Chain, restored: float | None, seconds: float) ->
         f"refused, {violations.get(EARLY, 0)} early, {sum(violations.values())} violations; "
         f"{chain.lost} answers lost, {chain.outlasted} held back beyond their right, dead "
         f"{chain.deaths} times; without an access token {chain.job.longest:.1f} s at most, "
-        f"{100 * chain.job.without / seconds:.0f} % in all, and after the last fault "
+        f"{100 * chain.job.share_without:.0f} % in all, and after the last fault "
         f"{'still' if restored is None else f'{restored:.1f} s'}\n"
     )
     wrong = list(broken(account, _bound_seconds(one)))

@@ -39,10 +39,8 @@ def excused(one: Account) -> int:
 
     Where an old refresh token stays valid until its successor is used: never.
     """
-    match one.rotation:
-        case Rotation.GRACE | Rotation.SINGLE_USE | Rotation.SINGLE_USE_REVOKES:
-            return one.lost + one.outlasted
-    return 0
+    is_single = one.rotation in {Rotation.SINGLE_USE, Rotation.SINGLE_USE_REVOKES}
+    return one.lost + one.outlasted if is_single else 0
 
 
 def may_die(one: Account) -> int:
@@ -50,12 +48,7 @@ def may_die(one: Account) -> int:
 
     An answer that comes late makes good a refusal, unless that revoked the grant.
     """
-    match one.rotation:
-        case Rotation.GRACE | Rotation.SINGLE_USE:
-            return one.lost
-        case Rotation.SINGLE_USE_REVOKES:
-            return one.lost + one.outlasted
-    return 0
+    return one.lost if one.rotation is Rotation.SINGLE_USE else excused(one)
 
 
 def broken(one: Account, bound_seconds: float) -> Iterator[str]:

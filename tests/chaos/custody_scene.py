@@ -179,8 +179,8 @@ class Job:
     """Needs the access token of a token all the time."""
 
     def __init__(self, endpoint: str, token: str) -> None:
-        self.longest = self.without = 0.0
-        self._endpoint, self._token = endpoint, token
+        self.longest = self._without = 0.0
+        self._endpoint, self._token, self._began = endpoint, token, time.monotonic()
         self._ended = threading.Event()
         self.has_it = False
         self._thread = threading.Thread(target=self._use, daemon=True)
@@ -199,8 +199,13 @@ class Job:
                 if not self.has_it:
                     self.has_it = True
                     self.longest = max(self.longest, now - last)
-                    self.without += now - last
+                    self._without += now - last
                 last = now
+
+    @property
+    def share_without(self) -> float:
+        """The share of its time in which it had none."""
+        return self._without / (time.monotonic() - self._began)
 
     def end(self) -> None:
         """Stop."""
