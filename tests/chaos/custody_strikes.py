@@ -62,24 +62,26 @@ def strike_at(scene: Scene, aim: Chain, strike: Strike, chance: Random) -> dict[
     """
     scene.wait_until_whole()
     _wait_for_request(scene, aim, chance.choice(["BEGUN", "INTENDED"]))
-    attempts = {each.rotation: scene.attempt(each) for each in scene.chains}
-    under_way = [each for each in scene.chains if attempts[each.rotation].is_under_way]
-    primary, seconds = scene.primary, strike.draw_seconds(scene, chance)
-    victim = _victim(scene, attempts[aim.rotation])
-    robbed = [each for each in under_way if attempts[each.rotation].is_of(victim)]
-    began = time.monotonic()
+    primary, victim = scene.primary, _victim(scene, scene.attempt(aim))
+    seconds, began = strike.draw_seconds(scene, chance), time.monotonic()
     with contextlib.ExitStack() as stack:
         if strike.replica:
             stack.enter_context(_without_replica(victim, strike))
+        attempts = {each: scene.attempt(each) for each in scene.chains}
+        hit = {
+            each: attempt.step
+            for each, attempt in attempts.items()
+            if attempt.is_under_way and (strike.store or attempt.is_of(victim))
+        }
         if strike.store:
             stack.enter_context(_without_store(primary, strike.store))
         time.sleep(seconds)
     lasted = time.monotonic() - began + (RECOVERY_SECONDS if strike.replica == "killed" else 0)
-    for each in robbed if strike.replica else ():
-        each.lost += strike.with_sender
-        each.outlasted += not strike.with_sender and lasted > scene.pace.takeover_seconds
-    hit = under_way if strike.store else robbed
-    return {each.rotation: attempts[each.rotation].step for each in hit}
+    for each, step in hit.items() if strike.replica else ():
+        if step == "INTENDED" and attempts[each].is_of(victim):
+            each.lost += strike.with_sender
+            each.outlasted += not strike.with_sender and lasted > scene.pace.takeover_seconds
+    return {each.rotation: step for each, step in hit.items()}
 
 
 def _wait_for_request(scene: Scene, chain: Chain, step: str) -> None:
