@@ -372,7 +372,9 @@ class Refresher:
             made_us = self._now_us()
             await self._finish(work, verdict, self._times(work, outcome, made_us), made_us)
             await self._record(work.name, events, outcome)
-            if path:
+            # A sender that did not report may have spooled an answer, or still do so: see `adopt`.
+            is_mute = isinstance(outcome, outcomes.NoProof) and outcome.why is Why.SENDER
+            if path and not is_mute:
                 _remove(path)
         finally:
             self._under_way.discard(attempt)
