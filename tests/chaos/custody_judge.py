@@ -58,6 +58,8 @@ def broken(one: Account, bound_seconds: float) -> Iterator[str]:
         one: What happened.
         bound_seconds: How long after the last fault there is an access token at the latest.
     """
+    if not one.accepted:
+        yield "no request was acted on: nothing is proved"
     if early := one.violations.get(EARLY, 0):
         yield f"{early} requests were too early"
     excuses = excused(one)

@@ -113,8 +113,10 @@ def _send(pids: Iterable[int], signum: signal.Signals) -> None:
 def _frozen(pids: list[int]) -> Iterator[None]:
     """Freeze processes inside the block."""
     _send(pids, signal.SIGSTOP)
-    yield
-    _send(pids, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        _send(pids, signal.SIGCONT)
 
 
 @contextlib.contextmanager

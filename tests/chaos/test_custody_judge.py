@@ -27,6 +27,7 @@ REPEATED = {"refused": 2, "violations": {OLD_TOKEN: 2}}
     [
         ({}, []),
         ({"violations": {EARLY: 1}, "refused": 1}, ["too early"]),
+        ({"accepted": 0}, ["no request"]),
         ({"refused": 1}, ["refused"]),
         ({"violations": {"error_limit": 1}}, ["error_limit"]),
         ({"restored_after": None}, ["no access token"]),
