@@ -123,9 +123,10 @@ chaos: $(READY) ## A fleet, and faults from a SEED, on a STORE for SECONDS; what
 chaos-short: $(READY) ## The same for two minutes in all, as CI runs it
 	$(CHAOS) --seconds 120
 
-ROTATION := until-used
-custody-chaos: $(READY) ## A token in custody whose coordinators are killed and frozen, under a ROTATION
-	PYTHONPATH=. python tests/chaos/custody.py --seconds $(CHAOS_SECONDS) --seed $(SEED) --rotation $(ROTATION)
+ROTATION := none,until-used,single-use,single-use-revokes
+custody-chaos: $(READY) ## Tokens in custody; coordinators and a STORE are killed and frozen in the midst of refreshes
+	PYTHONPATH=. python tests/chaos/custody.py --store $(STORE) --seconds $(CHAOS_SECONDS) --seed $(SEED) \
+		--rotation $(ROTATION)
 
 mutants: $(READY) ## Take out one safeguard at a time: does a test notice? ONLY=words picks some
 	PYTHONPATH=. python -m tests.mutants.run --only "$(ONLY)"

@@ -1,230 +1,176 @@
-"""Two coordinators refresh one token in custody, and are killed and frozen meanwhile.
+"""Tokens in custody, while coordinators and the store are killed and frozen at the worst moments.
 
-Prints what the simulated provider reports, and for how long no access token could be had:
+For each rotation rule two coordinators refresh a token at a provider of its own. A strike waits
+until one of them has the right to a request whose answer takes long, or has just sent it. Then
+replica, sender or store are killed or frozen. What the provider reports is judged by the protocol's
+table of cases, and the exit code is 1 if a promise was broken:
 
-    PYTHONPATH=. python tests/chaos/custody.py --seconds 120 --seed 1
+    PYTHONPATH=. python tests/chaos/custody.py --store sentinel --seconds 864 --seed 17
 
-The provider's clock is faster than ours (`SCALE`), and so are the policy's intervals. The time
-after which another replica takes over is not: a kill between sending and storing costs some 100 s,
-unless the replica returns and finds the answer in its spool.
+`--measure failover` measures instead for how long no access token can be had when the store fails
+over just as it could be replaced.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.request
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from holdoff import Client
-from holdoff.errors import HoldoffError
-from holdoff.testing import valkey
-from tests.custodian import key_directory
-from tests.harness import wait_until
-from tests.ports import free_port
+from holdoff.simulator import Rotation
+from tests.chaos import custody_failover
+from tests.chaos.custody_judge import EARLY, Account, broken
+from tests.chaos.custody_scene import Pace, scene
+from tests.chaos.custody_strikes import STRIKES, strike_at
+from tests.chaos.scene import START_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from tests.chaos.custody_scene import Chain, Scene
+    from tests.chaos.custody_strikes import Strike
 
-BIN = Path(sys.executable).parent
-SCALE = 50
-"""The shortest interval of custody is 10 s; Exact Online's is 572 s."""
-USERS = 3
-TOKEN = "apps/chaos/tokens/custody"
-SEED_FILE = """\
-[[seeds]]
-client_id = "chaos"
-client_secret = "secret"
-user = "finance@example.com"
-refresh_token = "first"
-divisions = [535193]
-"""
-POLICY = """\
-like = "exact-online"
-name = "simulated"
-[refresh]
-interval = "{interval}s"
-margin = "0.2s"
-access_token_life = "{life}s"
-early_margin = "0.2s"
-rotation = "{rotation}"
-[oauth]
-token_urls = ["http://{address}/api/oauth2/token"]
-hosts = ["{address}"]
-"""
+PACE = Pace(scale=200, shortened=10)
+"""Two days are 864 s, an interval is 2.9 s, and the right to a request lasts 10 s."""
+ROTATIONS = "none,until-used,single-use,single-use-revokes"
+FINAL_SECONDS = 8.0
+"""A grant that is dead for so long stays so: no answer comes late."""
 say = sys.stdout.write
 
 
-class Replica:
-    """A coordinator that is started again whenever it ends."""
-
-    def __init__(self, folder: Path, number: int, store: str) -> None:
-        self.address = f"127.0.0.1:{free_port()}"
-        self._log = folder / f"{number}.log"
-        self._command = [
-            *(str(BIN / "holdoff-coordinator"), "serve", "--listen", self.address),
-            *("--redis-url", store, "--policy-dir", str(folder / "policies")),
-            *("--custody-key-dir", str(folder / "keys"), "--custody-loopback-http"),
-            *("--custody-spool-dir", str(folder / f"spool{number}")),
-        ]
-        self.start()
-
-    def start(self) -> None:
-        """Start it."""
-        with self._log.open("a") as log:
-            self.process = subprocess.Popen(self._command, stderr=log)
-
-    def suffer(self, chance: random.Random) -> str:
-        """Kill or freeze it for some seconds; return what was done."""
-        seconds = chance.uniform(0.5, 6)
-        if chance.random() < 0.5:
-            self.process.kill()
-            self.process.wait()
-            time.sleep(seconds)
-            self.start()
-            return f"killed, away for {seconds:.1f} s"
-        self.process.send_signal(signal.SIGSTOP)
-        time.sleep(seconds)
-        self.process.send_signal(signal.SIGCONT)
-        return f"frozen for {seconds:.1f} s"
-
-    def end(self) -> None:
-        """End it for good."""
-        self.process.kill()
-        self.process.wait()
+def run(one: Scene, seconds: float, chance: random.Random) -> bool:
+    """Strike for so long, and report; return whether all promises were kept."""
+    ends = time.monotonic() + seconds
+    struck, hits, steps = Counter[str](), Counter[str](), Counter[str]()
+    deck: list[tuple[Chain, Strike]] = []
+    while time.monotonic() < ends:
+        deck = deck or chance.sample(
+            [(aim, strike) for aim in one.chains for strike in STRIKES],
+            k=len(one.chains) * len(STRIKES),
+        )
+        aim, strike = deck.pop()
+        hit = strike_at(one, aim, strike, chance)
+        struck[strike.name] += 1
+        hits[strike.name] += bool(hit)
+        steps.update(hit.values())
+        told = ", ".join(f"{rotation} {step}" for rotation, step in hit.items()) or "no request"
+        say(f"{ends - time.monotonic():5.0f} s left: {strike.name}; hit {told}\n")
+        _rest(one, chance.uniform(0.5, 4))
+    restored = _recover(one)
+    say(f"{struck.total()} strikes, {hits.total()} of them between right and stored answer:\n")
+    for name, times in sorted(struck.items()):
+        say(f"{times:5} {name}, {hits[name]} of them in time\n")
+    say(f"They hit {steps['BEGUN']} requests before the intent, {steps['INTENDED']} after it\n")
+    kept = [_report(one, chain, restored.get(chain.rotation)) for chain in one.chains]
+    return all(kept)
 
 
-class User:
-    """A job that needs the access token all the time."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.longest = self.without = 0.0
-        self._endpoint = endpoint
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._use, daemon=True)
-        self._thread.start()
-
-    def _use(self) -> None:
-        since = time.monotonic()
-        with Client(self._endpoint) as client, client.access_token(TOKEN) as access:
-            while not self._ended.wait(0.05):
-                now = time.monotonic()
-                try:
-                    access.current(0)
-                except HoldoffError:
-                    self.longest = max(self.longest, now - since)
-                    self.without += 0.05
-                else:
-                    since = now
-
-    def end(self) -> None:
-        """Stop."""
-        self._ended.set()
-        self._thread.join()
+def _rest(one: Scene, seconds: float) -> None:
+    """Let some time pass, until all chains live: authorize again where only that helps."""
+    one.wait_until_whole()
+    began = time.monotonic()
+    while time.monotonic() < began + seconds or any(chain.dead_since for chain in one.chains):
+        assert time.monotonic() < began + START_SECONDS, "nobody can authorize"
+        for chain in one.chains:
+            _authorize_if_dead(one, chain)
+        time.sleep(0.1)
 
 
-@contextlib.contextmanager
-def provider(folder: Path, rotation: str) -> Iterator[str]:
-    """Run the simulated provider; give its address."""
-    (folder / "seeds.toml").write_text(SEED_FILE)
-    address = f"127.0.0.1:{free_port()}"
-    command = [str(BIN / "holdoff"), "simulator", "serve", "--listen", address]
-    command += ["--time-scale", str(SCALE), "--rotation", rotation]
-    process = subprocess.Popen(
-        [*command, "--seed-file", str(folder / "seeds.toml")], stdout=subprocess.PIPE, text=True
+def _authorize_if_dead(one: Scene, chain: Chain) -> None:
+    condition = one.attempt(chain).condition
+    if condition == "READY":
+        chain.dead_since = None
+    elif chain.dead_since is None:
+        chain.dead_since = time.monotonic()
+    elif time.monotonic() > chain.dead_since + FINAL_SECONDS:
+        say(f"        {chain.rotation} is {condition}: a person authorizes\n")
+        chain.authorize()
+
+
+def _recover(one: Scene) -> dict[Rotation, float]:
+    """Return how long after the last fault each chain has an access token."""
+    for chain in one.chains:
+        chain.provider.ask("faults", "DELETE")
+    began = time.monotonic()
+    restored: dict[Rotation, float] = {}
+    while len(restored) < len(one.chains) and time.monotonic() < began + _bound_seconds(one):
+        _rest(one, 0.1)
+        now = time.monotonic() - began
+        restored |= {
+            chain.rotation: restored.get(chain.rotation, now)
+            for chain in one.chains
+            if chain.job.has_it
+        }
+    return restored
+
+
+def _bound_seconds(one: Scene) -> float:
+    """Return how long after the last fault there is an access token, also where a person helps."""
+    return one.bound_seconds + FINAL_SECONDS
+
+
+def _report(one: Scene, chain: Chain, restored: float | None) -> bool:
+    """Tell what happened to a chain, and judge it."""
+    found = chain.provider.ask("report")
+    requests, violations = found["token_requests"], found["totals"]["by_rule"]
+    account = Account(
+        chain.rotation,
+        requests["accepted"],
+        requests["refused"],
+        violations,
+        chain.lost,
+        chain.outlasted,
+        chain.deaths,
+        restored,
     )
-    try:
-        assert process.stdout
-        assert address in process.stdout.readline()
-        yield address
-    finally:
-        process.kill()
-        process.communicate()
+    say(
+        f"{chain.rotation}: {requests['accepted']} requests acted on, {requests['refused']} "
+        f"refused, {violations.get(EARLY, 0)} early, {sum(violations.values())} violations; "
+        f"{chain.lost} answers lost, {chain.outlasted} held back beyond their right, dead "
+        f"{chain.deaths} times; without an access token {chain.job.longest:.1f} s at most, "
+        f"{100 * chain.job.share_without:.0f} % in all, and after the last fault "
+        f"{'still' if restored is None else f'{restored:.1f} s'}\n"
+    )
+    wrong = list(broken(account, _bound_seconds(one)))
+    for text in wrong:
+        say(f"BROKEN: {chain.rotation}: {text}\n")
+    return not wrong
 
 
-def report(address: str) -> dict[str, Any]:
-    """Ask the provider what it saw."""
-    with urllib.request.urlopen(f"http://{address}/_simulator/report") as answer:
-        found: dict[str, Any] = json.load(answer)
-    return found
-
-
-def run(seconds: float, seed: int, rotation: str) -> bool:
-    """Run for so long; return whether the provider's rules were kept and the chain lives."""
-    chance = random.Random(seed)  # noqa: S311 - it is repeatable on purpose
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        address = stack.enter_context(provider(folder, rotation))
-        (folder / "policies").mkdir()
-        (folder / "keys").mkdir()
-        times = {"interval": 570 / SCALE, "life": 600 / SCALE}
-        policy = POLICY.format(address=address, rotation=rotation, **times)
-        (folder / "policies/simulated.toml").write_text(policy)
-        key_directory(folder / "keys", "first")
-        store, _ = stack.enter_context(valkey())
-        replicas = [Replica(folder, number, store) for number in range(2)]
-        for one in replicas:
-            stack.callback(one.end)
-        endpoint = ",".join(one.address for one in replicas)
-        with Client(endpoint) as client:
-            wait_until(lambda: _created(client))
-            client.grants.put(
-                TOKEN,
-                client_id="chaos",
-                client_secret="secret",
-                refresh_token="first",
-                api_hosts=[address],
-                last_refresh_age_seconds=3600,
-            )
-            users = [User(endpoint) for _ in range(USERS)]
-            faults, ends = 0, time.monotonic() + seconds
-            while time.monotonic() < ends:
-                time.sleep(chance.uniform(1, 12))
-                victim = chance.choice(replicas)
-                say(f"{ends - time.monotonic():6.0f} s left: {victim.address} ")
-                say(f"{victim.suffer(chance)}\n")
-                faults += 1
-            for user in users:
-                user.end()
-            with client.access_token(TOKEN) as access:
-                lives = bool(access.current(150))
-            grant = client.grants.get(TOKEN)
-        found = report(address)
-        violations = sum(one["violations"] for one in found["agents"].values())
-        say(f"{os.cpu_count()} cores, rotation {rotation}, seed {seed}, {seconds:.0f} s = ")
-        say(f"{seconds * SCALE / 3600:.1f} simulated hours, {faults} faults\n")
-        requests = found["token_requests"]
-        say(f"token requests: {requests['accepted']} accepted, {requests['refused']} refused, ")
-        say(f"violations {violations}\n")
-        longest = max(user.longest for user in users)
-        share = sum(user.without for user in users) / USERS / seconds
-        say(f"longest time without an access token {longest:.1f} s, {100 * share:.0f} % in all\n")
-        say(f"generation {grant.generation}, the chain {'lives' if lives else 'is dead'}\n")
-        return lives and not violations
-
-
-def _created(client: Client) -> bool:
-    try:
-        client.create_token(TOKEN, policy="simulated")
-    except HoldoffError:
-        return False
-    return True
+def main() -> bool:
+    """Read the command line, and run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", choices=["server", "sentinel", "all"], default="all")
+    parser.add_argument("--seconds", type=float, default=120, help="on each store")
+    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))  # noqa: S311
+    parser.add_argument("--rotation", default=ROTATIONS, help="one or some, with commas")
+    parser.add_argument("--measure", choices=["failover"])
+    given = parser.parse_args()
+    rotations = [Rotation(one) for one in given.rotation.split(",")]
+    if given.measure:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            return custody_failover.measure(Path(folder))
+    kept = True
+    for store in ["server", "sentinel"] if given.store == "all" else [given.store]:
+        say(
+            f"{os.cpu_count()} cores, store {store}, seed {given.seed}; {given.seconds:.0f} s = "
+            f"{given.seconds * PACE.scale / 3600:.1f} simulated hours; interval "
+            f"{PACE.interval_seconds:.2f} s, life {PACE.life_seconds:.1f} s, right "
+            f"{PACE.takeover_seconds:.1f} s (the coordinator's limits divided by "
+            f"{PACE.shortened:g})\n"
+        )
+        with (
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+            scene(store, rotations, PACE, Path(folder)) as one,
+        ):
+            chance = random.Random(given.seed)  # noqa: S311 - it is repeatable on purpose
+            kept &= run(one, given.seconds, chance)
+    return kept
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))  # noqa: S311
-    parser.add_argument("--rotation", default="until-used")
-    given = parser.parse_args()
-    sys.exit(not run(given.seconds, given.seed, given.rotation))
+    sys.exit(not main())

@@ -144,7 +144,10 @@ def test_no_proof_where_a_repeat_revokes() -> None:
 
 @pytest.mark.parametrize("rotation", Rotation)
 def test_refused_as_dead(rotation: Rotation) -> None:
-    """A person must authorize; one probe an hour is made where it can do no harm."""
+    """A person must authorize; one probe an hour is made where it can do no harm.
+
+    Where none is made, there is no pause that would last on after a late answer.
+    """
     dead = step(rotation, Refused(Refusal.DEAD, "invalid_grant"))
     assert dead.condition is Condition.REAUTHORIZE
     assert dead.generation == 7
@@ -152,6 +155,7 @@ def test_refused_as_dead(rotation: Rotation) -> None:
     assert not may_request(dead, rules(rotation), due - 1)
     harmless = rotation not in (Rotation.SINGLE_USE, Rotation.SINGLE_USE_REVOKES)
     assert may_request(dead, rules(rotation), due) == harmless
+    assert dead.not_before_us == (due if harmless else LAST + INTERVAL)
 
 
 @pytest.mark.parametrize("rotation", Rotation)

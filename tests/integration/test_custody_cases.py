@@ -11,7 +11,7 @@ import pytest
 
 from holdoff.simulator import Rotation
 from holdoff_coordinator.custody.refreshing import Next
-from holdoff_coordinator.custody.rules import PROBE_US, SECOND, TAKEOVER_US, Condition
+from holdoff_coordinator.custody.rules import SECOND, TAKEOVER_US, Condition
 from tests.custodian import key_directory
 from tests.integration.test_refreshing import (
     INTERVAL_SECONDS,
@@ -111,7 +111,7 @@ async def test_two_replicas_sent(rotation: Rotation, url: str, keys: Path, tmp_p
         # The late answer is dropped where another one was stored, and adopted from REAUTHORIZE.
         adopted = await w.record()
         assert (adopted.condition, adopted.generation) == (Condition.READY, 2)
-        await w.pass_seconds(PROBE_US / SECOND)  # a pause after a refusal stays
+        await w.pass_seconds(INTERVAL_SECONDS + ACCESS_SECONDS)  # no pause of the refusal is left
         await w.refresh("two")
         record = await w.record()
         if rotation is Rotation.SINGLE_USE_REVOKES:  # the repeat revoked the grant

@@ -28,7 +28,8 @@ from holdoff_coordinator.connecting import connect
 from holdoff_coordinator.custody.duty import Duty
 from holdoff_coordinator.custody.grants import Terms
 from holdoff_coordinator.custody.key_files import KeyDirectory
-from holdoff_coordinator.custody.outcomes import boottime_us
+from holdoff_coordinator.custody.outcomes import Failure as Why
+from holdoff_coordinator.custody.outcomes import NoProof, boottime_us
 from holdoff_coordinator.custody.records import Record, read
 from holdoff_coordinator.custody.refreshing import Next, Refresher
 from holdoff_coordinator.custody.rules import INTENT_US, PROBE_US, SECOND, TAKEOVER_US, Condition
@@ -514,6 +515,24 @@ async def test_two_replicas(url: str, keys: Path, tmp_path: Path) -> None:
         found = await asyncio.gather(*(w.refresh(f"r{n}") for n in range(4)))
         assert {one.why for one in found} <= {"REFRESHING", "COOLING"}
         assert (await w.record()).generation == 2
+        assert await w.report() == (1, 0, 0)
+
+
+async def test_a_sender_that_does_not_report(url: str, keys: Path, tmp_path: Path) -> None:
+    """Its answer stays in the spool, and is adopted: no other copy is left of it."""
+
+    class Mute(Sending):
+        async def send(self, deadline_us: int) -> Any:
+            await super().send(deadline_us)
+            return NoProof(Why.SENDER, "no report", self.sent_us, boottime_us())
+
+    mute = partial(Mute, reach=Reach(plain_http=True), limits=PATIENT)
+    async with world(url, keys, tmp_path, Rotation.SINGLE_USE) as w:
+        await w.refresh(send=mute)
+        assert (await w.record()).generation == 1
+        await w.refresher().adopt()
+        assert (await w.record()).generation == 2
+        assert w.spooled() == []
         assert await w.report() == (1, 0, 0)
 
 

@@ -674,6 +674,25 @@ async def test_a_sender_that_is_killed() -> None:
         assert failure(outcome) == (NoProof, Failure.SENDER)
 
 
+async def test_a_coordinator_that_was_stopped_beyond_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It still reads what came meanwhile, also if it sees first that the time is over."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    readings = iter([0, SECOND])
+
+    def read_clock() -> int:
+        if now_us := next(readings):
+            theirs.send(b"1")
+        return now_us
+
+    monkeypatch.setattr(sending_module, "boottime_us", read_clock)
+    with ours, theirs:
+        receives = asyncio.get_running_loop().sock_recv(ours, 1)
+        assert await sending_module._until(receives, SECOND // 100) == b"1"
+
+
 # Leaving early -------------------------------------------------------------------------------
 
 

@@ -1225,7 +1225,7 @@ MUTANTS = [
     Mutant(
         "a dead refresh token is tried once an hour",
         f"{COORDINATOR}/custody/rules.py",
-        "        waited = max(waited, times.now_us + PROBE_US)",
+        "        waited = max(waited, times.now_us + _probe_us(rules))",
         "        pass",
         "tests/custody/test_rules.py::test_no_two_requests_within_an_interval",
     ),

@@ -280,6 +280,8 @@ class Authorizations:
             outcome = await refresher.sent(sending, partial(self._intend, exchange, held))
             if held:
                 raise held[0]
+            if outcomes.is_mute(outcome):  # the authorization stays, for an answer in the spool
+                raise _failed(exchange.name, "it is not known what the provider answered")
             try:
                 await self._finish(exchange, outcome)
             except Failure:

@@ -98,6 +98,11 @@ class Answered:
 Outcome = NotSent | NoProof | Answered
 
 
+def is_mute(outcome: Outcome) -> bool:
+    """Tell whether the sender did not report: it may still receive an answer."""
+    return isinstance(outcome, NoProof) and outcome.why is Failure.SENDER
+
+
 def document(outcome: Outcome) -> dict[str, Any]:
     """Express an outcome in JSON, except for the body."""
     fields = {

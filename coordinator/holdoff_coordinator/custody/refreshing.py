@@ -381,7 +381,8 @@ class Refresher:
             made_us = self._now_us()
             await self._finish(work, verdict, self._times(work, outcome, made_us), made_us)
             await self.record(work.name, events, outcome)
-            if path:
+            # A sender that did not report may have spooled an answer, or still do so: see `adopt`.
+            if path and not outcomes.is_mute(outcome):
                 remove(path)
         finally:
             self.under_way.discard(attempt)

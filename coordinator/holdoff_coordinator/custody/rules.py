@@ -172,7 +172,7 @@ def _unproven(standing: Standing, rules: Rules, times: Times) -> Outcome:
         condition = Condition.REAUTHORIZE  # it was repeated once
         alert = "two requests for an access token ended without an answer that says what happened"
     if condition is Condition.REAUTHORIZE:
-        waited = max(waited, times.now_us + PROBE_US)
+        waited = max(waited, times.now_us + _probe_us(rules))
     return Outcome(
         replace(
             standing,
@@ -206,7 +206,16 @@ def _refused(standing: Standing, rules: Rules, verdict: Refused, times: Times) -
 def _dead(standing: Standing, rules: Rules, times: Times) -> Outcome:
     alert = "the provider calls the refresh token dead: a person must authorize again"
     dead = replace(standing, condition=Condition.REAUTHORIZE)
-    return Outcome(_no_sooner(dead, times.now_us + max(PROBE_US, rules.interval_us)), alert)
+    waited = times.now_us + max(_probe_us(rules), rules.interval_us)
+    return Outcome(_no_sooner(dead, waited), alert)
+
+
+def _probe_us(rules: Rules) -> int:
+    """Return the pause before a refresh token that is taken for dead is sent again.
+
+    None where it never is: a late answer would have to wait for the end of that pause, too.
+    """
+    return 0 if rules.rotation in _NEVER_PROBED else PROBE_US
 
 
 def _no_sooner(standing: Standing, until_us: int) -> Standing:

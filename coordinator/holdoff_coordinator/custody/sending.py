@@ -377,11 +377,12 @@ async def _until(work: Coroutine[Any, Any, _T], until_us: int) -> _T:
     task = asyncio.create_task(work)
     try:
         while not task.done():
-            left_us = until_us - boottime_us()
-            if left_us <= 0:
-                raise TimeoutError
-            # Never long, since the loop's clock stops while the machine is suspended.
+            left_us = max(0, until_us - boottime_us())
+            # Never long, since the loop's clock stops while the machine is suspended. Also once
+            # when the time is over: what came while this process was stopped is still to be read.
             await asyncio.wait({task}, timeout=min(left_us / _SECOND, 1.0))
+            if not left_us and not task.done():
+                raise TimeoutError
         return task.result()
     finally:
         task.cancel()
