@@ -135,6 +135,8 @@ def _report(one: Scene, chain: Chain, restored: float | None) -> bool:
         f"{100 * chain.job.share_without:.0f} % in all, and after the last fault "
         f"{'still' if restored is None else f'{restored:.1f} s'}\n"
     )
+    if restored is None:
+        say(f"{chain.rotation}: {chain.explain()}\n")
     wrong = list(broken(account, _bound_seconds(one)))
     for text in wrong:
         say(f"BROKEN: {chain.rotation}: {text}\n")

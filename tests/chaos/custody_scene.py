@@ -258,6 +258,15 @@ class Chain:
             return True
         return False
 
+    def explain(self) -> str:
+        """Say why there is no access token, as the coordinator does."""
+        try:
+            grant = self._client.grants.get(self.token)
+        except HoldoffError as error:
+            return str(error)
+        attempt = grant.last_attempt
+        return f"{grant.status.message}; last attempt of {attempt.replica}: {attempt.outcome}"
+
     def authorize(self) -> None:
         """Put another grant, as a person does who authorizes again, also in a quarantine."""
         with contextlib.suppress(HoldoffError):

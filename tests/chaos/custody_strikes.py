@@ -73,12 +73,13 @@ def strike_at(scene: Scene, aim: Chain, strike: Strike, chance: Random) -> dict[
             for each, attempt in attempts.items()
             if attempt.is_under_way and (strike.store or attempt.is_of(victim))
         }
+        robbed = [each for each in hit if attempts[each].is_of(victim)] if strike.replica else []
         if strike.store:
             stack.enter_context(_without_store(primary, strike.store))
         time.sleep(seconds)
     lasted = time.monotonic() - began + (RECOVERY_SECONDS if strike.replica == "killed" else 0)
-    for each, step in hit.items() if strike.replica else ():
-        if step == "INTENDED" and attempts[each].is_of(victim):
+    for each in robbed:
+        if hit[each] == "INTENDED":
             each.lost += strike.with_sender
             each.outlasted += not strike.with_sender and lasted > scene.pace.takeover_seconds
     return {each.rotation: step for each, step in hit.items()}
