@@ -29,6 +29,7 @@ from holdoff_coordinator.custody.results import (
     reading_of,
     rules_of,
     verdict_of,
+    without_secrets,
 )
 from holdoff_coordinator.custody.rules import SECOND, Condition, Rotation, Rules, Times
 
@@ -234,3 +235,22 @@ def test_a_grace_period_breaks_no_interval() -> None:
     )
     assert rules_of(policy, 0).grace_us == 60 * SECOND
     assert rules_of(policy, 572 * SECOND).grace_us == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "is_shown"),
+    [
+        ("invalid_grant", True),
+        ("code a-refresh-token-that-is-secret is used", False),
+        ("sh-token", False),
+        ("a-refresh-token-that-is-sec", False),
+        ("the client s3cr3t is wrong", False),
+    ],
+)
+def test_an_error_that_repeats_a_secret(error: str, is_shown: bool) -> None:
+    """A part of one is enough; other errors stay as they are."""
+    refused = Refused(Refusal.DEAD, error)
+    found = without_secrets(refused, "a-refresh-token-that-is-secret", "s3cr3t", "")
+    assert isinstance(found, Refused)
+    assert (found.error == error) == is_shown
+    assert found.why is Refusal.DEAD

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 import uuid
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import redis
+from click.testing import CliRunner
 
 import holdoff
 from holdoff import errors, testing
+from holdoff.cli import main
 from holdoff.v1 import audit_pb2, grant_pb2
 from tests.ports import free_port
 
@@ -356,6 +360,7 @@ def test_the_command_serves_the_redirect(world: World) -> None:
     command = Command(world, "--redirect-uri", uri, "--output", "json")
     assert get(f"{uri}?code=stolen&state=another") == 400
     assert get(f"{uri}?code=twice&code=other&state=another") == 400
+    assert get(f"{uri}?state=http://[&code=x") == 400
     assert get(f"{uri}/elsewhere?") == 404
     assert get(browse(command.url, world.custody.seed.user)) == 200
     code, output, _ = command.end()
@@ -375,7 +380,7 @@ def test_the_command_takes_an_address(world: World) -> None:
     assert "code=" not in said + output
 
 
-@pytest.mark.parametrize("ends", ["denied", "interrupted"])
+@pytest.mark.parametrize("ends", ["denied", "interrupted", "terminated"])
 def test_the_command_gives_up(world: World, ends: str) -> None:
     """So that the token is refreshed at once; nothing changed."""
     uri = f"http://localhost:{free_port()}/callback"
@@ -384,8 +389,84 @@ def test_the_command_gives_up(world: World, ends: str) -> None:
     if ends == "denied":
         assert get(browse(command.url, "")) == 200
     else:
-        command.process.send_signal(signal.SIGINT)
+        sent = signal.SIGINT if ends == "interrupted" else signal.SIGTERM
+        command.process.send_signal(sent)
     code, output, said = command.end()
-    assert (code, output) == (77 if ends == "denied" else 130, ""), said
+    assert (code, output) == ({"denied": 77, "interrupted": 130, "terminated": 143}[ends], ""), said
     assert world.client.grants.get(world.token).etag == before.etag
     assert world.access_token()
+
+
+def test_the_command_frees_the_token_when_the_code_cannot_be_sent(world: World) -> None:
+    """It says what it waits for, and a signal ends that, too.
+
+    Fails when the token stays held for ten minutes after the command has ended.
+    """
+    uri = f"http://127.0.0.1:{free_port()}/callback"
+    command = Command(world, "--redirect-uri", uri)
+    found = world.client.set_back_off(world.token, 300, "maintenance")
+    assert get(browse(command.url, world.custody.seed.user)) == 200
+    assert command.process.stderr
+    waits = next(line for line in command.process.stderr if "waiting for apps/" in line)
+    assert "backs off" in waits
+    command.process.send_signal(signal.SIGINT)
+    assert command.end()[0] == 130
+    world.client.clear_back_off(found.name, "over")
+    assert world.access_token()
+    assert world.report() == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://[", "http://127.0.0.1:99999/", "http://localhost:x/", "http://127.0.0.1:-1/"]
+)
+def test_a_redirect_uri_that_cannot_be_is_named(world: World, uri: str) -> None:
+    """Before anything is held."""
+    words = ["--endpoint", world.custody.endpoint, "grant", "authorize", world.token]
+    done = CliRunner().invoke(main, [*words, "--redirect-uri", uri])
+    assert done.exit_code == 64, done.stderr
+    assert world.access_token()
+
+
+def test_a_redirect_uri_leads_to_the_app_only(world: World) -> None:
+    """Browsers read some of these in another way."""
+    for uri in (
+        *("https:", "https://", "javascript:alert(1)", "data:text/html,x", "file:///x"),
+        *("http://evil.example\\\\@localhost/", "https://a b/", "https://a:0/"),
+    ):
+        with pytest.raises(errors.InvalidRequest, match="redirect_uri"):
+            world.client.grants.begin_authorization(world.token, redirect_uri=uri, replace=True)
+    for uri in ("com.example.app:/callback", "http://localhost:80/x", "https://app.example/x?y=1"):
+        world.client.grants.begin_authorization(world.token, redirect_uri=uri, replace=True)
+
+
+def test_a_lock_user_waits_for_a_code_without_an_answer(world: World) -> None:
+    """An exchange that may have issued a token holds python-redis-lock's key, too.
+
+    Fails when its end frees the lock before the cooldown is over.
+    """
+    token = world.other_token()
+    back = world.allow(world.begin(token))
+    world.fault(fault="lost-answer")
+    with pytest.raises(errors.AuthorizationFailed):
+        world.complete(back, token)
+    _, app, _, name = token.split("/")
+    with redis.Redis(unix_socket_path=world.custody._store_url.removeprefix("unix://")) as store:
+        key = f"lock:holdoff:{{{app}}}:{name}"
+        assert store.get(key) == b"holdoff-cooldown"
+        assert store.pttl(key) > INTERVAL_SECONDS * 1000
+    shown = world.client.get_token(token)
+    assert shown.not_before_time.ToSeconds() - shown.last_refresh_time.ToSeconds() > (
+        INTERVAL_SECONDS + TAKEOVER_SECONDS - 10
+    )
+    world.client.update_token(token, refresh_interval_seconds=3600)
+    shown = world.client.get_token(token)
+    assert shown.not_before_time.ToSeconds() - time.time() > 3500
+
+
+def test_deleting_a_grant_deletes_what_an_authorization_left(world: World) -> None:
+    """The client secret is in no other record."""
+    world.authorize()
+    world.client.grants.delete(world.token)
+    _, app, _, name = world.token.split("/")
+    with redis.Redis(unix_socket_path=world.custody._store_url.removeprefix("unix://")) as store:
+        assert not store.exists(f"holdoff:{{{app}}}:authorization:{name}")

@@ -1112,8 +1112,8 @@ MUTANTS = [
     Mutant(
         "a code that got no answer counts at the last possible moment",
         f"{LUA}/custody/end_authorization.lua",
-        "if ask.result ~= 'UNPROVEN' then",
-        "if true then",
+        "if ask.result == 'UNPROVEN' then",
+        "if false then",
         f"{TESTS}/test_authorizing.py::test_the_old_grant_stays",
     ),
     Mutant(
@@ -1126,7 +1126,7 @@ MUTANTS = [
     Mutant(
         "the state of an authorization is compared",
         f"{CUSTODY}/authorizing.py",
-        "if not hmac.compare_digest(state, opened.state):",
+        "if not hmac.compare_digest(_hash(state), authorization.state_hash):",
         "if False:",
         f"{TESTS}/test_authorizing.py::test_only_the_last_one_can_be_completed",
     ),
@@ -1149,7 +1149,7 @@ MUTANTS = [
     Mutant(
         "the command takes only what belongs to its authorization",
         f"{CLIENT}/cli/_authorizing.py",
-        'if not hmac.compare_digest(found.get("state", "").encode(), state.encode()):',
+        'if not hmac.compare_digest(found.get("state", "").encode("utf-8", "replace"), state.encode()):',
         "if False:",
         f"{TESTS}/test_authorizing.py::test_the_command_serves_the_redirect",
     ),

@@ -16,8 +16,7 @@ import hashlib
 import hmac
 import secrets
 import uuid
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode, urlsplit
@@ -52,7 +51,12 @@ from holdoff_coordinator.custody.records import (
 )
 from holdoff_coordinator.custody.refreshing import AUTHORIZATION, HEADERS, remove, spooling_of
 from holdoff_coordinator.custody.reports import Requested
-from holdoff_coordinator.custody.results import reading_of, rules_of, verdict_of
+from holdoff_coordinator.custody.results import (
+    reading_of,
+    rules_of,
+    verdict_of,
+    without_secrets,
+)
 from holdoff_coordinator.custody.rules import SECOND, TAKEOVER_US
 from holdoff_coordinator.custody.sealing import (
     AccessSecrets,
@@ -64,6 +68,7 @@ from holdoff_coordinator.custody.seals import binding_of
 from holdoff_coordinator.custody.sending import Authentication, Request, wipe
 from holdoff_coordinator.failures import Failure, invalid
 from holdoff_coordinator.places import Place
+from holdoff_coordinator.records import duration
 from holdoff_coordinator.seldom import warn
 
 if TYPE_CHECKING:
@@ -88,6 +93,7 @@ MOST_SCOPE_CHARACTERS: Final = 500
 MOST_ERROR_CHARACTERS: Final = 200
 _SECRET_BYTES: Final = 48
 _PAUSE_SECONDS: Final = 1.0
+_NOT_REDIRECTED: Final = frozenset({"javascript", "data", "file", "blob", "about"})
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -99,9 +105,13 @@ class _Exchange:
     attempt: str
     authorization: Authorization
     facts: Facts
-    client_secret: str
+    client_secret: str = field(repr=False)
     policy: Policy
     caller: Caller
+    sent: tuple[str, ...] = field(default=(), repr=False)
+    """Secrets of the request."""
+    insists: bool = True
+    """Whether to try to store its result as long as this process lives."""
 
     @property
     def binding(self) -> Binding:
@@ -168,6 +178,7 @@ class Authorizations:
             chain=chain,
             facts=msgspec.json.encode(facts).decode(),
             sealed=base64.b64encode(sealed).decode(),
+            state_hash=_hash(opened.state),
             valid_us=VALID_US,
             takeover_us=TAKEOVER_US,
             budgets=Place(name, policy, "", "").specs("token_requests"),
@@ -189,6 +200,7 @@ class Authorizations:
             authorization_url=f"{url}{'&' if '?' in url else '?'}{urlencode(query)}",
             state=opened.state,
             expire_time=time_message(answer.until_us),
+            valid_for=duration(answer.until_us - answer.now_us),
         )
 
     # The code ---------------------------------------------------------------------------------
@@ -209,9 +221,7 @@ class Authorizations:
         authorization = await self._authorization(name)
         if authorization is None:
             raise _not_found(name)
-        ring, _ = await self._seals.usable()
-        opened = _opened(name, authorization, ring)
-        if not hmac.compare_digest(state, opened.state):
+        if not hmac.compare_digest(_hash(state), authorization.state_hash):
             raise invalid("state", "is not the one of the authorization that was begun last")
         if authorization.step == "DONE":  # the same request, sent again
             return custody_service_pb2.CompleteAuthorizationResponse(
@@ -220,12 +230,16 @@ class Authorizations:
         if authorization.step != "PENDING":
             raise _busy(name, "REFRESHING", _PAUSE_SECONDS)
         if error:
-            await self._end(name, authorization, "CANCELLED", error, caller)
+            ended = await self._end(name, authorization, "CANCELLED", error, caller)
+            if ended.status != "OK":  # its code was sent meanwhile
+                raise _busy(name, "REFRESHING", _PAUSE_SECONDS)
             held = await read(self._scripts, name)
             return custody_service_pb2.CompleteAuthorizationResponse(
                 grant=await self._grants.read(name) if held else None
             )
         policy = await self._grants.policy(name)
+        ring, _ = await self._seals.usable()
+        opened = _opened(name, authorization, ring)
         exchange = _Exchange(
             name,
             uuid.uuid4().hex,
@@ -234,6 +248,7 @@ class Authorizations:
             opened.client_secret,
             policy,
             caller,
+            sent=(code, opened.verifier),
         )
         task = asyncio.create_task(self._exchange(exchange, opened, code, ring))
         refresher.requests.add(task)
@@ -324,7 +339,9 @@ class Authorizations:
         """
         refresher = self._require_refresher()
         name, policy = exchange.name, exchange.policy
-        verdict = verdict_of(outcome, reading_of(policy))
+        verdict = without_secrets(
+            verdict_of(outcome, reading_of(policy)), exchange.client_secret, *exchange.sent
+        )
         request = Requested(exchange.attempt, exchange.facts.token_url)
         events = refresher.events(name, policy, request, outcome, verdict)
         received = outcomes.body_holder(outcome)
@@ -380,8 +397,10 @@ class Authorizations:
                     expires_in_us=max(0, life_us - sent_age_us),
                 )
             except Failure as failure:
-                if not failure.reason.startswith(("STORE_", "CUSTODY_")):
+                if not _is_passing(failure):
                     await self._fail(exchange, "ISSUED", failure.reason, outcome)
+                    raise
+                if not exchange.insists:
                     raise
                 warn(
                     "a grant that a person authorized is not stored yet",
@@ -413,6 +432,8 @@ class Authorizations:
                     exchange.name, authorization, result, outcome, exchange.caller, age_us=age_us
                 )
             except Failure as failure:
+                if not exchange.insists:
+                    raise
                 warn(
                     "the end of an authorization is not stored yet",
                     failure.reason,
@@ -471,9 +492,14 @@ class Authorizations:
             opened.client_secret,
             await self._grants.policy(name),
             NOBODY,
+            insists=False,
         )
-        with suppress(Failure):  # which was stored
+        try:
             await self._finish(exchange, outcome)
+        except Failure as failure:
+            if _is_passing(failure):
+                raise
+            # Otherwise that it failed is stored.
 
     async def _authorization(self, name: TokenName) -> Authorization | None:
         answer = await ask(self._scripts, name.app, ReadAuthorization(token=name.token))
@@ -526,17 +552,26 @@ def _completed(
 def _redirect_uri(text: str) -> str:
     """Check where the code may go: over TLS, to this host, or to an app of the person's device."""
     validation.oauth("redirect_uri", text, MOST_URL_CHARACTERS)
-    parts = None
-    with suppress(ValueError):
-        parts = urlsplit(text)
-    is_plain = parts is not None and parts.scheme == "http" and parts.hostname not in _LOOPBACK
-    if parts is None or not parts.scheme or parts.fragment or " " in text or is_plain:
+    if not _is_redirect_uri(text):
         raise invalid(
             "redirect_uri",
             "must be the URI that is registered for the app: https://, or http:// on this host, "
             "and without a fragment",
         )
     return text
+
+
+def _is_redirect_uri(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return False
+    if parts.fragment or any(one in text for one in " \\") or parts.scheme in _NOT_REDIRECTED:
+        return False
+    if parts.scheme in {"https", "http"}:
+        return bool(host) and port != 0 and (parts.scheme == "https" or host in _LOOPBACK)
+    return bool(parts.scheme)  # an app on the person's device
 
 
 def _scopes(wanted: Any) -> tuple[str, ...]:
@@ -565,6 +600,10 @@ def _authorization_url(policy: Policy, token_url: str) -> str:
         f"the policy {policy.name!r} has no authorization URL for it. Write a policy file with "
         f'`like = "{policy.name}"` and `authorization_urls` in `[oauth]`',
     )
+
+
+def _hash(state: str) -> str:
+    return hashlib.sha256(state.encode()).hexdigest()
 
 
 def _challenge(verifier: str) -> str:
@@ -598,6 +637,11 @@ def _ages(outcome: Outcome) -> tuple[int, int]:
     if not isinstance(outcome, outcomes.Answered):
         return 0, now_us
     return max(0, now_us - outcome.last_byte_us), max(0, now_us - outcome.sent_us)
+
+
+def _is_passing(failure: Failure) -> bool:
+    """Tell whether a result can be stored later."""
+    return failure.reason.startswith(("STORE_", "CUSTODY_"))
 
 
 def _retrieved(task: asyncio.Task[None]) -> None:

@@ -123,6 +123,8 @@ class BeginAuthorization(msgspec.Struct, frozen=True, kw_only=True, omit_default
     facts: str
     sealed: str
     """`AuthorizationSecrets`, in base64."""
+    state_hash: str
+    """SHA-256 of the parameter `state`."""
     valid_us: int
     takeover_us: int
     budgets: Sequence[dict[str, Any]]
@@ -295,7 +297,9 @@ class Authorization(msgspec.Struct, frozen=True, kw_only=True):
 
     chain: str
     facts: str
-    sealed: str
+    sealed: str = ""
+    """`AuthorizationSecrets`, in base64; empty when it is done."""
+    state_hash: str
     step: str
     attempt: str
     begun_us: int

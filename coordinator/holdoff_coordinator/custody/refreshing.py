@@ -27,7 +27,7 @@ from holdoff.names import TokenName
 from holdoff.v1 import budget_service_pb2
 from holdoff_coordinator.caller import NOBODY
 from holdoff_coordinator.custody import outcomes, reports, spool
-from holdoff_coordinator.custody.answers import Issued, NotSent, Unproven, Verdict
+from holdoff_coordinator.custody.answers import Issued, NotSent, Refused, Unproven, Verdict
 from holdoff_coordinator.custody.copies import MOST_COPIES, Copy, copy_of, open_copy
 from holdoff_coordinator.custody.outcomes import Failure as Why
 from holdoff_coordinator.custody.outcomes import boottime_us
@@ -48,6 +48,7 @@ from holdoff_coordinator.custody.results import (
     reading_of,
     rules_of,
     verdict_of,
+    without_secrets,
 )
 from holdoff_coordinator.custody.rules import (
     ANSWER_US,
@@ -373,7 +374,7 @@ class Refresher:
             self.requests.add(request)
             request.add_done_callback(self.requests.discard)
             outcome = await request
-            verdict = verdict_of(outcome, reading_of(policy))
+            verdict = work.scrubbed(verdict_of(outcome, reading_of(policy)))
             events = self._events(work, policy, outcome, verdict)
             received = outcomes.body_holder(outcome)
             if received is not None and isinstance(received.body, bytearray):
@@ -666,6 +667,16 @@ class Refresher:
                     path=path,
                     remedy="copy the key that it names to the directory of --custody-key-dir",
                 )
+            except Failure as failure:
+                if failure.reason.startswith("STORE_"):
+                    raise
+                left = True  # the others need not wait
+                warn(
+                    "an answer in the spool is not stored yet",
+                    failure.reason,
+                    path=path,
+                    remedy=failure.message,
+                )
             except (ValueError, msgspec.MsgspecError) as error:
                 self._unreadable.add(path)
                 # Not with its traceback, which may show what is in it.
@@ -718,7 +729,7 @@ class Refresher:
             # Its instants are of another clock. Of the store's, its right is known.
             last_us = min(held.now_us, envelope.begun_us + TAKEOVER_US)
             times = Times(held.now_us, sent_us=envelope.begun_us, last_us=last_us)
-        verdict = verdict_of(found.outcome, reading_of(policy))
+        verdict = work.scrubbed(verdict_of(found.outcome, reading_of(policy)))
         if has_secrets(verdict) or (held.record.attempt == attempt_id and held.record.under_way):
             await self._finish(work, verdict, times, made_us)
         if found.of_this_boot():
@@ -758,6 +769,17 @@ class _Work:
     def spooling(self, path: str) -> Spooling:
         """Return where the answer goes, with a key that only our master keys open."""
         return spooling_of(self.sealing, self.binding, self.attempt.record.attempt_begun_us, path)
+
+    def scrubbed(self, verdict: Verdict) -> Verdict:
+        """Return a verdict whose error does not repeat the secrets of the grant."""
+        if not isinstance(verdict, Refused):
+            return verdict
+        record = self.attempt.record
+        try:
+            secrets = self.ring.open(_blob(record.sealed_grant), self.binding, GrantSecrets)
+        except SealError:
+            return replace(verdict, error="an error")
+        return without_secrets(verdict, secrets.refresh_token, secrets.client_secret)
 
     def sealed(self, verdict: Verdict) -> Mapping[str, str]:
         """Return the fields of `EndRefresh` for the next generation."""

@@ -29,7 +29,7 @@ from holdoff_coordinator.custody.rules import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from holdoff.policies import Policy
     from holdoff_coordinator.custody.records import Record
@@ -38,6 +38,7 @@ UNKNOWN_LIFE_US: Final = 600 * SECOND
 """Life of an access token where neither the policy nor the answer says it."""
 LEAST_INTERVAL_US: Final = 10 * SECOND
 """Between two requests where the provider has no rule, so that no short life causes a stream."""
+_REVEALING_CHARACTERS: Final = 8
 MOST_EARLY_US: Final = 60 * SECOND
 
 
@@ -108,6 +109,22 @@ def verdict_of(outcome: outcomes.Outcome, reading: Reading) -> Verdict:
         reason = f"{outcome.why}: {outcome.detail}" if isinstance(outcome, outcomes.NoProof) else ""
         return Unproven(reason, verdict.refresh_token if verdict else "")
     return verdict
+
+
+def without_secrets(verdict: Verdict, *secrets: str) -> Verdict:
+    """Return a verdict whose error does not repeat a part of a secret that was sent."""
+    if isinstance(verdict, Refused) and _reveals(verdict.error, secrets):
+        return replace(verdict, error="an error that repeats what was sent")
+    return verdict
+
+
+def _reveals(text: str, secrets: Iterable[str]) -> bool:
+    for secret in filter(None, secrets):
+        size = min(len(secret), _REVEALING_CHARACTERS)
+        parts = (secret[at : at + size] for at in range(len(secret) - size + 1))
+        if any(part in text for part in parts):
+            return True
+    return False
 
 
 def has_secrets(verdict: Verdict) -> bool:

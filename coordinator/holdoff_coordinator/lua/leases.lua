@@ -374,11 +374,16 @@ local function mirror(id, token, lease)
   end
 end
 
--- A refresh or a renewal was never later than now: the clock of the store went back since.
+-- A refresh, a renewal or the beginning of a hold was never later than now: the clock of the store went back
+-- since.
 local function stay_in_the_past(id, token, lease)
-  local ahead = number(token.last_refresh_us) - now
+  local last, held = number(token.last_refresh_us), number(token.hold_us)
+  local ahead = math.max(last, held) - now
   if ahead > 0 then
-    put(token_key(id), token, {last_refresh_us = now, not_before_us = number(token.not_before_us) - ahead})
+    put(token_key(id), token, {
+      last_refresh_us = math.min(last, now), hold_us = math.min(held, now),
+      not_before_us = number(token.not_before_us) - ahead,
+    })
   end
   local span = lease and (lease.state == 'OFFERED' and OFFER_FOR or number(lease.ttl_us))
   if lease and number(lease.expires_us) > now + span then

@@ -8,18 +8,17 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from holdoff import Client
 from holdoff._text import printable
-from holdoff.cli import _authorizing, exits
+from holdoff.cli import exits
 from holdoff.cli._access_wait import POLL_SECONDS, wait_for_access_token
+from holdoff.cli._authorizing import REDIRECT_URI, Person
 from holdoff.cli._help import example
 from holdoff.cli._live import (
     live_output_option,
@@ -43,12 +42,11 @@ from holdoff.cli.output import (
 from holdoff.cli.params import Duration, Name
 from holdoff.custody.files import AccessTokenFile
 from holdoff.durations import format_duration
-from holdoff.errors import HoldoffError, Quarantined, TokenBusy
 from holdoff.names import AppName, TokenName
 from holdoff.v1 import grant_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from rich.table import Table
 
@@ -56,13 +54,7 @@ if TYPE_CHECKING:
     from holdoff.custody.calls import ClientAuthentication
     from holdoff.v1 import custody_service_pb2
 
-T = TypeVar("T")
 _MOST_BYTES = 64 * 1024
-_REDIRECT_URI = "http://127.0.0.1:8378/callback"
-_MOST_ERROR_CHARACTERS = 200
-_LEAST_PAUSE_SECONDS = 0.5
-_LONGEST_PAUSE_SECONDS = 5.0
-"""Between two attempts: what holds a token may end early."""
 _SECRET_FILE = click.Path(dir_okay=False, allow_dash=True)
 
 
@@ -180,7 +172,7 @@ def put_grant(  # noqa: PLR0913 - one for each option
 @click.argument("token", type=Name(TokenName))
 @click.option(
     "--redirect-uri",
-    default=_REDIRECT_URI,
+    default=REDIRECT_URI,
     show_default=True,
     help="Where the provider sends the browser, as registered for the app.",
 )
@@ -253,105 +245,21 @@ def authorize(  # noqa: PLR0913 - one for each option
 
     Meanwhile, for ten minutes at most, the token is not refreshed. Ctrl-C ends that.
     """
-    parts = urlsplit(redirect_uri)
-    if parts.scheme != "http" or parts.hostname not in _authorizing.LOOPBACK:
-        manual = True
     secret = _secret("client secret", client_secret_file) if client_secret_file else ""
     with Client(endpoint) as client:
-        begun = _once_free(
-            token,
+        person = Person(client, token, redirect_uri, manual=manual)
+        done = person.authorize(
             wait,
-            lambda: client.grants.begin_authorization(
-                token,
-                redirect_uri=redirect_uri,
-                client_id=client_id,
-                client_secret=secret,
-                token_url=token_url,
-                api_hosts=api_hosts,
-                client_authentication=client_authentication,
-                scopes=scopes,
-                etag=etag,
-                replace=not etag,
-            ),
+            client_id=client_id,
+            client_secret=secret,
+            token_url=token_url,
+            api_hosts=api_hosts,
+            client_authentication=client_authentication,
+            scopes=scopes,
+            etag=etag,
+            replace=not etag,
         )
-        done: grant_pb2.Grant | None = None
-        error = "cancelled"
-        try:
-            found = _ask_person(begun, redirect_uri, manual=manual)
-            error = found.error
-            if found.code:
-                done = _once_free(
-                    token,
-                    begun.expire_time.ToSeconds() - time.time(),
-                    lambda: client.grants.complete_authorization(
-                        token, begun.state, code=found.code
-                    ),
-                )
-        finally:
-            if error:
-                with suppress(HoldoffError):  # it ends by itself
-                    client.grants.complete_authorization(
-                        token, begun.state, error=printable(error)[:_MOST_ERROR_CHARACTERS]
-                    )
-    if done is None:
-        say(f"no grant was given ({error}); nothing changed")
-        raise click.exceptions.Exit(exits.REFUSED)
     _emit(done, output)
-
-
-def _once_free(token: str, seconds: float, call: Callable[[], T]) -> T:
-    """Repeat a call while the token is busy, for some time; say why."""
-    until, said = time.monotonic() + seconds, ""
-    while True:
-        try:
-            return call()
-        except (TokenBusy, Quarantined) as error:
-            left = until - time.monotonic()
-            pause = max(_LEAST_PAUSE_SECONDS, error.retry_after_seconds or 0)
-            if pause > left:
-                raise
-            cause = error.metadata.get("cause", "")
-            if cause != said:
-                say(f"waiting for {token}, {format_duration(round(pause))}: {error}")
-                said = cause
-        time.sleep(min(pause, _LONGEST_PAUSE_SECONDS))
-
-
-def _ask_person(
-    begun: custody_service_pb2.BeginAuthorizationResponse, redirect_uri: str, *, manual: bool
-) -> _authorizing.CameBack:
-    """Show the URL, and return what comes back."""
-    seconds = max(0.0, begun.expire_time.ToSeconds() - time.time())
-    if manual:
-        _show_url(begun.authorization_url)
-        while True:
-            text = click.prompt(
-                "the address that the browser shows then", hide_input=True, err=True
-            )
-            try:
-                return _authorizing.came_back(str(text).strip(), begun.state)
-            except _authorizing.NotOursError as error:
-                say(str(error))
-    try:
-        redirect = _authorizing.Redirect(redirect_uri, begun.state)
-    except OSError as error:
-        raise click.UsageError(
-            f"cannot serve {redirect_uri}: {error.strerror}; end the program that uses the port, "
-            "or give --manual"
-        ) from None
-    with redirect:
-        _show_url(begun.authorization_url)
-        say(f"waiting for the browser at {redirect_uri}, {format_duration(round(seconds))} at most")
-        found = redirect.wait(seconds)
-    if found is None:
-        say("nobody authorized the app in time")
-        return _authorizing.CameBack(error="timed_out")
-    return found
-
-
-def _show_url(url: str) -> None:
-    say("open this URL in a browser, and log on as the user of the token:")
-    click.echo(printable(url), err=True)
 
 
 @grant.command(

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from holdoff.v1 import grant_pb2 as holdoff_dot_v1_dot_grant__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n holdoff/v1/custody_service.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16holdoff/v1/grant.proto\"\xda\x01\n\x0fPutGrantRequest\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\x12\x15\n\rrefresh_token\x18\x02 \x01(\t\x12\x15\n\rclient_secret\x18\x03 \x01(\t\x12\x33\n\x10last_refresh_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x04\x65tag\x18\x05 \x01(\tH\x00\x12\x11\n\x07replace\x18\x06 \x01(\x08H\x00\x12\x12\n\nrequest_id\x18\x07 \x01(\tB\x0b\n\tcondition\"4\n\x10PutGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"\xaa\x01\n\x19\x42\x65ginAuthorizationRequest\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\x12\x15\n\rclient_secret\x18\x02 \x01(\t\x12\x14\n\x0credirect_uri\x18\x03 \x01(\t\x12\x0e\n\x06scopes\x18\x04 \x03(\t\x12\x0e\n\x04\x65tag\x18\x05 \x01(\tH\x00\x12\x11\n\x07replace\x18\x06 \x01(\x08H\x00\x42\x0b\n\tcondition\"w\n\x1a\x42\x65ginAuthorizationResponse\x12\x19\n\x11\x61uthorization_url\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"f\n\x1c\x43ompleteAuthorizationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x04\x63ode\x18\x03 \x01(\tH\x00\x12\x0f\n\x05\x65rror\x18\x04 \x01(\tH\x00\x42\x08\n\x06result\"A\n\x1d\x43ompleteAuthorizationResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"\x1f\n\x0fGetGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"J\n\x11ListGrantsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"P\n\x12ListGrantsResponse\x12!\n\x06grants\x18\x01 \x03(\x0b\x32\x11.holdoff.v1.Grant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x12\x44\x65leteGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteGrantResponse\"/\n\x11TrustGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"6\n\x12TrustGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"a\n\x11RotateKeysRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"\xb5\x01\n\x12RotateKeysResponse\x12\x16\n\x0eprimary_key_id\x18\x01 \x01(\t\x12\x16\n\x0eresealed_count\x18\x02 \x01(\x05\x12$\n\x08key_uses\x18\x03 \x03(\x0b\x32\x12.holdoff.v1.KeyUse\x12\x30\n\x0eskipped_grants\x18\x04 \x03(\x0b\x32\x18.holdoff.v1.SkippedGrant\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\"-\n\x06KeyUse\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x13\n\x0bgrant_count\x18\x02 \x01(\x03\"=\n\x0cSkippedGrant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"!\n\x11WatchGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x12WatchGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\":\n\x15GetAccessTokenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bsealed_copy\x18\x02 \x01(\x0c\"\xb9\x01\n\x16GetAccessTokenResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.holdoff.v1.GrantStatus\x12-\n\x0c\x61\x63\x63\x65ss_token\x18\x02 \x01(\x0b\x32\x17.holdoff.v1.AccessToken\x12\x18\n\x10has_access_token\x18\x03 \x01(\x08\x12-\n\nstream_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"!\n\x11\x43heckGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"}\n\x12\x43heckGrantResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12.\n\ncheck_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x06\x63hecks\x18\x03 \x03(\x0b\x32\x16.holdoff.v1.GrantCheck2\x9f\x07\n\x0e\x43ustodyService\x12\x45\n\x08PutGrant\x12\x1b.holdoff.v1.PutGrantRequest\x1a\x1c.holdoff.v1.PutGrantResponse\x12\x63\n\x12\x42\x65ginAuthorization\x12%.holdoff.v1.BeginAuthorizationRequest\x1a&.holdoff.v1.BeginAuthorizationResponse\x12l\n\x15\x43ompleteAuthorization\x12(.holdoff.v1.CompleteAuthorizationRequest\x1a).holdoff.v1.CompleteAuthorizationResponse\x12\x45\n\x08GetGrant\x12\x1b.holdoff.v1.GetGrantRequest\x1a\x1c.holdoff.v1.GetGrantResponse\x12K\n\nListGrants\x12\x1d.holdoff.v1.ListGrantsRequest\x1a\x1e.holdoff.v1.ListGrantsResponse\x12N\n\x0b\x44\x65leteGrant\x12\x1e.holdoff.v1.DeleteGrantRequest\x1a\x1f.holdoff.v1.DeleteGrantResponse\x12K\n\nTrustGrant\x12\x1d.holdoff.v1.TrustGrantRequest\x1a\x1e.holdoff.v1.TrustGrantResponse\x12K\n\nRotateKeys\x12\x1d.holdoff.v1.RotateKeysRequest\x1a\x1e.holdoff.v1.RotateKeysResponse\x12M\n\nWatchGrant\x12\x1d.holdoff.v1.WatchGrantRequest\x1a\x1e.holdoff.v1.WatchGrantResponse0\x01\x12Y\n\x0eGetAccessToken\x12!.holdoff.v1.GetAccessTokenRequest\x1a\".holdoff.v1.GetAccessTokenResponse0\x01\x12K\n\nCheckGrant\x12\x1d.holdoff.v1.CheckGrantRequest\x1a\x1e.holdoff.v1.CheckGrantResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n holdoff/v1/custody_service.proto\x12\nholdoff.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16holdoff/v1/grant.proto\"\xda\x01\n\x0fPutGrantRequest\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\x12\x15\n\rrefresh_token\x18\x02 \x01(\t\x12\x15\n\rclient_secret\x18\x03 \x01(\t\x12\x33\n\x10last_refresh_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x04\x65tag\x18\x05 \x01(\tH\x00\x12\x11\n\x07replace\x18\x06 \x01(\x08H\x00\x12\x12\n\nrequest_id\x18\x07 \x01(\tB\x0b\n\tcondition\"4\n\x10PutGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"\xaa\x01\n\x19\x42\x65ginAuthorizationRequest\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\x12\x15\n\rclient_secret\x18\x02 \x01(\t\x12\x14\n\x0credirect_uri\x18\x03 \x01(\t\x12\x0e\n\x06scopes\x18\x04 \x03(\t\x12\x0e\n\x04\x65tag\x18\x05 \x01(\tH\x00\x12\x11\n\x07replace\x18\x06 \x01(\x08H\x00\x42\x0b\n\tcondition\"\xa5\x01\n\x1a\x42\x65ginAuthorizationResponse\x12\x19\n\x11\x61uthorization_url\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\tvalid_for\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"f\n\x1c\x43ompleteAuthorizationRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x04\x63ode\x18\x03 \x01(\tH\x00\x12\x0f\n\x05\x65rror\x18\x04 \x01(\tH\x00\x42\x08\n\x06result\"A\n\x1d\x43ompleteAuthorizationResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"\x1f\n\x0fGetGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"J\n\x11ListGrantsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"P\n\x12ListGrantsResponse\x12!\n\x06grants\x18\x01 \x03(\x0b\x32\x11.holdoff.v1.Grant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x12\x44\x65leteGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteGrantResponse\"/\n\x11TrustGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"6\n\x12TrustGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\"a\n\x11RotateKeysRequest\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"\xb5\x01\n\x12RotateKeysResponse\x12\x16\n\x0eprimary_key_id\x18\x01 \x01(\t\x12\x16\n\x0eresealed_count\x18\x02 \x01(\x05\x12$\n\x08key_uses\x18\x03 \x03(\x0b\x32\x12.holdoff.v1.KeyUse\x12\x30\n\x0eskipped_grants\x18\x04 \x03(\x0b\x32\x18.holdoff.v1.SkippedGrant\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\"-\n\x06KeyUse\x12\x0e\n\x06key_id\x18\x01 \x01(\t\x12\x13\n\x0bgrant_count\x18\x02 \x01(\x03\"=\n\x0cSkippedGrant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"!\n\x11WatchGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x12WatchGrantResponse\x12 \n\x05grant\x18\x01 \x01(\x0b\x32\x11.holdoff.v1.Grant\":\n\x15GetAccessTokenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bsealed_copy\x18\x02 \x01(\x0c\"\xb9\x01\n\x16GetAccessTokenResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.holdoff.v1.GrantStatus\x12-\n\x0c\x61\x63\x63\x65ss_token\x18\x02 \x01(\x0b\x32\x17.holdoff.v1.AccessToken\x12\x18\n\x10has_access_token\x18\x03 \x01(\x08\x12-\n\nstream_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"!\n\x11\x43heckGrantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"}\n\x12\x43heckGrantResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12.\n\ncheck_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x06\x63hecks\x18\x03 \x03(\x0b\x32\x16.holdoff.v1.GrantCheck2\x9f\x07\n\x0e\x43ustodyService\x12\x45\n\x08PutGrant\x12\x1b.holdoff.v1.PutGrantRequest\x1a\x1c.holdoff.v1.PutGrantResponse\x12\x63\n\x12\x42\x65ginAuthorization\x12%.holdoff.v1.BeginAuthorizationRequest\x1a&.holdoff.v1.BeginAuthorizationResponse\x12l\n\x15\x43ompleteAuthorization\x12(.holdoff.v1.CompleteAuthorizationRequest\x1a).holdoff.v1.CompleteAuthorizationResponse\x12\x45\n\x08GetGrant\x12\x1b.holdoff.v1.GetGrantRequest\x1a\x1c.holdoff.v1.GetGrantResponse\x12K\n\nListGrants\x12\x1d.holdoff.v1.ListGrantsRequest\x1a\x1e.holdoff.v1.ListGrantsResponse\x12N\n\x0b\x44\x65leteGrant\x12\x1e.holdoff.v1.DeleteGrantRequest\x1a\x1f.holdoff.v1.DeleteGrantResponse\x12K\n\nTrustGrant\x12\x1d.holdoff.v1.TrustGrantRequest\x1a\x1e.holdoff.v1.TrustGrantResponse\x12K\n\nRotateKeys\x12\x1d.holdoff.v1.RotateKeysRequest\x1a\x1e.holdoff.v1.RotateKeysResponse\x12M\n\nWatchGrant\x12\x1d.holdoff.v1.WatchGrantRequest\x1a\x1e.holdoff.v1.WatchGrantResponse0\x01\x12Y\n\x0eGetAccessToken\x12!.holdoff.v1.GetAccessTokenRequest\x1a\".holdoff.v1.GetAccessTokenResponse0\x01\x12K\n\nCheckGrant\x12\x1d.holdoff.v1.CheckGrantRequest\x1a\x1e.holdoff.v1.CheckGrantResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,48 +40,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUTGRANTRESPONSE']._serialized_end=410
   _globals['_BEGINAUTHORIZATIONREQUEST']._serialized_start=413
   _globals['_BEGINAUTHORIZATIONREQUEST']._serialized_end=583
-  _globals['_BEGINAUTHORIZATIONRESPONSE']._serialized_start=585
-  _globals['_BEGINAUTHORIZATIONRESPONSE']._serialized_end=704
-  _globals['_COMPLETEAUTHORIZATIONREQUEST']._serialized_start=706
-  _globals['_COMPLETEAUTHORIZATIONREQUEST']._serialized_end=808
-  _globals['_COMPLETEAUTHORIZATIONRESPONSE']._serialized_start=810
-  _globals['_COMPLETEAUTHORIZATIONRESPONSE']._serialized_end=875
-  _globals['_GETGRANTREQUEST']._serialized_start=877
-  _globals['_GETGRANTREQUEST']._serialized_end=908
-  _globals['_GETGRANTRESPONSE']._serialized_start=910
-  _globals['_GETGRANTRESPONSE']._serialized_end=962
-  _globals['_LISTGRANTSREQUEST']._serialized_start=964
-  _globals['_LISTGRANTSREQUEST']._serialized_end=1038
-  _globals['_LISTGRANTSRESPONSE']._serialized_start=1040
-  _globals['_LISTGRANTSRESPONSE']._serialized_end=1120
-  _globals['_DELETEGRANTREQUEST']._serialized_start=1122
-  _globals['_DELETEGRANTREQUEST']._serialized_end=1170
-  _globals['_DELETEGRANTRESPONSE']._serialized_start=1172
-  _globals['_DELETEGRANTRESPONSE']._serialized_end=1193
-  _globals['_TRUSTGRANTREQUEST']._serialized_start=1195
-  _globals['_TRUSTGRANTREQUEST']._serialized_end=1242
-  _globals['_TRUSTGRANTRESPONSE']._serialized_start=1244
-  _globals['_TRUSTGRANTRESPONSE']._serialized_end=1298
-  _globals['_ROTATEKEYSREQUEST']._serialized_start=1300
-  _globals['_ROTATEKEYSREQUEST']._serialized_end=1397
-  _globals['_ROTATEKEYSRESPONSE']._serialized_start=1400
-  _globals['_ROTATEKEYSRESPONSE']._serialized_end=1581
-  _globals['_KEYUSE']._serialized_start=1583
-  _globals['_KEYUSE']._serialized_end=1628
-  _globals['_SKIPPEDGRANT']._serialized_start=1630
-  _globals['_SKIPPEDGRANT']._serialized_end=1691
-  _globals['_WATCHGRANTREQUEST']._serialized_start=1693
-  _globals['_WATCHGRANTREQUEST']._serialized_end=1726
-  _globals['_WATCHGRANTRESPONSE']._serialized_start=1728
-  _globals['_WATCHGRANTRESPONSE']._serialized_end=1782
-  _globals['_GETACCESSTOKENREQUEST']._serialized_start=1784
-  _globals['_GETACCESSTOKENREQUEST']._serialized_end=1842
-  _globals['_GETACCESSTOKENRESPONSE']._serialized_start=1845
-  _globals['_GETACCESSTOKENRESPONSE']._serialized_end=2030
-  _globals['_CHECKGRANTREQUEST']._serialized_start=2032
-  _globals['_CHECKGRANTREQUEST']._serialized_end=2065
-  _globals['_CHECKGRANTRESPONSE']._serialized_start=2067
-  _globals['_CHECKGRANTRESPONSE']._serialized_end=2192
-  _globals['_CUSTODYSERVICE']._serialized_start=2195
-  _globals['_CUSTODYSERVICE']._serialized_end=3122
+  _globals['_BEGINAUTHORIZATIONRESPONSE']._serialized_start=586
+  _globals['_BEGINAUTHORIZATIONRESPONSE']._serialized_end=751
+  _globals['_COMPLETEAUTHORIZATIONREQUEST']._serialized_start=753
+  _globals['_COMPLETEAUTHORIZATIONREQUEST']._serialized_end=855
+  _globals['_COMPLETEAUTHORIZATIONRESPONSE']._serialized_start=857
+  _globals['_COMPLETEAUTHORIZATIONRESPONSE']._serialized_end=922
+  _globals['_GETGRANTREQUEST']._serialized_start=924
+  _globals['_GETGRANTREQUEST']._serialized_end=955
+  _globals['_GETGRANTRESPONSE']._serialized_start=957
+  _globals['_GETGRANTRESPONSE']._serialized_end=1009
+  _globals['_LISTGRANTSREQUEST']._serialized_start=1011
+  _globals['_LISTGRANTSREQUEST']._serialized_end=1085
+  _globals['_LISTGRANTSRESPONSE']._serialized_start=1087
+  _globals['_LISTGRANTSRESPONSE']._serialized_end=1167
+  _globals['_DELETEGRANTREQUEST']._serialized_start=1169
+  _globals['_DELETEGRANTREQUEST']._serialized_end=1217
+  _globals['_DELETEGRANTRESPONSE']._serialized_start=1219
+  _globals['_DELETEGRANTRESPONSE']._serialized_end=1240
+  _globals['_TRUSTGRANTREQUEST']._serialized_start=1242
+  _globals['_TRUSTGRANTREQUEST']._serialized_end=1289
+  _globals['_TRUSTGRANTRESPONSE']._serialized_start=1291
+  _globals['_TRUSTGRANTRESPONSE']._serialized_end=1345
+  _globals['_ROTATEKEYSREQUEST']._serialized_start=1347
+  _globals['_ROTATEKEYSREQUEST']._serialized_end=1444
+  _globals['_ROTATEKEYSRESPONSE']._serialized_start=1447
+  _globals['_ROTATEKEYSRESPONSE']._serialized_end=1628
+  _globals['_KEYUSE']._serialized_start=1630
+  _globals['_KEYUSE']._serialized_end=1675
+  _globals['_SKIPPEDGRANT']._serialized_start=1677
+  _globals['_SKIPPEDGRANT']._serialized_end=1738
+  _globals['_WATCHGRANTREQUEST']._serialized_start=1740
+  _globals['_WATCHGRANTREQUEST']._serialized_end=1773
+  _globals['_WATCHGRANTRESPONSE']._serialized_start=1775
+  _globals['_WATCHGRANTRESPONSE']._serialized_end=1829
+  _globals['_GETACCESSTOKENREQUEST']._serialized_start=1831
+  _globals['_GETACCESSTOKENREQUEST']._serialized_end=1889
+  _globals['_GETACCESSTOKENRESPONSE']._serialized_start=1892
+  _globals['_GETACCESSTOKENRESPONSE']._serialized_end=2077
+  _globals['_CHECKGRANTREQUEST']._serialized_start=2079
+  _globals['_CHECKGRANTREQUEST']._serialized_end=2112
+  _globals['_CHECKGRANTRESPONSE']._serialized_start=2114
+  _globals['_CHECKGRANTRESPONSE']._serialized_end=2239
+  _globals['_CUSTODYSERVICE']._serialized_start=2242
+  _globals['_CUSTODYSERVICE']._serialized_end=3169
 # @@protoc_insertion_point(module_scope)

@@ -163,6 +163,7 @@ class BeginAuthorizationResponse(_message.Message):
     AUTHORIZATION_URL_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    VALID_FOR_FIELD_NUMBER: _builtins.int
     authorization_url: _builtins.str
     """For the browser of a person who may log on as the user of the token."""
     state: _builtins.str
@@ -171,16 +172,21 @@ class BeginAuthorizationResponse(_message.Message):
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """Until when the authorization can be completed."""
 
+    @_builtins.property
+    def valid_for(self) -> _duration_pb2.Duration:
+        """How long that is."""
+
     def __init__(
         self,
         *,
         authorization_url: _builtins.str = ...,
         state: _builtins.str = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        valid_for: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "valid_for", b"valid_for"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorization_url", b"authorization_url", "expire_time", b"expire_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorization_url", b"authorization_url", "expire_time", b"expire_time", "state", b"state", "valid_for", b"valid_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,5 +1,5 @@
 -- Takes the right to have a person authorize the app for a token: nobody may refresh it meanwhile.
--- ask: chain (of the grant to come), facts, sealed (what completes it), valid_us (how long), takeover_us, budgets;
+-- ask: chain (of the grant to come), facts, sealed (what completes it), state_hash, valid_us (how long), takeover_us, budgets;
 --      and etag_chain with etag_generation, or replace, or neither
 -- Answers OK with `until_us`; TOKEN_NOT_FOUND; EXISTS; CHANGED; or WAIT with `reason` and `until_us`.
 local token, lease = settle(id)
@@ -25,7 +25,7 @@ redis.call('DEL', authorization_key(id))
 note_hold(ask.valid_us + ask.takeover_us)
 hold_cooldown(token, lease, {}, {
   chain = ask.chain, kept_chain = kept and grant.chain or '', facts = ask.facts, sealed = ask.sealed,
-  step = 'PENDING', attempt = '', valid_us = now + ask.valid_us, until_us = now + ask.valid_us, begun_us = now,
+  state_hash = ask.state_hash, step = 'PENDING', attempt = '', valid_us = now + ask.valid_us, until_us = now + ask.valid_us, begun_us = now,
 })
 redis.call('PEXPIRE', authorization_key(id), us(math.ceil((ask.valid_us + CLOCK_SLACK) / 1000)))
 audit('AUTHORIZATION_BEGAN', token_name(id), {}, true)

@@ -15,6 +15,8 @@ if (token.running or 0) > 0 then
 end
 if lost_at(grant) > 0 then cool_down(id, token, lost_at(grant), number(token.interval_us)) end
 redis.call('HDEL', PRINTS, grant.fingerprint)
+redis.call('DEL', authorization_key(id))
+end_hold(token)
 keep_grant(grant, {
   sealed_grant = '', sealed_access = '', facts = '', fingerprint = '', past_print = grant.fingerprint, claim = '', expires_us = 0, attempt_step = '',
   refreshed_us = math.max(grant.refreshed_us, lost_at(grant)),

@@ -13,7 +13,12 @@ if ask.result == 'NOT_SENT' then
   return answer('OK')
 end
 redis.call('DEL', authorization_key(id))
-if ask.result ~= 'UNPROVEN' then -- else it may have been answered at the last possible moment
+end_hold(token)
+if ask.result == 'UNPROVEN' then -- it may have been answered at the last possible moment
+  put(token_key(id), token, {
+    last_refresh_us = now, not_before_us = math.max(number(token.not_before_us), authorization.until_us),
+  })
+else
   put(token_key(id), token, {not_before_us = token.not_before_us})
   if ask.refreshed_age_us >= 0 then
     cool_down(id, token, now - ask.refreshed_age_us, number(token.interval_us))

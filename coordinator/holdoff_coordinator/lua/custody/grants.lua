@@ -98,20 +98,26 @@ local function may_be_behind(grant)
 end
 
 -- An authorization by a person: `step` is PENDING until the code is about to be sent, then INTENDED, and
--- DONE when its grant is stored. Until `until_us` it holds the token's cooldown; `not_before_us` is that
--- without it.
+-- DONE when its grant is stored. It holds the token's cooldown until `until_us`, which `hold_chain` of the
+-- token says; `not_before_us` is that without it. If the clock went back, it began now.
 local function authorization_key(token_id) return SHARD .. ':authorization:' .. token_id end
 
 local function load_authorization(token_id)
   local found = load(authorization_key(token_id))
   if not found.chain then return end
-  for _, field in ipairs({'valid_us', 'until_us', 'not_before_us', 'begun_us'}) do found[field] = number(found[field]) end
+  local fields = {'valid_us', 'until_us', 'not_before_us', 'begun_us'}
+  local ahead = math.max(0, number(found.begun_us) - now)
+  for _, field in ipairs(fields) do found[field] = number(found[field]) - ahead end
   return found
+end
+
+local function holds(token, authorization)
+  return authorization and authorization.step ~= 'DONE' and token.hold_chain == authorization.chain
 end
 
 -- Frees the cooldown of a token that was loaded from its authorization.
 local function free_cooldown(token, authorization)
-  if not authorization or number(token.not_before_us) ~= authorization.until_us then return end
+  if not holds(token, authorization) then return end
   token.not_before_us = us(math.max(
     authorization.not_before_us, number(token.last_refresh_us) + number(token.interval_us)
   ))
@@ -125,8 +131,7 @@ local function held_by(token)
   end
   if token.foreign then return 'LOCKED', now + SECOND end
   if cools(token) then
-    local found, until_us = load_authorization(id), number(token.not_before_us)
-    return found and found.until_us == until_us and 'AUTHORIZING' or 'COOLING', over_at(until_us)
+    return holds(token, load_authorization(id)) and 'AUTHORIZING' or 'COOLING', over_at(number(token.not_before_us))
   end
   -- One request an interval neither probes a back-off nor follows in turn: it goes when the pause is over.
   local pause = 0
@@ -156,8 +161,17 @@ end
 local function hold_cooldown(token, lease, authorization, changes)
   changes.not_before_us = number(token.not_before_us)
   put(authorization_key(id), authorization, changes)
-  put(token_key(id), token, {not_before_us = math.max(changes.not_before_us, changes.until_us), cooling = '1'})
+  put(token_key(id), token, {
+    not_before_us = math.max(changes.not_before_us, changes.until_us), cooling = '1',
+    hold_chain = authorization.chain, hold_us = now,
+  })
   mirror(id, token, lease)
+end
+
+-- Ends the hold; what it held until then is in the token.
+local function end_hold(token)
+  redis.call('HDEL', token_key(id), 'hold_chain', 'hold_us')
+  token.hold_chain, token.hold_us = nil, nil
 end
 
 local function answer(status, facts)

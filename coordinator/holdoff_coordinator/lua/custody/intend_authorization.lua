@@ -22,7 +22,7 @@ end
 if reason then return answer('WAIT', {reason = reason, until_us = until_us}) end
 count_event(ask.event, now, 1, ask.budgets, id)
 hold_cooldown(token, lease, authorization, {
-  step = 'INTENDED', attempt = ask.attempt, begun_us = now,
+  step = 'INTENDED', attempt = ask.attempt, begun_us = now, kept_generation = grant and grant.generation or 0,
   until_us = now + ask.takeover_us + number(token.interval_us),
 })
 redis.call('PEXPIRE', authorization_key(id), us(24 * CLOCK_SLACK / 1000))

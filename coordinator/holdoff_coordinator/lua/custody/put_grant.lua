@@ -12,8 +12,11 @@ local kept, over = is_kept(grant), right_until(grant)
 local authorization = load_authorization(id)
 if kept and grant.chain == ask.chain then return answer('OK') end -- the same request, sent again
 local completes = authorization and authorization.chain == ask.chain and authorization.attempt == ask.attempt
-if ask.attempt and not (completes and authorization.kept_chain == (kept and grant.chain or '')) then
-  return answer('GONE')
+if ask.attempt then
+  local is_kept_one = completes and authorization.kept_chain == (kept and grant.chain or '')
+  -- An answer that comes when the right is over is older than what was stored since.
+  local moved = completes and kept and grant.generation > number(authorization.kept_generation)
+  if not is_kept_one or (moved and not exchange_until(authorization)) then return answer('GONE') end
 end
 if not authorization or authorization.step ~= 'INTENDED' or completes then free_cooldown(token, authorization) end
 if ask.etag_chain and not (kept and is_meant(grant)) then return answer('CHANGED') end
@@ -56,8 +59,11 @@ keep_grant(grant, {
 put(token_key(id), token, {custody_us = kept and token.custody_us or now})
 mirror(id, token, lease)
 wake_next(id)
+if authorization then end_hold(token) end
 if completes then
+  redis.call('HDEL', authorization_key(id), 'sealed')
   put(authorization_key(id), authorization, {step = 'DONE'})
+  redis.call('PEXPIRE', authorization_key(id), us(600 * SECOND / 1000))
 elseif authorization then
   redis.call('DEL', authorization_key(id))
 end
