@@ -474,6 +474,20 @@ async def test_a_late_answer_after_a_refused_probe(url: str, keys: Path, tmp_pat
         assert await w.report() == (2, 1, violations)
 
 
+async def test_one_answer_does_not_hold_up_the_others(url: str, keys: Path, tmp_path: Path) -> None:
+    """One whose policy is missing stays in the spool, and is stored when the policy is back."""
+    async with world(url, keys, tmp_path) as w:
+        with pytest.raises(CrashError):
+            await w.refresh(send=dying("answered"))
+        known, w.policies = w.policies, Policies(presets())
+        assert await w.refresher().adopt()
+        assert len(w.spooled()) == 1
+        w.policies = known
+        assert not await w.refresher().adopt()
+        assert (await w.record()).generation == 2
+        assert w.spooled() == []
+
+
 async def test_an_answer_of_another_boot(url: str, keys: Path, tmp_path: Path) -> None:
     """After the machine started again, an answer counts when its right ended or now."""
     async with world(url, keys, tmp_path) as w:

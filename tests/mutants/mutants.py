@@ -1147,9 +1147,38 @@ MUTANTS = [
         "tests/e2e/test_authorizing.py::test_a_kill_during_the_exchange_loses_nothing",
     ),
     Mutant(
+        "a late answer to a code does not replace a grant that moved since",
+        *(f"{LUA}/custody/put_grant.lua", "(moved and not exchange_until(authorization))", "false"),
+        f"{TESTS}/test_authorization_records.py"
+        "::test_a_grant_that_moved_since_is_not_replaced_by_a_late_answer",
+    ),
+    Mutant(
+        "a clock that goes back lengthens no hold of an authorization",
+        *(f"{LUA}/leases.lua", "math.max(last, held) - now", "last - now"),
+        f"{TESTS}/test_authorization_records.py::test_a_clock_that_goes_back_lengthens_no_hold",
+    ),
+    Mutant(
+        "an exchange without an answer holds python-redis-lock's key",
+        f"{LUA}/custody/end_authorization.lua",
+        "math.max(number(token.not_before_us), authorization.until_us)",
+        "number(token.not_before_us)",
+        f"{TESTS}/test_authorizing.py::test_a_lock_user_waits_for_a_code_without_an_answer",
+    ),
+    Mutant(
+        "an error that repeats a secret is not shown",
+        *(f"{CUSTODY}/results.py", "if any(part in text for part in parts):", "if False:"),
+        "tests/custody/test_results.py::test_an_error_that_repeats_a_secret",
+    ),
+    Mutant(
+        "an answer in the spool that cannot be stored holds up no other",
+        *(f"{CUSTODY}/refreshing.py", 'if failure.reason.startswith("STORE_"):', "if True:"),
+        f"{TESTS}/test_refreshing.py::test_one_answer_does_not_hold_up_the_others",
+    ),
+    Mutant(
         "the command takes only what belongs to its authorization",
         f"{CLIENT}/cli/_authorizing.py",
-        'if not hmac.compare_digest(found.get("state", "").encode("utf-8", "replace"), state.encode()):',
+        'if not hmac.compare_digest(found.get("state", "").encode("utf-8", "replace"), '
+        "state.encode()):",
         "if False:",
         f"{TESTS}/test_authorizing.py::test_the_command_serves_the_redirect",
     ),
