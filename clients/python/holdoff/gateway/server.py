@@ -127,8 +127,14 @@ class Gateway:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        connections = self._runner.server.connections if self._runner.server else []
+        transports = [one.transport for one in connections if one.transport]
         await self._runner.cleanup()
+        # One with TLS waits for its client to close it too, for longer than the loop may run.
+        for transport in transports:
+            transport.abort()
         await self._session.close()
+        await asyncio.sleep(0)
 
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> str:
         """Open a port, 0 for any, with or without TLS; return `host:port`.
