@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from unittest import mock
 
 import grpc
+import pytest
 import structlog
 from click.testing import CliRunner
 
@@ -46,6 +47,9 @@ NO_PROXY = [("grpc.enable_http_proxy", 0)]
 """For channels of tests: a proxy that the environment names cannot reach what runs here."""
 LONG = os.environ.get("HOLDOFF_TEST_LENGTH") == "long"
 """Whether tests that have a short and a long form take the long one."""
+
+
+only_long = pytest.mark.skipif(not LONG, reason="only in the long tests")
 
 
 def at_length(*cases: Any) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ from tests.checkers import calls_of, fullest_window
 from tests.e2e.programs import caller
 from tests.e2e.programs.caller import Plan
 from tests.e2e.service import BIN, Service
-from tests.harness import LONG, wait_until
+from tests.harness import LONG, only_long, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -216,6 +216,7 @@ def calling(plan: Plan) -> Iterator[None]:
     assert (process.returncode, said) == (0, "")
 
 
+@only_long  # the short chaos run has such a fleet, too
 def test_callers_that_crash_never_exceed_a_limit(tmp_path: Path, start_valkey: StartValkey) -> None:
     """Promise 6, with reservations: many callers over two replicas, half of which crash.
 

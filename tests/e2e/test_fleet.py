@@ -14,7 +14,7 @@ import holdoff
 from holdoff.v1 import lease_pb2, lease_service_pb2, lease_service_pb2_grpc
 from tests.e2e.processes import program
 from tests.e2e.service import host_named
-from tests.harness import LONG, NO_PROXY, wait_until
+from tests.harness import LONG, NO_PROXY, only_long, wait_until
 
 if TYPE_CHECKING:
     import subprocess
@@ -99,6 +99,7 @@ def kill_replica(replica: Service, survivor: holdoff.Client, lease: str) -> None
     wait_until(lambda: survivor.get_lease(lease).expire_time.ToMicroseconds() > renewed_after)
 
 
+@only_long  # the short chaos run has such a fleet, too
 def test_wrappers_on_two_hosts_under_fire(
     tmp_path: Path, two_replicas: tuple[Service, Service]
 ) -> None:

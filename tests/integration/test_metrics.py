@@ -23,6 +23,7 @@ from holdoff.v1 import (
 )
 from holdoff_coordinator import metrics
 from holdoff_coordinator.store import StoreError
+from tests import stores
 from tests.harness import (
     NO_PROXY,
     Replica,
@@ -40,8 +41,22 @@ if TYPE_CHECKING:
     import redis
 
     from tests.conftest import Server, StartValkey
+    from tests.stores import Store
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+@pytest.fixture(scope="module")
+def valkey(
+    start_shared_valkey: StartValkey, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server | Store]:
+    """Give a store of their own: a scrape reads all apps of a store."""
+    kind = os.environ.get("HOLDOFF_TEST_STORE", "")
+    if kind:
+        with stores.of_kind(kind, tmp_path_factory.mktemp("store")) as own:
+            yield own
+    else:
+        yield start_shared_valkey()
 
 
 @pytest.fixture
