@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 DEMO_READY := .venv/.ready-demo
 READY := .venv/.ready
 # Most tests wait most of the time.
-WORKERS := $(shell echo $$((3 * $$(nproc))))
+WORKERS := $(shell echo $$((4 * $$(nproc))))
 SEED := $(shell echo $$RANDOM)
 PYTEST := pytest --quiet --no-header --numprocesses $(WORKERS) --hypothesis-seed $(SEED)
 SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh deploy/*.sh tests/bats/*.bats)

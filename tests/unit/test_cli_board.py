@@ -243,3 +243,19 @@ def test_messages_of_the_future_are_borne() -> None:
     board.take(lease_service_pb2.WatchLeasesResponse(), NOW)
     assert board.view(50, NOW).changes[0][1] == "unknown (99)"
     assert list(documents(lease_service_pb2.WatchLeasesResponse(), datetime.now(UTC))) == []
+
+
+def test_an_app_without_any_instant_changes_no_time() -> None:
+    """Its snapshot says nothing of the store's clock; that of the others is still known.
+
+    Fails when the times of all tokens become days.
+    """
+    other = snapshot(free("apps/other/tokens/never"))
+    other.snapshot.app = "apps/other"
+    board = Board()
+    board.take(snapshot(COOLING), NOW)
+    board.take(other, NOW)
+    assert {row[0]: row[4] for row in rows(board)} == {
+        "exact-nl/tokens/finance": "9m28s",
+        "other/tokens/never": "-",
+    }

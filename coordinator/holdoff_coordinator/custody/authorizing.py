@@ -153,6 +153,7 @@ class Authorizations:
         """Take the right, and return the URL for a person's browser."""
         name = validation.grant_name("grant.name", request.grant.name).token_name
         self._terms.require_closed()
+        self._seals.require()
         self._require_refresher()
         condition = condition_of(request.WhichOneof("condition") or "", request)
         redirect_uri = _redirect_uri(request.redirect_uri)
@@ -526,6 +527,12 @@ def _completed(
     grant, client_secret = request.grant, request.client_secret
     if client_secret:
         validation.oauth("client_secret", client_secret, MOST_SECRET_CHARACTERS)
+    if held is None and not grant.client_id:
+        raise invalid(
+            "grant.client_id",
+            "is missing: the first grant of a token needs it, and the client secret: --client-id "
+            "ID --client-secret-file FILE",
+        )
     if held is None or (grant.client_id and grant.client_id != held.record.public.client_id):
         return grant, client_secret
     public = held.record.public

@@ -20,7 +20,7 @@ from holdoff._text import printable
 from holdoff.cli import exits
 from holdoff.cli._voice import say
 from holdoff.durations import format_duration
-from holdoff.errors import HoldoffError, Quarantined, TokenBusy, TokenUrlUnreachable
+from holdoff.errors import HoldoffError, Quarantined, TokenBusy, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,6 +81,8 @@ def came_back(url: str, state: str) -> CameBack:
         fields = parse_qs(
             url.rpartition("?")[2].partition("#")[0][:_MOST_CHARACTERS], max_num_fields=_MOST_FIELDS
         )
+    if not fields:
+        raise NotOursError("it is no address with `code` and `state`: give the whole address")
     # A field that is there twice may be somebody else's.
     found = {name: values[0] for name, values in fields.items() if len(values) == 1}
     if not hmac.compare_digest(found.get("state", "").encode("utf-8", "replace"), state.encode()):
@@ -166,7 +168,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except NotOursError as error:
             self._say(400, f"Refused: {error}.")
         else:
-            self._say(200, "Done: go back to the terminal. You can close this page.")
+            self._say(200, "Received: the result is in the terminal. You can close this page.")
 
     def _say(self, status: int, text: str) -> None:
         body = text.encode()
@@ -272,8 +274,8 @@ class Person:
             finally:
                 if done is None:
                     self._give_up(begun.state, error)
+                    say(f"no grant was given ({error}); nothing changed")
         if done is None:
-            say(f"no grant was given ({error}); nothing changed")
             raise click.exceptions.Exit(exits.REFUSED)
         return done
 
@@ -317,7 +319,7 @@ class Person:
         while True:
             try:
                 return call()
-            except (TokenBusy, Quarantined, TokenUrlUnreachable) as error:
+            except (TokenBusy, Quarantined, Unavailable) as error:
                 left = until - time.monotonic()
                 pause = max(_LEAST_PAUSE_SECONDS, error.retry_after_seconds or 0)
                 if pause > left:
@@ -331,7 +333,14 @@ class Person:
 
 def _pasted(state: str) -> CameBack:
     while True:
-        text = click.prompt("the address that the browser shows then", hide_input=True, err=True)
+        try:
+            text = click.prompt(
+                "the address that the browser shows then (it is not shown here)",
+                hide_input=True,
+                err=True,
+            )
+        except click.Abort:
+            raise KeyboardInterrupt from None
         try:
             return came_back(str(text).strip(), state)
         except NotOursError as error:

@@ -65,6 +65,8 @@ class Board:
         self._changes: deque[lease_pb2.Change] = deque(maxlen=MOST_CHANGES)
         self._behind_ns: int | None = None
         """Our clock less the store's, and the time that the quickest message took."""
+        self._is_another = False
+        """Whether it may be of another store: the next instant replaces it."""
 
     def take(self, response: lease_service_pb2.WatchLeasesResponse, now_ns: int) -> None:
         """Take in a message.
@@ -78,7 +80,7 @@ class Board:
                 snapshot = response.snapshot
                 if snapshot.first:
                     self._apps[snapshot.app] = {}
-                    self._behind_ns = None  # it may be another store's clock from here
+                    self._is_another = True  # it may be another store's clock from here
                 known = self._apps.setdefault(snapshot.app, {})
                 for status in snapshot.tokens:
                     self._tune(_instant_ns(status), now_ns)
@@ -95,8 +97,9 @@ class Board:
     def _tune(self, store_ns: int | None, now_ns: int) -> None:
         if store_ns is not None:
             behind_ns = now_ns - store_ns
-            known_ns = behind_ns if self._behind_ns is None else self._behind_ns
-            self._behind_ns = min(behind_ns, known_ns)
+            if self._behind_ns is not None and not self._is_another:
+                behind_ns = min(behind_ns, self._behind_ns)
+            self._behind_ns, self._is_another = behind_ns, False
 
     def view(self, height: int, now_ns: int) -> View:
         """Return what fits into so many lines: tokens in use first, then by name.
@@ -145,7 +148,9 @@ class Board:
     def _span(
         self, now_ns: int, *, since: Timestamp | None = None, until: Timestamp | None = None
     ) -> str:
-        store_ns = now_ns - (self._behind_ns or 0)
+        if self._behind_ns is None:
+            return NOTHING
+        store_ns = now_ns - self._behind_ns
         span_ns = store_ns - since.ToNanoseconds() if since else 0
         span_ns += until.ToNanoseconds() - store_ns if until else 0
         return format_duration(max(0, span_ns // 10**9))

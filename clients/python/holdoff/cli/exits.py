@@ -128,8 +128,6 @@ _REMEDIES: Final = {
     "apps/{app} --reason WHY",
     "TOKEN_BUSY": "its state: holdoff token show {token}; try again when it is free",
     "GRANT_NOT_FOUND": "grants in custody: holdoff grant list apps/{app}",
-    "AUTHORIZATION_NOT_FOUND": "begin again: holdoff grant authorize {token}",
-    "AUTHORIZATION_FAILED": "begin again: holdoff grant authorize {token}",
     "GRANT_EXISTS": "what it is: holdoff grant show {token}; to replace it: --replace",
     "GRANT_CHANGED": "what it is now: holdoff grant show {token}",
     "GRANT_DUPLICATE": "grants in custody: holdoff grant list apps/{app}",
