@@ -16,7 +16,7 @@ READY := .venv/.ready
 # Most tests wait most of the time.
 WORKERS := $(shell echo $$((4 * $$(nproc))))
 SEED := $(shell echo $$RANDOM)
-PYTEST := pytest --quiet --no-header --numprocesses $(WORKERS) --hypothesis-seed $(SEED)
+PYTEST := pytest --quiet --no-header --numprocesses $(WORKERS) --dist worksteal --hypothesis-seed $(SEED)
 SHELL_SCRIPTS := .ci/run $(wildcard scripts/*.sh clients/bash/*.sh deploy/*.sh tests/bats/*.bats)
 
 .PHONY: help demo demo-short test test-all lint format types pyright imports unit custody integration clients model e2e \
