@@ -195,7 +195,7 @@ class BackOffs:
     async def _token_obstacles(
         self, token: TokenName, grant: grant_pb2.GrantExplanation | None
     ) -> tuple[list[budget_service_pb2.Obstacle], int, bool]:
-        """What stands in the way of a token, apart from back-offs and a quarantine.
+        """What prevents a lease on a token, apart from back-offs and a quarantine.
 
         How many runs share a token in custody is added to the explanation of its grant.
 

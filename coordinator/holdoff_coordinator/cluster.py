@@ -82,7 +82,7 @@ class Cluster(AsyncCoreCommands):
             try:
                 answer = await send(self._node(address))
             except MovedError as error:
-                # Trusted for this command: whoever is asked for all slots may not know it yet.
+                # Used for this command: the node that lists all slots may not know it yet.
                 self._owners[slot] = (error.host or address[0], error.port)
                 moved = True
                 continue

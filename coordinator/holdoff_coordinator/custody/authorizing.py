@@ -652,7 +652,7 @@ def _is_passing(failure: Failure) -> bool:
 
 
 def _retrieved(task: asyncio.Task[None]) -> None:
-    """Take the error of a task that nobody waits for any more; it was logged."""
+    """Retrieve the error of a task whose caller has gone; it was logged."""
     if not task.cancelled():
         task.exception()
 

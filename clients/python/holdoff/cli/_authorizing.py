@@ -83,7 +83,7 @@ def came_back(url: str, state: str) -> CameBack:
         )
     if not fields:
         raise NotOursError("it is no address with `code` and `state`: give the whole address")
-    # A field that is there twice may be somebody else's.
+    # A field that occurs twice may come from another source.
     found = {name: values[0] for name, values in fields.items() if len(values) == 1}
     if not hmac.compare_digest(found.get("state", "").encode("utf-8", "replace"), state.encode()):
         raise NotOursError("it is not the answer to this authorization: its `state` is another one")
@@ -247,7 +247,7 @@ class Person:
 
         Raises:
             HoldoffError: The coordinator or the provider refuses.
-            click.exceptions.Exit: Nobody authorized the app.
+            click.exceptions.Exit: The app was not authorized.
         """
         with ExitStack() as stack:
             stack.enter_context(_ended_by_signals())
@@ -311,7 +311,7 @@ class Person:
         redirect.state = begun.state
         seconds = until - time.monotonic()
         say(f"waiting for the browser at {self._uri}, {format_duration(round(seconds))} at most")
-        return redirect.wait(seconds) or CameBack(error="nobody did in time")
+        return redirect.wait(seconds) or CameBack(error="the time is over")
 
     def _once_free(self, seconds: float, call: Callable[[], T]) -> T:
         """Repeat a call while it cannot be done yet, for some time; say why."""

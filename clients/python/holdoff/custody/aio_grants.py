@@ -101,7 +101,7 @@ class Grants:
     ) -> custody_service_pb2.BeginAuthorizationResponse:
         """Take the right to have a person authorize the app; return the URL for the browser.
 
-        Until `complete_authorization`, or for ten minutes, nobody refreshes the token. A later call
+        Until `complete_authorization`, or for ten minutes, the token is not refreshed. A later call
         replaces an authorization that was not completed. What is left empty is that of the grant in
         custody, or else the policy's.
 

@@ -31,7 +31,7 @@ class LinkRewriter:
 
     Args:
         upstream: Scheme and authority of the API.
-        base: What stands for it: the URL of the gateway.
+        base: What replaces it: the URL of the gateway.
     """
 
     def __init__(self, upstream: str, base: str) -> None:

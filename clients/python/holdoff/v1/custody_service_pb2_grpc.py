@@ -107,7 +107,7 @@ class CustodyServiceServicer:
     def BeginAuthorization(self, request, context):
         """Takes the right to have a person authorize the app for a token, and returns
         the URL for that person's browser. Until CompleteAuthorization, or
-        `expire_time`, nobody refreshes the token: the code that the provider then
+        `expire_time`, the token is not refreshed: the code that the provider then
         gives lives for minutes only, and its exchange issues an access token. So it
         is refused, with the delay after which to try again, while the token cools
         down, a lease on it lives, an access token is requested, or in quarantine.

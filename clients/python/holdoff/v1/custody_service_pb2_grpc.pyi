@@ -40,7 +40,7 @@ class CustodyServiceStub:
     BeginAuthorization: _grpc.UnaryUnaryMultiCallable[_custody_service_pb2.BeginAuthorizationRequest, _custody_service_pb2.BeginAuthorizationResponse]
     """Takes the right to have a person authorize the app for a token, and returns
     the URL for that person's browser. Until CompleteAuthorization, or
-    `expire_time`, nobody refreshes the token: the code that the provider then
+    `expire_time`, the token is not refreshed: the code that the provider then
     gives lives for minutes only, and its exchange issues an access token. So it
     is refused, with the delay after which to try again, while the token cools
     down, a lease on it lives, an access token is requested, or in quarantine.
@@ -94,7 +94,7 @@ class CustodyServiceAsyncStub(CustodyServiceStub):
     BeginAuthorization: _aio.UnaryUnaryMultiCallable[_custody_service_pb2.BeginAuthorizationRequest, _custody_service_pb2.BeginAuthorizationResponse]  # type: ignore[assignment]
     """Takes the right to have a person authorize the app for a token, and returns
     the URL for that person's browser. Until CompleteAuthorization, or
-    `expire_time`, nobody refreshes the token: the code that the provider then
+    `expire_time`, the token is not refreshed: the code that the provider then
     gives lives for minutes only, and its exchange issues an access token. So it
     is refused, with the delay after which to try again, while the token cools
     down, a lease on it lives, an access token is requested, or in quarantine.
@@ -157,7 +157,7 @@ class CustodyServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_custody_service_pb2.BeginAuthorizationResponse, _abc.Awaitable[_custody_service_pb2.BeginAuthorizationResponse]]:
         """Takes the right to have a person authorize the app for a token, and returns
         the URL for that person's browser. Until CompleteAuthorization, or
-        `expire_time`, nobody refreshes the token: the code that the provider then
+        `expire_time`, the token is not refreshed: the code that the provider then
         gives lives for minutes only, and its exchange issues an access token. So it
         is refused, with the delay after which to try again, while the token cools
         down, a lease on it lives, an access token is requested, or in quarantine.

@@ -1,4 +1,4 @@
--- Takes the right to have a person authorize the app for a token: nobody may refresh it meanwhile.
+-- Takes the right to have a person authorize the app for a token, which is not refreshed meanwhile.
 -- ask: chain (of the grant to come), facts, sealed (what completes it), state_hash, valid_us (how long), takeover_us, budgets;
 --      and etag_chain with etag_generation, or replace, or neither
 -- Answers OK with `until_us`; TOKEN_NOT_FOUND; EXISTS; CHANGED; or WAIT with `reason` and `until_us`.
